@@ -1,0 +1,190 @@
+"""
+`SteeringConfig`: which vectors, where, and for which model. Its field docs are the CLI help, its dump the
+artifact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
+from typing import Any
+
+from steer.errors import SteerError
+
+FORMAT_VERSION = 1
+
+SITES = {
+    "resid_post": "the residual stream after the layer",
+    "resid_mid": "the residual stream between attention and MLP",
+    "attn_out": "the output of the attention module",
+    "mlp_out": "the output of the MLP module",
+    "resid_pre": "the residual stream before the layer (layer 0: the embeddings)",
+}
+
+POSITIONS = {
+    "all": "every token",
+    "prompt": "the tokens of the prompt",
+    "last_prompt": "the last token of the prompt, whose output is the first generated token",
+    "completion": "the generated tokens",
+    "first_completion": "the first generated token",
+}
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+_RANGE = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
+
+
+@dataclass
+class SteeringConfig:
+    """
+    One vector per layer, added to the residual stream of a frozen model: h <- h + scale * s_l
+    ("Small Vectors, Big Effects", arXiv 2509.06608, section 2).
+    """
+
+    _argument_group_name = "steering vectors"
+
+    layers: str = field(
+        default="all",
+        metadata={
+            "help": "Layers that get a vector: 'all', 'last', an index (negative ones count from the "
+            "end), an inclusive "
+            "range such as '4-20', or a comma-separated mix of those. Python callers may pass an int "
+            "or a list of ints."
+        },
+    )
+    site: str = field(
+        default="resid_post",
+        metadata={"help": "Where in the layer: " + "; ".join(f"{k} = {v}" for k, v in SITES.items()) + "."},
+    )
+    positions: str = field(
+        default="all",
+        metadata={
+            "help": "Which tokens are steered, named by the token that stands at the position: "
+            + "; ".join(f"{k} = {v}" for k, v in POSITIONS.items())
+            + "."
+        },
+    )
+    scale: float = field(
+        default=1.0,
+        metadata={"help": "Factor on every vector: 0.5 is weaker, 2 stronger, -1 the opposite direction."},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": f"Precision of the vectors, whatever the base model has; one of {', '.join(DTYPES)}."
+        },
+    )
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Id of the base model. Filled in from the model when vectors are attached."},
+    )
+    base_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the base model, where known."}
+    )
+    model_type: str | None = field(default=None, metadata={"help": "Architecture of the base. Filled in."})
+    width: int | None = field(default=None, metadata={"help": "Width of the residual stream. Filled in."})
+    depth: int | None = field(
+        default=None, metadata={"help": "Number of decoder layers of the base. Filled in."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the artifact format."})
+    provenance: dict[str, Any] | None = field(
+        default=None, metadata={"help": "How the vectors were made: recipe, data, reward, settings, scores."}
+    )
+
+    def __post_init__(self) -> None:
+        self.layers = _canonical(self.layers)
+        for name, value, known in (
+            ("site", self.site, SITES),
+            ("positions", self.positions, POSITIONS),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            if not isinstance(value, str) or value not in known:
+                raise SteerError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+        if (
+            isinstance(self.scale, bool)
+            or not isinstance(self.scale, (int, float))
+            or not isfinite(self.scale)
+        ):
+            raise SteerError(f"scale={self.scale!r} is not a finite number")
+        self.scale = float(self.scale)
+        if self.format_version > FORMAT_VERSION:
+            raise SteerError(
+                f"artifact format {self.format_version} is newer than this steer reads "
+                f"({FORMAT_VERSION}); upgrade steer"
+            )
+
+    def resolve_layers(self, depth: int) -> list[int]:
+        """
+        Layer indices in ascending order, each in 0..depth-1. Raises SteerError for a layer the model lacks.
+        """
+        chosen: set[int] = set()
+        for part in self.layers.split(","):
+            if part == "all":
+                chosen.update(range(depth))
+            elif part == "last":
+                chosen.add(depth - 1)
+            else:
+                match = _RANGE.fullmatch(part)
+                assert match, part  # __post_init__ checked the form
+                first, last = (_index(int(x), depth) for x in (match[1], match[2] or match[1]))
+                if first > last:
+                    raise SteerError(f"layers={part!r} runs backwards; write the smaller layer first")
+                chosen.update(range(first, last + 1))
+        return sorted(chosen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, in field order."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SteeringConfig:
+        """The inverse of `to_dict`; a newer format version or an unknown field is refused by name."""
+        version = values.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise SteerError(
+                f"artifact format {version!r} is newer than this steer reads ({FORMAT_VERSION}); "
+                "upgrade steer"
+            )
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise SteerError(
+                f"steering config has unknown fields {', '.join(unknown)}; was it written by steer?"
+            )
+        return cls(**values)
+
+
+def _canonical(layers: Any) -> str:
+    """
+    'all', 3, [0, 1, 5] or '4-20' as one comma-separated string; raises SteerError on an empty or unreadable
+    set.
+    """
+    if isinstance(layers, bool) or layers is None:
+        raise SteerError(
+            f"layers={layers!r} is not a layer set; use 'all', 'last', an index, a range '4-20' or a list"
+        )
+    if isinstance(layers, int):
+        return str(layers)
+    if isinstance(layers, Sequence) and not isinstance(layers, str):
+        if not layers:
+            raise SteerError(
+                "layers is empty: no layer would be steered; use 'all', 'last', an index or a range '4-20'"
+            )
+        return ",".join(_canonical(x) for x in layers)
+    parts = [part.strip() for part in str(layers).split(",")]
+    for part in parts:
+        if part not in ("all", "last") and not _RANGE.fullmatch(part):
+            raise SteerError(
+                f"layers={layers!r} is not a layer set; use 'all', 'last', an index, a range '4-20' or "
+                "a comma list"
+            )
+    return ",".join(parts)
+
+
+def _index(layer: int, depth: int) -> int:
+    if not -depth <= layer < depth:
+        raise SteerError(
+            f"layer {layer} does not exist: the model has layers 0 to {depth - 1} (or -{depth} to -1)"
+        )
+    return layer % depth

@@ -1,0 +1,164 @@
+"""
+Where a vector can stand: finds the decoder layers of a causal language model, and the module behind each
+site.
+
+Layers are found by structure: the list of modules that each hold an attention module and that lives next to
+the input embeddings. Within a layer, `resid_mid` is found by running one token through the first block and
+watching which module's output is added to the residual stream, so sandwich norms (Gemma, OLMo2) and parallel
+blocks (GPT-NeoX) need no table of architectures.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from steer.errors import SteerError
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """
+    The stack of decoder layers. `trunk` is the module whose forward runs them, `name` the list's name in the
+    model.
+    """
+
+    trunk: nn.Module
+    layers: nn.ModuleList
+    name: str
+    width: int
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """
+    The decoder layers of any decoder-only causal LM; SteerError says which modules were seen when there are
+    none.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise SteerError(
+            f"{type(model).__name__} is an encoder-decoder; steering vectors need a decoder-only causal LM"
+        )
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = [(n, m) for n, m in lists if len(m) and all(_children(layer, _ATTENTION) for layer in m)]
+    if (
+        len(stacks) > 1
+    ):  # a vision tower beside the language model: take the stack that reads the token embeddings
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        stacks = [(n, m) for n, m in stacks if any(c is embeddings for c in _parent(model, n).children())]
+    if len(stacks) != 1:
+        seen = (
+            ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in lists if len(m))
+            or "no module lists"
+        )
+        children = ", ".join(name for name, _ in model.named_children())
+        raise SteerError(
+            f"{type(model).__name__} has no single stack of decoder layers with attention in it; "
+            f"seen: {seen}; top-level modules: {children or 'none'}"
+        )
+    name, layers = stacks[0]
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return Decoder(_parent(model, name), layers, name, config.hidden_size)
+
+
+@dataclass(frozen=True)
+class Site:
+    """The module to hook in one layer, and whether its input or its output is steered."""
+
+    module: nn.Module
+    on_input: bool = False
+
+
+def find_sites(decoder: Decoder, layers: list[int], site: str) -> list[Site]:
+    """The module behind `site` in each of `layers`; SteerError when the architecture has no such place."""
+    blocks = [decoder.layers[index] for index in layers]
+    if site == "resid_post":
+        return [Site(block) for block in blocks]
+    if site == "resid_pre":
+        return [Site(block, on_input=True) for block in blocks]
+    kind = _MLP if site == "mlp_out" else _ATTENTION
+    names = [_children(block, kind) for block in blocks]
+    for index, block, found in zip(layers, blocks, names, strict=True):
+        if len(found) != 1:
+            seen = ", ".join(name for name, _ in block.named_children())
+            raise SteerError(f"site={site!r} needs one such module in layer {index}; its modules are {seen}")
+    if site == "resid_mid":
+        added = _added_to_residual(decoder, layers[0], names[0][0])
+        return [Site(block.get_submodule(added)) for block in blocks]
+    return [Site(block.get_submodule(found[0])) for block, found in zip(blocks, names, strict=True)]
+
+
+_ATTENTION = re.compile(r"attn|attention")
+_MLP = re.compile(r"mlp|feed_forward|ffn|moe")
+_NOT_A_SUBLAYER = re.compile(r"norm|dropout|(^|_)ln")
+
+
+def _children(layer: nn.Module, kind: re.Pattern[str]) -> list[str]:
+    names = [name for name, module in layer.named_children() if not isinstance(module, nn.Dropout)]
+    return [name for name in names if kind.search(name) and not _NOT_A_SUBLAYER.search(name)]
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+class _Stop(Exception):
+    """Ends the probing forward pass after the block that was watched."""
+
+
+def _added_to_residual(decoder: Decoder, index: int, attention: str) -> str:
+    """
+    Name of the child whose output the block adds to the residual stream after attention: the attention
+    module, or the norm that follows it in a sandwich block. Both are recognised by tensor identity in a
+    one-token forward pass.
+    """
+    block = decoder.layers[index]
+    reads: dict[str, torch.Tensor] = {}
+    writes: dict[str, torch.Tensor] = {}
+    block_input: list[torch.Tensor] = []
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        block_input.append(args[0] if args else kwargs["hidden_states"])
+
+    def watch(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            given = args[0] if args else kwargs.get("hidden_states")
+            made = output[0] if isinstance(output, tuple) else output
+            if isinstance(given, torch.Tensor) and isinstance(made, torch.Tensor):
+                reads[name], writes[name] = given, made
+
+        return hook
+
+    def leave(module: nn.Module, args: tuple, output: object) -> None:
+        raise _Stop
+
+    handles = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+    handles += [m.register_forward_hook(watch(n), with_kwargs=True) for n, m in block.named_children()]
+    embeddings = decoder.trunk.get_input_embeddings()  # type: ignore[operator]
+    token = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
+    try:
+        with torch.no_grad():
+            decoder.trunk(token, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    mlp = next((name for name in _children(block, _MLP) if name in reads), None)
+    before_mlp = [n for n in writes if mlp and reads[mlp] is writes[n]]
+    mlp_reads = reads[before_mlp[0]] if before_mlp else reads.get(mlp) if mlp else None
+    if mlp_reads is None or mlp_reads is block_input[0] or mlp_reads is reads[attention]:
+        raise SteerError(
+            f"site='resid_mid' does not exist in {type(block).__name__}: attention and MLP read the "
+            "same residual "
+            "stream in parallel; use resid_post or attn_out"
+        )
+    # A module fed with exactly the attention's output (a post-norm) is what the residual addition sees
+    # instead.
+    return next((n for n in reads if n != attention and reads[n] is writes[attention]), attention)
