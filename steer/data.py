@@ -1,0 +1,377 @@
+"""Math problems in one record form: `problem`, `answer`, optional `solution`, `level`, `type`, `source`.
+
+They come from a generator of arithmetic, known data sets on the hub, or a local file in the record form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+_OPTIONAL = ("solution", "type")
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+_RECORD_FORM = "'problem' and 'answer' (optional: solution, level, type, source)"
+
+
+# --- generated arithmetic -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Arithmetic:
+    """Generated problems such as "What is 17 + 25?"; the same fields give the same ones on every machine."""
+
+    operators: str = field(default="+-", metadata={"help": "operators to draw from, e.g. + or +- or +-*"})
+    digits: int = field(
+        default=2, metadata={"help": "most digits of an operand, 1 to 4; operands start at 1"}
+    )
+    terms: int = field(default=2, metadata={"help": "operands per problem, 2 to 5"})
+    problems: int = field(default=1000, metadata={"help": "how many distinct problems to generate"})
+    seed: int = field(default=0, metadata={"help": "seed of the draw (never of the train/held-out split)"})
+    heldout: float = field(
+        default=0.2, metadata={"help": "share of all possible problems kept out of training"}
+    )
+
+    def __post_init__(self) -> None:
+        ops = self.operators
+        if not ops or set(ops) - set("+-*") or len(set(ops)) < len(ops):
+            raise SteerError(f"arithmetic operators are {ops!r}; expected distinct characters out of '+-*'")
+        for name, low, high in (("digits", 1, 4), ("terms", 2, 5), ("problems", 1, 10**7)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise SteerError(f"arithmetic {name} is {value!r}; expected an integer from {low} to {high}")
+        if not 0 < self.heldout < 1:
+            raise SteerError(
+                f"arithmetic heldout is {self.heldout!r}; expected a share between 0 and 1, such as 0.2"
+            )
+
+    def generate(self, split: Literal["train", "heldout"] = "train") -> list[Record]:
+        """`self.problems` distinct records of one split, in a seeded order.
+
+        The split hashes the problem itself, so train and held-out share nothing at any seeds as long as
+        `heldout` is the same; reordered sums and products (3 + 4, 4 + 3) are one problem to the split.
+        Raises SteerError when the split holds fewer distinct problems than asked for.
+        """
+        if split not in ("train", "heldout"):
+            raise SteerError(f"arithmetic split is {split!r}; expected 'train' or 'heldout'")
+        rng = random.Random(self.seed)
+        found: dict[str, int] = {}
+        space = self._space()
+        if space <= 200_000:  # small enough to list: the draw is exact and so is the error
+            everything = [e for e in map(self._nth, range(space)) if self._split_of(e) == split]
+            rng.shuffle(everything)
+            candidates: Iterator[list[str | int]] = iter(everything)
+        else:
+            candidates = (self._nth(rng.randrange(space)) for _ in range(100 * self.problems + 1000))
+            candidates = (e for e in candidates if self._split_of(e) == split)
+        for expression in candidates:
+            if len(found) == self.problems:
+                break
+            found[" ".join(map(str, expression))] = _value(expression)
+        if len(found) < self.problems:
+            raise SteerError(
+                f"only {len(found)} distinct {split} problems found for operators {self.operators!r}, digits "
+                f"{self.digits}, terms {self.terms}, heldout {self.heldout}; {self.problems} were asked for: "
+                "ask for fewer or allow more digits, terms or operators"
+            )
+        return [
+            {
+                "problem": f"What is {text}?",
+                "answer": str(value),
+                "level": self.digits,
+                "source": "arithmetic",
+            }
+            for text, value in found.items()
+        ]
+
+    def _space(self) -> int:
+        return int((10**self.digits - 1) ** self.terms * len(self.operators) ** (self.terms - 1))
+
+    def _nth(self, number: int) -> list[str | int]:
+        """The `number`-th expression, as operands with operators between them."""
+        expression: list[str | int] = []
+        for position in range(self.terms):
+            if position:
+                number, operator = divmod(number, len(self.operators))
+                expression.append(self.operators[operator])
+            number, operand = divmod(number, 10**self.digits - 1)
+            expression.append(operand + 1)
+        return expression
+
+    def _split_of(self, expression: list[str | int]) -> str:
+        canonical = "".join(
+            sorted(f"{sign:+d}:{sorted(factors)};" for sign, factors in _summands(expression))
+        )
+        share = int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big") / 2**64
+        return "heldout" if share < self.heldout else "train"
+
+
+def _summands(expression: list[str | int]) -> list[tuple[int, list[int]]]:
+    """Signed products of the expression: 2 - 3 * 4 is [(1, [2]), (-1, [3, 4])]."""
+    summands = [(1, [int(expression[0])])]
+    for operator, operand in zip(expression[1::2], expression[2::2], strict=True):
+        if operator == "*":
+            summands[-1][1].append(int(operand))
+        else:
+            summands.append((1 if operator == "+" else -1, [int(operand)]))
+    return summands
+
+
+def _value(expression: list[str | int]) -> int:
+    total = 0
+    for sign, factors in _summands(expression):
+        product = sign
+        for factor in factors:
+            product *= factor
+        total += product
+    return total
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def _gsm8k(row: Record) -> Record:
+    solution, mark, answer = str(row.get("answer", "")).rpartition("####")
+    return {
+        "problem": row.get("question"),
+        "answer": answer.strip().replace(",", "") if mark else None,
+        "solution": solution.strip(),
+    }
+
+
+def _math(row: Record) -> Record:
+    return {**row, "answer": _last_boxed(str(row.get("solution", "")))}
+
+
+def _math500(row: Record) -> Record:
+    return {**row, "type": row.get("subject")}
+
+
+class _Known(NamedTuple):
+    hub: str
+    config: str | None = None
+    only_split: str | None = None  # the one split there is, whichever was asked for
+    convert: Callable[[Record], Record] = dict
+
+
+# MATH-500 was drawn from the test half of MATH, so the train split of "math" does not overlap it
+_KNOWN = {
+    "gsm8k": _Known("openai/gsm8k", "main", convert=_gsm8k),
+    "math": _Known("DigitalLearningGmbH/MATH-lighteval", convert=_math),
+    "deepscaler": _Known("agentica-org/DeepScaleR-Preview-Dataset", only_split="train"),
+    "math500": _Known("HuggingFaceH4/MATH-500", only_split="test", convert=_math500),
+}
+
+
+def load_problems(
+    source: str,
+    split: str = "train",
+    *,
+    limit: int | None = None,
+    levels: list[int] | None = None,
+    max_chars: int | None = None,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    arithmetic: Arithmetic | None = None,
+) -> datasets.Dataset:
+    """Problems of one source as a data set with at least the string columns `problem`, `answer` and `source`.
+
+    source: "arithmetic" (made by `arithmetic`), "gsm8k", "math", "deepscaler", "math500", another hub id
+        whose columns are in the record form, or a path ending in .jsonl, .json or .parquet (no splits).
+    limit: most problems returned; only when it cuts are they shuffled, by `seed`.
+    levels: keep these difficulty levels alone (a problem without a level is dropped).
+    max_chars: longest problem text kept, in characters.
+    exclude: sources whose problems must not occur, compared with whitespace folded. Their "test" split is
+        read; write "gsm8k:train" for another.
+    Raises SteerError for a source that cannot be read, a record without problem or answer, an empty result.
+    """
+    import datasets  # seconds to import, and only loading needs it
+
+    if limit is not None and limit < 1:
+        raise SteerError(f"limit is {limit}; expected at least 1, or none for all problems")
+    records = _read(source, split, arithmetic)
+    counts = [f"{len(records)} read"]
+
+    def keep(rule: str, kept: list[Record]) -> None:
+        nonlocal records
+        if len(kept) < len(records):
+            log.info(
+                "%s: dropped %d of %d problems: %s", source, len(records) - len(kept), len(records), rule
+            )
+        records = kept
+        counts.append(f"{len(kept)} after {rule}")
+
+    first: dict[str, Record] = {}
+    for record in records:
+        first.setdefault(_fold(record["problem"]), record)
+    keep("removing duplicates", list(first.values()))
+    for other in exclude:
+        name, mark, part = other.rpartition(":")
+        if not mark or part not in ("train", "test", "validation", "heldout"):
+            name, part = other, "test"
+        banned = {_fold(r["problem"]) for r in _read(name, part, arithmetic)}
+        keep(f"excluding {other}", [r for r in records if _fold(r["problem"]) not in banned])
+    if levels is not None:
+        keep(f"keeping levels {sorted(levels)}", [r for r in records if r["level"] in levels])
+    if max_chars is not None:
+        keep(
+            f"keeping at most {max_chars} characters", [r for r in records if len(r["problem"]) <= max_chars]
+        )
+    if not records:
+        raise SteerError(
+            f"no problems left from {source!r} ({', '.join(counts)}); loosen the filter that emptied it"
+        )
+    if limit is not None and limit < len(records):
+        records = random.Random(seed).sample(records, limit)
+    log.info("%s: %d problems", source, len(records))
+    columns = ["problem", "answer", "source"]
+    columns += [c for c in ("level", *_OPTIONAL) if any(r[c] is not None for r in records)]
+    return datasets.Dataset.from_dict({c: [r[c] for r in records] for c in columns})
+
+
+def _read(source: str, split: str, arithmetic: Arithmetic | None) -> list[Record]:
+    if source == "arithmetic":
+        return _records(
+            (arithmetic or Arithmetic()).generate("train" if split == "train" else "heldout"), source
+        )
+    if source in _KNOWN:
+        known = _KNOWN[source]
+        rows = _from_hub(known.hub, known.config, known.only_split or split)
+        return _records(map(known.convert, rows), source)
+    path = Path(source)
+    if path.suffix in _SUFFIXES:
+        if not path.is_file():
+            raise SteerError(
+                f"no file {source!r}; give a path ending in {', '.join(_SUFFIXES)} to an existing file"
+            )
+        return _records(_from_file(path), path.name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.is_file():
+        return _records(_from_hub(source, None, split), source)
+    raise SteerError(
+        f"unknown source {source!r}; expected arithmetic, {', '.join(_KNOWN)}, a hub id owner/name, or a "
+        f"path ending in {', '.join(_SUFFIXES)}"
+    )
+
+
+def _from_hub(hub: str, config: str | None, split: str) -> list[Record]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(hub, config, split=split))
+    except Exception as error:  # offline, unknown id, gated, unknown split: all mended the same way
+        reason = " ".join(str(error).split())[:200]
+        raise SteerError(
+            f"cannot load split {split!r} of {hub!r} from the hub ({type(error).__name__}: {reason}); check "
+            f"the name and the network, or give a local .jsonl file with the fields {_RECORD_FORM}"
+        ) from error
+
+
+def _from_file(path: Path) -> list[Any]:
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return list(pyarrow.parquet.read_table(path).to_pylist())
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise SteerError(f"cannot read {str(path)!r}: {' '.join(str(error).split())}") from error
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise SteerError(
+                f"{path.name} is not JSON: {error}; for one record per line use .jsonl"
+            ) from error
+        if not isinstance(rows, list):
+            raise SteerError(
+                f"{path.name} holds a {type(rows).__name__}; expected a list of records with {_RECORD_FORM}"
+            )
+        return rows
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise SteerError(
+                    f"{path.name}, line {number}: not JSON ({error}); expected one record a line"
+                ) from error
+        else:
+            rows.append(None)  # keeps record numbers equal to line numbers
+    return rows
+
+
+def _records(rows: Iterable[Any], source: str) -> list[Record]:
+    """Rows checked and brought to the record form, every field present (None where the row has none)."""
+    records = []
+    for number, row in enumerate(rows, 1):
+        if row is None:
+            continue
+        if not isinstance(row, dict):
+            raise SteerError(
+                f"{source}, record {number}: a {type(row).__name__}; expected fields {_RECORD_FORM}"
+            )
+        record: Record = {"source": str(row.get("source") or source), "level": _level(row.get("level"))}
+        for name in ("problem", "answer"):
+            value = _text(row.get(name))
+            if value is None:
+                seen = ", ".join(map(str, row))
+                raise SteerError(
+                    f"{source}, record {number}: no {name!r} (a non-empty string or number) among columns "
+                    f"{seen}; expected {_RECORD_FORM}"
+                )
+            record[name] = value
+        for name in _OPTIONAL:
+            record[name] = _text(row.get(name))
+        records.append(record)
+    return records
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
+        return str(value)
+    return None
+
+
+def _level(value: Any) -> int | None:
+    """Levels are written 5, 5.0, "5" and "Level 5"; "Level ?" is no level."""
+    found = re.fullmatch(r"(?:level)?\s*([0-9]{1,4})(?:\.0)?", str(value).strip(), re.IGNORECASE)
+    return int(found[1]) if found else None
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _last_boxed(solution: str) -> str | None:
+    r"""Content of the last \boxed in a reference solution, where "\boxed 7" without braces also occurs."""
+    # not the checker's extraction: this one reads trusted text, and data stands below rewards
+    _, mark, rest = solution.rpartition("\\boxed")
+    rest = rest.lstrip()
+    if not mark or not rest:
+        return None
+    if rest[0] != "{":
+        return re.split(r"[$\s]", rest, maxsplit=1)[0] or None
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return rest[1 : brace.start()].strip() or None
+    return None

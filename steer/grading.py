@@ -1,0 +1,359 @@
+r"""Whether a completion's \boxed answer equals the reference answer, whatever the completion holds.
+
+Model output is hostile input here: it may be a megabyte of LaTeX or 10^{10^{10}}. Comparing strings and
+numbers settles most answers in this process; the rest go to math-verify in workers that can be killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import re
+import signal
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import pebble
+
+from steer.errors import SteerError
+
+log = logging.getLogger(__name__)
+
+How = Literal["exact", "math_verify", "no_answer", "timeout", "crash", "too_long"]
+
+_CACHE_SIZE = 20_000  # graded pairs kept
+_START_SECONDS = (
+    120.0  # a worker imports math-verify before its first answer; slower than this means it is stuck
+)
+_WORKER_MEMORY = 1 << 30  # bytes of address space on top of what the worker holds once it has started
+_PATIENCE = 4  # timeouts in one batch before the answers left in it get a fifth of the time
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One graded completion: `answer` is what was extracted, `how` the step that decided."""
+
+    correct: bool
+    answer: str | None
+    how: How
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Content of the last \boxed{...} or \fbox{...}; None when there is none or the last is never closed.
+
+    "Last" goes by where a box opens, so of nested boxes the inner one counts. An unclosed last box means the
+    answer was cut off, and an earlier box is then not the answer either. Escaped braces (\{) do not nest.
+    Linear in the length of `text`.
+    """
+    start = -1
+    for opening in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
+        start = opening.end()
+    if start < 0:
+        return None
+    depth = 1
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        if brace[0] == "{":
+            depth += 1
+        elif brace[0] == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start : brace.start()]
+    return None
+
+
+# --- cheap comparison ---------------------------------------------------------------------------------------
+
+_UNIT = re.compile(r"(\\?%|°|\^?\\circ|\^\{\\circ\}|\\degree)$")
+_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,1000})"  # never \d, which takes every script's digits
+_DECIMAL = re.compile(rf"([+-]?)({_INTEGER}?)(\.[0-9]{{0,1000}})?")
+_FRACTION = re.compile(
+    r"([+-]?)(?:\\frac\{([+-]?[0-9]{1,1000})\}\{([0-9]{1,1000})\}|([0-9]{1,1000})/([0-9]{1,1000}))"
+)
+_SHORT_FRACTION = re.compile(r"\\frac(?:([0-9])|\{([^{}]*)\})(?:([0-9])|\{([^{}]*)\})")
+_STRIP = re.compile(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\!|\\?\$")
+_SPACE = re.compile(r"(?:\s|~|\\[,;: ]|\\q?quad(?![a-zA-Z]))+")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}")
+
+
+class _Number(NamedTuple):
+    value: Fraction
+    written: Literal["integer", "decimal", "fraction"]
+    unit: Literal["", "%", "degree"]
+
+
+def _normalise(text: str) -> str:
+    r"""The text without what never changes an answer's meaning: spacing, $, \left, \text, a full stop."""
+    text = _STRIP.sub("", text.replace("{,}", ","))
+    text = _TEXT.sub(r" \1 ", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = _SPACE.sub(" ", text).strip().rstrip(".").rstrip()
+    # a space between two word characters stays: "1 2" is not 12, and "\pi r" is not "\pir"
+    text = re.sub(r"(?<!\w) | (?!\w)", "", text)
+    return _SHORT_FRACTION.sub(lambda m: f"\\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
+
+
+def _number(text: str) -> _Number | None:
+    """The plain number a normalised text is (integer, decimal, or fraction of integers), else None."""
+    unit: Literal["", "%", "degree"] = ""
+    if found := _UNIT.search(text):
+        text, unit = text[: found.start()], "%" if found[0].endswith("%") else "degree"
+    if found := _FRACTION.fullmatch(text):
+        sign, top, bottom = found[1], found[2] or found[4], int(found[3] or found[5])
+        return _Number(Fraction(int(sign + "1") * int(top), bottom), "fraction", unit) if bottom else None
+    found = _DECIMAL.fullmatch(text)
+    if not found or not (found[2] or len(found[3] or "") > 1):
+        return None
+    digits = found[2].replace(",", "") + "." + (found[3] or "")[1:].rstrip("0")
+    whole, _, places = digits.partition(".")
+    value = Fraction(int(found[1] + "1") * int(whole + places or "0"), 10 ** len(places))
+    return _Number(value, "decimal" if places else "integer", unit)
+
+
+def _same_number(gold: _Number, answer: _Number) -> bool:
+    if gold.value == answer.value:
+        return True
+    # math-verify's tolerance: a number written as a decimal stands for what rounds to it at six places
+    if "integer" in (gold.written, answer.written) or "decimal" not in (gold.written, answer.written):
+        return False
+    rounded = round(gold.value, 6)
+    return rounded != 0 and rounded == round(answer.value, 6)
+
+
+def _suspicious(text: str) -> bool:
+    """Characters that parsers read as a person would not: NUL and the like, and other scripts' digits."""
+    return any((c < " " and c not in "\t\n\r") or (c > "~" and c.isdecimal()) for c in text)
+
+
+def _compare(gold: str, answer: str) -> bool | None:
+    """Equal, different, or None when strings and numbers alone cannot tell."""
+    if _suspicious(gold + answer):
+        return gold.strip() == answer.strip()
+    gold, answer = _normalise(gold), _normalise(answer)
+    if gold == answer and gold:
+        return True
+    a, b = _number(gold), _number(answer)
+    if a is None or b is None:
+        return None
+    if a.unit == b.unit:
+        return _same_number(a, b)
+    # "50%" for 50 and "30^\circ" for 30 are right; whether "50%" is 0.5 is left to math-verify
+    return True if "" in (a.unit, b.unit) and _same_number(a, b) else None
+
+
+# --- inside a worker ----------------------------------------------------------------------------------------
+
+
+def _start_worker() -> None:
+    """Import and warm up math-verify, then cap the memory. Runs before the worker takes its first answer."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would wait for 10**10**10 to finish
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
+    _math_verify(r"\frac{1}{2}+x", "x+0.5")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    try:
+        with open("/proc/self/statm") as statm:
+            held = int(statm.read().split()[0]) * resource.getpagesize()
+    except OSError:  # no /proc: allow generously for what is loaded
+        held = 4 << 30
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = held + _WORKER_MEMORY
+    resource.setrlimit(
+        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _math_verify(gold: str, answer: str) -> bool:
+    """math-verify's opinion, its own time limits off: they need the main thread of their process."""
+    from math_verify import parse, verify
+    from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
+
+    latex, plain = LatexExtractionConfig(), ExprExtractionConfig()
+    golds = parse(f"${gold}$", [latex, plain], parsing_timeout=None)
+    if all(isinstance(g, str) for g in golds):  # not LaTeX; only then, or "f(13)" would also accept its 13
+        golds += parse(gold, [plain, latex], parsing_timeout=None)
+    # anchored to the box: free extraction would find the \frac{1}{2} inside any nonsense around it
+    boxed = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    content = answer.replace("\\$", "").replace("$", "")
+    answers = parse(f"\\boxed{{{content}}}", [boxed], parsing_timeout=None)
+    return bool(verify(golds, answers, timeout_seconds=None))  # gold first: not symmetric
+
+
+# --- the checker --------------------------------------------------------------------------------------------
+
+
+class Checker:
+    r"""Grades \boxed answers. Works from any thread; starts no process until an answer needs math-verify.
+
+    timeout: seconds one answer may take in a worker, which is killed when it takes longer.
+    workers: processes that grade at the same time.
+    max_chars: longest extracted answer looked into, in characters; longer ones are wrong ("too_long").
+    A script that is not a module of a package must guard its entry point with `if __name__ == "__main__":`,
+    as the workers import it.
+    """
+
+    def __init__(self, timeout: float = 5.0, workers: int = 1, max_chars: int = 2000) -> None:
+        if not timeout > 0 or workers < 1 or max_chars < 1:
+            raise SteerError(
+                f"checker got timeout={timeout}, workers={workers}, max_chars={max_chars}; "
+                "expected all above 0"
+            )
+        self.timeout, self.workers, self.max_chars = timeout, workers, max_chars
+        self._cache: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
+        self._pool: pebble.ProcessPool | None = None
+        self._lock = threading.Lock()
+        self._answered = False  # whether any worker ever gave an answer
+
+    def __enter__(self) -> Checker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers. A later `check` starts new ones."""
+        with self._lock:
+            self._drop_pool()
+
+    def check(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """One verdict per completion, against the reference answer at the same place.
+
+        Answers that time out or crash a worker count as wrong, with one warning per call. Raises SteerError
+        for lists of different lengths and when workers cannot start at all.
+        """
+        if len(completions) != len(answers):
+            raise SteerError(
+                f"{len(completions)} completions and {len(answers)} reference answers; "
+                "expected one answer each"
+            )
+        extracted = [extract_boxed(completion) for completion in completions]
+        verdicts = [self._cheap(str(gold), found) for gold, found in zip(answers, extracted, strict=True)]
+        pairs = [(str(gold), found or "") for gold, found in zip(answers, extracted, strict=True)]
+        open_pairs = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None}
+        with self._lock:
+            known = {pair: self._cache[pair] for pair in open_pairs if pair in self._cache}
+            fresh = [pair for pair in dict.fromkeys(pairs) if pair in open_pairs and pair not in known]
+            known.update(self._grade(fresh))
+            for pair in known:
+                if pair in self._cache:
+                    self._cache.move_to_end(pair)
+            while len(self._cache) > _CACHE_SIZE:
+                self._cache.popitem(last=False)
+        return [verdict or known[pair] for pair, verdict in zip(pairs, verdicts, strict=True)]
+
+    def _cheap(self, gold: str, answer: str | None) -> Verdict | None:
+        if answer is None or not answer.strip():
+            return Verdict(False, answer, "no_answer")
+        if len(answer) > self.max_chars:
+            same = answer.strip() == gold.strip()
+            return Verdict(same, answer, "exact" if same else "too_long")
+        equal = _compare(gold, answer)
+        return None if equal is None else Verdict(equal, answer, "exact")
+
+    def _grade(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
+        graded: dict[tuple[str, str], Verdict] = {}
+        problems: list[str] = []
+        timeouts = 0
+        start, size = 0, 4 * self.workers
+        while start < len(pairs):
+            chunk = pairs[start : start + size]
+            start += size
+            # a batch full of pathological answers must not take its length times the timeout
+            hurried = timeouts >= _PATIENCE
+            outcomes = self._run(chunk, self.timeout / 5 if hurried else self.timeout)
+            for pair, outcome in zip(chunk, outcomes, strict=True):
+                if isinstance(outcome, bool):
+                    verdict = Verdict(outcome, pair[1], "math_verify")
+                else:
+                    timed_out = isinstance(outcome, FutureTimeout)
+                    timeouts += timed_out
+                    problems.append("timeout" if timed_out else f"{type(outcome).__name__}: {outcome}")
+                    verdict = Verdict(False, pair[1], "timeout" if timed_out else "crash")
+                graded[pair] = verdict
+                if not (hurried and verdict.how == "timeout"):  # it might have passed with its full time
+                    self._cache[pair] = verdict
+            # larger chunks keep the workers busier, smaller ones notice timeouts sooner
+            size = (4 if timeouts else min(2 * size // self.workers, 16)) * self.workers
+        if problems:
+            log.warning(
+                "%d of %d answers count as wrong unchecked (%d timeouts, %d crashes; first: %s)",
+                len(problems),
+                len(pairs),
+                timeouts,
+                len(problems) - timeouts,
+                " ".join(problems[0].split())[:200],
+            )
+        return graded
+
+    def _run(self, pairs: list[tuple[str, str]], limit: float) -> list[bool | BaseException]:
+        """Outcome of each pair in the workers. A pair whose worker died is tried once more."""
+        outcomes: list[bool | BaseException] = [BrokenProcessPool("not run")] * len(pairs)
+        todo = list(range(len(pairs)))
+        for _ in range(2):
+            for place, outcome in zip(todo, self._attempt([pairs[i] for i in todo], limit), strict=True):
+                outcomes[place] = outcome
+            todo = [i for i in todo if isinstance(outcomes[i], BrokenProcessPool | pebble.ProcessExpired)]
+            if not todo:
+                break
+        self._answered |= any(isinstance(o, bool | FutureTimeout) for o in outcomes)
+        if not self._answered and len(todo) == len(pairs):
+            raise SteerError(
+                f"the answer checker's worker processes die before they answer ({outcomes[0]}); guard "
+                'your script\'s entry point with if __name__ == "__main__": and see if math-verify imports'
+            )
+        return outcomes
+
+    def _attempt(self, pairs: list[tuple[str, str]], limit: float) -> list[bool | BaseException]:
+        pool = self._live_pool()
+        try:
+            futures: list[Any] = [pool.schedule(_math_verify, args=pair, timeout=limit) for pair in pairs]
+        except RuntimeError as error:  # the pool broke just now
+            self._drop_pool()
+            return [BrokenProcessPool(str(error))] * len(pairs)
+        # every answer gets its limit from the pool; this is for a pool that no longer does anything
+        deadline = time.monotonic() + _START_SECONDS + (limit + 5) * len(pairs)
+        pending = set(futures)
+        while pending and pool.active and time.monotonic() < deadline:
+            pending = wait(pending, timeout=0.5).not_done
+        if pending:
+            wait(pending, timeout=0.5)  # a pool that broke hands out its errors a moment later
+            self._drop_pool()
+        outcomes: list[bool | BaseException] = []
+        for future in futures:
+            if not future.done():
+                outcomes.append(BrokenProcessPool("the worker pool stopped"))
+            else:
+                failure = future.exception()
+                outcomes.append(bool(future.result()) if failure is None else failure)
+        return outcomes
+
+    def _live_pool(self) -> pebble.ProcessPool:
+        if self._pool is not None and not self._pool.active:
+            self._drop_pool()
+        if self._pool is None:
+            # never fork: this process has torch's threads and perhaps a GPU
+            forkserver = "forkserver" in multiprocessing.get_all_start_methods()
+            context: Any = multiprocessing.get_context("forkserver" if forkserver else "spawn")
+            if forkserver:
+                # imported once in the server, so that replacing a killed worker is cheap
+                context.set_forkserver_preload(["__main__", __name__, "math_verify"])
+            # workers are renewed now and then: sympy's caches grow into the memory cap
+            self._pool = pebble.ProcessPool(
+                self.workers, max_tasks=2000, initializer=_start_worker, context=context
+            )
+        return self._pool
+
+    def _drop_pool(self) -> None:
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
