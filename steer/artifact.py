@@ -60,8 +60,8 @@ def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
         raise SteerError(f"cannot save vectors to {folder}: it is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / TENSOR_FILE, save(tensors, metadata={"steering_config": text}))
-        replace_file(folder / CONFIG_FILE, (text + "\n").encode())
+        whole = save(tensors, metadata={"steering_config": text})
+        replace_files({folder / TENSOR_FILE: whole, folder / CONFIG_FILE: (text + "\n").encode()})
     except OSError as error:
         raise SteerError(
             f"cannot save vectors to {folder}: {error.strerror}; what was there before is untouched"
@@ -92,7 +92,7 @@ def read(source: str | os.PathLike[str], revision: str | None = None) -> Artifac
         raise SteerError(f"{path} holds no steering config in its metadata; it was not written by steer")
     artifact = Artifact(_parse(metadata["steering_config"], path), tensors)
     sidecar = path.with_name(CONFIG_FILE)
-    if sidecar.exists() and _parse(sidecar.read_text(errors="replace"), sidecar) != artifact.config:
+    if path.name == TENSOR_FILE and sidecar.exists() and not _holds(sidecar, artifact.config):
         warnings.warn(
             f"{sidecar} differs from the config inside {path.name}; the latter is used", stacklevel=2
         )
@@ -128,23 +128,40 @@ def check(artifact: Artifact, where: str) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write `content` beside `path`, flush it to the disk, and rename it over `path`."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    replace_files({path: content})
+
+
+def replace_files(contents: dict[Path, bytes]) -> None:
+    """The same for several: none is renamed before all are on the disk, so a full disk changes none."""
+    written: dict[str, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            written[temporary] = path
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+        for temporary, path in written.items():
+            os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary in written:
+            Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _holds(sidecar: Path, config: SteeringConfig) -> bool:
+    try:
+        return _parse(sidecar.read_text(errors="replace"), sidecar) == config
+    except (SteerError, OSError):
+        return False
 
 
 def _parse(text: str, path: Path) -> SteeringConfig:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, too long a number, too deep a nesting
         raise SteerError(f"{path}: the steering config is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise SteerError(f"{path}: the steering config is a {type(values).__name__}, expected a JSON object")
@@ -169,7 +186,7 @@ def _tensor_file(source: str | os.PathLike[str], revision: str | None) -> Path:
 
     try:
         return Path(hf_hub_download(str(source), TENSOR_FILE, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: not an id
         reason = str(error).splitlines()[0]
         raise SteerError(
             f"no folder {source}, and the hub did not give {TENSOR_FILE} of that id ({reason})"

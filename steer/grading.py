@@ -27,7 +27,7 @@ from steer.errors import SteerError
 
 log = logging.getLogger(__name__)
 
-How = Literal["exact", "math_verify", "no_answer", "timeout", "crash", "too_long"]
+How = Literal["exact", "unevaluated", "math_verify", "no_answer", "timeout", "crash", "too_long"]
 
 _CACHE_SIZE = 20_000  # graded pairs kept
 _START_SECONDS = (
@@ -124,6 +124,26 @@ def _same_number(gold: _Number, answer: _Number) -> bool:
         return False
     rounded = round(gold.value, 6)
     return rounded != 0 and rounded == round(answer.value, 6)
+
+
+_SCIENTIFIC = re.compile(r"[0-9.]+(?:\\times|\\cdot|\*|×) ?10\^(?:\{-?[0-9]+\}|-?[0-9])")
+_OPERATOR = re.compile(
+    r"[+*^!×·÷]|\\(?:times|cdot|div|sqrt|binom|sum|prod|log|ln)(?![a-zA-Z])|(?<=[\w)}\]])-|(?<=[\d)])\("
+)
+
+
+def _unevaluated(gold: str, answer: str) -> bool:
+    r"""Whether the answer to a plain number is still a sum to do, such as \boxed{97 + 27} for 124.
+
+    A symbolic checker does the sum itself and calls it right, so that repeating the question earns the reward.
+    """
+    number = _number(_normalise(gold))
+    if number is None:
+        return False
+    last = _normalise(answer.rpartition("=")[2])  # "97 + 27 = 124" is done
+    if (given := _number(last)) is not None:
+        return number.written == "integer" and given.written == "fraction" and given.unit == ""
+    return bool(_OPERATOR.search(_SCIENTIFIC.sub("1", _UNIT.sub("", last)).lstrip("+-")))
 
 
 def _suspicious(text: str) -> bool:
@@ -256,6 +276,8 @@ class Checker:
         if len(answer) > self.max_chars:
             same = answer.strip() == gold.strip()
             return Verdict(same, answer, "exact" if same else "too_long")
+        if _unevaluated(gold, answer):
+            return Verdict(False, answer, "unevaluated")
         equal = _compare(gold, answer)
         return None if equal is None else Verdict(equal, answer, "exact")
 

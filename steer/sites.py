@@ -45,6 +45,10 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise SteerError(
             f"{type(model).__name__} is an encoder-decoder; steering vectors need a decoder-only causal LM"
         )
+    if _is_encoder(model):
+        raise SteerError(
+            f"{type(model).__name__} is an encoder; steering vectors need a decoder-only causal LM"
+        )
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     stacks = [(n, m) for n, m in lists if len(m) and all(_children(layer, _ATTENTION) for layer in m)]
     if (
@@ -65,6 +69,14 @@ def find_decoder(model: nn.Module) -> Decoder:
     name, layers = stacks[0]
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     return Decoder(_parent(model, name), layers, name, config.hidden_size)
+
+
+def _is_encoder(model: nn.Module) -> bool:
+    """BERT and its like, whose attention modules look as a decoder's do."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    config = getattr(model, "config", None)
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 @dataclass(frozen=True)

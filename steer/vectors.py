@@ -35,12 +35,7 @@ class Gate:
         self.positions = positions
         self.scale = scale
         self.enabled = True
-        self.prompt_length: int | torch.Tensor | None = (
-            None  # columns before the first generated token, if told
-        )
-        self._prefill: int | torch.Tensor | None = (
-            None  # the same, as seen at the start of a cached generation
-        )
+        self.prompt_length: int | torch.Tensor | None = None  # columns of the prompt, where told
         self.mask: torch.Tensor | None = None  # (batch or 1, tokens, 1) bool; None steers every token
 
     def place(self, tokens: int, past: Any, device: torch.device) -> None:
@@ -51,9 +46,9 @@ class Gate:
         seen = past.get_seq_length() if past is not None else 0
         length = self.prompt_length
         if length is None:
-            if past is not None and seen == 0:
-                self._prefill = tokens
-            length = self._prefill if past is not None else None
+            if past is not None and seen == 0:  # kept on the cache: several generations may take turns
+                past.steering_prompt_length = tokens
+            length = getattr(past, "steering_prompt_length", None)
             if length is None:
                 raise SteerError(
                     f"positions={self.positions!r} must know where the prompt ends: wrap this call in "
@@ -84,9 +79,10 @@ class SteeringVector(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self.gate.enabled:
             return hidden
-        # The sum is rounded once, to the precision of the stream; the vector itself stays in its own.
+        # Added in the precision of the stream, as a bias would be; the vector itself keeps its own.
         steered = hidden + (self.gate.scale * self.vector).to(hidden.device, hidden.dtype)
-        return steered if self.gate.mask is None else torch.where(self.gate.mask, steered, hidden)
+        mask = self.gate.mask
+        return steered if mask is None else torch.where(mask.to(hidden.device), steered, hidden)
 
 
 class SteeringVectors:
@@ -117,9 +113,15 @@ class SteeringVectors:
         self._gate.scale = self.config.scale
 
     @property
-    def layers(self) -> list[int]:
+    def depth(self) -> int:
+        """Number of decoder layers of the model, steered or not."""
         assert self.config.depth is not None
-        return self.config.resolve_layers(self.config.depth)
+        return self.config.depth
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the steered layers, ascending."""
+        return self.config.resolve_layers(self.depth)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of shape (width,) by their name in the model, first layer first."""
@@ -171,7 +173,9 @@ class SteeringVectors:
         Inside, the first `columns` columns (padding included; an int, or (batch,) for each row) are the
         prompt.
 
-        Needed only when `positions` is not 'all' and the model is called without `generate()`.
+        Needed only when `positions` is not 'all' and the model is called without `generate()`, or when it
+        prefills the prompt in chunks. Run the backward pass inside too when activations are checkpointed:
+        the recomputation asks again where the prompt ends.
         """
         before, self._gate.prompt_length = self._gate.prompt_length, columns
         try:
@@ -313,6 +317,8 @@ def _steer_input(vector: SteeringVector, module: nn.Module, args: tuple, kwargs:
 
 
 def _place(gate: Gate, trunk: nn.Module, args: tuple, kwargs: dict) -> None:
+    if not gate.enabled:  # the base model needs no prompt length
+        return
     tokens = args[0] if args else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"]

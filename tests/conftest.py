@@ -1,0 +1,131 @@
+"""Shared by all tests: tiny random models of every architecture, a tiny tokenizer, real weights and data."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# By model_type. A window of 8 makes the sliding layers forget within a test's few tokens.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": SHAPE,
+    "qwen2": SHAPE,
+    "qwen3": {**SHAPE, "head_dim": 8},
+    "mistral": {**SHAPE, "sliding_window": 8},
+    "gemma2": {**SHAPE, "head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {**SHAPE, "head_dim": 8, "sliding_window": 8},
+    "phi3": SHAPE,
+    "olmo2": SHAPE,
+    "gpt2": {
+        "vocab_size": 97,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 128,
+        # no dropout, so that training mode computes the same as eval mode
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    },
+    "gpt_neox": {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"},
+    "mixtral": {**SHAPE, "num_local_experts": 4},
+    "qwen3_moe": {
+        **SHAPE,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+    },
+}
+
+SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
+# Rare characters are left out so that every id fits a tiny model's 97 rows; they become <unk>.
+CHARACTERS = [
+    c for c in "\n " + string.digits + string.ascii_letters + string.punctuation if c not in "`~@#;|"
+]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def build_tiny() -> Callable[..., PreTrainedModel]:
+    """`build_tiny("llama", seed=0, num_hidden_layers=4, ...)`: a new random float32 model in eval mode."""
+
+    def build(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        config = CONFIG_MAPPING[model_type](**{**ARCHITECTURES[model_type], **TOKENS, **changes})
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    return build
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def tiny_model(request: pytest.FixtureRequest, build_tiny: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """Every architecture in turn: 3 layers, width 32, vocabulary 97."""
+    return build_tiny(request.param)
+
+
+@pytest.fixture
+def tiny_llama(build_tiny: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return build_tiny("llama")
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, left padding, a chat template; all ids are below 97 and fit the tiny models."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as tokenizer_models
+
+    vocabulary = {token: index for index, token in enumerate(SPECIALS + CHARACTERS)}
+    characters = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=[AddedToken(token, special=True) for token in SPECIALS[4:]],
+        padding_side="left",
+        model_max_length=128,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of benchmark files that lies beside a developer's checkout."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the benchmark files (../shared/data) are not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> PreTrainedModel:
+    """
+    SmolLM2-135M-Instruct in float32, for tests marked `real`. One for the session: who steers it must detach.
+    """
+    from steer.models import load_model
+
+    return load_model("smollm2-135m-instruct", dtype="float32")
