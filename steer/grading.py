@@ -135,7 +135,7 @@ _OPERATOR = re.compile(
 def _unevaluated(gold: str, answer: str) -> bool:
     r"""Whether the answer to a plain number is still a sum to do, such as \boxed{97 + 27} for 124.
 
-    A symbolic checker does the sum itself and calls it right, so that repeating the question earns the reward.
+    A symbolic checker does the sum itself and calls it right: repeating the question would earn the reward.
     """
     number = _number(_normalise(gold))
     if number is None:

@@ -1,0 +1,93 @@
+"""What a person watches while vectors train: a progress bar, and per layer the numbers that tell health."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from steer.vectors import SteeringVectors
+
+
+class VectorLog(TrainerCallback):
+    """
+    Adds to every log, for each layer l: `layer/l/norm`, `layer/l/grad_norm` (after clipping),
+    `layer/l/update_ratio` (norm of the update over norm of the vector) and, once there is a checkpoint,
+    `layer/l/cosine` to the vector in it.
+    """
+
+    def __init__(self, vectors: SteeringVectors, metrics: dict[str, list[float]]):
+        self.vectors = vectors
+        self.metrics = metrics
+        self.before: dict[str, torch.Tensor] = {}
+        self.saved: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = self.vectors.tensors()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = self.vectors.tensors()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = self.vectors.tensors()
+        for layer, parameter in zip(self.vectors.layers, self.vectors.parameters(), strict=True):
+            gradient = parameter.grad
+            if gradient is not None:
+                gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                self.metrics[f"layer/{layer}/grad_norm"].append(gradient.norm().item())
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for layer, (name, vector) in zip(self.vectors.layers, self.vectors.tensors().items(), strict=True):
+            norm = vector.norm().item()
+            self.metrics[f"layer/{layer}/norm"].append(norm)
+            if norm:
+                self.metrics[f"layer/{layer}/update_ratio"].append(
+                    (vector - self.before[name]).norm().item() / norm
+                )
+            if norm and self.saved[name].norm():
+                cosine = torch.cosine_similarity(vector, self.saved[name], dim=0).item()
+                self.metrics[f"layer/{layer}/cosine"].append(cosine)
+
+
+class ProgressBar(TrainerCallback):
+    """One line: updates done and to go, reward, accuracy, generated tokens per second."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self.last = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
+        self.last = time.perf_counter()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        now = time.perf_counter()
+        if self.bar is None or not logs or logs.get("reward") is None:
+            return
+        steps = state.global_step - self.bar.n
+        shown = {"reward": f"{logs['reward']:.2f}"}
+        if logs.get("accuracy") is not None:
+            shown["accuracy"] = f"{logs['accuracy']:.2f}"
+        length = logs.get("completions/mean_length")
+        if length and steps > 0:
+            samples = (
+                args.generation_batch_size
+                * steps
+                * args.gradient_accumulation_steps
+                / args.steps_per_generation
+            )
+            shown["tok/s"] = f"{length * samples / (now - self.last):.0f}"
+        self.last = now
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,348 @@
+"""The recipe as a user runs it: whole, again, killed and restarted, on two processes, with bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from training import SPREAD, far, model_folder, same, write_problems
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import steer
+from steer import artifact
+from steer.train.trainer import last_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "grpo_steer.py"
+STEPS = 12
+# Whole boxed answers as single tokens: a random model then writes one now and then, right ones among them.
+BOXED = [rf"\boxed{{{n}}}" for n in range(10)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recipe")
+
+
+@pytest.fixture
+def base(
+    place: Path, build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A folder with everything a run needs: `model/`, `train.jsonl`, `heldout.jsonl` and `config.yaml`."""
+    if not (place / "config.yaml").exists():
+        tiny_tokenizer.add_tokens(BOXED)
+        model = build_tiny("llama", initializer_range=SPREAD, vocab_size=len(tiny_tokenizer))
+        model_folder(place / "model", model, tiny_tokenizer)
+        for name, numbers in (("train", range(40)), ("heldout", range(40, 46))):
+            write_problems(place / f"{name}.jsonl", numbers, modulus=10)
+        settings = {
+            "model": str(place / "model"),
+            "train_data": str(place / "train.jsonl"),
+            "eval_data": str(place / "heldout.jsonl"),
+            "template": "plain",
+            "rewards": ["correct01", "format"],
+            "reward_weights": [1.0, 0.25],
+            "learning_rate": "2e-2",  # YAML 1.1 reads an exponent without a point as text
+            "max_steps": STEPS,
+            "save_steps": 2,
+            "num_generations": 8,
+            "per_device_train_batch_size": 32,
+            "max_completion_length": 3,
+            "use_cpu": True,
+            "report_to": "none",
+            "output_dir": str(place / "whole"),
+        }
+        (place / "config.yaml").write_text(yaml.safe_dump(settings))
+    return place
+
+
+def command(base: Path, *changes: str) -> list[str]:
+    return [sys.executable, str(RECIPE), "--config", str(base / "config.yaml"), *changes]
+
+
+def environment() -> dict[str, str]:
+    # sums in a fixed order, whatever the machine; nothing of a launcher that may have started the tests
+    left = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
+    return {**left, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def started(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture
+def whole(base: Path) -> Path:
+    """The folder of a run that was never stopped; its output is in `whole.log`."""
+    if not (base / "whole.log").exists():
+        done = started(command(base), base)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (base / "whole.log").write_text(done.stdout)
+        (base / "whole.err").write_text(done.stderr)
+    return base / "whole"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---- a whole run
+
+
+def test_a_whole_run_leaves_everything_behind(whole: Path, base: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert results["steps"] == STEPS and results["trained_numbers"] == 3 * 32
+    for stage in ("before", "after"):
+        assert results[stage]["problems"] == 6 and 0 <= results[stage]["accuracy"] <= 1
+        answers = json.loads((whole / f"samples_{stage}.json").read_text())
+        assert [a["answer"] for a in answers] == [str((n + n % 7) % 10) for n in range(40, 46)]
+    assert (whole / "training.png").read_bytes().startswith(b"\x89PNG")
+    saved = artifact.read(whole / "vectors")
+    assert all(t.norm() > 0 for t in saved.tensors.values()), "the reward never differed: nothing was tested"
+    assert saved.config.provenance["training"]["learning_rate"] == 2e-2
+    assert saved.config.base_model == str(base / "model")
+    assert same(artifact.read(whole / f"checkpoint-{STEPS}").tensors, saved.tensors)
+
+
+def test_a_whole_run_prints_the_table_and_the_places(whole: Path, base: Path) -> None:
+    text = (base / "whole.log").read_text()
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split()[:1] == ["accuracy"])
+    assert lines[head + 1].startswith("untrained") and lines[head + 2].startswith("steered")
+    for name in ("vectors", "results.json", "training.png"):
+        assert str(whole / name) in text
+    assert "3 x 32 numbers" in text
+    assert f"{STEPS} updates" in text
+    assert text.count("(answer: ") == 3
+    assert "training:" in (base / "whole.err").read_text(), "no progress bar"
+
+
+def test_the_printed_command_uses_the_vectors(whole: Path, base: Path) -> None:
+    lines = (base / "whole.log").read_text().splitlines()
+    tool, *arguments = shlex.split(lines[lines.index("Use them:") + 1])
+    assert tool.endswith("steer") and "--vectors" in arguments
+    # the installed script is one line around this call; here it runs from the checkout
+    code = "import sys; from steer.cli import main; sys.exit(main())"
+    done = started([sys.executable, "-c", code, *arguments], base)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole: Path, base: Path) -> None:
+    before = contents(whole)
+    done = started(command(base), base)
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stdout + done.stderr and "steered" in done.stdout
+    after = contents(whole)
+    assert {n for n in before if n != "training.png"} == {n for n in after if n != "training.png"}
+    assert [n for n in before if n != "training.png" and before[n] != after[n]] == []
+    assert last_checkpoint(whole) == whole / f"checkpoint-{STEPS}"
+
+
+# ---- killed, and on two processes
+
+
+def test_killed_between_steps_and_started_again_ends_with_the_same_vectors(whole: Path, base: Path) -> None:
+    folder = base / "killed"
+    arguments = command(base, "--output_dir", str(folder))
+    with (base / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            arguments, cwd=base, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            while not (folder / "checkpoint-4").exists():
+                assert process.poll() is None, (base / "killed.log").read_text()
+                time.sleep(0.005)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "vectors").exists() and not (folder / f"checkpoint-{STEPS}").exists()
+    left = last_checkpoint(folder)
+    assert left is not None
+    done = started(arguments, base)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {left}" in done.stdout + done.stderr
+    assert same(artifact.read(folder / "vectors").tensors, artifact.read(whole / "vectors").tensors)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == STEPS and "after" in results
+    expected = json.loads((whole / "results.json").read_text())
+    assert (results["before"], results["after"]) == (expected["before"], expected["after"])
+
+
+def test_two_processes_give_the_vectors_of_one(whole: Path, base: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu-2.yaml")]
+    launch += ["--main_process_port", str(port), *command(base)[1:]]
+    folder = base / "two"
+    done = started([*launch, "--output_dir", str(folder), "--per_device_train_batch_size", "16"], base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # rank 1 was there, and drew its own half
+    assert {p.name for p in (folder / f"checkpoint-{STEPS}").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+    got, expected = (artifact.read(f / "vectors").tensors for f in (folder, whole))
+    # the gradient is summed in another order; samples and rewards are the same ones
+    assert far(got, expected) < 1e-4
+    logs = [
+        json.loads((f / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()) for f in (folder, whole)
+    ]
+    rewards = [[row["reward"] for row in log["log_history"] if "reward" in row] for log in logs]
+    assert rewards[0] == pytest.approx(rewards[1]) and len(set(rewards[0])) > 1
+    assert done.stdout.count("untrained  ") >= 1 and done.stdout.count("95 % interval") == 1
+
+
+# ---- bad input: one line that names the mend
+
+
+@pytest.fixture
+def refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The one line with which the recipe ends, run inside this process to save the imports."""
+
+    def run(*changes: str, config: Path | None = None) -> str:
+        arguments = command(base, "--output_dir", str(tmp_path / "out"), *changes)[1:]
+        if config is not None:
+            arguments[2] = str(config)
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+        line = str(caught.value.code)
+        assert line.startswith("error: ") and "\n" not in line, line
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (("--layers", "7"), "0 to 2"),
+        (("--layers", ""), "'all'"),
+        (("--layers", "2-1"), "smaller layer first"),
+        (("--site", "resid"), "resid_post"),
+        (("--rewards", "corect", "--reward_weights", "1.0"), "correct01"),
+        (("--template", "boxd"), "boxed_short"),
+        (("--train_data", "missing.jsonl"), "no file"),
+        (("--model", "no-such-folder/x/y"), "no-such-folder"),
+        (("--lr_by_layer", "9:0.1"), "0 to 2"),
+        (("--advantage", "median"), "loo, group"),
+        (("--reward_weights", "1.0"), "reward"),
+        (("--num_generations", "5"), "num_generations"),
+        (("--learnin_rate", "1"), "--learnin_rate"),
+        (("--max_steps", "many"), "max_steps"),
+        (("--train_limit", "2"), "data set"),
+        (("--loss_type", "grop"), "dr_grpo"),
+        (("--levels", "9"), "levels"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, tuple) else "",
+)
+def test_a_wrong_setting_is_one_line(refused, changes: tuple[str, ...], named: str) -> None:
+    assert named in refused(*changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"problem": "1+1"}\n', "'answer'"),
+        ('{"problem": "1+1", "answer": ""}\n', "'answer'"),
+        ("", "no problems"),
+        ("not json\n", "line 1"),
+    ],
+)
+def test_a_wrong_data_file_is_one_line(refused, tmp_path: Path, text: str, named: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(text)
+    assert named in refused("--train_data", str(path))
+
+
+def test_a_missing_config_file_is_one_line(refused, tmp_path: Path) -> None:
+    assert "recipes/configs" in refused(config=tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learnin_rate": 1}, "learnin_rate"),
+        ({"learning_rate": "fast"}, "learning_rate"),
+        (["no", "mapping"], "mapping"),
+        ("a: b: c", "YAML"),
+    ],
+)
+def test_a_wrong_config_file_is_one_line(
+    refused, base: Path, tmp_path: Path, change: object, named: str
+) -> None:
+    settings = yaml.safe_load((base / "config.yaml").read_text())
+    path = tmp_path / "config.yaml"
+    if isinstance(change, dict):
+        change = {**settings, **change}
+    path.write_text(change if isinstance(change, str) else yaml.safe_dump(change))
+    assert named in refused(config=path)
+
+
+def test_a_folder_with_another_run_or_other_files_is_one_line(refused, whole: Path, tmp_path: Path) -> None:
+    before = contents(whole)
+    line = refused("--learning_rate", "0.5", "--output_dir", str(whole))
+    assert "learning_rate was 0.02, now 0.5" in line and "--output_dir" in line
+    assert contents(whole) == before
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("text")
+    assert "--output_dir" in refused("--output_dir", str(tmp_path / "thesis"))
+    (tmp_path / "file").write_text("")
+    assert "--output_dir" in refused("--output_dir", str(tmp_path / "file"))
+
+
+def test_a_mistake_found_late_does_not_claim_the_folder(refused, tmp_path: Path) -> None:
+    # or the corrected command would be turned away for being "another run"
+    assert "layer 7 does not exist" in refused("--layers", "7")
+    assert "layer 8 does not exist" in refused("--layers", "8")
+
+
+def test_the_recipe_ends_with_status_1_and_no_traceback(base: Path, tmp_path: Path) -> None:
+    done = started(command(base, "--output_dir", str(tmp_path / "out"), "--layers", "7"), base)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and done.stderr.rstrip().endswith(errors[0])
+
+
+def test_help_names_the_groups(base: Path) -> None:
+    done = started([sys.executable, str(RECIPE), "--help"], base)
+    assert done.returncode == 0
+    for group in ("model, data and reward", "steering vectors", "training"):
+        assert f"{group}:" in done.stdout
+    assert "--lr_by_layer" in done.stdout and "%%" not in done.stdout
+
+
+def test_the_shipped_configs_are_readable() -> None:
+    from trl import TrlParser
+
+    from steer.train import run as runs
+    from steer.train.config import SteeringGRPOConfig
+
+    files = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+    assert files
+    for path in files:
+        parser = TrlParser([runs.RunConfig, runs.SteeringArguments, SteeringGRPOConfig])
+        changes = ["--use_cpu", "true", "--bf16", "false"]
+        run, chosen, training = parser.parse_args_and_config(["--config", str(path), *changes])
+        steer.SteeringConfig(**vars(chosen))
+        assert isinstance(training.learning_rate, float) and run.model, path
+        assert torch.isfinite(torch.tensor(training.learning_rate))

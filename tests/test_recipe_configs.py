@@ -1,0 +1,216 @@
+"""The YAML files under `recipes`: each parses, has its paper's numbers, and fits the launcher it names."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import yaml
+from accelerate import PartialState
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from steer.models import BUNDLED
+from steer.prompts import TEMPLATES
+from steer.rewards import REWARDS
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+LAUNCHERS = sorted((RECIPES / "accelerate").glob("*.yaml"))
+SOURCES = {"arithmetic", "gsm8k", "math", "deepscaler", "math500", "none"}
+
+
+class Run(NamedTuple):
+    model: str
+    rate: float
+    samples: int
+    prompts: int  # of one update, on all devices
+    tokens: int  # published length, prompt included
+    steps: int = 314  # 0 where the length of the run is given in epochs
+    epochs: float = 3.0  # transformers' own default where steps decide
+    advantage: str = "loo"
+    beta: float = 0.0
+
+
+def precursor(model: str, rate: float, samples: int, epochs: int) -> Run:
+    return Run(model, rate, samples, 16, 1024, 0, epochs, "group", 0.01)
+
+
+# arXiv 2509.06608 and 2505.18706, and the settings files of their authors
+PUBLISHED = {
+    "deepscaler-qwen2.5-math-7b": Run("Qwen/Qwen2.5-Math-7B", 1e-3, 16, 128, 4096),
+    "deepscaler-qwen2.5-math-7b-single-layer": Run("Qwen/Qwen2.5-Math-7B", 3e-3, 16, 128, 4096),
+    "deepscaler-llama-3.1-8b-instruct": Run("meta-llama/Llama-3.1-8B-Instruct", 8e-5, 16, 128, 8192),
+    "deepscaler-llama-3.1-8b-instruct-single-layer": Run(
+        "meta-llama/Llama-3.1-8B-Instruct", 5e-4, 16, 128, 8192
+    ),
+    "deepscaler-llama-3.1-8b": Run("meta-llama/Llama-3.1-8B", 3e-4, 64, 128, 8192),
+    "deepscaler-qwen2.5-1.5b": Run("Qwen/Qwen2.5-1.5B", 1e-3, 64, 128, 8192),
+    "deepscaler-qwen2.5-7b": Run("Qwen/Qwen2.5-7B", 1e-3, 16, 128, 8192),
+    "deepscaler-qwen2.5-14b": Run("Qwen/Qwen2.5-14B", 5e-4, 16, 128, 8192),
+    "deepscaler-olmo2-7b-sft": Run("allenai/OLMo-2-1124-7B-SFT", 5e-5, 16, 128, 4096),
+    "gsm8k-qwen2.5-1.5b": precursor("Qwen/Qwen2.5-1.5B", 5e-4, 64, 3),
+    "gsm8k-qwen2.5-math-1.5b": precursor("Qwen/Qwen2.5-Math-1.5B", 2e-3, 16, 3),
+    "gsm8k-llama-3.1-8b": precursor("meta-llama/Llama-3.1-8B", 5e-4, 64, 2),
+    "gsm8k-llama-3.1-8b-instruct": precursor("meta-llama/Llama-3.1-8B-Instruct", 3e-4, 16, 3),
+    "math-qwen2.5-1.5b": precursor("Qwen/Qwen2.5-1.5B", 5e-4, 64, 3),
+    "math-qwen2.5-math-1.5b": precursor("Qwen/Qwen2.5-Math-1.5B", 1e-3, 16, 3),
+    "math-llama-3.1-8b": precursor("meta-llama/Llama-3.1-8B", 5e-4, 64, 2),
+    "math-llama-3.1-8b-instruct": precursor("meta-llama/Llama-3.1-8B-Instruct", 1e-4, 16, 3),
+}
+OURS = {"demo", "gsm8k-qwen2.5-coder-1.5b"}
+
+# layers (first, last) -> rate, as published
+SINGLE_LAYER = {
+    "deepscaler-qwen2.5-math-7b-single-layer": [
+        (0, 0, 3e-3), (1, 1, 7e-3), (2, 2, 5e-3), (3, 7, 7e-3), (8, 17, 1e-2), (18, 18, 3e-2), (19, 20, 5e-2),
+        (21, 22, 1e-1), (23, 24, 1e-2), (25, 27, 1e-1),
+    ],
+    "deepscaler-llama-3.1-8b-instruct-single-layer": [
+        (0, 3, 5e-4), (4, 7, 7e-4), (8, 10, 1e-3), (11, 11, 2e-3), (12, 12, 1e-3), (13, 13, 2e-3),
+        (14, 14, 1e-3), (15, 24, 2e-3), (25, 28, 5e-3), (29, 30, 7e-3), (31, 31, 5e-3),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("grpo_steer", RECIPES / "grpo_steer.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def parse(recipe, monkeypatch, tmp_path):
+    """The settings that the recipe's own command line makes of a config file, on the CPU."""
+
+    def settings(config: Path, *overrides: str):
+        argv = ["grpo_steer.py", "--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+        monkeypatch.setattr("sys.argv", [*argv, *overrides])
+        return recipe.parse()
+
+    yield settings
+    PartialState._reset_state()  # on a machine with a GPU, later tests must not inherit use_cpu
+
+
+def header(config: Path) -> str:
+    return "".join(line[1:] for line in config.read_text().splitlines(True) if line.startswith("#"))
+
+
+def launcher(config: Path) -> Path:
+    """The launcher file that a config's header names."""
+    found = re.findall(r"--config_file (\S+)", header(config))
+    assert found and len(set(found)) == 1
+    return RECIPES.parent / found[0]
+
+
+def named(path: Path) -> str:
+    return path.stem
+
+
+def test_every_config_is_accounted_for():
+    assert {c.stem for c in CONFIGS} == {*PUBLISHED, *OURS}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=named)
+def test_config_parses_and_names_things_that_exist(config, parse):
+    run, steering, training = parse(config)
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", run.model) or run.model in BUNDLED
+    assert run.model_dtype == "bfloat16"
+    assert run.template in TEMPLATES
+    assert set(run.rewards) <= set(REWARDS)
+    assert {run.train_data, run.eval_data or "none", *run.exclude} <= SOURCES
+    assert steering.dtype == "float32"
+    assert not training.bf16  # the base is bfloat16 already; autocast would only add casts
+    assert yaml.safe_load(config.read_text())["output_dir"] == f"runs/{config.stem}"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=named)
+def test_numbers_are_numbers(config):
+    values = chain.from_iterable(
+        value if isinstance(value, list) else [value] for value in yaml.safe_load(config.read_text()).values()
+    )
+    text = [value for value in values if isinstance(value, str)]
+    assert not [value for value in text if re.fullmatch(r"[\d.]+e[+-]?\d+", value)]  # YAML reads 1e-3 as text
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers(name, parse):
+    config, expected = RECIPES / "configs" / f"{name}.yaml", PUBLISHED[name]
+    run, steering, training = parse(config)
+    devices = load_config_from_file(str(launcher(config))).num_processes
+    per_device = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert run.model == expected.model
+    assert run.rewards == ["correct"]
+    assert training.learning_rate == pytest.approx(expected.rate)
+    assert training.num_generations == expected.samples
+    assert per_device * devices == expected.prompts * expected.samples
+    assert max(training.max_steps, 0) == expected.steps
+    assert training.num_train_epochs == expected.epochs
+    assert (training.advantage, training.beta) == (expected.advantage, expected.beta)
+    assert (training.scale_rewards, training.loss_type, training.num_iterations) == ("none", "dapo", 1)
+    assert (training.epsilon, training.temperature, training.top_p) == (0.2, 1.0, 1.0)
+    assert (training.max_grad_norm, training.warmup_steps) == (2.0, 0.03)
+    assert training.lr_scheduler_type == "constant_with_warmup"
+    # the rest of the published length is left to the prompt, at about four characters a token
+    prompt = expected.tokens - training.max_completion_length
+    assert 0 < prompt <= 512
+    assert run.max_problem_chars <= 4 * prompt
+    assert ("math500" in run.exclude) == (run.train_data != "gsm8k")
+    assert steering.layers == ("0" if name in SINGLE_LAYER else "all")
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.stem != "demo"], ids=named)
+def test_header_gives_the_command_and_the_devices(config):
+    devices = re.search(r"^ On (one|\d+) GPUs?", header(config), re.M)
+    assert devices
+    assert int(devices[1].replace("one", "1")) == load_config_from_file(str(launcher(config))).num_processes
+    assert f"--config recipes/configs/{config.name}" in header(config)
+
+
+@pytest.mark.parametrize("name", SINGLE_LAYER)
+def test_single_layer_headers_hold_the_published_rates(name, parse):
+    config = RECIPES / "configs" / f"{name}.yaml"
+    listed = re.search(r"rates=\(([^)]*)\)", header(config))
+    assert listed
+    rates = listed[1].split()
+    expected = {i: rate for first, last, rate in SINGLE_LAYER[name] for i in range(first, last + 1)}
+    assert [float(rate) for rate in rates] == pytest.approx([expected[i] for i in range(len(expected))])
+    _, steering, training = parse(config)
+    assert training.learning_rate == pytest.approx(expected[0])
+    _, steering, training = parse(config, "--layers", "12", "--learning_rate", rates[12])
+    assert (steering.layers, training.learning_rate) == ("12", pytest.approx(expected[12]))
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=named)
+def test_launcher_config_is_one_of_accelerate(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "no"  # anything else would round the vectors
+    assert config.num_processes >= config.num_machines >= 1
+    flags = vars(launch_command_parser().parse_args(["script.py"]))
+    assert set(config.fsdp_config) | set(config.deepspeed_config) <= set(flags)
+
+
+def test_launcher_kinds():
+    have = {p.stem: load_config_from_file(str(p)) for p in LAUNCHERS}
+    kinds = {name: (c.distributed_type.value, c.num_processes, c.num_machines) for name, c in have.items()}
+    assert kinds == {
+        "cpu": ("NO", 1, 1),
+        "cpu-2": ("MULTI_GPU", 2, 1),
+        "gpu": ("NO", 1, 1),
+        "ddp": ("MULTI_GPU", 8, 1),
+        "multi-node": ("MULTI_GPU", 16, 2),
+        "fsdp2": ("FSDP", 8, 1),
+        "deepspeed-zero2": ("DEEPSPEED", 8, 1),
+    }
+    assert {name for name, c in have.items() if c.use_cpu} == {"cpu", "cpu-2"}
+    assert have["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert have["deepspeed-zero2"].deepspeed_config["zero_stage"] == 2
+    assert have["multi-node"].main_process_ip is None  # comes from the command line
