@@ -7,12 +7,12 @@ RUN_ENV := TOKENIZERS_PARALLELISM=false
 .PHONY: demo control test lint all-tests clean
 
 demo: $(VENV)/ready
-	$(RUN_ENV) $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/grpo_steer.py \
+	$(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/grpo_steer.py \
 		--config recipes/configs/demo.yaml
 
 # The same run with rewards that mean nothing: its accuracy must stay where it was.
 control: $(VENV)/ready
-	$(RUN_ENV) $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/grpo_steer.py \
+	$(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/grpo_steer.py \
 		--config recipes/configs/demo.yaml --rewards random --reward_weights 1.0 --output_dir runs/control
 
 test: $(VENV)/ready
