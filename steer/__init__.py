@@ -17,8 +17,10 @@ _HOMES = {"SteeringConfig": "steer.config"} | dict.fromkeys(
 
 def __getattr__(name: str) -> object:
     # Torch is imported at the first use, so that the command line and the graders' workers start fast.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'steer' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "train":
+        return import_module("steer.train")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'steer' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

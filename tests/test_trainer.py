@@ -534,3 +534,22 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(run, tiny_tokenizer) -
     trainer = run(train=False)
     ids, _, _ = trainer._tokenize_prompts(["<s>1+1=", "<s>2"])
     assert [row[0] for row in ids] == [1, 1] and all(row.count(1) == 1 for row in ids)
+
+
+def test_push_to_hub_sends_the_artifact_alone(run, tmp_path: Path, monkeypatch) -> None:
+    sent: list[dict[str, Any]] = []
+
+    class Api:
+        def upload_folder(self, **arguments: Any) -> None:
+            sent.append(arguments)
+
+    def repo(self: SteeringGRPOTrainer, token: str | None = None) -> None:
+        self.hub_model_id = "someone/vectors"
+
+    monkeypatch.setattr("steer.train.trainer.HfApi", Api)
+    monkeypatch.setattr(SteeringGRPOTrainer, "init_hf_repo", repo)
+    trainer = run(push_to_hub=True, save_strategy="steps", save_steps=1, max_steps=2)
+    assert [Path(call["folder_path"]).name for call in sent] == ["checkpoint-1", "checkpoint-2"]
+    trainer.save_model(str(tmp_path / "vectors"))
+    assert sent[-1]["repo_id"] == "someone/vectors" and sent[-1]["folder_path"] == str(tmp_path / "vectors")
+    assert sent[-1]["allow_patterns"] == [artifact.CONFIG_FILE, artifact.TENSOR_FILE]

@@ -70,9 +70,7 @@ def _score(
     log_probs = torch.zeros(rows, longest, device=completion_ids.device)
     entropy = torch.zeros_like(log_probs)
     lengths = completion_mask.sum(1)
-    if (
-        not lengths.any()
-    ):  # all masked out: a padding token of one row keeps the graph, with a gradient of zero
+    if not lengths.any():  # all masked out: one padding token keeps the graph, with a gradient of zero
         lengths[0] = 1
     for chosen, length in length_batches(lengths):
         which = group[chosen]

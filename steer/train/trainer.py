@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback
@@ -31,7 +32,7 @@ from steer.train.callbacks import ProgressBar, VectorLog
 from steer.train.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
 from steer.train.rollout import Sampling, rollout, uniforms
 from steer.train.step import add_group_scoring
-from steer.vectors import SteeringVectors, attach, attached
+from steer.vectors import SteeringVectors, attach, attached, detach
 
 ROLLOUT_FILE = "rollouts.pt"
 
@@ -105,15 +106,17 @@ class SteeringGRPOTrainer(GRPOTrainer):
         cpu.keep_freed_memory()
         # trl loads a second base model when beta != 0; ours is the same one with its vectors off.
         beta, args.beta = args.beta, 0.0
-        # transformers refuses to train a quantised model unless it carries an adapter it knows of; vectors
-        # are one.
-        quantised = getattr(model, "is_quantized", False) and not getattr(
-            model, "_hf_peft_config_loaded", False
-        )
+        # transformers trains a quantised model only when it carries an adapter it knows of; vectors are one.
+        quantised = getattr(model, "is_quantized", False)
+        quantised = quantised and not getattr(model, "_hf_peft_config_loaded", False)
         if quantised:
             model._hf_peft_config_loaded = True  # type: ignore[assignment]
         try:
             super().__init__(model=model, reward_funcs=functions, args=args, **kwargs)
+        except BaseException:
+            if not has_vectors:
+                detach(model)
+            raise
         finally:
             args.beta = beta
             if quantised:
@@ -144,8 +147,7 @@ class SteeringGRPOTrainer(GRPOTrainer):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, *args: Any, **kwargs: Any
     ) -> tuple:
-        # What only `generate()` can do goes there: trl's engines, tools, penalties, user-given generation
-        # settings.
+        # What only `generate()` can do goes there: trl's engines, tools, penalties, generation settings.
         special = (
             self.use_vllm
             or self.use_transformers_continuous_batching
@@ -170,7 +172,7 @@ class SteeringGRPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * len(prompt_ids)
         rows = range(first, first + len(prompt_ids))
         training = self.model.training
-        # Evaluation draws from streams of its own, so that it does not disturb the training samples.
+        # Evaluation draws from streams of its own.
         seed = self.args.seed if training else self.args.seed + (1 << 32)
         noise = uniforms(rows, self.max_completion_length, seed, self._step)
         with (
@@ -204,9 +206,8 @@ class SteeringGRPOTrainer(GRPOTrainer):
         return output
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        # trl shuffles the rows of a generation before it cuts them into micro-batches. When every row enters
-        # the same update the order means nothing, and rows of one prompt stay together so that they can share
-        # it.
+        # trl shuffles a generation's rows before it cuts them into micro-batches. When all enter one update
+        # the order means nothing, and rows of one prompt stay together so that they can share it.
         update = (
             self.args.steps_per_generation == self.args.gradient_accumulation_steps
             and self.num_iterations == 1
@@ -308,14 +309,27 @@ class SteeringGRPOTrainer(GRPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the artifact; the base model is never written."""
-        vectors = artifact.Artifact(
-            self.vectors.config, self.vectors.tensors()
-        )  # gathers when sharded: all ranks
+        tensors = self.vectors.tensors()  # every process takes part in the gathering of sharded ones
+        vectors = artifact.Artifact(self.vectors.config, tensors)
         folder = output_dir or self.args.output_dir
         if self.args.should_save:
             artifact.write(folder, vectors)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            if self.args.push_to_hub and not _internal_call:
+                self._push(folder)
+
+    def _push(self, folder: str) -> None:
+        HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            allow_patterns=[artifact.CONFIG_FILE, artifact.TENSOR_FILE],
+            commit_message="Steering vectors",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.should_save and self.args.hub_strategy != "end":
+            self._push(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: trl's card tells its reader to load a whole model, which is not there."""
@@ -342,6 +356,11 @@ class SteeringGRPOTrainer(GRPOTrainer):
                 f"cannot write {folder}: {reason}; make room and start again, the run goes on from the "
                 "checkpoint before"
             ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # trainer_state.json comes next and marks the checkpoint whole, for every process
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.vectors.set_tensors(artifact.read(resume_from_checkpoint).tensors)
