@@ -6,14 +6,17 @@ RUN_ENV := TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo control test lint all-tests clean
 
-demo: $(VENV)/ready
-	$(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/grpo_steer.py \
-		--config recipes/configs/demo.yaml
+LAUNCH = $(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml \
+	--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())")
+REWARD ?= random
 
-# The same run with rewards that mean nothing: its accuracy must stay where it was.
+demo: $(VENV)/ready
+	$(LAUNCH) recipes/grpo_steer.py --config recipes/configs/demo.yaml
+
+# The same run with a reward that does not look at the answer: REWARD=random, or REWARD=format for the box alone.
 control: $(VENV)/ready
-	$(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/grpo_steer.py \
-		--config recipes/configs/demo.yaml --rewards random --reward_weights 1.0 --output_dir runs/control
+	$(LAUNCH) recipes/grpo_steer.py --config recipes/configs/demo.yaml \
+		--rewards $(REWARD) --reward_weights 1.0 --output_dir runs/control-$(REWARD)
 
 test: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest

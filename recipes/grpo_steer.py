@@ -3,7 +3,7 @@ Train steering vectors by reinforcement learning on math problems.
 
     accelerate launch recipes/grpo_steer.py --config recipes/configs/demo.yaml
     accelerate launch recipes/grpo_steer.py --config recipes/configs/demo.yaml \\
-        --rewards random --reward_weights 1.0 --output_dir runs/control
+        --rewards random --reward_weights 1.0 --output_dir runs/control-random
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/grpo_steer.py \\
         --config recipes/configs/deepscaler-qwen2.5-math-7b.yaml
     accelerate launch recipes/grpo_steer.py --config recipes/configs/demo.yaml \\
@@ -125,6 +125,7 @@ def main() -> None:
                 evaluate("before")
             PartialState().wait_for_everyone()
             train(trainer, folder, asked)
+            PartialState().wait_for_everyone()
             evaluate("after")
         if main_process:
             report(folder, run, trainer)
@@ -169,7 +170,17 @@ def problems(run: RunConfig) -> tuple[Any, list[dict[str, Any]] | None]:
         held_out = load_problems(
             source, split, limit=run.eval_limit, arithmetic=run.arithmetic(run.eval_limit)
         )
-    return train, held_out.to_list()
+    kept = {" ".join(text.split()) for text in held_out["problem"]}
+    unseen = train.filter(lambda row: " ".join(row["problem"].split()) not in kept)
+    if len(unseen) < len(train):
+        log.info(
+            "%d training problems are among the held-out ones and were dropped", len(train) - len(unseen)
+        )
+    if not len(unseen):
+        raise SteerError(
+            f"every problem of {run.train_data} is held out too; train and test on different files"
+        )
+    return unseen, held_out.to_list()
 
 
 def train(trainer: SteeringGRPOTrainer, folder: Path, asked: list[float]) -> None:

@@ -97,8 +97,8 @@ def score(answered: Sequence[Answered]) -> Score:
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return Score(
         accuracy=p,
-        low=max(0.0, centre - half),
-        high=min(1.0, centre + half),
+        low=round(max(0.0, centre - half), 6),
+        high=round(min(1.0, centre + half), 6),
         problems=n,
         answered=sum(a.given is not None for a in answered) / n,
         finished=sum(a.finished for a in answered) / n,
