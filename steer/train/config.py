@@ -106,6 +106,7 @@ class SteeringGRPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Autocast to bfloat16. Not needed when the base model is loaded in bfloat16."},
     )
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bar."})
     save_steps: float = field(default=10, metadata={"help": "Write a checkpoint every this many updates."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
 
