@@ -51,20 +51,15 @@ def find_decoder(model: nn.Module) -> Decoder:
         )
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     stacks = [(n, m) for n, m in lists if len(m) and all(_children(layer, _ATTENTION) for layer in m)]
-    if (
-        len(stacks) > 1
-    ):  # a vision tower beside the language model: take the stack that reads the token embeddings
+    if len(stacks) > 1:  # with a vision tower beside it, the language model's stack is by the embeddings
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         stacks = [(n, m) for n, m in stacks if any(c is embeddings for c in _parent(model, n).children())]
     if len(stacks) != 1:
-        seen = (
-            ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in lists if len(m))
-            or "no module lists"
-        )
+        seen = ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in lists if len(m))
         children = ", ".join(name for name, _ in model.named_children())
         raise SteerError(
             f"{type(model).__name__} has no single stack of decoder layers with attention in it; "
-            f"seen: {seen}; top-level modules: {children or 'none'}"
+            f"seen: {seen or 'no module lists'}; top-level modules: {children or 'none'}"
         )
     name, layers = stacks[0]
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]

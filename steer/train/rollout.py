@@ -92,14 +92,12 @@ def rollout(
     ids, mask = pad_left(unique, device)
     cache = DynamicCache(config=model.config.get_text_config())
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+
+    def last_logits(ids: torch.Tensor) -> torch.Tensor:
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    logits = last_logits(ids)
     logits, mask, position = logits[group], mask[group], position[group, -1:]
     cache.batch_select_indices(group)
 
@@ -128,14 +126,7 @@ def rollout(
             rows, mask, position, token = rows[keep], mask[keep], position[keep], token[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         position = position + 1
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        logits = last_logits(token[:, None])
     ends = length.tolist()
     return Completions(
         [row[:n] for row, n in zip(tokens.tolist(), ends, strict=True)],
