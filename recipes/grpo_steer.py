@@ -21,7 +21,8 @@ import json
 import logging
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,9 +36,10 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 import steer
-from steer.artifact import replace_file
+from steer import artifact
 from steer.data import load_problems
 from steer.errors import SteerError
+from steer.files import replace_file
 from steer.models import load_model, load_tokenizer
 from steer.prompts import render
 from steer.rewards import Checker, make_reward
@@ -128,6 +130,7 @@ def main() -> None:
             PartialState().wait_for_everyone()
             evaluate("after")
         if main_process:
+            seal(folder)
             report(folder, run, trainer)
 
 
@@ -214,7 +217,17 @@ def provenance(run: RunConfig, training: SteeringGRPOConfig) -> dict[str, Any]:
         "recipe": "grpo_steer",
         "run": asdict(run),
         "training": {name: getattr(training, name) for name in names.split()},
+        "versions": {name: version(name) for name in ("steer", "torch", "transformers", "trl")},
     }
+
+
+def seal(folder: Path) -> None:
+    """Write the scores into the finished artifact and its card."""
+    results = runs.read_results(folder)
+    vectors = artifact.read(folder / "vectors")
+    scores = {stage: results[stage] for stage in ("before", "after") if stage in results}
+    known = {**(vectors.config.provenance or {}), "results": scores}
+    artifact.write(folder / "vectors", replace(vectors, config=replace(vectors.config, provenance=known)))
 
 
 def report(folder: Path, run: RunConfig, trainer: SteeringGRPOTrainer) -> None:

@@ -5,13 +5,27 @@ from typing import TYPE_CHECKING
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
+    from steer.artifact import Artifact, mean, read
     from steer.config import SteeringConfig
     from steer.vectors import SteeringVectors, attach, attached, detach, load
 
-__all__ = ["SteerError", "SteeringConfig", "SteeringVectors", "attach", "attached", "detach", "load"]
+__all__ = [
+    "Artifact",
+    "SteerError",
+    "SteeringConfig",
+    "SteeringVectors",
+    "attach",
+    "attached",
+    "detach",
+    "load",
+    "mean",
+    "read",
+]
 
-_HOMES = {"SteeringConfig": "steer.config"} | dict.fromkeys(
-    ("SteeringVectors", "attach", "attached", "detach", "load"), "steer.vectors"
+_HOMES = (
+    {"SteeringConfig": "steer.config"}
+    | dict.fromkeys(("SteeringVectors", "attach", "attached", "detach", "load"), "steer.vectors")
+    | dict.fromkeys(("Artifact", "mean", "read"), "steer.artifact")
 )
 
 

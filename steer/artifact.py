@@ -4,45 +4,203 @@ The artifact: a folder of two small files that holds a set of steering vectors.
 Format, version 1
 -----------------
 `steering.safetensors`
-    One 1-D tensor per steered layer, named exactly as the parameter is named inside the model
-    (`model.layers.12.steering.vector`), of the model's width, finite. The file's metadata holds the key
-    `steering_config`: the JSON text of the config, so this one file is a whole artifact.
-`steering_config.json`
-    The same config, for people and for tools that do not read safetensors. When the two differ (a kill
-    between the two writes, a hand edit), the copy inside the tensor file is the truth and a warning says so.
+    The trained numbers of every steered layer, named exactly as the parameters are named inside the model,
+    all finite and of the config's dtype. The file's metadata holds the key `steering_config`: the JSON text
+    of the config, so this one file is a whole artifact.
 
-Each file is written beside its target and renamed over it, tensors first: a kill at any moment leaves the old
-artifact or the new one. Nothing in either file can execute code.
+    kind       tensors (`model.layers` is the name of the decoder list in the base model)
+    constant   `model.layers.12.steering.vector` (width,)
+    adaptive   `model.layers.12.steering.vector` (width,) and `model.layers.12.steering.readout` (inner,)
+    shared     `model.layers.12.steering.mix` (rank,), and one `model.steering.directions` (rank, width)
+`steering_config.json`
+    The same config (`steer.config.SteeringConfig`), for people and for tools that do not read safetensors.
+    When the two differ (a kill between the two writes, a hand edit), the copy inside the tensor file is the
+    truth and a warning says so.
+`README.md`
+    The model card, for people (`steer.card`); nothing reads it.
+
+A file of a newer version is refused, and so is one with a field, a tensor, a shape or a dtype that version 1
+does not know. Each file is written beside its target and renamed over it, tensors first: a kill at any moment
+leaves the old artifact or the new one. Nothing in any of the files can execute code.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from steer.card import MARK, card
 from steer.config import SteeringConfig
-from steer.errors import SteerError
+from steer.errors import SteerError, shown
+from steer.files import replace_files, safetensors_header
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from torch import nn
 
 CONFIG_FILE = "steering_config.json"
 TENSOR_FILE = "steering.safetensors"
+CARD_FILE = "README.md"
 # A 405B model's vectors in float64 are 17 MB; anything far larger is not an artifact.
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 28
+# Objects and lists within each other in the config; a provenance has a few, and three more for each sum.
+
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_NAME = re.compile(r"(?P<decoder>[\w.]+)\.(?P<layer>\d{1,5})\.steering\.(?:vector|readout|mix)", re.ASCII)
+_PLAIN = re.compile(r"[\w.]{1,200}\.(?:vector|readout|mix|directions)", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """Vectors at rest: `config`, and `tensors` by parameter name, each of shape (width,)."""
+    """
+    Vectors at rest: `config`, and `tensors` by parameter name (shapes: see the format above).
+
+    Artifacts of one base model add, subtract, scale and negate: `a + 0.5 * b`, `-a`, `a.layers(4, 20)`,
+    `mean([a, b])`.
+    """
 
     config: SteeringConfig
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, Any]  # torch tensors, or numpy arrays from `read_numpy`
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers of the base model."""
+        assert self.config.depth is not None
+        return self.config.depth
+
+    @property
+    def decoder(self) -> str:
+        """Name of the list of decoder layers in the base model, such as `model.layers`."""
+        match = next(filter(None, map(_NAME.fullmatch, self.tensors)))
+        return match["decoder"]
+
+    def by_layer(self) -> dict[int, torch.Tensor]:
+        """
+        What each steered layer adds: (width,) by layer, `config.scale` folded in, in float32 or better.
+        SteerError for adaptive vectors, which add something else at every token.
+        """
+        if self.config.kind == "adaptive":
+            raise SteerError(
+                "adaptive vectors add another amount at every token: no constant vector expresses them; "
+                "export them as a PEFT LoRA or a checkpoint, which can"
+            )
+        at = {layer: f"{self.decoder}.{layer}.steering" for layer in self._indices()}
+        scale = self.config.scale
+        if self.config.kind == "shared":
+            directions = _wide(self.tensors[directions_name(self.decoder)])
+            return {i: scale * (_wide(self.tensors[f"{name}.mix"]) @ directions) for i, name in at.items()}
+        return {i: scale * _wide(self.tensors[f"{name}.vector"]) for i, name in at.items()}
+
+    def rank_one(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Adaptive vectors by layer: (vector (width,), readout (inner,)), `config.scale` folded into the vector.
+        The down-projection's output gets (x . readout) * vector for its input x.
+        """
+        assert self.config.kind == "adaptive", self.config.kind
+        names = {layer: f"{self.decoder}.{layer}.steering" for layer in self._indices()}
+        return {
+            layer: (
+                self.config.scale * _wide(self.tensors[f"{name}.vector"]),
+                _wide(self.tensors[f"{name}.readout"]),
+            )
+            for layer, name in names.items()
+        }
+
+    def effective(self) -> dict[int, torch.Tensor]:
+        """As `by_layer`; an adaptive vector is as long as the vector times its read-out."""
+        if self.config.kind != "adaptive":
+            return self.by_layer()
+        return {
+            layer: vector * (readout @ readout) ** 0.5 for layer, (vector, readout) in self.rank_one().items()
+        }
+
+    def layers(self, first: int, last: int) -> Artifact:
+        """The part that steers layers `first` to `last`, both included; negative ones count from the end."""
+        wanted = replace(self.config, layers=f"{first}-{last}").resolve_layers(self.depth)
+        kept = [layer for layer in self._indices() if layer in wanted]
+        if not kept:
+            raise SteerError(f"none of layers {first} to {last} is steered, only {shown(self.config.layers)}")
+        step = {"layers": [first, last]}
+        if self.config.kind == "shared" and self.config.rank > len(kept):  # fewer vectors than directions
+            vectors = self.by_layer()
+            return self._constant({layer: vectors[layer] for layer in kept}, step, self.config.dtype)
+        names = expected_names(replace(self.config, layers=_join(kept)), self.decoder)
+        config = self._derived(step, layers=_join(kept))
+        return Artifact(config, {name: self.tensors[name] for name in names})
+
+    def __mul__(self, factor: float) -> Artifact:
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            return NotImplemented
+        return Artifact(self._derived({"times": factor}, scale=factor * self.config.scale), self.tensors)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Artifact:
+        return -1.0 * self
+
+    def __add__(self, other: Artifact) -> Artifact:
+        return self._sum(other, 1.0) if isinstance(other, Artifact) else NotImplemented
+
+    def __sub__(self, other: Artifact) -> Artifact:
+        return self._sum(other, -1.0) if isinstance(other, Artifact) else NotImplemented
+
+    def _sum(self, other: Artifact, sign: float) -> Artifact:
+        _check_same_base(self.config, other.config)
+        left, right = self.by_layer(), {i: sign * v for i, v in other.by_layer().items()}
+        total = {**left, **{i: left[i] + v if i in left else v for i, v in right.items()}}
+        total = dict(sorted(total.items()))
+        step = {"plus" if sign > 0 else "minus": _origin(other.config)}
+        return self._constant(total, step, self.config.dtype, other.config.dtype)
+
+    def _constant(self, vectors: dict[int, torch.Tensor], step: dict[str, Any], *dtypes: str) -> Artifact:
+        dtype = "float64" if "float64" in dtypes else "float32"
+        config = self._derived(step, kind="constant", layers=_join(vectors), scale=1.0, dtype=dtype)
+        return Artifact(config, _constant_tensors(vectors, self.decoder, dtype))
+
+    def _indices(self) -> list[int]:
+        return self.config.resolve_layers(self.depth)
+
+    def _derived(self, step: dict[str, Any], **changes: Any) -> SteeringConfig:
+        """The config after one step of arithmetic, which its provenance remembers; scores no longer hold."""
+        made = {k: v for k, v in (self.config.provenance or {}).items() if k not in ("results", "controls")}
+        steps = made.get("derived")
+        made["derived"] = [*(steps if isinstance(steps, list) else []), step]
+        return replace(self.config, provenance=made, **changes)
+
+
+def mean(artifacts: Sequence[Artifact]) -> Artifact:
+    """The mean of several artifacts of one base model; a layer that one lacks counts as zero there."""
+    if not artifacts:
+        raise SteerError("mean of no artifacts; give at least one")
+    total = artifacts[0]
+    for other in artifacts[1:]:
+        total = total + other
+    return (1.0 / len(artifacts)) * total
+
+
+def from_vectors(vectors: Mapping[int, torch.Tensor], model: nn.Module, **fields: Any) -> Artifact:
+    """
+    A constant artifact for `model` (any device, `meta` too) from (width,) vectors by layer; `fields` are
+    those of the config. SteerError for a layer or a width that the model does not have.
+    """
+    from steer.identity import describe
+    from steer.sites import find_decoder
+
+    decoder = find_decoder(model)
+    if not vectors:
+        raise SteerError("no vectors were given: nothing would be steered")
+    config = replace(SteeringConfig(layers=_join(sorted(vectors)), **fields), **describe(model))
+    config.resolve_layers(decoder.depth)
+    made = Artifact(config, _constant_tensors(dict(sorted(vectors.items())), decoder.name, config.dtype))
+    check(made, "the vectors given")
+    return made
 
 
 def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
@@ -53,7 +211,7 @@ def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
     from safetensors.torch import save
 
     check(artifact, str(folder))
-    text = json.dumps(artifact.config.to_dict(), indent=2)
+    text = _text(artifact.config, Path(folder))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in artifact.tensors.items()}
     folder = Path(folder)
     if folder.is_file():
@@ -61,7 +219,12 @@ def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         whole = save(tensors, metadata={"steering_config": text})
-        replace_files({folder / TENSOR_FILE: whole, folder / CONFIG_FILE: (text + "\n").encode()})
+        files = {folder / TENSOR_FILE: whole, folder / CONFIG_FILE: (text + "\n").encode()}
+        page = folder / CARD_FILE
+        if not page.exists() or MARK in page.read_text(errors="replace"):
+            numbers = sum(tensor.numel() for tensor in tensors.values())
+            files[page] = card(artifact.config, artifact.decoder, numbers, len(whole)).encode()
+        replace_files(files)
     except OSError as error:
         raise SteerError(
             f"cannot save vectors to {folder}: {error.strerror}; what was there before is untouched"
@@ -73,102 +236,201 @@ def read(source: str | os.PathLike[str], revision: str | None = None) -> Artifac
     """
     Read an artifact from a folder, a single `.safetensors` file or a hub id, and check every tensor in it.
     """
-    from safetensors import SafetensorError, safe_open
+    import torch
 
-    path = _tensor_file(source, revision)
-    if path.stat().st_size > MAX_BYTES:
-        raise SteerError(
-            f"{path} has {path.stat().st_size} bytes, more than any set of steering vectors ({MAX_BYTES})"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SteerError(
-            f"{path} is not a readable safetensors file ({error}); was it cut short or altered?"
-        ) from error
-    if "steering_config" not in metadata:
-        raise SteerError(f"{path} holds no steering config in its metadata; it was not written by steer")
-    artifact = Artifact(_parse(metadata["steering_config"], path), tensors)
-    sidecar = path.with_name(CONFIG_FILE)
-    if path.name == TENSOR_FILE and sidecar.exists() and not _holds(sidecar, artifact.config):
-        warnings.warn(
-            f"{sidecar} differs from the config inside {path.name}; the latter is used", stacklevel=2
-        )
-    check(artifact, str(path))
-    return artifact
+    path, config, entries = _read_file(source, revision)
+    tensors = {}
+    for name, (dtype, shape, data) in entries.items():
+        tensors[name] = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(shape)
+    found = Artifact(config, tensors)
+    check(found, str(path))
+    return found
+
+
+def read_numpy(source: str | os.PathLike[str], revision: str | None = None) -> Artifact:
+    """The same with float64 numpy arrays for tensors: starts without torch."""
+    import numpy as np
+
+    path, config, entries = _read_file(source, revision)
+    arrays = {}
+    for name, (dtype, shape, data) in entries.items():
+        if dtype == "bfloat16":  # numpy has none: the upper half of a float32
+            flat = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        else:
+            flat = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
+        arrays[name] = flat.reshape(shape).astype(np.float64)
+    found = Artifact(config, arrays)
+    _check_numbers(config, arrays, str(path))
+    return found
 
 
 def check(artifact: Artifact, where: str) -> None:
-    """Raise SteerError unless every tensor is a finite floating vector of the config's width."""
+    """Raise SteerError unless the tensors are exactly those that the config speaks of, and finite."""
     import torch
 
-    if not artifact.tensors:
-        raise SteerError(f"{where}: the artifact holds no vectors")
-    expected = (artifact.config.width,)
     for name, tensor in artifact.tensors.items():
-        if not name.endswith(".steering.vector"):
-            raise SteerError(f"{where}: unexpected tensor {name!r}; names end in '.steering.vector'")
-        if tuple(tensor.shape) != expected or tensor.dtype not in (
-            torch.float32,
-            torch.float64,
-            torch.bfloat16,
-            torch.float16,
-        ):
+        if tensor.dtype != getattr(torch, artifact.config.dtype):
             raise SteerError(
-                f"{where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected floats "
-                f"{expected}"
+                f"{where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected "
+                f"{artifact.config.dtype} as the config says"
             )
-        if not torch.isfinite(tensor).all():
+    arrays = {name: tensor.detach().cpu().double().numpy() for name, tensor in artifact.tensors.items()}
+    _check_numbers(artifact.config, arrays, where)
+
+
+def _check_numbers(config: SteeringConfig, arrays: dict[str, np.ndarray], where: str) -> None:
+    import numpy as np
+
+    if not arrays:
+        raise SteerError(f"{where}: the artifact holds no vectors")
+    if config.width is None or config.depth is None:
+        raise SteerError(f"{where}: the steering config does not say the width and depth of its model")
+    match = next(filter(None, map(_NAME.fullmatch, arrays)), None)
+    if match is None:
+        raise SteerError(
+            f"{where}: unexpected tensor {next(iter(arrays))!r}; names are like "
+            "'model.layers.12.steering.vector'"
+        )
+    expected = expected_names(config, match["decoder"])
+    if set(arrays) != set(expected):
+        wrong = sorted(set(arrays) ^ set(expected))
+        raise SteerError(
+            f"{where}: the tensors are not the {config.kind} vectors of layers {shown(config.layers)}: "
+            f"{', '.join(wrong[:4])} {'is' if len(wrong) == 1 else 'are'} missing or unexpected"
+        )
+    for name, shape in expected.items():
+        array = arrays[name]
+        if array.shape != shape and not (shape == (None,) and array.ndim == 1 and array.size):
+            raise SteerError(f"{where}: {name} has shape {array.shape}, expected floats {shape}")
+        if not np.isfinite(array).all():
             raise SteerError(
                 f"{where}: {name} holds NaN or Inf; lower the learning rate or load an earlier checkpoint"
             )
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, flush it to the disk, and rename it over `path`."""
-    replace_files({path: content})
+def expected_names(config: SteeringConfig, decoder: str) -> dict[str, tuple[int | None, ...]]:
+    """Names and shapes of the tensors of `config`; None is a length that the config does not tell."""
+    assert config.depth is not None
+    shapes: dict[str, dict[str, tuple[int | None, ...]]] = {
+        "constant": {"vector": (config.width,)},
+        "adaptive": {"vector": (config.width,), "readout": (None,)},
+        "shared": {"mix": (config.rank,)},
+    }
+    names = {
+        f"{decoder}.{layer}.steering.{part}": shape
+        for layer in config.resolve_layers(config.depth)
+        for part, shape in shapes[config.kind].items()
+    }
+    if config.kind == "shared":
+        names[directions_name(decoder)] = (config.rank, config.width)
+    return names
 
 
-def replace_files(contents: dict[Path, bytes]) -> None:
-    """The same for several: none is renamed before all are on the disk, so a full disk changes none."""
-    written: dict[str, Path] = {}
-    try:
-        for path, content in contents.items():
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            written[temporary] = path
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-        for temporary, path in written.items():
-            os.replace(temporary, path)
-    except BaseException:
-        for temporary in written:
-            Path(temporary).unlink(missing_ok=True)
-        raise
+def directions_name(decoder: str) -> str:
+    """Where the shared directions live: beside the list of layers, in the module that runs them."""
+    return f"{decoder.rpartition('.')[0]}.steering.directions".removeprefix(".")
+
+
+def _wide(values: Any) -> Any:
+    """Half precision as float32; the others, and numpy arrays, as they are."""
+    return values.float() if str(values.dtype) in ("torch.bfloat16", "torch.float16") else values
+
+
+def _join(layers: Iterable[int]) -> str:
+    return ",".join(map(str, layers))
+
+
+def _constant_tensors(vectors: Mapping[int, Any], decoder: str, dtype: str) -> dict[str, Any]:
+    import torch
+
+    return {
+        f"{decoder}.{i}.steering.vector": torch.as_tensor(v).detach().cpu().to(getattr(torch, dtype))
+        for i, v in vectors.items()
+    }
+
+
+def _origin(config: SteeringConfig) -> dict[str, Any]:
+    return {"base_model": config.base_model, **(config.provenance or {})}
+
+
+def _check_same_base(one: SteeringConfig, other: SteeringConfig) -> None:
+    for name in ("model_type", "width", "depth", "base_checksum", "site", "positions"):
+        left, right = getattr(one, name), getattr(other, name)
+        if name == "base_checksum" and not (left and right):
+            continue
+        if left != right:
+            place = name in ("site", "positions")
+            mend = "they steer different places" if place else "bring one over with steer.transfer first"
+            raise SteerError(
+                f"cannot combine vectors of {one.base_model} and {other.base_model}: {name} is {left} and "
+                f"{right}; {mend}"
+            )
 
 
 def _holds(sidecar: Path, config: SteeringConfig) -> bool:
     try:
-        return _parse(sidecar.read_text(errors="replace"), sidecar) == config
+        return SteeringConfig.from_json(sidecar.read_text(errors="replace"), sidecar) == config
     except (SteerError, OSError):
         return False
 
 
-def _parse(text: str, path: Path) -> SteeringConfig:
+def _text(config: SteeringConfig, path: Path) -> str:
+    """The config as JSON that `read` takes back."""
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, too long a number, too deep a nesting
-        raise SteerError(f"{path}: the steering config is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise SteerError(f"{path}: the steering config is a {type(values).__name__}, expected a JSON object")
+        text = json.dumps(config.to_dict(), indent=2)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = shown(str(error))
+        raise SteerError(
+            f"cannot save vectors to {path}: their provenance is no plain JSON ({reason})"
+        ) from error
+    SteeringConfig.from_json(text, path)
+    return text
+
+
+def _read_file(
+    source: str | os.PathLike[str], revision: str | None
+) -> tuple[Path, SteeringConfig, dict[str, tuple[str, list[int], bytes]]]:
+    """The config and, by name, each tensor's dtype, shape and little-endian bytes."""
+    from safetensors import SafetensorError, deserialize
+
+    path = _tensor_file(source, revision)
     try:
-        return SteeringConfig.from_dict(values)
-    except TypeError as error:
-        raise SteerError(f"{path}: the steering config has a field of the wrong type ({error})") from error
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise SteerError(f"{path} has {size} bytes, more than any set of steering vectors ({MAX_BYTES})")
+        content = path.read_bytes()
+        found = deserialize(content)  # checks offsets, lengths and dtypes
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, SteerError):
+            raise
+        raise SteerError(
+            f"{path} is not a readable safetensors file ({shown(str(error))}); was it cut short or altered?"
+        ) from error
+    header = safetensors_header(content, path)
+    text = (header.get("__metadata__") or {}).get("steering_config")
+    if text is None:
+        raise SteerError(f"{path} holds no steering config in its metadata; it was not written by steer")
+    entries = {}
+    for name, entry in sorted(found, key=lambda item: item[0]):
+        if not _PLAIN.fullmatch(name):
+            raise SteerError(
+                f"{path}: unexpected tensor {shown(name)}; names are like 'model.layers.12.steering.vector'"
+            )
+        if entry["dtype"] not in _DTYPES:
+            raise SteerError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
+        if not entry["data"]:
+            raise SteerError(f"{path}: {name} has shape {tuple(entry['shape'])}, which holds no numbers")
+        entries[name] = (_DTYPES[entry["dtype"]], entry["shape"], bytes(entry["data"]))
+    config = SteeringConfig.from_json(text, path)
+    for name, (dtype, shape, _) in entries.items():
+        if dtype != config.dtype:
+            raise SteerError(f"{path}: {name} is {dtype} of shape {tuple(shape)}, expected {config.dtype}")
+    sidecar = path.with_name(CONFIG_FILE)
+    if path.name == TENSOR_FILE and sidecar.exists() and not _holds(sidecar, config):
+        warnings.warn(
+            f"{sidecar} differs from the config inside {path.name}; the latter is used", stacklevel=4
+        )
+    return path, config, entries
 
 
 def _tensor_file(source: str | os.PathLike[str], revision: str | None) -> Path:

@@ -5,13 +5,15 @@ artifact.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
 from typing import Any
 
-from steer.errors import SteerError
+from steer.errors import SteerError, shown
+from steer.files import json_object
 
 FORMAT_VERSION = 1
 
@@ -31,10 +33,18 @@ POSITIONS = {
     "first_completion": "the first generated token",
 }
 
+KINDS = {
+    "constant": "one vector per layer, the same at every token",
+    "adaptive": "one vector per layer times a learned linear read-out of the token: rank one on the MLP's "
+    "down-projection",
+    "shared": "every layer's vector is its own mix of `rank` directions that all layers share",
+}
+
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+# More layers than any model has; a config that claims them is damaged.
+MAX_DEPTH = 1000
 
-_RANGE = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
-
+_RANGE = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", re.ASCII)
 
 @dataclass
 class SteeringConfig:
@@ -45,6 +55,11 @@ class SteeringConfig:
 
     _argument_group_name = "steering vectors"
 
+    kind: str = field(
+        default="constant",
+        metadata={"help": "; ".join(f"{k} = {v}" for k, v in KINDS.items()) + "."},
+    )
+    rank: int = field(default=4, metadata={"help": "Number of shared directions, for kind=shared."})
     layers: str = field(
         default="all",
         metadata={
@@ -88,6 +103,12 @@ class SteeringConfig:
     depth: int | None = field(
         default=None, metadata={"help": "Number of decoder layers of the base. Filled in."}
     )
+    base_checksum: str | None = field(
+        default=None, metadata={"help": "Tells the base's weights from others of its shape. Filled in."}
+    )
+    tokenizer_checksum: str | None = field(
+        default=None, metadata={"help": "Tells the base's vocabulary from others. Filled in."}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the artifact format."})
     provenance: dict[str, Any] | None = field(
         default=None, metadata={"help": "How the vectors were made: recipe, data, reward, settings, scores."}
@@ -96,24 +117,34 @@ class SteeringConfig:
     def __post_init__(self) -> None:
         self.layers = _canonical(self.layers)
         for name, value, known in (
+            ("kind", self.kind, KINDS),
             ("site", self.site, SITES),
             ("positions", self.positions, POSITIONS),
             ("dtype", self.dtype, DTYPES),
         ):
             if not isinstance(value, str) or value not in known:
-                raise SteerError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+                raise SteerError(f"{name}={shown(value)} is unknown; choose one of {', '.join(known)}")
         if (
             isinstance(self.scale, bool)
             or not isinstance(self.scale, (int, float))
-            or not isfinite(self.scale)
+            or not abs(self.scale) <= sys.float_info.max  # whole numbers may be larger than any float
         ):
-            raise SteerError(f"scale={self.scale!r} is not a finite number")
+            raise SteerError(f"scale={shown(self.scale)} is not a finite number")
         self.scale = float(self.scale)
-        if self.format_version > FORMAT_VERSION:
+        for name, limit in (("rank", None), ("width", None), ("depth", MAX_DEPTH)):
+            _check_count(name, getattr(self, name), limit)
+        for name in ("base_model", "base_revision", "model_type", "base_checksum", "tokenizer_checksum"):
+            text = getattr(self, name)
+            if text is not None and not (isinstance(text, str) and text.isprintable()):
+                raise SteerError(f"{name}={shown(text)} is not a line of text")
+        if not isinstance(self.provenance, (dict, type(None))):
+            raise SteerError(f"provenance is a {type(self.provenance).__name__}, expected an object")
+        if self.kind == "adaptive" and self.site != "resid_post":
             raise SteerError(
-                f"artifact format {self.format_version} is newer than this steer reads "
-                f"({FORMAT_VERSION}); upgrade steer"
+                f"kind='adaptive' stands at the MLP's down-projection and takes no site, got {self.site!r}; "
+                "leave site at its default"
             )
+        _check_version(self.format_version)
 
     def resolve_layers(self, depth: int) -> list[int]:
         """
@@ -139,20 +170,45 @@ class SteeringConfig:
         return asdict(self)
 
     @classmethod
+    def from_json(cls, text: str | bytes, where: str | os.PathLike[str]) -> SteeringConfig:
+        """The config in a file at `where`; SteerError for anything that is not one."""
+        values = json_object(text, f"{where}: the steering config")
+        try:
+            return cls.from_dict(values)
+        except TypeError as error:
+            raise SteerError(f"{where}: the config has a field of the wrong type ({error})") from error
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SteeringConfig:
         """The inverse of `to_dict`; a newer format version or an unknown field is refused by name."""
-        version = values.get("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise SteerError(
-                f"artifact format {version!r} is newer than this steer reads ({FORMAT_VERSION}); "
-                "upgrade steer"
-            )
+        _check_version(values.get("format_version", FORMAT_VERSION))  # first: it explains unknown fields
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise SteerError(
-                f"steering config has unknown fields {', '.join(unknown)}; was it written by steer?"
+                f"steering config has unknown fields {shown(', '.join(unknown))}; was it written by steer?"
             )
         return cls(**values)
+
+
+def _check_version(version: Any) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise SteerError(
+            f"format_version={shown(version)} is not a version number, expected {FORMAT_VERSION}"
+        )
+    if version > FORMAT_VERSION:
+        raise SteerError(
+            f"artifact format {shown(version)} is newer than this steer reads ({FORMAT_VERSION}); "
+            "upgrade steer"
+        )
+
+
+def _check_count(name: str, value: Any, limit: int | None) -> None:
+    if value is None and name != "rank":
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (limit and value > limit):
+        raise SteerError(
+            f"{name}={shown(value)} is not a whole number from 1" + (f" to {limit}" if limit else "")
+        )
 
 
 def _canonical(layers: Any) -> str:
@@ -160,25 +216,18 @@ def _canonical(layers: Any) -> str:
     'all', 3, [0, 1, 5] or '4-20' as one comma-separated string; raises SteerError on an empty or unreadable
     set.
     """
-    if isinstance(layers, bool) or layers is None:
+    items = layers if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    if not items:
         raise SteerError(
-            f"layers={layers!r} is not a layer set; use 'all', 'last', an index, a range '4-20' or a list"
+            "layers is empty: no layer would be steered; use 'all', 'last', an index or a range '4-20'"
         )
-    if isinstance(layers, int):
-        return str(layers)
-    if isinstance(layers, Sequence) and not isinstance(layers, str):
-        if not layers:
-            raise SteerError(
-                "layers is empty: no layer would be steered; use 'all', 'last', an index or a range '4-20'"
-            )
-        return ",".join(_canonical(x) for x in layers)
-    parts = [part.strip() for part in str(layers).split(",")]
-    for part in parts:
-        if part not in ("all", "last") and not _RANGE.fullmatch(part):
-            raise SteerError(
-                f"layers={layers!r} is not a layer set; use 'all', 'last', an index, a range '4-20' or "
-                "a comma list"
-            )
+    parts = [part.strip() for item in items for part in str(item).split(",")]
+    known = all(part in ("all", "last") or _RANGE.fullmatch(part) for part in parts)
+    if not known or len(parts) > MAX_DEPTH:
+        raise SteerError(
+            f"layers={shown(layers)} is not a layer set; use 'all', 'last', an index, a range '4-20' or "
+            "a comma list"
+        )
     return ",".join(parts)
 
 

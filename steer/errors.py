@@ -3,6 +3,19 @@ The one exception that a user's mistake raises: a single line that says what was
 mend.
 """
 
+from __future__ import annotations
+
+from reprlib import Repr
+from typing import Any
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 160
+
 
 class SteerError(ValueError):
     """Bad input to `steer`. The message is one line and names the fix."""
+
+
+def shown(value: Any) -> str:
+    """A value of whatever a file held, fit for a message: one line of plain text, cut where it is long."""
+    return _REPR.repr(value)

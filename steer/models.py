@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,6 +125,27 @@ def model_path(name: str) -> Path:
     raise SteerError(f"no model {name!r}: no such folder or .gguf file, {_choices()}")
 
 
+def gguf_path(name: str) -> Path:
+    """
+    The GGUF file of a bundled model, fetched once and kept in the cache, or the local `.gguf` file `name`.
+    Raises SteerError as `model_path` does, and for a name that is neither.
+    """
+    path = Path(name).expanduser()
+    if name not in BUNDLED:
+        if path.is_file() and path.suffix.lower() == ".gguf":
+            return path
+        raise SteerError(f"{name!r} has no GGUF file: give a local .gguf file, {_choices()}")
+    kept = cache_dir() / "gguf" / f"{name}.gguf"
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if not kept.exists():
+            with tempfile.TemporaryDirectory(dir=kept.parent) as work:
+                os.replace(_fetch(name, BUNDLED[name], Path(work)), kept)
+    except OSError as error:
+        raise SteerError(f"the GGUF file of {name!r} cannot be put into the cache: {_line(error)}") from error
+    return kept
+
+
 def load_model(
     name: str,
     *,
@@ -171,6 +193,24 @@ def load_model(
         )
     model.config._name_or_path = name  # artifacts record this: a cache path would mean nothing elsewhere
     model.eval()
+    return model
+
+
+def skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
+    """The model `name` on the meta device: its modules, names and shapes without weights, in a moment."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, common = _source(name, revision), {"revision": revision or "main"}
+    try:
+        _check_causal(name, source, common)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **common))
+    except SteerError:
+        raise
+    except Exception as error:
+        raise _load_error("model", name, source, error) from error
+    model.config._name_or_path = name
     return model
 
 

@@ -101,6 +101,32 @@ def find_sites(decoder: Decoder, layers: list[int], site: str) -> list[Site]:
     return [Site(block.get_submodule(found[0])) for block, found in zip(blocks, names, strict=True)]
 
 
+def find_down_projections(decoder: Decoder, layers: list[int]) -> list[tuple[nn.Module, int]]:
+    """
+    The MLP's last matrix in each of `layers`, which writes into the residual stream, and the width of its
+    input; SteerError where there is not one, as in a mixture of experts.
+    """
+    found = []
+    for index, site in zip(layers, find_sites(decoder, layers, "mlp_out"), strict=True):
+        sizes = [(module, _matrix_size(module)) for module in site.module.modules()]
+        writers = [(module, size[0]) for module, size in sizes if size and size[1] == decoder.width]
+        experts = any("expert" in name for name, _ in site.module.named_modules())
+        if experts or not writers:
+            raise SteerError(
+                f"layer {index}'s {type(site.module).__name__} has no single down-projection; adaptive "
+                "vectors need a dense MLP: use kind='constant'"
+            )
+        found.append(writers[-1])
+    return found
+
+
+def _matrix_size(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer, quantised ones included; None for other modules."""
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features  # type: ignore[return-value]
+    return tuple(module.weight.shape) if type(module).__name__ == "Conv1D" else None  # type: ignore
+
+
 _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|feed_forward|ffn|moe")
 _NOT_A_SUBLAYER = re.compile(r"norm|dropout|(^|_)ln")
@@ -129,6 +155,7 @@ def _added_to_residual(decoder: Decoder, index: int, attention: str) -> str:
     reads: dict[str, torch.Tensor] = {}
     writes: dict[str, torch.Tensor] = {}
     block_input: list[torch.Tensor] = []
+    whole: list[str] = []
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         block_input.append(args[0] if args else kwargs["hidden_states"])
@@ -139,6 +166,8 @@ def _added_to_residual(decoder: Decoder, index: int, attention: str) -> str:
             made = output[0] if isinstance(output, tuple) else output
             if isinstance(given, torch.Tensor) and isinstance(made, torch.Tensor):
                 reads[name], writes[name] = given, made
+            if any(value is block_input[0] for value in args[1:]):  # Bloom's: it adds the stream itself
+                whole.append(name)
 
         return hook
 
@@ -160,6 +189,11 @@ def _added_to_residual(decoder: Decoder, index: int, attention: str) -> str:
     mlp = next((name for name in _children(block, _MLP) if name in reads), None)
     before_mlp = [n for n in writes if mlp and reads[mlp] is writes[n]]
     mlp_reads = reads[before_mlp[0]] if before_mlp else reads.get(mlp) if mlp else None
+    if attention in whole:
+        raise SteerError(
+            f"site='resid_mid' does not exist in {type(block).__name__}: its attention adds the residual "
+            "stream itself; use resid_post"
+        )
     if mlp_reads is None or mlp_reads is block_input[0] or mlp_reads is reads[attention]:
         raise SteerError(
             f"site='resid_mid' does not exist in {type(block).__name__}: attention and MLP read the "

@@ -1,15 +1,16 @@
 """
 Steering vectors inside a model: attach, switch off, scale, save, load, detach.
 
-A vector is a parameter of its decoder layer, `model.layers.12.steering.vector`, so optimizers, DDP and FSDP
-meet it like any other parameter. A forward hook adds it to the residual stream: h <- h + scale * s_l (arXiv
-2509.06608, section 2).
+A vector (`steer.kinds`) is a parameter of its decoder layer, `model.layers.12.steering.vector`, so
+optimizers, DDP and FSDP meet it like any other parameter. A forward hook adds it to the residual stream:
+h <- h + scale * s_l (arXiv 2509.06608, section 2).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,67 +23,11 @@ from torch import nn
 from steer import artifact
 from steer.config import SteeringConfig
 from steer.errors import SteerError
-from steer.sites import find_decoder, find_sites
+from steer.identity import base_checksum, describe, tokenizer_checksum
+from steer.kinds import AdaptiveVector, Gate, SharedDirections, SharedVector, SteeringVector
+from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_sites
 
-
-class Gate:
-    """
-    What all vectors of one model share: on or off, the scale, and which tokens of the running pass are
-    steered.
-    """
-
-    def __init__(self, positions: str, scale: float):
-        self.positions = positions
-        self.scale = scale
-        self.enabled = True
-        self.prompt_length: int | torch.Tensor | None = None  # columns of the prompt, where told
-        self.mask: torch.Tensor | None = None  # (batch or 1, tokens, 1) bool; None steers every token
-
-    def place(self, tokens: int, past: Any, device: torch.device) -> None:
-        """
-        Set `mask` for a pass over `tokens` new columns after those in the KV cache `past` (None without a
-        cache).
-        """
-        seen = past.get_seq_length() if past is not None else 0
-        length = self.prompt_length
-        if length is None:
-            if past is not None and seen == 0:  # kept on the cache: several generations may take turns
-                past.steering_prompt_length = tokens
-            length = getattr(past, "steering_prompt_length", None)
-            if length is None:
-                raise SteerError(
-                    f"positions={self.positions!r} must know where the prompt ends: wrap this call in "
-                    "`with vectors.prompt_length(n):` (generate() needs nothing)"
-                )
-        column = torch.arange(tokens, device=device) + seen  # (tokens,)
-        if isinstance(length, torch.Tensor) and length.dim():
-            column, length = column[None, :], length.to(device)[:, None]
-        rule: dict[str, torch.Tensor] = {
-            "prompt": column < length,
-            "last_prompt": column == length - 1,
-            "completion": column >= length,
-            "first_completion": column == length,
-        }
-        self.mask = rule[self.positions].unsqueeze(-1)
-
-
-class SteeringVector(nn.Module):
-    """
-    One vector of shape (width,), zero at the start, added to hidden states of shape (batch, tokens, width).
-    """
-
-    def __init__(self, width: int, gate: Gate, dtype: torch.dtype = torch.float32, device: Any = None):
-        super().__init__()
-        self.vector = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
-        self.gate = gate
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.gate.enabled:
-            return hidden
-        # Added in the precision of the stream, as a bias would be; the vector itself keeps its own.
-        steered = hidden + (self.gate.scale * self.vector).to(hidden.device, hidden.dtype)
-        mask = self.gate.mask
-        return steered if mask is None else torch.where(mask.to(hidden.device), steered, hidden)
+AnyVector = SteeringVector | AdaptiveVector | SharedVector
 
 
 class SteeringVectors:
@@ -94,12 +39,18 @@ class SteeringVectors:
     """
 
     def __init__(
-        self, model: nn.Module, config: SteeringConfig, modules: dict[str, SteeringVector], gate: Gate
+        self,
+        model: nn.Module,
+        config: SteeringConfig,
+        modules: dict[str, AnyVector],
+        gate: Gate,
+        shared: tuple[str, SharedDirections] | None = None,
     ):
         self.model = model
         self.config = config
-        self._modules = modules
+        self._modules = modules  # by name, first layer first
         self._gate = gate
+        self._shared = shared  # the directions that all layers mix, and their name
         self._handles: list[Any] = []
         self._was_trainable: list[str] = []
 
@@ -124,20 +75,39 @@ class SteeringVectors:
         return self.config.resolve_layers(self.depth)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of shape (width,) by their name in the model, first layer first."""
-        return {f"{name}.vector": module.vector for name, module in self._modules.items()}
+        """Trainable numbers by their name in the model, first layer first, shared directions last."""
+        modules = {**self._modules, **dict([self._shared] if self._shared else [])}
+        return {f"{name}.{part}": p for name, m in modules.items() for part, p in m.named_parameters()}
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.named_parameters().values())
 
+    def parameter_layers(self) -> list[int | None]:
+        """The layer that each of `parameters()` belongs to; None for what all layers share."""
+        layers: list[int | None] = []
+        for layer, module in zip(self.layers, self._modules.values(), strict=True):
+            layers += [layer] * len(list(module.parameters()))
+        return layers + [None] * bool(self._shared)
+
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Detached copies on the CPU, each (width,), by parameter name; sharded parameters are gathered."""
+        """Detached copies on the CPU by parameter name; sharded parameters are gathered."""
         whole = {
             n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in self.named_parameters().items()
         }
         return {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
 
-    def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def effective(self) -> dict[int, torch.Tensor]:
+        """
+        The direction that each layer adds, (width,) on the CPU by layer index, without the scale. An adaptive
+        vector's is as long as the vector times its read-out.
+        """
+        if self.config.kind == "constant":
+            return dict(zip(self.layers, self.tensors().values(), strict=True))
+        with torch.no_grad():
+            found = [module.effective().detach().cpu() for module in self._modules.values()]
+        return dict(zip(self.layers, found, strict=True))
+
+    def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy values in, by parameter name. Missing or additional names and other shapes are refused."""
         parameters = self.named_parameters()
         if set(tensors) != set(parameters):
@@ -149,14 +119,14 @@ class SteeringVectors:
             for name, parameter in parameters.items():
                 if tensors[name].shape != parameter.shape:
                     raise SteerError(
-                        f"{name} has width {tuple(tensors[name].shape)}, the model {tuple(parameter.shape)}; "
-                        "vectors only fit a model of their own width"
+                        f"{name} has shape {tuple(tensors[name].shape)}, the model's "
+                        f"{tuple(parameter.shape)}; vectors only fit a model of their own width"
                     )
                 parameter.copy_(tensors[name])
 
     def norms(self) -> dict[int, float]:
-        """Euclidean norm of each vector by layer index."""
-        return {layer: t.norm().item() for layer, t in zip(self.layers, self.tensors().values(), strict=True)}
+        """Euclidean norm of what each layer adds, by layer index."""
+        return {layer: vector.norm().item() for layer, vector in self.effective().items()}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -191,13 +161,13 @@ class SteeringVectors:
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
-        shape = f"{len(self._modules)} x {self.config.width} = {count:,} numbers"
-        return f"SteeringVectors({shape}, {self.config.site})"
+        shape = f"{len(self._modules)} layers, {count:,} numbers"
+        return f"SteeringVectors({self.config.kind}, {shape}, {self.config.site})"
 
 
 def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVectors:
     """
-    Put zero vectors into `model` and freeze everything else. Zero vectors change no output, bit for bit.
+    Put fresh vectors into `model` and freeze everything else. They change no output, bit for bit.
 
     `model` is any decoder-only causal LM of transformers. Raises SteerError for a layer or site it does not
     have, and for a model that already has vectors.
@@ -207,38 +177,25 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
         raise SteerError("the model already has steering vectors; call steer.detach(model) first")
     decoder = find_decoder(model)
     layers = config.resolve_layers(decoder.depth)
-    sites = find_sites(decoder, layers, config.site)
-    base: Any = model.config
-    config = replace(
-        config,
-        base_model=config.base_model or base._name_or_path or None,
-        base_revision=config.base_revision or getattr(base, "_commit_hash", None),
-        model_type=base.get_text_config().model_type,
-        width=decoder.width,
-        depth=decoder.depth,
-    )
+    known = {k: getattr(config, k) for k in ("base_model", "base_revision", "base_checksum")}
+    config = replace(config, **{**describe(model), **{k: v for k, v in known.items() if v is not None}})
     gate = Gate(config.positions, config.scale)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    shared, modules, places = _make(decoder, layers, config, gate)
     model.requires_grad_(False)
-    modules, handles = {}, []
-    for index, site in zip(layers, sites, strict=True):
-        block = decoder.layers[index]
-        vector = SteeringVector(decoder.width, gate, getattr(torch, config.dtype), _device(block))
-        block.steering = vector
-        modules[f"{decoder.name}.{index}.steering"] = vector
-        # `partial` rather than a closure, so that a deep copy of the model steers with its own vectors.
-        # `prepend`, because transformers captures hidden states with hooks of its own, installed at their
-        # first use.
-        if site.on_input:
-            hook = partial(_steer_input, vector)
-            handles.append(site.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
-        else:
-            handles.append(site.module.register_forward_hook(partial(_steer_output, vector), prepend=True))
+    handles = []
+    for index, module, place in zip(layers, modules, places, strict=True):
+        decoder.layers[index].steering = module
+        handles.append(_hook(module.requires_grad_(True), place))
+    if shared is not None:
+        decoder.trunk.steering = shared.requires_grad_(True)
     if config.positions != "all":
         handles.append(
             decoder.trunk.register_forward_pre_hook(partial(_place, gate), prepend=True, with_kwargs=True)
         )
-    vectors = SteeringVectors(model, config, modules, gate)
+    named = {f"{decoder.name}.{i}.steering": module for i, module in zip(layers, modules, strict=True)}
+    root = artifact.directions_name(decoder.name).rpartition(".")[0]
+    vectors = SteeringVectors(model, config, named, gate, (root, shared) if shared is not None else None)
     vectors._handles, vectors._was_trainable = handles, trainable
     model.__dict__["steering_vectors"] = vectors
     return vectors
@@ -260,31 +217,46 @@ def detach(model: nn.Module) -> None:
     vectors = attached(model)
     for handle in vectors._handles:
         handle.remove()
-    for name in vectors._modules:
+    for name in [*vectors._modules, *([vectors._shared[0]] if vectors._shared else [])]:
         del model.get_submodule(name.rpartition(".")[0]).steering
     for name in vectors._was_trainable:
         model.get_parameter(name).requires_grad_(True)
     del model.__dict__["steering_vectors"]
 
 
-def load(source: str | os.PathLike[str], model: nn.Module, revision: str | None = None) -> SteeringVectors:
+def load(
+    source: str | os.PathLike[str] | artifact.Artifact,
+    model: nn.Module,
+    revision: str | None = None,
+    tokenizer: Any = None,
+) -> SteeringVectors:
     """
-    Attach the vectors saved in `source` (a folder, a `.safetensors` file or a hub id) to `model`.
+    Attach the vectors in `source` (a folder, a `.safetensors` file, a hub id or an Artifact) to `model`.
 
     Raises SteerError when the file is damaged, or when the model differs in width, depth or architecture.
+    Warns when the model has other weights than the one they were made for, and, where `tokenizer` is given,
+    another vocabulary.
     """
-    saved = artifact.read(source, revision)
-    decoder = find_decoder(model)
+    saved = source if isinstance(source, artifact.Artifact) else artifact.read(source, revision)
+    name = "these vectors" if saved is source else str(source)
     config = saved.config
+    decoder = find_decoder(model)
     kind = model.config.get_text_config().model_type  # type: ignore[union-attr, operator]
     have = {"width": decoder.width, "depth": decoder.depth, "model_type": kind}
-    for name, value in have.items():
-        if getattr(config, name) != value:
+    for field, value in have.items():
+        if getattr(config, field) != value:
             raise SteerError(
-                f"{source} was made for {config.base_model} with {name}={getattr(config, name)}, this "
-                "model has "
-                f"{name}={value}; vectors only fit a model of the same shape"
+                f"{name}: made for {config.base_model} with {field}={getattr(config, field)}, this model has "
+                f"{field}={value}; vectors only fit a model of the same shape: `steer transfer` carries "
+                "them over"
             )
+    tell = (
+        f"{name}: made for {config.base_model}; this model ({model.config._name_or_path}) has the same shape"  # type: ignore[union-attr]
+    )
+    if _differ(config.base_checksum, base_checksum(model)):
+        warnings.warn(f"{tell} but other weights: measure what they do here", stacklevel=2)
+    if tokenizer is not None and _differ(config.tokenizer_checksum, tokenizer_checksum(tokenizer)):
+        warnings.warn(f"{tell} but another vocabulary: measure what they do here", stacklevel=2)
     vectors = attach(model, config)
     try:
         vectors.set_tensors(saved.tensors)
@@ -292,6 +264,49 @@ def load(source: str | os.PathLike[str], model: nn.Module, revision: str | None 
         detach(model)
         raise
     return vectors
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and one != other
+
+
+def _make(
+    decoder: Decoder, layers: list[int], config: SteeringConfig, gate: Gate
+) -> tuple[SharedDirections | None, list[AnyVector], list[Site]]:
+    """The modules of `config.kind`, one a layer, and where each stands; the directions that they share."""
+    dtype = getattr(torch, config.dtype)
+    devices = [_device(decoder.layers[index]) for index in layers]
+    if config.kind == "adaptive":
+        downs = find_down_projections(decoder, layers)
+        adaptive: list[AnyVector] = [
+            AdaptiveVector(decoder.width, inner, layer, gate, dtype, device)
+            for layer, device, (_, inner) in zip(layers, devices, downs, strict=True)
+        ]
+        return None, adaptive, [Site(module) for module, _ in downs]
+    sites = find_sites(decoder, layers, config.site)
+    if config.kind == "shared":
+        if config.rank > min(len(layers), decoder.width):
+            raise SteerError(
+                f"rank={config.rank} shared directions for {len(layers)} layers of width {decoder.width}: "
+                "give no more than there are layers"
+            )
+        shared = SharedDirections(config.rank, decoder.width, dtype, devices[0])
+        mixed: list[AnyVector] = [
+            SharedVector(shared, i, gate, dtype, d) for i, d in zip(layers, devices, strict=True)
+        ]
+        return shared, mixed, sites
+    return None, [SteeringVector(decoder.width, gate, dtype, device) for device in devices], sites
+
+
+def _hook(module: AnyVector, site: Site) -> Any:
+    # `partial` rather than a closure, so that a deep copy of the model steers with its own vectors.
+    # `prepend`, because transformers captures hidden states with hooks of its own, installed at first use.
+    if site.on_input:
+        hook = partial(_steer_input, module)
+        return site.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+    if isinstance(module, AdaptiveVector):
+        return site.module.register_forward_hook(partial(_steer_adaptively, module), prepend=True)
+    return site.module.register_forward_hook(partial(_steer_output, module), prepend=True)
 
 
 def _device(block: nn.Module) -> torch.device:
@@ -305,12 +320,16 @@ def _device(block: nn.Module) -> torch.device:
     return next(block.parameters()).device
 
 
-def _steer_output(vector: SteeringVector, module: nn.Module, args: tuple, output: Any) -> Any:
+def _steer_adaptively(vector: AdaptiveVector, down: nn.Module, args: tuple, output: Any) -> Any:
+    return vector(output, args[0])
+
+
+def _steer_output(vector: nn.Module, module: nn.Module, args: tuple, output: Any) -> Any:
     # transformers 5 returns a bare tensor from decoder layers, earlier releases and attention modules a tuple
     return (vector(output[0]), *output[1:]) if isinstance(output, tuple) else vector(output)
 
 
-def _steer_input(vector: SteeringVector, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _steer_input(vector: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if args:
         return (vector(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": vector(kwargs["hidden_states"])}

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import steer
 from steer import SteerError, SteeringConfig, SteeringVectors, artifact
-from steer.artifact import CONFIG_FILE, TENSOR_FILE, Artifact
+from steer.artifact import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Artifact
 
 Build = Callable[..., PreTrainedModel]
 
@@ -111,12 +111,9 @@ def test_loaded_vectors_can_be_trained_further(folder, tiny_llama):
     assert trainable == list(vectors.named_parameters())
 
 
-def test_the_folder_holds_the_two_files_and_the_config_twice(folder, tiny_llama):
-    assert (
-        sorted(content(folder))
-        == [TENSOR_FILE, CONFIG_FILE]
-        == ["steering.safetensors", "steering_config.json"]
-    )
+def test_the_folder_holds_the_card_the_tensors_and_the_config_twice(folder, tiny_llama):
+    names = ["README.md", "steering.safetensors", "steering_config.json"]
+    assert sorted(content(folder)) == [CARD_FILE, TENSOR_FILE, CONFIG_FILE] == names
     sidecar = json.loads((folder / CONFIG_FILE).read_text())
     with safe_open(folder / TENSOR_FILE, framework="pt") as file:
         assert json.loads(file.metadata()["steering_config"]) == sidecar
@@ -193,8 +190,8 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "none": ({f"model.layers.{i}.steering.vector": None for i in range(3)}, "no vectors"),
     "NaN": ({FIRST: torch.full((32,), torch.nan)}, "NaN"),
     "one Inf": ({FIRST: torch.cat([torch.zeros(31), torch.tensor([-torch.inf])])}, "Inf"),
-    "integers": ({FIRST: torch.zeros(32, dtype=torch.int64)}, "int64"),
-    "bools": ({FIRST: torch.zeros(32, dtype=torch.bool)}, "bool"),
+    "integers": ({FIRST: torch.zeros(32, dtype=torch.int64)}, "I64"),
+    "bools": ({FIRST: torch.zeros(32, dtype=torch.bool)}, "BOOL"),
     "short": ({FIRST: torch.zeros(31)}, "(31,)"),
     "empty": ({FIRST: torch.zeros(0)}, "(0,)"),
     "matrix": ({FIRST: torch.zeros(1, 32)}, "(1, 32)"),
@@ -474,7 +471,7 @@ def test_random_bytes_are_refused(tmp_path, data):
     places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4)
 )
 def test_changed_bytes_never_crash(tmp_path, places):
-    config = SteeringConfig(width=4, depth=3, model_type="llama")
+    config = SteeringConfig(width=4, depth=3, layers=0, model_type="llama")
     artifact.write(tmp_path, Artifact(config, {FIRST: torch.arange(4.0)}))
     path = tmp_path / TENSOR_FILE
     data = bytearray(path.read_bytes())

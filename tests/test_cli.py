@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ import torch
 from training import model_folder
 
 import steer
+from steer import artifact
+from steer.artifact import CARD_FILE, Artifact
 from steer.cli import main
 
 
@@ -29,8 +32,8 @@ def steered(tmp_path, tiny_llama, tiny_tokenizer):
 def test_info_shows_layers_and_norms(steered, capsys):
     assert main(["info", str(steered[1])]) == 0
     out = capsys.readouterr().out
-    assert "llama, 3 layers of width 32" in out and "vectors     2 x 32, resid_post" in out
-    assert "layer   0    5.6569" in out and "layer   2   11.3137" in out and "layer   1" not in out
+    assert "llama, 3 layers of width 32" in out and "constant, 2 layers, 64 numbers" in out
+    assert "    0    5.6569" in out and "    2   11.3137" in out and "\n    1" not in out
 
 
 def test_generate_is_side_by_side_and_scale_zero_is_the_base(steered, capsys):
@@ -53,4 +56,64 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, capsys):
 def test_help_does_not_import_torch():
     code = "import sys; from steer.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_info_and_diff_as_json_agree_with_torch(steered, capsys):
+    model, folder = steered
+    twice = artifact.write(folder.parent / "twice", 2.0 * artifact.read(folder).layers(0, 0))
+    assert main(["info", str(folder), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["numbers"] == 64 and shown["config"]["width"] == 32
+    assert shown["norms"] == {"0": pytest.approx(32**0.5), "2": pytest.approx(2 * 32**0.5)}
+    assert main(["diff", str(folder), str(twice), "--json"]) == 0
+    rows = {row["layer"]: row for row in json.loads(capsys.readouterr().out)["layers"]}
+    assert rows[0]["cosine"] == pytest.approx(1.0) and rows[0]["norm_b"] == pytest.approx(2 * 32**0.5)
+    assert rows[2]["norm_b"] is None and rows[2]["cosine"] is None
+
+
+def test_diff_of_two_widths_is_refused(steered, tmp_path, capsys):
+    config = steer.SteeringConfig(layers=0, width=4, depth=3, model_type="llama")
+    small = Artifact(config, {"model.layers.0.steering.vector": torch.ones(4)})
+    other = artifact.write(tmp_path / "small", small)
+    assert main(["diff", str(steered[1]), str(other)]) == 1
+    assert "width 32" in capsys.readouterr().err
+
+
+def test_the_card_tells_scores_controls_and_size(steered, tmp_path, capsys):
+    score = {"accuracy": 0.92, "low": 0.836, "high": 0.963, "problems": 75}
+    found = artifact.read(steered[1])
+    found.config.provenance = {"run": {"train_data": "arithmetic"}, "results": {"after": score}}
+    folder = artifact.write(steered[1], found)
+    control = tmp_path / "control"
+    control.mkdir()
+    (control / "results.json").write_text(json.dumps({"after": score | {"accuracy": 0.01}}))
+    assert main(["card", str(folder), "--control", f"random reward={control}"]) == 0
+    text = (folder / CARD_FILE).read_text()
+    assert "| with the vectors | 0.920 | 0.836 to 0.963 | 75 |" in text
+    assert "| control: random reward | 0.010 |" in text
+    assert "64 numbers in float32" in text and "- train_data: arithmetic" in text
+    for tool in ("steer.load", "PeftModel", "vllm serve", "llama-cli", "lm_eval"):
+        assert tool in text
+    capsys.readouterr()
+    assert main(["card", str(folder), "--control", f"x={tmp_path}"]) == 1
+    assert "no finished results" in capsys.readouterr().err
+
+
+def test_a_card_that_someone_rewrote_is_kept(steered):
+    page = steered[1] / CARD_FILE
+    page.write_text("my own words")
+    artifact.write(steered[1], artifact.read(steered[1]))
+    assert page.read_text() == "my own words"
+
+
+@pytest.mark.parametrize("command", [["info"], ["diff", "--json"]])
+def test_looking_does_not_import_torch(steered, command):
+    arguments = [
+        command[0],
+        str(steered[1]),
+        *([str(steered[1])] if command[0] == "diff" else []),
+        *command[1:],
+    ]
+    code = f"import sys; from steer.cli import main; main({arguments!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

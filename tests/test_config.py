@@ -130,6 +130,7 @@ def test_the_defaults_are_every_layer_every_token_after_the_layer_in_float32():
     assert (config.scale, config.dtype, config.format_version) == (1.0, "float32", FORMAT_VERSION)
 
 
+LINE = st.text().filter(str.isprintable)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -143,9 +144,9 @@ CONFIGS = st.builds(
     positions=st.sampled_from(list(POSITIONS)),
     scale=st.floats(allow_nan=False, allow_infinity=False),
     dtype=st.sampled_from(DTYPES),
-    base_model=st.none() | st.text(),
-    base_revision=st.none() | st.text(),
-    model_type=st.none() | st.text(),
+    base_model=st.none() | LINE,
+    base_revision=st.none() | LINE,
+    model_type=st.none() | LINE,
     width=st.none() | st.integers(1, 20000),
     depth=st.none() | st.integers(1, 200),
     provenance=st.none() | st.dictionaries(st.text(), JSON, max_size=3),

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import SPREAD
 from transformers import PreTrainedModel
+from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 import steer
@@ -106,6 +107,21 @@ def test_scores_and_gradients_equal_trls_padded_pass(build_tiny, architecture: s
     torch.testing.assert_close(got.entropy, entropy, rtol=1e-4, atol=1e-4)
     assert relative(found, wanted) < 1e-4
     assert all(g.norm() > 1e-3 for g in wanted)
+
+
+def test_the_tiles_of_the_head_change_no_number(build_tiny, monkeypatch) -> None:
+    found = []
+    for size in (4096, 7):  # one tile for all tokens, and many
+        monkeypatch.setattr(cpu, "HEAD_TILE", size)
+        monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", None)  # put back after the test
+        cpu.small_head_tiles()
+        assert size == chunked_logprob.TOKEN_CHUNK_SIZE
+        model, data = scorer(build_tiny, "llama"), batch()
+        got = model(score_group=True, **data)
+        found.append([got.log_probs, got.entropy, *gradients(model, got.log_probs, got.entropy)])
+    # The same sums in float32, over other numbers of rows at once.
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def exact_head(model: PreTrainedModel) -> None:

@@ -346,7 +346,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
 def test_save_model_writes_the_artifact(run, tmp_path: Path) -> None:
     trainer = run()
     trainer.save_model(str(tmp_path / "out"))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {artifact.TENSOR_FILE, artifact.CONFIG_FILE}
+    files = {artifact.TENSOR_FILE, artifact.CONFIG_FILE, artifact.CARD_FILE}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == files
     assert same(artifact.read(tmp_path / "out").tensors, vectors(trainer))
 
 
@@ -354,7 +355,8 @@ def test_save_model_writes_the_artifact(run, tmp_path: Path) -> None:
 
 
 def rates(**settings: Any) -> list[float]:
-    return config(Path("unused"), learning_rate=0.5, **settings).layer_rates([0, 1, 2, 5], depth=6)
+    table = config(Path("unused"), learning_rate=0.5, **settings).layer_rates([0, 1, 2, 5], depth=6)
+    return list(table.values())
 
 
 def test_lr_by_layer() -> None:
@@ -364,7 +366,7 @@ def test_lr_by_layer() -> None:
     assert rates(lr_by_layer="1-4:0.1") == [0.5, 0.1, 0.1, 0.5]
     assert rates(lr_by_layer=" 0:3e-3, 1-2:7E-2 ") == [3e-3, 7e-2, 7e-2, 0.5]
     assert rates(lr_by_layer="geometric:1e-3:8e-3") == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3])
-    assert config(Path("unused"), lr_by_layer="geometric:0.1:0.9").layer_rates([4], depth=6) == [0.1]
+    assert config(Path("unused"), lr_by_layer="geometric:0.1:0.9").layer_rates([4], depth=6) == {4: 0.1}
 
 
 @pytest.mark.parametrize(
@@ -552,4 +554,5 @@ def test_push_to_hub_sends_the_artifact_alone(run, tmp_path: Path, monkeypatch) 
     assert [Path(call["folder_path"]).name for call in sent] == ["checkpoint-1", "checkpoint-2"]
     trainer.save_model(str(tmp_path / "vectors"))
     assert sent[-1]["repo_id"] == "someone/vectors" and sent[-1]["folder_path"] == str(tmp_path / "vectors")
-    assert sent[-1]["allow_patterns"] == [artifact.CONFIG_FILE, artifact.TENSOR_FILE]
+    patterns = [artifact.CONFIG_FILE, artifact.TENSOR_FILE, artifact.CARD_FILE]
+    assert sent[-1]["allow_patterns"] == patterns

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from steering import fill, logits, message, tokens
+from transformers import BloomConfig, BloomForCausalLM
 
 import steer
 from steer import SteerError, SteeringConfig
@@ -143,7 +144,7 @@ def test_values_go_in_and_out_as_copies(tiny_llama):
     assert all(norm > 1 for norm in vectors.norms().values())
     vectors.set_tensors(values)
     assert vectors.norms() == {0: 0.0, 2: 0.0}
-    assert "2 x 32 = 64" in repr(vectors)
+    assert "2 layers, 64 numbers" in repr(vectors)
 
 
 @pytest.mark.parametrize("fault", ["missing", "additional", "width"])
@@ -215,3 +216,9 @@ def test_hidden_states_of_the_steered_embeddings(tiny_llama):
             moved = tiny_llama(inputs_embeds=embedded + vector, output_hidden_states=True).hidden_states
     for ours, expected in zip(steered[1:], moved[1:], strict=True):
         assert torch.equal(ours, expected)
+
+
+def test_an_attention_that_adds_the_stream_itself_has_no_resid_mid():
+    config = BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=2)
+    with pytest.raises(SteerError, match="adds the residual stream itself"):
+        steer.attach(BloomForCausalLM(config), SteeringConfig(site="resid_mid"))

@@ -22,33 +22,36 @@ class VectorLog(TrainerCallback):
     def __init__(self, vectors: SteeringVectors, metrics: dict[str, list[float]]):
         self.vectors = vectors
         self.metrics = metrics
-        self.before: dict[str, torch.Tensor] = {}
-        self.saved: dict[str, torch.Tensor] = {}
+        self.before: dict[int, torch.Tensor] = {}
+        self.saved: dict[int, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.saved = self.vectors.tensors()
+        self.saved = self.vectors.effective()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.saved = self.vectors.tensors()
+        self.saved = self.vectors.effective()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = self.vectors.tensors()
-        for layer, parameter in zip(self.vectors.layers, self.vectors.parameters(), strict=True):
-            gradient = parameter.grad
-            if gradient is not None:
-                gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-                self.metrics[f"layer/{layer}/grad_norm"].append(gradient.norm().item())
+        self.before = self.vectors.effective()
+        squares: dict[int | None, float] = {}
+        for layer, p in zip(self.vectors.parameter_layers(), self.vectors.parameters(), strict=True):
+            if p.grad is not None:
+                gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                squares[layer] = squares.get(layer, 0.0) + gradient.norm().item() ** 2
+        for layer, square in squares.items():
+            name = "shared" if layer is None else f"layer/{layer}"
+            self.metrics[f"{name}/grad_norm"].append(square**0.5)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for layer, (name, vector) in zip(self.vectors.layers, self.vectors.tensors().items(), strict=True):
+        for layer, vector in self.vectors.effective().items():
             norm = vector.norm().item()
             self.metrics[f"layer/{layer}/norm"].append(norm)
             if norm:
                 self.metrics[f"layer/{layer}/update_ratio"].append(
-                    (vector - self.before[name]).norm().item() / norm
+                    (vector - self.before[layer]).norm().item() / norm
                 )
-            if norm and self.saved[name].norm():
-                cosine = torch.cosine_similarity(vector, self.saved[name], dim=0).item()
+            if norm and self.saved[layer].norm():
+                cosine = torch.cosine_similarity(vector, self.saved[layer], dim=0).item()
                 self.metrics[f"layer/{layer}/cosine"].append(cosine)
 
 

@@ -153,18 +153,19 @@ class SteeringGRPOConfig(GRPOConfig):
                             "or 'geometric:0.003:0.1'"
                         )
 
-    def layer_rates(self, layers: list[int], depth: int) -> list[float]:
+    def layer_rates(self, layers: list[int], depth: int) -> dict[int | None, float]:
         """
-        The learning rate of each of `layers`. One table may serve runs of single layers: a layer of the model
-        that is not steered may be named, one that the model (of `depth` layers) lacks raises SteerError.
+        The learning rate of each of `layers`, by layer. One table may serve runs of single layers: a layer
+        of the model that is not steered may be named, one that the model (of `depth` layers) lacks raises
+        SteerError.
         """
-        rates = dict.fromkeys(layers, self.learning_rate)
+        rates: dict[int | None, float] = dict.fromkeys(layers, self.learning_rate)
         if self.lr_by_layer is None:
-            return list(rates.values())
+            return rates
         if geometric := _GEOMETRIC.fullmatch(self.lr_by_layer):
             first, last = float(geometric[1]), float(geometric[2])
             steps = max(len(layers) - 1, 1)
-            return [first * (last / first) ** (i / steps) for i in range(len(layers))]
+            return {layer: first * (last / first) ** (i / steps) for i, layer in enumerate(layers)}
         for part in self.lr_by_layer.split(","):
             match = _PART.fullmatch(part)
             assert match
@@ -174,4 +175,4 @@ class SteeringGRPOConfig(GRPOConfig):
                         f"lr_by_layer names layer {layer}; the model has layers 0 to {depth - 1}"
                     )
                 rates[layer] = float(match[3])
-        return [rates[layer] for layer in layers]
+        return {layer: rates[layer] for layer in layers}

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
-from steer import artifact
 from steer.config import SteeringConfig
 from steer.data import Arithmetic
 from steer.errors import SteerError
+from steer.files import replace_file
 from steer.prompts import TEMPLATES
 from steer.rewards import REWARDS
 
@@ -124,7 +124,7 @@ SteeringArguments = make_dataclass(
     [
         (f.name, _HINTS[f.name], f)
         for f in fields(SteeringConfig)
-        if f.name in ("layers", "site", "positions", "scale", "dtype")
+        if f.name in ("kind", "rank", "layers", "site", "positions", "scale", "dtype")
     ],
     namespace={"_argument_group_name": SteeringConfig._argument_group_name},
 )
@@ -164,7 +164,7 @@ def claim(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
         elif held - {RUN_FILE}:
             raise SteerError(f"{path} holds files that are no run of steer; give another --output_dir")
         else:  # a run that stopped at a mistake in its settings has computed nothing yet
-            artifact.replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
+            replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
     except json.JSONDecodeError as error:
         raise SteerError(f"{path / RUN_FILE} is not JSON ({error}); give another --output_dir") from error
     except OSError as error:
@@ -196,4 +196,4 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_results(folder: str | os.PathLike[str], results: dict[str, Any]) -> None:
-    artifact.replace_file(Path(folder) / RESULTS_FILE, (json.dumps(results, indent=2) + "\n").encode())
+    replace_file(Path(folder) / RESULTS_FILE, (json.dumps(results, indent=2) + "\n").encode())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sized
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from trl.models import unwrap_model_for_generation
 from steer import artifact
 from steer.config import SteeringConfig
 from steer.errors import SteerError
+from steer.identity import tokenizer_checksum
 from steer.rewards import guard
 from steer.train import cpu
 from steer.train.callbacks import ProgressBar, VectorLog
@@ -112,7 +113,8 @@ class SteeringGRPOTrainer(GRPOTrainer):
         if quantised:
             model._hf_peft_config_loaded = True  # type: ignore[assignment]
         try:
-            super().__init__(model=model, reward_funcs=functions, args=args, **kwargs)
+            with self._engine(args):
+                super().__init__(model=model, reward_funcs=functions, args=args, **kwargs)
         except BaseException:
             if not has_vectors:
                 detach(model)
@@ -124,6 +126,10 @@ class SteeringGRPOTrainer(GRPOTrainer):
         self.beta = beta
         if beta != 0.0:
             self.ref_model = _VectorsOff()
+        if kwargs.get("processing_class") is not None:
+            self.vectors.config.tokenizer_checksum = tokenizer_checksum(kwargs["processing_class"])
+        if self.accelerator.device.type == "cpu":
+            cpu.small_head_tiles()
         self.model_accepts_loss_kwargs = False
         add_group_scoring(self.model)
         self.remove_callback(PrinterCallback)
@@ -133,6 +139,14 @@ class SteeringGRPOTrainer(GRPOTrainer):
             self.add_callback(ProgressBar())
 
     # ---- sampling
+
+    def _engine(self, args: SteeringGRPOConfig) -> AbstractContextManager:
+        """Inside, `use_vllm` means an engine that is sent the vectors alone."""
+        if not args.use_vllm:
+            return nullcontext()
+        from steer.engine.rollout import vector_rollouts
+
+        return vector_rollouts(self.vectors)
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return _Shuffle(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
@@ -235,9 +249,20 @@ class SteeringGRPOTrainer(GRPOTrainer):
     ) -> tuple:
         if isinstance(model, _VectorsOff):
             with self.vectors.disabled():
-                return self._get_per_token_logps_and_entropies(
-                    self.model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-                )
+                return self._score(self.model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        scored = self._score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        self._scored = scored[0].detach()
+        return scored
+
+    def _score(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
         prompt = input_ids.shape[1] - logits_to_keep
         base = self.accelerator.unwrap_model(self.model)
         plain = (
@@ -271,19 +296,31 @@ class SteeringGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if not self._zero_advantage_is_zero_gradient():
-            return super()._compute_loss(model, inputs)
+            return self._loss(model, inputs)
         active = inputs["advantages"] != 0
         # trl gathers a number for each row, so every process keeps as many rows as the one that needs most.
         count = max(1, int(self.accelerator.gather(active.sum()).max()))
         if count == len(active):
-            return super()._compute_loss(model, inputs)
+            return self._loss(model, inputs)
         kept = _rows(inputs, active.int().argsort(descending=True, stable=True)[:count])
-        loss = super()._compute_loss(model, kept)
+        loss = self._loss(model, kept)
         # Means over the rows or tokens of the micro-batch; the others divide by the tokens of the whole step.
         if self.loss_type in ROW_LOSSES:
             return loss * (len(kept["advantages"]) / len(active))
         if self.loss_type in BATCH_TOKEN_LOSSES:
             return loss * (kept["completion_mask"].sum() / inputs["completion_mask"].sum())
+        return loss
+
+    def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        loss = super()._compute_loss(model, inputs)
+        if self.use_vllm:
+            from steer.engine.rollout import mismatch
+
+            found = mismatch(self._scored, inputs["sampling_per_token_logps"], inputs["completion_mask"])
+            found |= {"sync_seconds": self.vllm_generation.sync_seconds}
+            found |= {"sync_bytes": self.vllm_generation.sync_bytes}
+            for name, value in found.items():
+                self._metrics["train"][f"engine/{name}"].append(value)
         return loss
 
     def _zero_advantage_is_zero_gradient(self) -> bool:
@@ -301,7 +338,8 @@ class SteeringGRPOTrainer(GRPOTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
-            rates = self.args.layer_rates(self.vectors.layers, self.vectors.depth)
+            by_layer = self.args.layer_rates(self.vectors.layers, self.vectors.depth)
+            rates = [by_layer.get(i, self.args.learning_rate) for i in self.vectors.parameter_layers()]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = [{"params": [p], "lr": rate} for p, rate in zip(trained, rates, strict=True)]
             self.optimizer = kind(groups, **{**options, "weight_decay": self.args.weight_decay})
@@ -321,7 +359,7 @@ class SteeringGRPOTrainer(GRPOTrainer):
         HfApi().upload_folder(
             repo_id=self.hub_model_id,
             folder_path=folder,
-            allow_patterns=[artifact.CONFIG_FILE, artifact.TENSOR_FILE],
+            allow_patterns=[artifact.CONFIG_FILE, artifact.TENSOR_FILE, artifact.CARD_FILE],
             commit_message="Steering vectors",
             token=self.args.hub_token,
             revision=self.args.hub_revision,

@@ -1,0 +1,135 @@
+"""
+The model card: a `README.md` beside the vectors, written from what their config knows of how they were made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steer.config import SteeringConfig
+
+# Marks a card as ours: only such a card is written over.
+MARK = "<!-- written by steer; delete this line to keep your own text -->"
+
+_TITLES = {"before": "base model", "after": "with the vectors"}
+
+
+def card(config: SteeringConfig, decoder: str, numbers: int, size: int) -> str:
+    """
+    The card's Markdown. `decoder` is the name of the list of layers in the base, `numbers` the count of
+    trained numbers, `size` the tensor file's bytes.
+    """
+    made = config.provenance or {}
+    parts = [
+        _front_matter(config),
+        MARK,
+        f"# Steering vectors for {config.base_model or 'a language model'}",
+        _summary(config, numbers, size),
+        _scores(made),
+        _settings(made),
+        _use(config, decoder),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(config: SteeringConfig) -> str:
+    lines = ["library_name: steer", "tags: [steering-vectors, activation-steering, reinforcement-learning]"]
+    if config.base_model and "/" in config.base_model and not config.base_model.startswith((".", "/")):
+        lines.insert(0, f"base_model: {_line(config.base_model)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _summary(config: SteeringConfig, numbers: int, size: int) -> str:
+    kinds = {
+        "constant": "One vector per layer, the same at every token",
+        "adaptive": "One vector per layer, at every token as strong as a learned read-out of the MLP says",
+        "shared": f"One vector per layer, each a mix of {config.rank} shared directions",
+    }
+    shape = f"{config.model_type}, {config.depth} layers of width {config.width}"
+    revision = f" at {config.base_revision}" if config.base_revision else ""
+    site = "" if config.kind == "adaptive" else f" at `{config.site}`"
+    return (
+        f"{kinds[config.kind]}, added to the residual stream{site} of a frozen model "
+        f"([arXiv 2509.06608](https://arxiv.org/abs/2509.06608)).\n\n"
+        f"| | |\n|---|---|\n"
+        f"| base model | `{config.base_model}`{revision}, {shape} |\n"
+        f"| layers | {config.layers} |\n"
+        f"| positions | {config.positions} |\n"
+        f"| scale | {config.scale:g} |\n"
+        f"| size | {numbers:,} numbers in {config.dtype}, {size / 1000:,.0f} KB |"
+    )
+
+
+def _scores(made: dict[str, Any]) -> str:
+    """Accuracy with intervals before and after, and of every control that was run."""
+    rows = []
+    for part, title in (("results", ""), ("controls", "control: ")):
+        found = made.get(part)
+        for name, score in found.items() if isinstance(found, dict) else ():
+            if is_score(score):
+                numbers = f"{score['accuracy']:.3f} | {score['low']:.3f} to {score['high']:.3f}"
+                rows.append(f"| {title}{_TITLES.get(name, _line(name))} | {numbers} | {score['problems']} |")
+    if not rows:
+        return "## Scores\n\nNone were recorded with these vectors: measure before you rely on them."
+    head = "| | accuracy | 95 % interval | problems |\n|---|---|---|---|"
+    controls = "" if made.get("controls") else "\n\nNo control run (random reward, format only) was recorded."
+    return "## Scores\n\nGreedy accuracy on held-out problems.\n\n" + "\n".join([head, *rows]) + controls
+
+
+def is_score(value: Any) -> bool:
+    """Whether a recorded value is an accuracy with its interval."""
+    names = ("accuracy", "low", "high", "problems")
+    return isinstance(value, dict) and all(isinstance(value.get(name), (int, float)) for name in names)
+
+
+def _settings(made: dict[str, Any]) -> str:
+    """Every recorded setting, as lists; what has no value is left out."""
+    blocks = []
+    for part, values in made.items():
+        if part in ("results", "controls"):
+            continue
+        if isinstance(values, dict):
+            text = "\n".join(
+                f"- {_line(k)}: {_line(v)}" for k, v in values.items() if v not in (None, [], "")
+            )
+        else:
+            text = f"- {_line(values)}"
+        blocks.append(f"### {_line(part)}\n\n{text}")
+    return "## How they were made\n\n" + "\n\n".join(blocks) if blocks else ""
+
+
+def _use(config: SteeringConfig, decoder: str) -> str:
+    base = _line(config.base_model or "BASE")
+    load = "AutoModelForCausalLM.from_pretrained" if "/" in base else "load_model"
+    source = "transformers import AutoModelForCausalLM" if "/" in base else "steer.models import load_model"
+    python = f"""```python
+import steer
+from {source}
+
+model = {load}("{base}")
+vectors = steer.load("THIS_FOLDER", model)    # vectors.scale = 0.5, vectors.disabled(), steer.detach(model)
+```"""
+    tools = [
+        f"Python, with [steer](https://pypi.org/project/steer):\n\n{python}",
+        f"The command line: `steer generate {base} --vectors THIS_FOLDER --prompt '...'`",
+    ]
+    if config.kind == "adaptive":
+        tools.append("PEFT and vLLM's LoRA: `steer export THIS_FOLDER --to peft --out adapter`")
+    elif config.positions == "all":
+        tools += [
+            "PEFT, without steer: `steer export THIS_FOLDER --to peft --out adapter`, then "
+            '`PeftModel.from_pretrained(base, "adapter")`',
+            "vLLM: `steer export THIS_FOLDER --to checkpoint --out model`, then `vllm serve model`",
+            "llama.cpp: `steer export THIS_FOLDER --to gguf --out vectors.gguf`, then "
+            "`llama-cli -m base.gguf --control-vector vectors.gguf`",
+            "lm-eval: `steer export THIS_FOLDER --to lm-eval --out vectors.pt`, then "
+            f"`lm_eval --model steered --model_args pretrained={base},steer_path=vectors.pt`",
+        ]
+    listed = "\n".join(f"{i}. {tool}" for i, tool in enumerate(tools, 1))
+    named = f"The tensors are named as in the model: `{decoder}.12.steering.vector` for layer 12."
+    return f"## Use\n\n{listed}\n\n{named}"
+
+
+def _line(value: Any) -> str:
+    """One line of Markdown-safe text."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,53 @@
+"""The `steer` command: look into artifacts, try them, and carry them elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+
+from steer.cli import convert, generate, info, serve
+from steer.errors import SteerError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run one command; returns its exit code. A user's mistake is one line on standard error and code 1 (2 where
+    the command line itself cannot be read).
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    if more and "more" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        args.more = more
+    warnings.showwarning = _one_line
+    try:
+        args.run(args)
+    except SteerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough: `steer info ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="steer",
+        description="Train, move, serve and understand steering vectors.",
+        epilog="Training: accelerate launch recipes/grpo_steer.py --help",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (info, generate, convert, serve):
+        module.add_commands(commands)
+    return parser
+
+
+def _one_line(message: Warning | str, *args: object, **kwargs: object) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

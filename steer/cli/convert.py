@@ -1,0 +1,240 @@
+"""`steer export`, `steer import` and `steer transfer`: carry vectors to other tools and other models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from steer.artifact import Artifact
+
+TARGETS = {
+    "peft": ("a PEFT adapter (BEFT; adaptive vectors as a LoRA of rank 1)", "-peft"),
+    "gguf": ("a GGUF control vector for llama.cpp, EasySteer and repeng", ".gguf"),
+    "gguf-model": ("a whole GGUF model with the vectors as biases, block 0 too", "-model.gguf"),
+    "lm-eval": ("a file for `lm_eval --model steered`", "-lm-eval.pt"),
+    "checkpoint": (
+        "a whole Hugging Face model with the vectors as biases: loads anywhere, no plugin",
+        "-model",
+    ),
+    "npz": ("a numpy archive of (layers, width)", ".npz"),
+    "npy": ("a numpy array of (layers, width)", ".npy"),
+    "pt": ("a torch tensor of (layers, width)", ".pt"),
+}
+SOURCES = {
+    "peft": "a PEFT adapter (BEFT, or a LoRA of rank 1 on the down-projections)",
+    "gguf": "a GGUF control vector of llama.cpp, EasySteer or repeng",
+    "lm-eval": "a `steer_path` file of lm-eval",
+    "arrays": "a .pt, .npz, .npy, .safetensors or .svec file of one vector a layer",
+}
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write an artifact in another tool's format",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Formats:\n" + "\n".join(f"  {k:11} {text}" for k, (text, _) in TARGETS.items()),
+    )
+    export.add_argument("artifact", help="folder, .safetensors file or hub id")
+    export.add_argument("--to", required=True, choices=TARGETS, help="the format")
+    export.add_argument("--out", help="file or folder to write; default: beside the artifact")
+    export.add_argument(
+        "--model",
+        help="base model for --to checkpoint, or its .gguf file for --to gguf-model; default: the artifact's",
+    )
+    export.add_argument("--layers", metavar="A-B", help="export these layers only, e.g. 1-29")
+    export.add_argument("--scale", type=float, help="factor on the vectors; default: as saved")
+    export.add_argument(
+        "--block-0",
+        choices=("refuse", "drop", "fold", "keep"),
+        default="refuse",
+        help="llama.cpp's control vectors cannot steer block 0: refuse, drop that vector, fold it into block "
+        "1 (not exact), or keep it, for EasySteer and repeng",
+    )
+    export.set_defaults(run=_export)
+
+    load = commands.add_parser(
+        "import",
+        help="make an artifact of another tool's file",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Formats:\n" + "\n".join(f"  {k:11} {text}" for k, text in SOURCES.items()),
+    )
+    load.add_argument("source", help="file or folder")
+    load.add_argument(
+        "--model", required=True, help="the model that the vectors are for: hub id, folder, ..."
+    )
+    load.add_argument("--format", choices=SOURCES, help="default: told by the file's name")
+    load.add_argument("--layers", help="the layers that the rows of an array belong to; default: all")
+    load.add_argument("--out", required=True, help="folder to write the artifact to")
+    load.set_defaults(run=_import)
+
+    transfer = commands.add_parser("transfer", help="bring vectors into another model")
+    transfer.add_argument("artifact", help="folder, .safetensors file or hub id")
+    transfer.add_argument("--to", required=True, metavar="MODEL", help="the recipient: hub id, folder, ...")
+    transfer.add_argument(
+        "--from", dest="donor", metavar="MODEL", help="the donor; default: the artifact's base"
+    )
+    transfer.add_argument("--out", required=True, help="folder to write the new artifact to")
+    transfer.add_argument(
+        "--method",
+        default="auto",
+        choices=("auto", "direct", "procrustes", "ridge"),
+        help="direct copies; procrustes and ridge map one residual stream to the other (default: auto)",
+    )
+    transfer.add_argument(
+        "--layers-by", default="auto", choices=("auto", "depth", "cka"), help="how layers are matched"
+    )
+    transfer.add_argument("--no-rescale", action="store_true", help="keep the lengths as the map gives them")
+    transfer.add_argument("--texts", help=".txt (one text a line) or .jsonl to compare the models on")
+    transfer.add_argument("--force", action="store_true", help="also with a map that explains little")
+    transfer.add_argument(
+        "--check", metavar="DATA", help="measure accuracy with and without: arithmetic, gsm8k, FILE"
+    )
+    transfer.add_argument("--check-limit", type=int, default=64, help="problems of --check (default: 64)")
+    transfer.add_argument("--max-new-tokens", type=int, default=256, help="length of the answers of --check")
+    transfer.add_argument("--dtype", default="auto", help="precision of both models (default: auto)")
+    transfer.add_argument("--json", action="store_true", help="print JSON")
+    transfer.set_defaults(run=_transfer)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from steer import artifact
+    from steer.formats import arrays, checkpoint, gguf, gguf_model, lm_eval, peft
+    from steer.models import gguf_path
+
+    found = artifact.read(args.artifact)
+    if args.layers:
+        first, _, last = args.layers.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise SteerError(f"--layers {args.layers!r} is not a range; write 4-20 or 12")
+        found = found.layers(int(first), int(last or first))
+    if args.scale is not None:
+        found = replace(found, config=replace(found.config, scale=args.scale))
+    out = args.out or str(args.artifact).rstrip("/").removesuffix(".safetensors") + TARGETS[args.to][1]
+    if args.to == "peft":
+        peft.write(found, out)
+    elif args.to == "gguf":
+        gguf.write(found, out, block_0=args.block_0)
+    elif args.to == "lm-eval":
+        lm_eval.write(found, out)
+    elif args.to in ("checkpoint", "gguf-model"):
+        base = args.model or found.config.base_model
+        if not base:
+            raise SteerError("the artifact does not name its base model; give --model")
+        if args.to == "checkpoint":
+            checkpoint.write(found, base, out)
+        else:
+            gguf_model.write(found, gguf_path(base), out)
+    else:
+        arrays.write(found, out)
+    print(f"{out}  ({_size(Path(out)):,} bytes)")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from steer import artifact
+    from steer.formats import arrays, gguf, lm_eval, peft
+    from steer.models import skeleton
+
+    kind = args.format or _format(Path(args.source))
+    model = skeleton(args.model)
+    if kind == "arrays":
+        found = arrays.read(args.source, model, layers=args.layers)
+    else:
+        if args.layers:
+            raise SteerError(f"--layers is for arrays; a {kind} file names its layers itself")
+        found = {"peft": peft, "gguf": gguf, "lm-eval": lm_eval}[kind].read(args.source, model)
+    artifact.write(args.out, found)
+    print(f"{args.out}  ({found.config.kind} vectors of layers {found.config.layers})")
+
+
+def _format(path: Path) -> str:
+    from steer.formats import lm_eval
+
+    if path.is_dir():
+        return "peft"
+    if path.suffix.lower() == ".gguf":
+        return "gguf"
+    return "lm-eval" if lm_eval.is_one(path) else "arrays"
+
+
+def _transfer(args: argparse.Namespace) -> None:
+    from steer import artifact
+    from steer.models import load_model, load_tokenizer
+    from steer.transfer.transfer import transfer
+
+    source = artifact.read(args.artifact)
+    donor = args.donor or source.config.base_model
+    recipient = load_model(args.to, dtype=args.dtype)
+    tokenizer = load_tokenizer(args.to)
+    made, report = transfer(
+        source,
+        load_model(donor, dtype=args.dtype) if donor else None,
+        recipient,
+        method=args.method,
+        layers_by=args.layers_by,
+        rescale=not args.no_rescale,
+        texts=args.texts,
+        force=args.force,
+        recipient_tokenizer=tokenizer,
+    )
+    artifact.write(args.out, made)
+    scores = _check(args, made, recipient, tokenizer) if args.check else {}
+    if args.json:
+        print(json.dumps({"report": report.to_dict(), "check": scores, "out": os.fspath(args.out)}, indent=2))
+        return
+    print(report.text())
+    for name, score in scores.items():
+        interval = f"[{score['low']:.3f}, {score['high']:.3f}]"
+        print(f"{name:15} {score['accuracy']:.3f} {interval} on {score['problems']} problems of {args.check}")
+    print(f"\n{args.out}")
+
+
+def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """Greedy accuracy of the recipient without and with the vectors."""
+    import steer
+    from steer.data import Arithmetic, load_problems
+    from steer.grading import Checker
+    from steer.prompts import render
+    from steer.train.evaluation import answer_greedily, score
+
+    run = (made.config.provenance or {}).get("run", {})
+    names = ("operators", "digits", "terms", "heldout")
+    settings = {name: run[name] for name in names if args.check == "arithmetic" and name in run}
+    problems = load_problems(
+        args.check,
+        "heldout" if args.check == "arithmetic" else "test",
+        limit=args.check_limit,
+        arithmetic=Arithmetic(problems=args.check_limit, **settings),
+    ).to_list()
+    vectors = steer.load(made, model, tokenizer=tokenizer)
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [tokenizer.eos_token_id if stops is None else stops]
+
+    def frame(problem: str) -> str:
+        return render(problem, tokenizer, run.get("template", "boxed"), run.get("prefix", ""))
+
+    def measure(label: str) -> dict[str, Any]:
+        with Checker() as checker:
+            answers = answer_greedily(
+                model, tokenizer, problems, frame, checker, args.max_new_tokens, stops, label=label
+            )
+        return asdict(score(answers))
+
+    with vectors.disabled():
+        base = measure("without vectors")
+    return {"without vectors": base, "with vectors": measure("with vectors")}
+
+
+def _size(path: Path) -> int:
+    return (
+        sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )

@@ -1,0 +1,53 @@
+"""`steer generate`: one prompt, answered with and without the vectors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    generate = commands.add_parser(
+        "generate", help="answer a prompt with and without the vectors, side by side"
+    )
+    generate.add_argument("model", help="hub id, local folder, .gguf file or the name of bundled weights")
+    generate.add_argument("--vectors", required=True, help="folder, .safetensors file or hub id")
+    generate.add_argument("--prompt", required=True, help="the problem or question")
+    generate.add_argument(
+        "--template", help="prompt template; default: the one the vectors were trained with"
+    )
+    generate.add_argument("--scale", type=float, help="factor on the vectors; default: as saved")
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="length of the answer (default: 64)")
+    generate.add_argument("--dtype", default="auto", help="precision of the base model (default: auto)")
+    generate.add_argument("--json", action="store_true", help="print JSON")
+    generate.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    import steer
+    from steer.models import load_model, load_tokenizer
+    from steer.prompts import render
+
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, dtype=args.dtype)
+    vectors = steer.load(args.vectors, model, tokenizer=tokenizer)
+    if args.scale is not None:
+        vectors.scale = args.scale
+    trained = (vectors.config.provenance or {}).get("run", {})
+    template = args.template or trained.get("template", "boxed")
+    text = render(args.prompt, tokenizer, template, trained.get("prefix", ""))
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+
+    def answer() -> str:
+        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+        return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    with vectors.disabled():
+        base = answer()
+    steered = answer()
+    if args.json:
+        print(
+            json.dumps({"prompt": text, "scale": vectors.scale, "base": base, "steered": steered}, indent=2)
+        )
+    else:
+        print(f"base     {base}\nsteered  {steered}")

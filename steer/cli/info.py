@@ -1,0 +1,135 @@
+"""`steer info`, `steer diff` and `steer card`: what is in an artifact. The first two start without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from steer import artifact
+from steer.artifact import Artifact
+from steer.card import is_score
+from steer.errors import SteerError
+
+ARTIFACT = "folder, .safetensors file or hub id"
+BAR = 40
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    info = commands.add_parser("info", help="what an artifact holds: model, layers, norms, how it was made")
+    info.add_argument("artifact", help=ARTIFACT)
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    diff = commands.add_parser("diff", help="compare two artifacts layer by layer: cosine and norm")
+    diff.add_argument("a", help=ARTIFACT)
+    diff.add_argument("b", help=ARTIFACT)
+    diff.add_argument("--json", action="store_true", help="print JSON")
+    diff.set_defaults(run=_diff)
+
+    card = commands.add_parser(
+        "card", help="write an artifact's model card again, with the scores of controls"
+    )
+    card.add_argument("artifact", help="folder")
+    card.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="NAME=RUN",
+        help="a control run's name and its folder or results.json, e.g. 'random reward=runs/control-random'",
+    )
+    card.set_defaults(run=_card)
+
+
+def _info(args: argparse.Namespace) -> None:
+    found = artifact.read_numpy(args.artifact)
+    config = found.config
+    norms = _norms(found)
+    numbers = sum(tensor.size for tensor in found.tensors.values())
+    if args.json:
+        print(json.dumps({"config": config.to_dict(), "numbers": numbers, "norms": norms}, indent=2))
+        return
+    shape = f"{config.depth} layers of width {config.width}"
+    print(f"base model  {config.base_model} ({config.model_type}, {shape})")
+    kind = f"{config.kind}, rank {config.rank}" if config.kind == "shared" else config.kind
+    where = f"{config.site}, positions {config.positions}, scale {config.scale:g}"
+    print(f"vectors     {kind}, {len(norms)} layers, {numbers:,} numbers in {config.dtype}, {where}")
+    for part, values in (config.provenance or {}).items():
+        print(f"{part:11} {_text(values)}")
+    print("\nlayer      norm")
+    for layer, norm in norms.items():
+        print(f"{layer:5}  {norm:8.4f}  {_bar(norm, max(norms.values()))}")
+
+
+def _diff(args: argparse.Namespace) -> None:
+    a, b = artifact.read_numpy(args.a), artifact.read_numpy(args.b)
+    if a.config.width != b.config.width:
+        raise SteerError(
+            f"{args.a} has width {a.config.width}, {args.b} {b.config.width}: vectors of two widths have no "
+            "cosine; bring one over with steer transfer"
+        )
+    left, right = a.effective(), b.effective()
+    rows: list[dict[str, Any]] = []
+    for layer in sorted({*left, *right}):
+        norms = [math.sqrt(v @ v) if (v := side.get(layer)) is not None else None for side in (left, right)]
+        cosine = float(left[layer] @ right[layer]) / (norms[0] * norms[1]) if norms[0] and norms[1] else None
+        rows.append({"layer": layer, "norm_a": norms[0], "norm_b": norms[1], "cosine": cosine})
+    names = ("base_model", "base_checksum", "kind", "site", "positions", "scale")
+    changed = {n: [getattr(a.config, n), getattr(b.config, n)] for n in names}
+    changed = {n: pair for n, pair in changed.items() if pair[0] != pair[1]}
+    if args.json:
+        print(json.dumps({"differ": changed, "layers": rows}, indent=2))
+        return
+    for name, pair in changed.items():
+        print(f"{name}: {pair[0]} | {pair[1]}")
+    print("layer    norm a    norm b    cosine")
+    for row in rows:
+        cells = [
+            f"{row[k]:10.4f}" if row[k] is not None else f"{'-':>10}" for k in ("norm_a", "norm_b", "cosine")
+        ]
+        print(f"{row['layer']:5}{''.join(cells)}  {_bar(abs(row['cosine'] or 0.0), 1.0)}")
+
+
+def _card(args: argparse.Namespace) -> None:
+    found = artifact.read(args.artifact)
+    controls = dict(_control(text) for text in args.control)
+    known = {**(found.config.provenance or {})}
+    if controls:
+        known["controls"] = {**known.get("controls", {}), **controls}
+    found.config.provenance = known or None
+    folder = artifact.write(args.artifact, found)
+    print(folder / artifact.CARD_FILE)
+
+
+def _control(text: str) -> tuple[str, dict[str, Any]]:
+    name, _, place = text.partition("=")
+    path = Path(place)
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        score = json.loads(path.read_text())["after"]
+        return name, {key: score[key] for key in ("accuracy", "low", "high", "problems")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SteerError(
+            f"--control {text!r}: {path} holds no finished results ({type(error).__name__}: {error}); give "
+            "NAME=FOLDER of a finished run"
+        ) from error
+
+
+def _norms(found: Artifact) -> dict[int, float]:
+    return {layer: math.sqrt(vector @ vector) for layer, vector in found.effective().items()}
+
+
+def _bar(value: float, longest: float) -> str:
+    return "#" * round(BAR * value / longest) if longest else ""
+
+
+def _text(values: Any) -> str:
+    if not isinstance(values, dict):
+        return str(values)
+    kept = {k: v for k, v in values.items() if v not in (None, [], "")}
+    return ", ".join(
+        f"{k} {v['accuracy']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" if is_score(v) else f"{k}={v}"
+        for k, v in kept.items()
+    )

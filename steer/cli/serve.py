@@ -1,0 +1,71 @@
+"""`steer serve`: an OpenAI-compatible server of one model with many vectors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from steer.errors import SteerError
+
+_VECTORS = re.compile(r"((?P<name>[A-Za-z0-9][\w.-]*)=)?(?P<artifact>.+?)(@(?P<scale>-?\d+(\.\d+)?))?")
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model with vectors, chosen by each request, over OpenAI's HTTP API (vLLM)",
+        description="Starts `vllm serve MODEL`; options that are not listed here go to it (--port, --dtype, "
+        "--tensor-parallel-size, ...). A request names its vectors in `model`: `math`, or `math@0.5` for "
+        "half. GET, POST and DELETE /v1/steering list, add and remove sets while the server runs.",
+    )
+    serve.add_argument("model", help="hub id, local folder or the name of bundled weights")
+    serve.add_argument(
+        "--vectors",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]ARTIFACT[@SCALE]",
+        help="artifacts to serve; a name is by default that of the artifact's folder",
+    )
+    serve.set_defaults(run=_serve, more=[])
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from steer.artifact import read_numpy
+    from steer.models import BUNDLED, model_path
+
+    if find_spec("vllm") is None:
+        raise SteerError("vLLM is not installed: `pip install vllm` on a GPU, `make vllm` on a CPU")
+    sets = [_parse(text) for text in args.vectors]
+    names = [name for name, _, _ in sets]
+    if len(set(names)) < len(names):
+        raise SteerError(f"two sets have one name ({', '.join(names)}); write NAME=ARTIFACT")
+    for _, source, _ in sets:
+        read_numpy(source)  # a damaged artifact is told now, not after the model has loaded
+    os.environ["STEER_SERVE"] = json.dumps(sets)
+    groups = [name for name in entry_points().groups if name.startswith("vllm.") and "endpoint" not in name]
+    plugins = {point.name for group in groups for point in entry_points(group=group)}
+    before = os.environ.get("VLLM_PLUGINS")
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted({"steer", *(before.split(",") if before else plugins)}))
+    local = args.model in BUNDLED
+    folder = str(model_path(args.model)) if local else args.model
+    named = ["--served-model-name", args.model] if local and "--served-model-name" not in args.more else []
+    try:
+        version("vllm")
+        command = ["vllm.entrypoints.cli.main", "serve", folder]
+    except PackageNotFoundError:  # the CPU build has another name, which vLLM's own command stumbles over
+        command = ["vllm.entrypoints.openai.api_server", "--model", folder]
+    os.execv(sys.executable, [sys.executable, "-m", *command, *named, *args.more])
+
+
+def _parse(text: str) -> tuple[str, str, float]:
+    match = _VECTORS.fullmatch(text)
+    if not match:
+        raise SteerError(f"--vectors {text!r} is not [NAME=]ARTIFACT[@SCALE]")
+    source = match["artifact"]
+    return match["name"] or Path(source).name, source, float(match["scale"] or 1.0)

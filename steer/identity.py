@@ -1,0 +1,63 @@
+"""
+Which model is this? Checksums that tell a base model, and a vocabulary, from others of the same shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer.sites import find_decoder
+
+# Rows of the embedding matrix that enter the checksum: enough that fine-tuning moves some, read in a moment.
+ROWS = 256
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """
+    The fields of a steering config that say which model it is for: name, revision, architecture, width,
+    depth and checksum.
+    """
+    decoder = find_decoder(model)
+    base: Any = model.config
+    return {
+        "base_model": base._name_or_path or None,
+        "base_revision": getattr(base, "_commit_hash", None),
+        "model_type": base.get_text_config().model_type,
+        "width": decoder.width,
+        "depth": decoder.depth,
+        "base_checksum": base_checksum(model),
+    }
+
+
+def base_checksum(model: nn.Module) -> str | None:
+    """
+    16 hex digits from the architecture's numbers and a sample of the weights in bfloat16: 256 rows of the
+    embeddings, and the one-dimensional parameters of the last layer. The same in float32 and bfloat16, and
+    for a quantised copy, which keeps those; another for a fine-tuned one. None where weights are not at hand
+    (meta, sharded).
+    """
+    decoder = find_decoder(model)
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
+    last = decoder.layers[-1].named_parameters()
+    sample = [embeddings, *(p for name, p in last if p.dim() == 1 and "steering" not in name)]
+    if any(p.is_meta or not p.numel() or hasattr(p, "full_tensor") for p in sample):
+        return None
+    rows = torch.linspace(0, len(embeddings) - 1, min(ROWS, len(embeddings)), device=embeddings.device)
+    sample[0] = embeddings[rows.long()]
+    shape = [config.model_type, decoder.width, decoder.depth, len(embeddings)]
+    digest = hashlib.sha256(json.dumps(shape).encode())
+    for tensor in sample:
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_checksum(tokenizer: Any) -> str:
+    """16 hex digits from the vocabulary: which text each token id stands for."""
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]

@@ -1,0 +1,165 @@
+"""
+The kinds of vector, one module each. It sits in its decoder layer as `layer.steering`, is called with the
+hidden states where it stands, and changes nothing until it is trained.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer.errors import SteerError
+
+
+class Gate:
+    """
+    What all vectors of one model share: on or off, the scale, and which tokens of the running pass are
+    steered.
+    """
+
+    def __init__(self, positions: str, scale: float):
+        self.positions = positions
+        self.scale = scale
+        self.enabled = True
+        self.prompt_length: int | torch.Tensor | None = None  # columns of the prompt, where told
+        self.mask: torch.Tensor | None = None  # (batch or 1, tokens, 1) bool; None steers every token
+
+    def place(self, tokens: int, past: Any, device: torch.device) -> None:
+        """
+        Set `mask` for a pass over `tokens` new columns after those in the KV cache `past` (None without a
+        cache).
+        """
+        seen = past.get_seq_length() if past is not None else 0
+        length = self.prompt_length
+        if length is None:
+            if past is not None and seen == 0:  # kept on the cache: several generations may take turns
+                past.steering_prompt_length = tokens
+            length = getattr(past, "steering_prompt_length", None)
+            if length is None:
+                raise SteerError(
+                    f"positions={self.positions!r} must know where the prompt ends: wrap this call in "
+                    "`with vectors.prompt_length(n):` (generate() needs nothing)"
+                )
+        column = torch.arange(tokens, device=device) + seen  # (tokens,)
+        if isinstance(length, torch.Tensor) and length.dim():
+            column, length = column[None, :], length.to(device)[:, None]
+        rule: dict[str, torch.Tensor] = {
+            "prompt": column < length,
+            "last_prompt": column == length - 1,
+            "completion": column >= length,
+            "first_completion": column == length,
+        }
+        self.mask = rule[self.positions].unsqueeze(-1)
+
+    def add(self, hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """`hidden` (batch, tokens, width) plus `change` (broadcast to it) at the steered tokens."""
+        steered = hidden + change
+        return steered if self.mask is None else torch.where(self.mask.to(hidden.device), steered, hidden)
+
+
+class SteeringVector(nn.Module):
+    """
+    One vector of shape (width,), zero at the start, added to hidden states of shape (batch, tokens, width):
+    h <- h + scale * s ("Small Vectors, Big Effects", arXiv 2509.06608, section 2).
+    """
+
+    def __init__(self, width: int, gate: Gate, dtype: torch.dtype = torch.float32, device: Any = None):
+        super().__init__()
+        self.vector = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
+        self.gate = gate
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self.gate.enabled:
+            return hidden
+        # Added in the precision of the stream, as a bias would be; the vector itself keeps its own.
+        return self.gate.add(hidden, (self.gate.scale * self.vector).to(hidden.device, hidden.dtype))
+
+    def effective(self) -> torch.Tensor:
+        """The direction that is added, (width,), as long as its effect is strong."""
+        return self.vector
+
+
+class AdaptiveVector(nn.Module):
+    """
+    The paper's adaptive token-wise scaling: the MLP's output gets scale * (x . readout) * vector, where x is
+    the input of the MLP's down-projection at that token. `vector` (width,) is zero at the start, `readout`
+    (inner,) is not: together they are a LoRA of rank one on the down-projection.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        layer: int,
+        gate: Gate,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ):
+        super().__init__()
+        self.vector = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
+        self.readout = nn.Parameter(_kaiming(inner, inner, layer).to(device, dtype))
+        self.gate = gate
+
+    def forward(self, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if not self.gate.enabled:
+            return hidden
+        vector = (self.gate.scale * self.vector).to(hidden.device, hidden.dtype)
+        return self.gate.add(hidden, self.coefficient(x).unsqueeze(-1) * vector)
+
+    def coefficient(self, x: torch.Tensor) -> torch.Tensor:
+        """How much of the vector each token gets: (batch, tokens) from x (batch, tokens, inner)."""
+        return x @ self.readout.to(x.device, x.dtype)
+
+    def effective(self) -> torch.Tensor:
+        """The direction, (width,), times the norm of its read-out."""
+        return self.vector * self.readout.norm()
+
+
+class SharedDirections(nn.Module):
+    """The `rank` directions (rank, width), zero at the start, that the layers of one model mix."""
+
+    def __init__(self, rank: int, width: int, dtype: torch.dtype = torch.float32, device: Any = None):
+        super().__init__()
+        self.directions = nn.Parameter(torch.zeros(rank, width, dtype=dtype, device=device))
+
+
+class SharedVector(nn.Module):
+    """
+    One layer's vector as a mix of directions that all layers share: the matrix of all vectors is A (layers x
+    rank) times B (rank x width). `mix` (rank,) is this layer's row of A, drawn at random; B starts at zero.
+    """
+
+    def __init__(
+        self,
+        shared: SharedDirections,
+        layer: int,
+        gate: Gate,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ):
+        super().__init__()
+        rank = len(shared.directions)
+        self.mix = nn.Parameter(_kaiming(rank, rank, layer).to(device, dtype))
+        self._shared = [shared]  # in a list, so that it is no child: the directions are the model's, once
+        self.gate = gate
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self.gate.enabled:
+            return hidden
+        return self.gate.add(hidden, (self.gate.scale * self.effective()).to(hidden.device, hidden.dtype))
+
+    def effective(self) -> torch.Tensor:
+        """The layer's vector, (width,)."""
+        return self.mix @ self._shared[0].directions.to(self.mix.device)
+
+
+def _kaiming(size: int, fan_in: int, layer: int) -> torch.Tensor:
+    """
+    Kaiming-uniform values (size,), as LoRA draws its A; by layer, not by the global generator, so that every
+    process of a run draws the same.
+    """
+    generator = torch.Generator().manual_seed(layer)
+    return (2 * torch.rand(size, generator=generator) - 1) / sqrt(fan_in)
