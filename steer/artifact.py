@@ -337,7 +337,14 @@ def _wide(values: Any) -> Any:
 
 
 def _join(layers: Iterable[int]) -> str:
-    return ",".join(map(str, layers))
+    """Ascending layers as `SteeringConfig.layers` writes them: 0, 1, 2, 7 is `0-2,7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
 
 
 def _constant_tensors(vectors: Mapping[int, Any], decoder: str, dtype: str) -> dict[str, Any]:

@@ -1,0 +1,292 @@
+"""
+The vLLM plugin. vLLM calls `register` in every process (`vllm.general_plugins`), tensor-parallel workers too.
+
+One mechanism for all architectures, at few places in vLLM:
+
+- `Worker.load_model`: once the model is there, its decoder layers are found by structure and each gets a
+  `steering` child and a forward hook, before anything is compiled or captured.
+- the model runner: before each forward pass the tokens of the batch learn which vectors they get.
+- `EngineCore` and `LLMEngine`: a request with an unknown name fails alone, and cached prefixes are kept
+  apart by set, version and scale.
+- the worker's `steer_*` methods, which `collective_rpc` reaches from outside: see `steer.engine.client`.
+
+A model whose layers cannot be found runs as ever; pushing vectors to it then says why it cannot be steered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer.engine import bank
+from steer.engine.bank import DEFAULT, Bank, Choice
+from steer.errors import SteerError
+
+logger = logging.getLogger("vllm.steer")  # shown with vLLM's own
+
+# Places for sets of vectors, the base model and the default set among them; --additional-config
+# '{"steering_slots": 32}' for another number.
+SLOTS = 16
+_ATTENTION = re.compile(r"attn|attention")
+_VECTOR = re.compile(r"(?:^|\.)(\d+)\.steering\.vector$")
+
+
+def register() -> None:
+    """Install the wrappers; once a process, however often it is called."""
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    if getattr(Worker, "steer_push", None) is not None:
+        return
+    Worker.load_model = _load_model(Worker.load_model)
+    LLMEngine.add_request = _submit(LLMEngine.add_request)
+    EngineCore.preprocess_add_request = _preprocess_add_request(EngineCore.preprocess_add_request)
+    EngineCore.add_request = _add_request(EngineCore.add_request)
+    EngineCore.collective_rpc = _collective_rpc(EngineCore.collective_rpc)
+    WorkerBase.steer_push = steer_push
+    WorkerBase.steer_remove = steer_remove
+    WorkerBase.steer_names = steer_names
+
+
+# ---- the model
+
+
+def _load_model(original: Any) -> Any:
+    @wraps(original)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        config, extra = self.vllm_config, self.vllm_config.additional_config
+        self.steering, self.steering_error = None, None
+        if not isinstance(extra, dict):  # some platforms put a class of their own there
+            self.steering_error = f"cannot steer here: additional_config is a {type(extra).__name__}"
+            return original(self, *args, **kwargs)
+        slots = extra.get("steering_slots", SLOTS)
+        # Part of what vLLM's compile cache is keyed by: a graph cached without the plugin would not steer.
+        code = hashlib.sha256(Path(bank.__file__).read_bytes()).hexdigest()[:16]
+        config.additional_config = {**extra, "steering": {"slots": slots, "code": code}}
+        original(self, *args, **kwargs)
+        try:
+            self.steering = attach(self.model_runner, config, slots)
+        except SteerError as error:
+            self.steering_error = str(error)
+
+    return load_model
+
+
+def attach(runner: Any, config: Any, slots: int) -> Bank:
+    """Give every decoder layer of the runner's model its vectors; SteerError when they cannot be found."""
+    parallel = config.parallel_config
+    if parallel.use_ubatching or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise SteerError("the engine cannot steer split batches: switch off DBO and prefill context parallel")
+    model = runner.get_model()
+    layers, depth = find_layers(model)
+    width = config.model_config.get_hidden_size()
+    tokens = config.scheduler_config.max_num_batched_tokens
+    sizes = [tokens, *(config.compilation_config.cudagraph_capture_sizes or [])]
+    steering = Bank(layers, depth, width, slots, max(sizes), runner.device)
+    _follow_batches(runner, steering)
+    _take_pushed_weights(model, steering)
+    return steering
+
+
+def find_layers(model: nn.Module) -> tuple[dict[int, nn.Module], int]:
+    """
+    This process's decoder layers by index, and the depth of the whole model: the one list of modules that
+    all hold attention, apart from placeholders for the layers of other pipeline stages.
+    """
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    if callable(inner := getattr(model, "get_language_model", None)):  # beside a vision tower
+        model = inner()
+    stacks = []
+    for name, modules in model.named_modules():
+        if isinstance(modules, nn.ModuleList):
+            layers = {i: layer for i, layer in enumerate(modules) if not isinstance(layer, PPMissingLayer)}
+            if layers and all(_has_attention(layer) for layer in layers.values()):
+                stacks.append((name, layers, len(modules)))
+    if len(stacks) != 1:
+        seen = ", ".join(name for name, _, _ in stacks) or "none"
+        raise SteerError(
+            f"the engine cannot steer {type(model).__name__}: it has no single stack of decoder layers with "
+            f"attention in it (seen: {seen})"
+        )
+    _, layers, depth = stacks[0]
+    return layers, depth
+
+
+def _has_attention(layer: nn.Module) -> bool:
+    names = [name for name, _ in layer.named_children()]
+    return any(_ATTENTION.search(name) and "norm" not in name for name in names)
+
+
+def _follow_batches(runner: Any, steering: Bank) -> None:
+    """Tell `steering` of the runner's requests, and of each batch just before its forward pass."""
+    execute = runner.execute_model
+
+    @wraps(execute)
+    def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        for request in scheduled.finished_req_ids:
+            steering.finish_request(request)
+        for new in scheduled.scheduled_new_reqs:
+            if new.sampling_params is not None:
+                steering.add_request(new.req_id, Choice.of(new.sampling_params), new.prompt_len)
+        return execute(scheduled, *args, **kwargs)
+
+    runner.execute_model = execute_model
+    if hasattr(runner, "_prepare_inputs"):  # vLLM's first model runner, which CPUs use
+        prepare = runner._prepare_inputs
+
+        @wraps(prepare)
+        def _prepare_inputs(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(scheduled, *args, **kwargs)
+            tokens = scheduled.total_num_scheduled_tokens
+            requests = runner.input_batch.req_ids
+            starts = runner.query_start_loc.gpu[: len(requests) + 1]
+            steering.place(requests, starts, runner.positions[:tokens])
+            return prepared
+
+        runner._prepare_inputs = _prepare_inputs
+    else:
+        prepare_v2 = runner.prepare_inputs
+
+        @wraps(prepare_v2)
+        def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+            batch = prepare_v2(*args, **kwargs)
+            starts = batch.query_start_loc[: len(batch.req_ids) + 1]
+            steering.place(batch.req_ids, starts, batch.positions[: batch.num_tokens])
+            return batch
+
+        runner.prepare_inputs = prepare_inputs
+
+
+def _take_pushed_weights(model: Any, steering: Bank) -> None:
+    """`model.load_weights` takes `model.layers.3.steering.vector` too: trainers push weights that way."""
+    original = model.load_weights
+
+    @wraps(original)
+    def load_weights(weights: Any, *args: Any, **kwargs: Any) -> Any:
+        taken = set()
+
+        def others() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                if ".steering." not in name:
+                    yield name, tensor
+                    continue
+                match = _VECTOR.search(name)
+                if match is None:
+                    raise SteerError(
+                        f"{name} is not the vector of a layer: expected a name like "
+                        "model.layers.3.steering.vector"
+                    )
+                steering.set_default(int(match[1]), tensor)
+                taken.add(name)
+
+        return taken | (original(others(), *args, **kwargs) or set())
+
+    model.load_weights = load_weights
+
+
+# ---- requests
+
+
+def _preprocess_add_request(original: Any) -> Any:
+    @wraps(original)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        choice = Choice.of(request.sampling_params)
+        if choice.name is not None and choice.scale:
+            stamp = f"steering:{choice.name}:{_versions(self).get(choice.name, 0)}:{choice.scale!r}"
+            request.cache_salt = f"{request.cache_salt}|{stamp}" if request.cache_salt else stamp
+        return original(self, request)
+
+    return preprocess_add_request
+
+
+def _submit(original: Any) -> Any:
+    @wraps(original)
+    def add_request(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        choice = Choice.of(params)
+        core = getattr(self.engine_core, "engine_core", None)  # when it is in this process
+        if core is not None:
+            _check_name(core, choice)
+        return original(self, request_id, prompt, params, *args, **kwargs)
+
+    return add_request
+
+
+def _add_request(original: Any) -> Any:
+    @wraps(original)
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            _check_name(self, Choice.of(request.sampling_params))
+        except SteerError as error:
+            if not hasattr(self, "_send_error_outputs_to_client"):
+                raise
+            logger.error("request %s: %s", request.request_id, error)
+            self._send_error_outputs_to_client([request.request_id], request.client_index)
+            return
+        original(self, request, *args, **kwargs)
+
+    return add_request
+
+
+def _check_name(core: Any, choice: Choice) -> None:
+    known = _versions(core)
+    if choice.name is not None and choice.name != DEFAULT and choice.name not in known:
+        raise SteerError(f"no vectors named {choice.name!r}; the engine has {', '.join(known) or 'none'}")
+
+
+def _versions(core: Any) -> dict[str, int]:
+    return core.__dict__.get("steering_versions", {})
+
+
+def _collective_rpc(original: Any) -> Any:
+    @wraps(original)
+    def collective_rpc(
+        self: Any, method: Any, timeout: float | None = None, args: tuple = (), kwargs: Any = None
+    ) -> list[Any]:
+        if method == "steer_remove":
+            running = self.scheduler.requests.values()
+            using = sum(Choice.of(request.sampling_params).name == args[0] for request in running)
+            if using and args[0] != DEFAULT:  # in whose place there are zeros then
+                return [{"error": f"{args[0]!r} is used by {using} unfinished requests: wait or abort them"}]
+        answers = original(self, method, timeout, args, kwargs)
+        if isinstance(method, str) and method.startswith("steer_"):
+            self.steering_versions = answers[0].get("versions", {})
+        return answers
+
+    return collective_rpc
+
+
+# ---- what collective_rpc calls in every worker; errors are told, not raised: any transport keeps their text
+
+
+def steer_push(self: Any, name: str, packed: str, positions: str = "all") -> dict[str, Any]:
+    return _answer(self, lambda steering: steering.push(name, bank.unpack(packed), positions))
+
+
+def steer_remove(self: Any, name: str) -> dict[str, Any]:
+    return _answer(self, lambda steering: steering.remove(name))
+
+
+def steer_names(self: Any) -> dict[str, Any]:
+    return _answer(self, lambda steering: None)
+
+
+def _answer(worker: Any, do: Any) -> dict[str, Any]:
+    if worker.steering is None:
+        return {"error": worker.steering_error}
+    try:
+        with torch.inference_mode():
+            do(worker.steering)
+    except SteerError as error:
+        return {"error": str(error), "versions": worker.steering.versions()}
+    return {"error": None, "versions": worker.steering.versions()}

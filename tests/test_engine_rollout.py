@@ -1,0 +1,203 @@
+"""Training with vLLM rollouts, in the trainer's process and against a server. Needs vllm or vllm-cpu."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from training import SPREAD, config, logged, model_folder, parity, problems
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import steer
+from steer import SteerError, SteeringConfig, engine
+from steer.train.trainer import SteeringGRPOTrainer
+
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytest.importorskip("vllm", reason="vLLM is not installed (`make vllm` installs its CPU build)")
+
+from trl.generation import vllm_generation
+
+from steer.engine.rollout import VectorGeneration, mismatch
+
+# Both sides compute in float32 with other kernels; see test_engine.py. A vector that was not pushed moves the
+# log-probabilities of these models by more than 1e-2.
+CLOSE, FAR = 1e-4, 1e-2
+
+
+@pytest.fixture
+def folder(
+    build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Path:
+    model = build_tiny("llama", hidden_size=128, head_dim=32, initializer_range=SPREAD / 2)
+    return model_folder(tmp_path / "model", model, tiny_tokenizer)
+
+
+@pytest.fixture
+def quick_llm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """trl's engine without compilation and with a small cache."""
+    small = partial(vllm_generation.LLM, enforce_eager=True, kv_cache_memory_bytes=16 << 20)
+    monkeypatch.setattr(vllm_generation, "LLM", small)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)  # trl sets them
+
+
+def make(
+    folder: Path, tokenizer: Any, run: Path, steering: SteeringConfig | None = None, **changes: Any
+) -> SteeringGRPOTrainer:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    steer.attach(model, steering)
+    settings = {"use_vllm": True, "vllm_max_model_length": 64, "skip_zero_advantage": False, **changes}
+    return SteeringGRPOTrainer(
+        model, parity, config(run, **settings), train_dataset=problems(), processing_class=tokenizer
+    )
+
+
+@pytest.mark.parametrize("correction", [True, False])
+@pytest.mark.usefixtures("quick_llm")
+def test_colocated(
+    folder: Path, tiny_tokenizer: Any, tmp_path: Path, correction: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(
+        folder,
+        tiny_tokenizer,
+        tmp_path / "run",
+        SteeringConfig(positions="completion", scale=2.0),
+        vllm_importance_sampling_correction=correction,
+        max_steps=3,
+    )
+    generation = trainer.vllm_generation
+    assert isinstance(generation, VectorGeneration)
+    weights = generation.llm.llm_engine.model_executor.driver_worker.model_runner.get_model()
+    monkeypatch.setattr(weights, "load_weights", lambda *_: pytest.fail("weights were pushed"))
+    trainer.train()
+    assert all(norm > 0 for norm in trainer.vectors.norms().values())
+    assert generation.sync_bytes == 3 * 128 * 4
+    assert 0 < generation.sync_seconds < 60
+    assert len(logged(trainer, "engine/max")) == 3
+    assert max(logged(trainer, "engine/max")) < CLOSE
+    assert len(logged(trainer, "sampling/sampling_logp_difference/max")) == 3 * correction
+    assert all(value < CLOSE for value in logged(trainer, "sampling/sampling_logp_difference/max"))
+    # The last step's vectors were not pushed yet: what the engine samples is what it had.
+    stale = generation.generate([[5, 6, 7]] * 4, None, 4)
+    generation.sync_weights()
+    fresh = generation.generate([[5, 6, 7]] * 4, None, 4)
+    for (_, ids, logps, _), current in ((stale, False), (fresh, True)):
+        row = torch.tensor([[5, 6, 7, *ids[0]]])
+        with torch.no_grad(), trainer.vectors.prompt_length(3):
+            scores = trainer.model(input_ids=row).logits[0, 2:-1].log_softmax(-1)
+        wanted = scores.gather(1, row[0, 3:, None])[:, 0]
+        apart = (wanted - torch.tensor([step[0] for step in logps[0]])).abs().max().item()
+        assert apart < CLOSE if current else apart > FAR
+
+
+@pytest.mark.usefixtures("quick_llm")
+def test_vectors_the_engine_cannot_hold_are_refused_at_the_start(
+    folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(SteerError, match="PEFT LoRA"):
+        make(folder, tiny_tokenizer, tmp_path / "run", SteeringConfig(kind="adaptive"))
+
+
+def test_the_engine_is_started_with_the_trainers_precision_and_keeps_its_weights_asleep(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class LLM:
+        """Takes the place of vLLM's, whose sleep mode works on GPUs only."""
+
+        def __init__(self, **settings: Any):
+            asked.update(settings)
+
+        def sleep(self, level: int = 1) -> None:
+            asked["level"] = level
+
+        def wake_up(self, tags: list[str]) -> None:
+            asked["awake"] = tags
+
+        def collective_rpc(self, method: str, args: tuple) -> list[dict[str, Any]]:
+            asked["pushed"] = method
+            return [{"error": None, "versions": {"default": 1}}]
+
+    monkeypatch.setattr(vllm_generation, "LLM", LLM)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    vectors = steer.attach(model)
+    generation = VectorGeneration(
+        vectors, model=model, accelerator=Accelerator(cpu=True), processing_class=None, enable_sleep_mode=True
+    )
+    assert asked["dtype"] == "bfloat16"
+    assert asked["model"] == str(folder)
+    assert asked["level"] == 1  # trl asks for 2, at which the weights are thrown away
+    assert "pushed" not in asked
+    generation.sync_weights()
+    assert (asked["awake"], asked["pushed"]) == (["weights"], "steer_push")
+
+
+def test_mismatch() -> None:
+    trainer = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 5.0]])
+    engines = torch.tensor([[-1.5, -2.0, -9.0], [float("nan"), -0.5, 7.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    found = mismatch(trainer, engines, mask)
+    d = torch.tensor([0.5, 0.0, -0.5])
+    assert found["mean"] == pytest.approx(1 / 3)
+    assert found["max"] == 0.5
+    assert found["kl"] == pytest.approx((d.exp() - 1 - d).mean().item())
+    assert mismatch(trainer, engines, mask * 0) == {"mean": 0.0, "max": 0.0, "kl": 0.0}
+
+
+@pytest.fixture
+def server(folder: Path, tmp_path: Path) -> Iterator[str]:
+    """vLLM's server of the model, as the documentation of `steer.engine.rollout` says."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--logprobs-mode", "processed_logprobs"]
+    command += ["--enforce-eager", "--max-model-len", "64", "--kv-cache-memory-bytes", str(16 << 20)]
+    env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=tmp_path)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.mark.slow
+def test_server(server: str, folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    trainer = make(
+        folder,
+        tiny_tokenizer,
+        tmp_path / "run",
+        vllm_mode="server",
+        vllm_server_base_url=server,
+        max_steps=3,
+    )
+    trainer.train()
+    assert trainer.vllm_generation.sync_bytes == 3 * 128 * 4
+    assert max(logged(trainer, "engine/max")) < CLOSE
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < CLOSE
+    remote = engine.Server(server)
+    engine.push(remote, {1: torch.ones(128)}, name="set")
+    assert engine.names(remote) == ["default", "set"]
+    with pytest.raises(SteerError, match="layer 3 does not exist"):
+        engine.push(remote, {3: torch.ones(128)})
+    trainer.vllm_generation.engine.url = trainer.vllm_generation.vllm_client.base_url = "http://127.0.0.1:9"
+    with pytest.raises(SteerError, match=r"no vLLM server answers at http://127\.0\.0\.1:9"):
+        trainer.vllm_generation.sync_weights()
+    with pytest.raises(SteerError, match=r"stopped answering.*last checkpoint"):
+        trainer.vllm_generation.generate([[5, 6, 7]] * 4, None, 4)
