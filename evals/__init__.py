@@ -1,0 +1,4 @@
+"""
+Benchmarks, scores and honest comparisons: `python -m evals.run`, then `evals.compare`, `evals.browse` and
+`evals.grading_check` on the folder it wrote.
+"""

@@ -1,0 +1,82 @@
+"""What `evals.run` can be asked on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from evals import benchmarks
+from evals.engines import ENGINES
+
+# Answers sampled at once, and lost when the run is killed.
+BATCH = {"hf": 64, "vllm": 1024}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The parser of `python -m evals.run`."""
+    found = argparse.ArgumentParser(
+        prog="python -m evals.run",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = found.add_argument_group("the model and its variants").add_argument
+    model("--model", required=True, help="hub id, local folder, .gguf file or the name of bundled weights")
+    model("--revision", help="revision of a hub model")
+    model("--dtype", default="auto", help="precision of the base model (default: as saved)")
+    model("--name", help="what the model without vectors is called (default: base)")
+    model("--fine-tuned", action="store_true", help="the model is a fine-tune: all its numbers were trained")
+    many: dict[str, Any] = {"nargs": "+", "default": []}
+    model("--vectors", **many, metavar="[NAME=]PATH", help="folders, files or hub ids of vectors")
+    model(
+        "--scales", nargs="+", type=float, default=[1.0], help="factors on the vectors as saved (default: 1)"
+    )
+    model("--adapter", **many, metavar="[NAME=]PATH", help="folders or hub ids of peft adapters")
+    model("--prefixes", **many, help="forced openings of the base's answers, e.g. To Step (controls)")
+    model("--other-tokenizer", action="store_true", help="measure vectors made for another tokenizer as well")
+    asked = found.add_argument_group("what is asked").add_argument
+    names = ", ".join(benchmarks.KNOWN)
+    asked(
+        "--benchmarks",
+        nargs="+",
+        required=True,
+        help=f"comma-separated: {names}, or files; settings after colons: gsm8k:limit=200:samples=4",
+    )
+    local = os.environ.get("STEER_DATA")
+    asked(
+        "--data-dir", default=local, help="folder of files to read instead of the hub (default: $STEER_DATA)"
+    )
+    asked("--samples", type=int, help="sampled answers per problem (default: the benchmark's own)")
+    greedy = argparse.BooleanOptionalAction
+    asked("--greedy", action=greedy, default=True, help="one greedy answer per problem too (default: yes)")
+    asked("--temperature", type=float, default=1.0, help="of the sampled answers (default: 1)")
+    asked("--top-p", type=float, default=1.0, help="of the sampled answers (default: 1)")
+    asked("--max-new-tokens", type=int, help="longest answer (default: the benchmark's own)")
+    asked("--template", help="prompt template (default: the benchmark's own)")
+    asked("--limit", type=int, help="most problems of each benchmark: a seeded choice (default: all)")
+    asked("--seed", type=int, default=0, help="of the sampled answers (default: 0)")
+    how = found.add_argument_group("how it runs").add_argument
+    how("--out", required=True, help="folder of the run; the same command goes on with it")
+    how("--engine", choices=ENGINES, default="hf", help="what samples (default: hf)")
+    how("--engine-args", type=_json, metavar="JSON", help="arguments of vLLM's LLM: '{\"max_num_seqs\": 64}'")
+    sizes = ", ".join(f"{size} with {name}" for name, size in BATCH.items())
+    how("--batch-size", type=_count, help=f"answers sampled at once (default: {sizes})")
+    how("--workers", type=_count, default=1, help="processes that grade (default: 1)")
+    return found
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError("expected a JSON object")
+    return found
