@@ -7,6 +7,7 @@ from steer.errors import SteerError
 if TYPE_CHECKING:
     from steer.artifact import Artifact, mean, read
     from steer.config import SteeringConfig
+    from steer.transfers import transfer
     from steer.vectors import SteeringVectors, attach, attached, detach, load
 
 __all__ = [
@@ -20,12 +21,14 @@ __all__ = [
     "load",
     "mean",
     "read",
+    "transfer",
 ]
 
 _HOMES = (
     {"SteeringConfig": "steer.config"}
     | dict.fromkeys(("SteeringVectors", "attach", "attached", "detach", "load"), "steer.vectors")
     | dict.fromkeys(("Artifact", "mean", "read"), "steer.artifact")
+    | {"transfer": "steer.transfers"}
 )
 
 

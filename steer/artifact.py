@@ -6,7 +6,8 @@ Format, version 1
 `steering.safetensors`
     The trained numbers of every steered layer, named exactly as the parameters are named inside the model,
     all finite and of the config's dtype. The file's metadata holds the key `steering_config`: the JSON text
-    of the config, so this one file is a whole artifact.
+    of the config, so this one file is a whole artifact; and `sha256`: that of this text followed by every
+    tensor's name and bytes, in the order of the names, compared where it is there.
 
     kind       tensors (`model.layers` is the name of the decoder list in the base model)
     constant   `model.layers.12.steering.vector` (width,)
@@ -32,6 +33,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,8 @@ TENSOR_FILE = "steering.safetensors"
 CARD_FILE = "README.md"
 # A 405B model's vectors in float64 are 17 MB; anything far larger is not an artifact.
 MAX_BYTES = 1 << 28
+# The largest number of float32.
+MAX_FLOAT = 3.4e38
 # Objects and lists within each other in the config; a provenance has a few, and three more for each sum.
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -208,6 +212,7 @@ def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
     Write `artifact` to `folder` (made if missing), atomically per file. Returns the folder. NaN and Inf are
     refused.
     """
+    import torch
     from safetensors.torch import save
 
     check(artifact, str(folder))
@@ -218,7 +223,8 @@ def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
         raise SteerError(f"cannot save vectors to {folder}: it is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        whole = save(tensors, metadata={"steering_config": text})
+        data = {name: bytes(t.reshape(-1).view(torch.uint8).numpy()) for name, t in tensors.items()}
+        whole = save(tensors, metadata={"steering_config": text, "sha256": _digest(text, data)})
         files = {folder / TENSOR_FILE: whole, folder / CONFIG_FILE: (text + "\n").encode()}
         page = folder / CARD_FILE
         if not page.exists() or MARK in page.read_text(errors="replace"):
@@ -305,6 +311,10 @@ def _check_numbers(config: SteeringConfig, arrays: dict[str, np.ndarray], where:
         if not np.isfinite(array).all():
             raise SteerError(
                 f"{where}: {name} holds NaN or Inf; lower the learning rate or load an earlier checkpoint"
+            )
+        if np.abs(array).max(initial=0.0) * abs(config.scale) > MAX_FLOAT:
+            raise SteerError(
+                f"{where}: {name} times scale={config.scale:g} is no number of float32; lower the scale"
             )
 
 
@@ -428,6 +438,11 @@ def _read_file(
         if not entry["data"]:
             raise SteerError(f"{path}: {name} has shape {tuple(entry['shape'])}, which holds no numbers")
         entries[name] = (_DTYPES[entry["dtype"]], entry["shape"], bytes(entry["data"]))
+    sums = {header["__metadata__"].get("sha256"), _digest(text, {n: e[2] for n, e in entries.items()})}
+    if len(sums - {None}) > 1:
+        raise SteerError(
+            f"{path}: its content does not have the checksum it was written with: fetch it again"
+        )
     config = SteeringConfig.from_json(text, path)
     for name, (dtype, shape, _) in entries.items():
         if dtype != config.dtype:
@@ -438,6 +453,14 @@ def _read_file(
             f"{sidecar} differs from the config inside {path.name}; the latter is used", stacklevel=4
         )
     return path, config, entries
+
+
+def _digest(text: str, data: Mapping[str, bytes]) -> str:
+    """sha256 of the config's text and every tensor's name and bytes, in the order of the names."""
+    digest = sha256(text.encode())
+    for name in sorted(data):
+        digest.update(name.encode() + data[name])
+    return digest.hexdigest()
 
 
 def _tensor_file(source: str | os.PathLike[str], revision: str | None) -> Path:

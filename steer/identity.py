@@ -48,8 +48,9 @@ def base_checksum(model: nn.Module) -> str | None:
     sample = [embeddings, *(p for name, p in last if p.dim() == 1 and "steering" not in name)]
     if any(p.is_meta or not p.numel() or hasattr(p, "full_tensor") for p in sample):
         return None
-    rows = torch.linspace(0, len(embeddings) - 1, min(ROWS, len(embeddings)), device=embeddings.device)
-    sample[0] = embeddings[rows.long()]
+    last_row, count = len(embeddings) - 1, min(ROWS, len(embeddings))
+    rows = [i * last_row // max(count - 1, 1) for i in range(count)]
+    sample[0] = embeddings[torch.tensor(rows, device=embeddings.device)]
     shape = [config.model_type, decoder.width, decoder.depth, len(embeddings)]
     digest = hashlib.sha256(json.dumps(shape).encode())
     for tensor in sample:

@@ -115,13 +115,14 @@ class SteeringVectors:
             raise SteerError(
                 f"the vectors given are not those of this model's layers {self.config.layers}: {wrong}"
             )
+        for name, parameter in parameters.items():
+            if tensors[name].shape != parameter.shape:
+                raise SteerError(
+                    f"{name} has shape {tuple(tensors[name].shape)}, the model's "
+                    f"{tuple(parameter.shape)}; vectors only fit a model of their own width"
+                )
         with torch.no_grad():
             for name, parameter in parameters.items():
-                if tensors[name].shape != parameter.shape:
-                    raise SteerError(
-                        f"{name} has shape {tuple(tensors[name].shape)}, the model's "
-                        f"{tuple(parameter.shape)}; vectors only fit a model of their own width"
-                    )
                 parameter.copy_(tensors[name])
 
     def norms(self) -> dict[int, float]:
@@ -250,9 +251,9 @@ def load(
                 f"{field}={value}; vectors only fit a model of the same shape: `steer transfer` carries "
                 "them over"
             )
-    tell = (
-        f"{name}: made for {config.base_model}; this model ({model.config._name_or_path}) has the same shape"  # type: ignore[union-attr]
-    )
+    here: Any = model.config
+    names = [config.base_model or "an unnamed model", here._name_or_path or "an unnamed model"]
+    tell = f"{name}: made for {names[0]}; this model ({names[1]}) has the same shape"
     if _differ(config.base_checksum, base_checksum(model)):
         warnings.warn(f"{tell} but other weights: measure what they do here", stacklevel=2)
     if tokenizer is not None and _differ(config.tokenizer_checksum, tokenizer_checksum(tokenizer)):

@@ -498,3 +498,19 @@ def test_any_json_values_in_the_config_never_crash(tmp_path, values):
     path.write_bytes(save({FIRST: torch.arange(4.0)}, metadata={"steering_config": text}))
     (tmp_path / CONFIG_FILE).write_text(text)
     read_or_refuse(path)
+
+
+def test_a_changed_bit_is_told_by_the_checksum(folder):
+    path = folder / TENSOR_FILE
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1  # a bit of a mantissa: still a number
+    path.write_bytes(content)
+    with pytest.raises(SteerError, match="checksum") as error:
+        artifact.read(folder)
+    message(error)
+
+
+def test_a_scale_that_overflows_is_refused(tmp_path):
+    config = SteeringConfig(width=4, depth=3, layers=0, model_type="llama", scale=1e38)
+    with pytest.raises(SteerError, match="lower the scale"):
+        artifact.write(tmp_path, Artifact(config, {FIRST: torch.full((4,), 10.0)}))

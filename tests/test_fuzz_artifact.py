@@ -149,7 +149,8 @@ def check_loaded(content: bytes, tensors: Artifact, arrays: Artifact) -> None:
 def test_the_files_to_damage_are_what_write_writes(tmp_path, case):
     content = whole_file(case)
     artifact.write(tmp_path, valid(case))
-    assert (tmp_path / TENSOR_FILE).read_bytes() == content
+    # save for the checksum, without which damage gets past the door
+    assert artifact.read(tmp_path).config == valid(case).config
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     tensors, arrays = attempt(artifact.read, path), attempt(artifact.read_numpy, path)
@@ -222,36 +223,35 @@ def keys(count: int) -> str:
 
 
 MODEL = '"width": 4, "depth": 3, "model_type": "llama"'
-BOMBS: dict[str, Callable[[], bytes]] = {
-    "a million layer ranges": lambda: with_config(
-        f'{{"width": 4, "depth": 9999, "layers": "{"0-9998," * 100_000}0"}}'
+# By the name of the bomb: the config, and the reason that must be given before any of the work is done.
+BOMBS: dict[str, tuple[Callable[[], str], str]] = {
+    "a million layer ranges": (lambda: f'{{{MODEL}, "layers": "{"0-2," * 100_000}0"}}', "not a layer set"),
+    "all layers again": (lambda: f'{{{MODEL}, "layers": "{"all," * 200_000}all"}}', "not a layer set"),
+    "layers nested in lists": (lambda: f'{{{MODEL}, "layers": {"[" * 450}0{"]" * 450}}}', "nested"),
+    "a layer beyond integers": (lambda: f'{{{MODEL}, "layers": {"9" * 4000}}}', "not a layer set"),
+    "a layer of many digits": (lambda: f'{{{MODEL}, "layers": "{"9" * 100_000}"}}', "not a layer set"),
+    "a depth of thousands": (lambda: '{"width": 4, "depth": 9999}', "depth=9999"),
+    "many keys, the last one twice": (
+        lambda: f'{{{MODEL}, "provenance": {{{keys(300_000)}, "k299999": 1}}}}',
+        "'k299999' is there twice",
     ),
-    "all layers again and again": lambda: with_config(
-        f'{{"width": 4, "depth": 9999, "layers": "{"all," * 200_000}all"}}'
-    ),
-    "many keys, the last one twice": lambda: with_config(
-        f'{{{MODEL}, "provenance": {{{keys(300_000)}, "k299999": 1}}}}'
-    ),
-    "many unknown fields": lambda: with_config(f"{{{keys(100_000)}}}"),
-    "layers nested in lists": lambda: with_config(f'{{{MODEL}, "layers": {"[" * 450}0{"]" * 450}}}'),
-    "a provenance nested in lists": lambda: with_config(f'{{{MODEL}, "provenance": {"[" * 900}{"]" * 900}}}'),
-    "a scale beyond floats": lambda: with_config(f'{{{MODEL}, "scale": {"9" * 400}}}'),
-    "a layer beyond integers": lambda: with_config(f'{{{MODEL}, "layers": {"9" * 4000}}}'),
-    "layer numbers of many digits": lambda: with_config(f'{{{MODEL}, "layers": "{"9" * 100_000}"}}'),
-    "an endless unknown kind": lambda: with_config(f'{{{MODEL}, "kind": "{"x" * 1_000_000}"}}'),
-    "a newline in the name of the base": lambda: with_config(f'{{{MODEL}, "base_model": "a\\nb"}}'),
-    "half a character in the name of the base": lambda: with_config(f'{{{MODEL}, "base_model": "\\ud800"}}'),
-    "half a character in the provenance": lambda: with_config(
-        f'{{{MODEL}, "provenance": {{"a": "\\udfff"}}}}'
-    ),
-    "an escape code in the name of the base": lambda: with_config(f'{{{MODEL}, "base_model": "\\u001b[2J"}}'),
+    "many unknown fields": (lambda: f"{{{keys(100_000)}}}", "unknown fields"),
+    "a nested provenance": (lambda: f'{{{MODEL}, "provenance": {"[" * 900}{"]" * 900}}}', "nested"),
+    "a scale beyond floats": (lambda: f'{{{MODEL}, "scale": {"9" * 400}}}', "not a finite number"),
+    "an endless unknown kind": (lambda: f'{{{MODEL}, "kind": "{"x" * 1_000_000}"}}', "kind='xxx"),
+    "a newline in a name": (lambda: f'{{{MODEL}, "base_model": "a\\nb"}}', "not a line of text"),
+    "an escape code in a name": (lambda: f'{{{MODEL}, "base_model": "\\u001b[2J"}}', "not a line of text"),
+    "half a character in a name": (lambda: f'{{{MODEL}, "base_model": "\\ud800"}}', "surrogates"),
+    "half a character in the provenance": (lambda: f'{{{MODEL}, "provenance": ["\\udfff"]}}', "surrogates"),
 }
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_files_that_ask_for_much_work_are_refused(tmp_path, bomb):
     path = tmp_path / "x.safetensors"
-    path.write_bytes(BOMBS[bomb]())
+    config, reason = BOMBS[bomb]
+    path.write_bytes(with_config(config()))
     for reader in (artifact.read, artifact.read_numpy):
-        with line_limit(LINES + path.stat().st_size):
-            assert isinstance(attempt(reader, path), str)
+        text = attempt(reader, path)
+        assert isinstance(text, str)
+        assert reason in text

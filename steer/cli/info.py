@@ -57,7 +57,8 @@ def _info(args: argparse.Namespace) -> None:
     where = f"{config.site}, positions {config.positions}, scale {config.scale:g}"
     print(f"vectors     {kind}, {len(norms)} layers, {numbers:,} numbers in {config.dtype}, {where}")
     for part, values in (config.provenance or {}).items():
-        print(f"{part:11} {_text(values)}")
+        text = f"{part:11} {_text(values)}"
+        print("".join(c if c.isprintable() else "?" for c in text))
     print("\nlayer      norm")
     for layer, norm in norms.items():
         print(f"{layer:5}  {norm:8.4f}  {_bar(norm, max(norms.values()))}")

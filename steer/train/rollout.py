@@ -95,7 +95,10 @@ def rollout(
 
     def last_logits(ids: torch.Tensor) -> torch.Tensor:
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        # By index, which copies: given a view, torch's bfloat16 product on a CPU copies a frozen LM head for
+        # every row, 20 GB for a vocabulary of 262,144.
+        last = torch.tensor([ids.shape[1] - 1], device=device)
+        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[:, -1]
 
     logits = last_logits(ids)
     logits, mask, position = logits[group], mask[group], position[group, -1:]

@@ -126,8 +126,7 @@ class SteeringGRPOTrainer(GRPOTrainer):
         self.beta = beta
         if beta != 0.0:
             self.ref_model = _VectorsOff()
-        if kwargs.get("processing_class") is not None:
-            self.vectors.config.tokenizer_checksum = tokenizer_checksum(kwargs["processing_class"])
+        self.vectors.config.tokenizer_checksum = tokenizer_checksum(self._tokenizer)
         if self.accelerator.device.type == "cpu":
             cpu.small_head_tiles()
         self.model_accepts_loss_kwargs = False
