@@ -23,7 +23,7 @@ from fuzz import mutations
 from safetensors.torch import save
 
 from steer import SteerError, SteeringConfig, artifact
-from steer.artifact import CONFIG_FILE, TENSOR_FILE, Artifact, expected_names
+from steer.artifact import CONFIG_FILE, Artifact, expected_names
 
 COUNT = int(os.environ.get("STEER_FUZZ", "2000"))
 SEED = int(os.environ.get("STEER_FUZZ_SEED", "0"))

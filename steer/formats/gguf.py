@@ -213,7 +213,7 @@ def _fitting(vectors: dict[int, np.ndarray], model: nn.Module, path: Path) -> di
 def _restored(made: Artifact, text: Any, path: Path) -> Artifact:
     """`made` with the config that steer left in the file."""
     if not isinstance(text, str):
-        raise SteerError(f"{path}: {CONFIG_KEY} is a {type(text).__name__}, expected the steering config as text")
+        raise SteerError(f"{path}: {CONFIG_KEY} is no steering config but a {type(text).__name__}")
     saved = SteeringConfig.from_json(text, path)
     layers = saved.resolve_layers(made.depth)
     config = made.config
