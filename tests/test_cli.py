@@ -60,7 +60,7 @@ def test_help_does_not_import_torch():
 
 
 def test_info_and_diff_as_json_agree_with_torch(steered, capsys):
-    model, folder = steered
+    _model, folder = steered
     twice = artifact.write(folder.parent / "twice", 2.0 * artifact.read(folder).layers(0, 0))
     assert main(["info", str(folder), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

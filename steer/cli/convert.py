@@ -167,7 +167,7 @@ def _format(path: Path) -> str:
 def _transfer(args: argparse.Namespace) -> None:
     from steer import artifact
     from steer.models import load_model, load_tokenizer
-    from steer.transfers.transfer import transfer
+    from steer.transfers.move import transfer
 
     source = artifact.read(args.artifact)
     donor = args.donor or source.config.base_model
