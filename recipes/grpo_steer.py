@@ -227,6 +227,8 @@ def seal(folder: Path) -> None:
     vectors = artifact.read(folder / "vectors")
     scores = {stage: results[stage] for stage in ("before", "after") if stage in results}
     known = {**(vectors.config.provenance or {}), "results": scores}
+    if known == vectors.config.provenance:
+        return
     artifact.write(folder / "vectors", replace(vectors, config=replace(vectors.config, provenance=known)))
 
 

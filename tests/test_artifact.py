@@ -508,9 +508,3 @@ def test_a_changed_bit_is_told_by_the_checksum(folder):
     with pytest.raises(SteerError, match="checksum") as error:
         artifact.read(folder)
     message(error)
-
-
-def test_a_scale_that_overflows_is_refused(tmp_path):
-    config = SteeringConfig(width=4, depth=3, layers=0, model_type="llama", scale=1e38)
-    with pytest.raises(SteerError, match="lower the scale"):
-        artifact.write(tmp_path, Artifact(config, {FIRST: torch.full((4,), 10.0)}))
