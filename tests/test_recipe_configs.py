@@ -20,7 +20,7 @@ from steer.prompts import TEMPLATES
 from steer.rewards import REWARDS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+CONFIGS = sorted(p for p in (RECIPES / "configs").glob("*.yaml") if not p.name.startswith("sae-"))
 LAUNCHERS = sorted((RECIPES / "accelerate").glob("*.yaml"))
 SOURCES = {"arithmetic", "gsm8k", "math", "deepscaler", "math500", "none"}
 

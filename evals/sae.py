@@ -1,0 +1,307 @@
+"""
+The SAE results of the README: tables at equal FLOPs and over l0, speed, and the DiffSAE of a demo's vectors.
+
+    python evals/sae.py all --texts train.jsonl --heldout test.jsonl --vectors runs/demo/vectors
+    python evals/sae.py tables --texts train.jsonl --heldout test.jsonl
+    python evals/sae.py speed
+    python evals/sae.py diff --vectors runs/demo/vectors
+
+`tables` stores the activations of one layer once, trains every SAE of its list (each goes on where it was
+when the command is given again) and measures all of them on the held-out texts. Whatever is finished is not
+computed again. Results land in --out: JSON, Markdown, plots and the feature browser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from evals import sae_diff, sae_speed
+from steer.errors import SteerError
+from steer.files import replace_file
+from steer.models import load_model, load_tokenizer
+from steer.sae import SAE, SAEConfig, load_sae, save_sae
+from steer.sae.activations import ActivationStream, Reader, Window, windows
+from steer.sae.cache import CachedActivations, write_cache
+from steer.sae.config import encoder_parameters, forward_flops
+from steer.sae.evaluate import loss_recovered, nearest_cosines, quality
+from steer.sae.letters import absorption, first_letters
+from steer.sae.texts import Texts
+from steer.sae.trainer import SAETrainer, TrainConfig
+from steer.train.cpu import keep_freed_memory
+
+L0 = (8, 16, 32, 64, 128)
+BATCH = 2048
+
+
+class Run(NamedTuple):
+    """One SAE of the tables. `equal_flops`: trained on as many tokens as its `of` has FLOPs for."""
+
+    name: str
+    settings: dict[str, Any]
+    of: str | None = None
+
+
+def runs(small: int, large: int) -> list[Run]:
+    """Every SAE of the tables, the small dictionary first."""
+    kron = {"encoder": "kron", "m": 2, "n": 4}
+    found = [Run(f"topk-{small}-l0={k}", {"d_sae": small, "k": k}) for k in L0]
+    found += [
+        Run(f"hierarchical-{small}", {"d_sae": small, "k": max(L0), "loss": "hierarchical"}),
+        Run(f"kron-m2n4-{small}", {"d_sae": small, "k": 32, **kron}, f"topk-{small}-l0=32"),
+        Run(f"hierarchical-kron-{small}", {"d_sae": small, "k": max(L0), "loss": "hierarchical", **kron}),
+        Run(f"topk-{large}-l0=32", {"d_sae": large, "k": 32}),
+        Run(f"kron-m2n4-{large}", {"d_sae": large, "k": 32, **kron}, f"topk-{large}-l0=32"),
+        Run(f"kron-m4n4-{large}", {"d_sae": large, "k": 32, **kron, "m": 4}, f"topk-{large}-l0=32"),
+    ]
+    return found
+
+
+def tables(args: argparse.Namespace) -> None:
+    """Train and measure what is missing, then write the tables and the plot."""
+    work, out = Path(args.work), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer, model = load_tokenizer(args.model), load_model(args.model, dtype=args.dtype)
+    reader = Reader(model, args.layer)
+    train = _stored(reader, tokenizer, args.texts, work / "train", args.cache_tokens)
+    heldout = _stored(reader, tokenizer, args.heldout, work / "heldout", args.heldout_tokens)
+    words = None
+    known = [w for w in windows(Texts(args.heldout), tokenizer) if len(w.ids) > 32]
+    spliced: list[Window] = known[:: max(1, len(known) // args.windows)][: args.windows]
+    chosen = {run.name: run for run in runs(args.small, args.large)}
+    results = _read(out / "tables.json")
+    facts = {"model": args.model, "layer": args.layer, "dtype": args.dtype, "stored_tokens": len(train)}
+    facts |= {"tokens": args.tokens, "heldout_tokens": len(heldout), "texts": _names(args.texts)}
+    if results.get("facts", facts) != facts:
+        raise SteerError(
+            f"{out / 'tables.json'} holds results of other settings; give another --out or remove it"
+        )
+    results["facts"] = facts
+    for run in chosen.values():
+        if run.name in results.get("saes", {}):
+            continue
+        tokens = args.tokens
+        if run.of is not None:
+            budget = forward_flops(_config(reader, chosen[run.of])) * args.tokens
+            tokens = budget // forward_flops(_config(reader, run))
+        sae, seconds = _train(run, tokens, train, work, args)
+        with torch.no_grad():
+            l0 = [n for n in L0 if n <= sae.cfg.k] if sae.cfg.loss == "hierarchical" else [sae.cfg.k]
+            measured = quality(sae, heldout.batches(BATCH), l0)
+            if words is None:
+                words = first_letters(
+                    reader, tokenizer, list(islice(windows(Texts(args.texts), tokenizer), 250))
+                )
+            recovered = {n: loss_recovered(sae, model, spliced, args.layer, k=n) for n in l0}
+        absorbed = absorption(sae, words)
+        results.setdefault("saes", {})[run.name] = {
+            "config": sae.cfg.to_dict(),
+            "trained_tokens": tokens // BATCH * BATCH,
+            "training_seconds": round(seconds, 1),
+            "encoder_parameters": encoder_parameters(sae.cfg),
+            "forward_flops": forward_flops(sae.cfg),
+            **measured.to_dict(),
+            "loss_recovered": {n: found.recovered for n, found in recovered.items()},
+            "cross_entropy": {n: found.spliced for n, found in recovered.items()},
+            "clean_cross_entropy": next(iter(recovered.values())).clean,
+            "absorption": absorbed.rate,
+            "letter_probe_accuracy": absorbed.probe_accuracy,
+            "letter_f1": absorbed.f1,
+            "nearest_cosine": nearest_cosines(sae.W_dec).mean().item(),
+        }
+        _write(out / "tables.json", results)
+        print(f"{run.name:28} " + _explained(results["saes"][run.name]))
+    results = _read(out / "tables.json")
+    replace_file(out / "tables.md", markdown(results, args.small, args.large).encode())
+    plot(results, args.small, out / "pareto.png")
+    print(f"\n{(out / 'tables.md').read_text()}\nplot  {out / 'pareto.png'}")
+
+
+def _config(reader: Reader, run: Run) -> SAEConfig:
+    return SAEConfig(d_in=reader.width, **run.settings)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    return [Path(path).name for path in paths]
+
+
+def _stored(reader: Reader, tokenizer: Any, texts: list[str], folder: Path, limit: int) -> CachedActivations:
+    """The activations of `texts`, from the folder or written there now; many epochs are allowed."""
+    stream = ActivationStream(reader, Texts(texts), tokenizer, block=1 << 15)
+    with tqdm(total=limit, unit=" activations", desc=f"storing {folder.name}") as bar:
+        write_cache(stream, folder, limit, lambda done: bar.update(done - bar.n))
+    epochs = 1 if folder.name == "heldout" else 1000
+    return CachedActivations(folder, epochs)
+
+
+def _train(
+    run: Run, tokens: int, train: CachedActivations, work: Path, args: argparse.Namespace
+) -> tuple[SAE, float]:
+    """The trained SAE and the seconds this took, over all interruptions."""
+    folder, clock = work / run.name, work / run.name / "seconds.json"
+    if (folder / "sae").is_dir():
+        return load_sae(folder / "sae"), _read(clock)["seconds"]
+    training = TrainConfig(
+        tokens=tokens,
+        batch_size=BATCH,
+        dead_after=args.dead_after,
+        precision=args.precision,
+        save_every=100,
+    )
+    config = SAEConfig(d_in=train.width, **run.settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    before, began = _read(clock).get("seconds", 0.0), time.perf_counter()
+    with tqdm(total=training.tokens, unit=" tokens", desc=run.name) as bar:
+
+        def show(line: dict[str, Any]) -> None:
+            bar.update(line["tokens"] - bar.n)
+            last = list(line["sae"]["explained_variance"].values())[-1]
+            bar.set_postfix_str(f"explained {last:.3f} dead {line['sae']['dead']:.2f}")
+            _write(clock, {"seconds": before + time.perf_counter() - began})
+
+        sae = SAETrainer({"sae": config}, train, training, folder, on_log=show).train()["sae"]
+    seconds = before + time.perf_counter() - began
+    _write(clock, {"seconds": seconds})
+    save_sae(sae, folder / "sae")
+    (folder / "checkpoint.pt").unlink()
+    return sae, seconds
+
+
+def _explained(row: dict[str, Any]) -> str:
+    return " ".join(f"l0={n}: {v:.4f}" for n, v in row["explained"].items())
+
+
+def markdown(results: dict[str, Any], small: int, large: int) -> str:
+    """Both tables of the README."""
+    facts, saes = results["facts"], results["saes"]
+    lines = [
+        f"{facts['model']}, layer {facts['layer']}, {facts['stored_tokens']:,} distinct tokens of "
+        f"{' and '.join(facts['texts'])}, {facts['tokens']:,} tokens of training (KronSAE: as many as make "
+        f"equal "
+        f"FLOPs), measured on {facts['heldout_tokens']:,} held-out tokens.",
+        "",
+        "| dictionary, l0 = 32 | encoder weights | tokens | explained variance | loss recovered | "
+        "absorption | dead |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for size in (small, large):
+        for name in (f"topk-{size}-l0=32", f"kron-m2n4-{size}", f"kron-m4n4-{size}"):
+            if name in saes:
+                row = saes[name]
+                lines.append(
+                    f"| {name.split('-l0')[0]} | {row['encoder_parameters']:,} | {row['trained_tokens']:,} | "
+                    f"{row['explained']['32']:.4f} | {row['loss_recovered']['32']:.4f} | "
+                    f"{row['absorption']:.3f} | {row['dead']:.3f} |"
+                )
+    lines += ["", "| explained variance (loss recovered) | " + " | ".join(f"l0 = {n}" for n in L0) + " |"]
+    lines.append("|---" * (len(L0) + 1) + "|")
+    alone = {str(n): saes.get(f"topk-{small}-l0={n}") for n in L0}
+    rows = {"TopK, trained for each l0": {n: (row, n) for n, row in alone.items() if row}}
+    for name in (f"hierarchical-{small}", f"hierarchical-kron-{small}"):
+        if name in saes:
+            rows[f"{name}, one model"] = {str(n): (saes[name], str(n)) for n in L0}
+    for label, cells in rows.items():
+        shown = [
+            f"{row['explained'][n]:.4f} ({row['loss_recovered'][n]:.4f})" if row else ""
+            for row, n in (cells.get(str(n), (None, "")) for n in L0)
+        ]
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], small: int, path: Path) -> None:
+    """Explained variance and loss recovered over l0."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    saes = results["saes"]
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, key, label in (
+        (panels[0], "explained", "explained variance"),
+        (panels[1], "loss_recovered", "loss recovered"),
+    ):
+        alone = [(n, saes[f"topk-{small}-l0={n}"][key][str(n)]) for n in L0 if f"topk-{small}-l0={n}" in saes]
+        axes.plot(*zip(*alone, strict=True), "o--", label="TopK, trained for each l0")
+        for name in (f"hierarchical-{small}", f"hierarchical-kron-{small}"):
+            if name in saes:
+                points = [(n, saes[name][key][str(n)]) for n in L0]
+                axes.plot(*zip(*points, strict=True), "s-", label=f"{name}, one model")
+        if f"kron-m2n4-{small}" in saes:
+            axes.plot([32], [saes[f"kron-m2n4-{small}"][key]["32"]], "^", label="KronSAE, equal FLOPs")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(L0, [str(n) for n in L0])
+        axes.set_xlabel("l0")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["all", "tables", "speed", "diff"])
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="(default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="of the language model (default: %(default)s)")
+    parser.add_argument("--layer", type=int, default=9, help="of the tables (default: %(default)s)")
+    parser.add_argument("--texts", nargs="+", default=["openai/gsm8k:main:train"], help="training texts")
+    parser.add_argument(
+        "--heldout", nargs="+", default=["openai/gsm8k:main:test"], help="texts to measure on"
+    )
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="of training (default: %(default)s)")
+    parser.add_argument("--cache-tokens", type=int, default=1_500_000, help="(default: %(default)s)")
+    parser.add_argument("--heldout-tokens", type=int, default=100_000, help="(default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=24, help="for loss recovered (default: %(default)s)")
+    parser.add_argument("--small", type=int, default=4096, help="dictionary (default: %(default)s)")
+    parser.add_argument("--large", type=int, default=16384, help="dictionary (default: %(default)s)")
+    parser.add_argument("--dead-after", type=int, default=250_000, help="(default: %(default)s)")
+    parser.add_argument("--precision", default="bfloat16", help="of encoders (default: %(default)s)")
+    parser.add_argument(
+        "--work", default="runs/sae-eval", help="caches and checkpoints (default: %(default)s)"
+    )
+    parser.add_argument("--out", default="evals/results/sae", help="results (default: %(default)s)")
+    sae_speed.add_arguments(parser)
+    sae_diff.add_arguments(parser)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers_logging.set_verbosity_error()
+    keep_freed_memory()
+    if args.what in ("all", "speed"):
+        sae_speed.run(args)
+    if args.what in ("all", "diff"):
+        sae_diff.run(args)
+    if args.what in ("all", "tables"):
+        tables(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SteerError as error:
+        sys.exit(f"error: {error}")

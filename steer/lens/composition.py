@@ -1,0 +1,208 @@
+"""
+Composition: what single layers' vectors do alone, in pairs and all together, what is lost when one layer is
+left out, and what the scale does (arXiv 2509.06608, appendix D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from steer.errors import SteerError
+from steer.grading import Checker
+from steer.lens.lanes import BASE, Lane, steered
+from steer.lens.passes import passes
+from steer.lens.results import Result, wilson
+from steer.lens.sampling import accuracies, complete, graded
+from steer.lens.subject import Row, Subject, chunks
+
+
+@dataclass
+class Composition(Result):
+    """
+    Accuracies. `alone` (layers,): one layer's vector; `pairs` (layers, layers): two of them, `alone` on the
+    diagonal; `together`: the vectors of all `layers`; `whole`: every vector there is. `score` (layers,
+    layers) is the published one, (pair - best of the two) / (whole - best of the two); NaN where whole equals
+    the best, and on the diagonal.
+    """
+
+    layers: list[int]
+    alone: torch.Tensor
+    pairs: torch.Tensor
+    together: float
+    whole: float
+    base: float
+    problems: int
+
+    @property
+    def score(self) -> torch.Tensor:
+        best = torch.maximum(self.alone[:, None], self.alone[None, :])
+        room = self.whole - best
+        score = (self.pairs - best) / torch.where(room == 0, torch.nan, room)
+        return score.fill_diagonal_(torch.nan)
+
+    def to_dict(self) -> dict[str, Any]:
+        from steer.lens.results import plain
+
+        return {**super().to_dict(), "score": plain(self.score)}
+
+    def figure(self) -> Any:
+        """The matrix of accuracies, single layers on the diagonal."""
+        from steer.lens import plots
+
+        title = (
+            f"Pairs of layers (alone on the diagonal; all {len(self.layers)} together: {self.together:.2f})"
+        )
+        return plots.matrix(
+            self.pairs, [str(x) for x in self.layers], xlabel="layer", ylabel="layer", title=title
+        )
+
+
+def compose(
+    subject: Subject,
+    problems: Sequence[dict[str, Any]],
+    checker: Checker,
+    layers: Sequence[int] | None = None,
+    label: str | None = None,
+) -> Composition:
+    """
+    Greedy accuracy on `problems` with the vectors of `layers` (all by default) alone, in pairs, and together.
+    For vectors that were trained alone, one artifact a layer, add the artifacts first: `steer.artifact`.
+    """
+    layers = subject.layers if layers is None else sorted(layers)
+    if len(layers) < 2:
+        raise SteerError(f"composition needs two layers or more, got {layers}")
+    sets = [*([i] for i in layers), *map(list, combinations(layers, 2)), layers]
+    lanes = [BASE, steered(subject), *(Lane(frozenset(chosen)) for chosen in sets)]
+    base, whole, *scores = accuracies(subject, problems, lanes, checker, label).tolist()
+    n = len(layers)
+    alone = torch.tensor(scores[:n], dtype=torch.float64)
+    pairs = torch.diag(alone)
+    for (i, j), value in zip(combinations(range(n), 2), scores[n:-1], strict=True):
+        pairs[i, j] = pairs[j, i] = value
+    return Composition(list(layers), alone, pairs, scores[-1], whole, base, len(problems))
+
+
+@dataclass
+class LeaveOneOut(Result):
+    """
+    `accuracy` (layers,) with every vector but that layer's; `whole` with all, `base` with none. `likelihood`
+    (layers,) is the mean log-probability, in nats a token, of the answers that the whole set writes, and
+    `whole_likelihood`, `base_likelihood` the same: a finer measure than right or wrong.
+    """
+
+    layers: list[int]
+    accuracy: torch.Tensor
+    likelihood: torch.Tensor
+    whole: float
+    base: float
+    whole_likelihood: float
+    base_likelihood: float
+    problems: int
+
+    def figure(self) -> Any:
+        """What each layer's absence costs, in nats a token, with the accuracy above it."""
+        from steer.lens import plots
+
+        return plots.leave_one_out(self)
+
+
+def leave_one_out(
+    subject: Subject,
+    problems: Sequence[dict[str, Any]],
+    checker: Checker | None,
+    rows: Sequence[Row] | None = None,
+    label: str | None = None,
+) -> LeaveOneOut:
+    """
+    Leave each layer's vector out in turn. rows: completions whose likelihood is measured; by default the
+    greedy ones of the whole set. Without a checker only the likelihood is measured, and accuracies are NaN.
+    """
+    all_layers = frozenset(subject.layers)
+    lanes = [steered(subject), BASE, *(Lane(all_layers - {layer}) for layer in subject.layers)]
+    if rows is None:
+        (rows,) = complete(subject, subject.rows(problems), [steered(subject)], label=label)
+    likely = likelihoods(subject, rows, lanes, label)
+    accuracy = torch.full((len(lanes),), torch.nan, dtype=torch.float64)
+    if checker is not None:
+        accuracy = accuracies(subject, problems, lanes, checker, label)
+    return LeaveOneOut(
+        subject.layers,
+        accuracy[2:],
+        likely[2:],
+        accuracy[0].item(),
+        accuracy[1].item(),
+        likely[0].item(),
+        likely[1].item(),
+        len(problems),
+    )
+
+
+def likelihoods(
+    subject: Subject, rows: Sequence[Row], lanes: Sequence[Lane], label: str | None = None
+) -> torch.Tensor:
+    """Mean log-probability of the completions' tokens in each lane, in nats a token: (lanes,)."""
+    if not all(row.completion for row in rows):
+        raise SteerError("a likelihood needs completions, some of these rows are prompts alone")
+    found = []
+    for _, some in chunks(lanes, subject.batch_size):
+        total = torch.zeros(len(some), dtype=torch.float64)
+        for done in passes(subject, rows, some, label=label):
+            for index, row in enumerate(done.rows):
+                logs = done.next_token(index).log_softmax(-1)
+                tokens = torch.tensor(row.completion, device=logs.device).expand(len(some), -1)
+                total += logs.gather(-1, tokens[..., None]).double().sum((1, 2)).cpu()
+        found.append(total / sum(len(row.completion) for row in rows))
+    return torch.cat(found)
+
+
+@dataclass
+class ScaleSweep(Result):
+    """`accuracy` and mean completion length in `tokens`, (scales,) each."""
+
+    scales: list[float]
+    accuracy: torch.Tensor
+    tokens: torch.Tensor
+    problems: int
+
+    def figure(self) -> Any:
+        """Accuracy over the scale, with 95 % Wilson intervals."""
+        from steer.lens import plots
+
+        intervals = [wilson(value, self.problems) for value in self.accuracy.tolist()]
+        return plots.lines(
+            {"accuracy": self.accuracy},
+            x=self.scales,
+            bands={"accuracy": intervals},
+            xlabel="scale of the vectors",
+            ylabel=f"accuracy on {self.problems} problems",
+            title="Scale sweep",
+        )
+
+
+def scale_sweep(
+    subject: Subject,
+    problems: Sequence[dict[str, Any]],
+    checker: Checker,
+    scales: Sequence[float] = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0),
+    label: str | None = None,
+) -> ScaleSweep:
+    """Greedy accuracy with all vectors multiplied with each scale. The subject's own scale is put back."""
+    if not scales:
+        raise SteerError("no scales were given, such as 0.5")
+    before, found, lengths = subject.vectors.scale, [], []
+    try:
+        for scale in scales:
+            subject.vectors.scale = scale
+            (rows,) = complete(
+                subject, subject.rows(problems), [steered(subject)], label=label and f"{label} {scale}"
+            )
+            found.append(graded(subject, rows, problems, checker).double().mean())
+            lengths.append(torch.tensor([float(len(row.completion)) for row in rows]).mean())
+    finally:
+        subject.vectors.scale = before
+    return ScaleSweep(list(scales), torch.stack(found), torch.stack(lengths), len(problems))

@@ -1,0 +1,237 @@
+"""
+Lanes: several conditions of one model as blocks of one batch, and routes: which parts of the model a change
+may pass on its way to the output.
+
+A batch of `lanes * rows` sequences holds every row once a lane, lane by lane. A lane says which layers'
+vectors are on in it. With a route, it also says which components let the change through: all others give
+exactly what they give in the lane's reference lane, which runs beside it on the same tokens. So nothing is
+stored, and it works in generation too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer.errors import SteerError
+from steer.lens.subject import Subject
+from steer.sites import Decoder, find_sites
+
+RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post")
+
+
+@dataclass(frozen=True)
+class Route:
+    """
+    Where a change of the residual stream may pass. `attention` and `mlp` are the layers whose module passes
+    it on (None: all of them), `heads` the query heads of those attentions that do, `residual` whether the
+    change itself is in the stream that the final norm reads.
+    """
+
+    residual: bool = True
+    attention: frozenset[int] | None = None
+    mlp: frozenset[int] | None = None
+    heads: frozenset[int] | None = None
+
+    def passes(self, kind: str, layer: int) -> bool:
+        allowed: frozenset[int] | None = getattr(self, kind)
+        return allowed is None or layer in allowed
+
+
+NONE: frozenset[int] = frozenset()
+EVERYTHING, NOTHING = Route(), Route(False, NONE, NONE)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One condition: the layers whose vectors are on; with a route, relative to lane number `reference`."""
+
+    layers: frozenset[int] = NONE
+    route: Route | None = None
+    reference: int = 0
+
+
+BASE = Lane()
+
+
+def steered(subject: Subject) -> Lane:
+    """The lane in which every vector is on."""
+    return Lane(frozenset(subject.layers))
+
+
+@contextmanager
+def open_lanes(subject: Subject, lanes: Sequence[Lane]) -> Iterator[None]:
+    """Inside, a batch of len(lanes) equal blocks of rows runs each block in its lane."""
+    vectors, decoder = subject.vectors, subject.decoder
+    for lane in lanes:
+        if lane.route is not None and lanes[lane.reference].route is not None:
+            raise SteerError(f"lane {lane.reference} is a reference and has a route itself; give it none")
+        if missing := sorted(lane.layers - set(vectors.layers)):
+            raise SteerError(f"layers {missing} have no vector; the artifact steers {vectors.config.layers}")
+    modules: dict[int, Any] = {layer: decoder.layers[layer].steering for layer in vectors.layers}
+    gate = next(iter(modules.values())).gate
+    handles = []
+    for layer, module in modules.items():
+        on = [layer in lane.layers for lane in lanes]
+        if not all(on):
+            # First in line, so that whoever watches the vector sees what the lanes get.
+            handles.append(module.register_forward_hook(partial(_only, torch.tensor(on)), prepend=True))
+    before, gate.enabled = gate.enabled, True
+    try:
+        if any(lane.route for lane in lanes):
+            handles += _Routes(subject, decoder, lanes).hook()
+        yield
+    finally:
+        gate.enabled = before
+        for handle in handles:
+            handle.remove()
+
+
+def _only(on: torch.Tensor, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    rows = on.to(output.device).repeat_interleave(len(output) // len(on))
+    return torch.where(rows[:, None, None], output, args[0])
+
+
+class _Routes:
+    """
+    The hooks that hold components at the reference lane's output, and take the change out of the stream.
+    """
+
+    def __init__(self, subject: Subject, decoder: Decoder, lanes: Sequence[Lane]):
+        self.decoder, self.lanes = decoder, lanes
+        self.injected = torch.empty(0)  # what the vectors have added so far, (lanes, rows, tokens, width)
+        self.routed = {i: lane.route for i, lane in enumerate(lanes) if lane.route is not None}
+        self.site = subject.vectors.config.site
+        self.direct = subject.vectors.config.kind != "adaptive" and self.site in RESIDUAL_SITES
+        self.sources: set[int] = set()  # the layers whose vectors are on in one of two lanes alone
+        for i in self.routed:
+            self.sources |= lanes[i].layers ^ lanes[lanes[i].reference].layers
+        if len(self.sources) > 1 and not self.direct:
+            where = subject.vectors.config.kind if self.site in RESIDUAL_SITES else self.site
+            raise SteerError(
+                f"routes of several {where} vectors at once are not defined: a vector inside a module has no "
+                "stream of its own to follow; take one layer at a time"
+            )
+        heads = subject.model.config.get_text_config().num_attention_heads
+        self.heads = int(heads)
+
+    def hook(self) -> list[Any]:
+        depth, handles = self.decoder.depth, []
+        if not self.sources:
+            return []
+        first = min(self.sources)
+        starts = {  # the first layer whose module reads the change
+            "attention": first + (not (self.direct and self.site == "resid_pre")),
+            "mlp": first + (not (self.direct and self.site in ("resid_pre", "resid_mid"))),
+        }
+        for kind, site in (("attention", "attn_out"), ("mlp", "mlp_out")):
+            for layer in range(starts[kind], depth):
+                (place,) = find_sites(self.decoder, [layer], site)
+                if held := [i for i, route in self.routed.items() if not route.passes(kind, layer)]:
+                    # First in line: a vector that stands on this module's output is added after it.
+                    handles.append(
+                        place.module.register_forward_hook(partial(self._hold, held), prepend=True)
+                    )
+                some = {
+                    i: r.heads
+                    for i, r in self.routed.items()
+                    if r.heads is not None and r.passes(kind, layer)
+                }
+                if kind == "attention" and some:
+                    projection = output_projection(place.module, self.heads, self.decoder.width)
+                    handles.append(projection.register_forward_pre_hook(partial(self._hold_heads, some)))
+        if closed := [i for i, route in self.routed.items() if not route.residual]:
+            for layer in self.sources:
+                block = self.decoder.layers[layer]
+                if self.direct:
+                    vector = block.get_submodule("steering")
+                    handles.append(vector.register_forward_hook(partial(self._note_vector, layer)))
+                else:
+                    handles.append(block.register_forward_hook(self._note_stream))
+            handles.append(self.decoder.layers[-1].register_forward_hook(partial(self._take_out, closed)))
+        return handles
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(self.lanes), -1, *x.shape[1:])
+
+    def _hold(self, held: list[int], module: nn.Module, args: tuple, output: Any) -> Any:
+        made = output[0] if isinstance(output, tuple) else output
+        blocks = self._split(made).clone()
+        for i in held:
+            blocks[i] = blocks[self.lanes[i].reference]
+        made = blocks.reshape(made.shape)
+        return (made, *output[1:]) if isinstance(output, tuple) else made
+
+    def _hold_heads(self, some: Mapping[int, frozenset[int]], module: nn.Module, args: tuple) -> tuple:
+        z = args[0]
+        blocks = self._split(z).unflatten(-1, (self.heads, -1)).clone()
+        for i, live in some.items():
+            dead = [head for head in range(self.heads) if head not in live]
+            blocks[i, ..., dead, :] = blocks[self.lanes[i].reference][..., dead, :]
+        return (blocks.reshape(z.shape), *args[1:])
+
+    def _note_vector(self, layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        added = self._split(output - args[0])
+        first = layer == min(self.sources)
+        self.injected = added if first else self.injected.to(added.device) + added
+
+    def _note_stream(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.injected = self._split(output[0] if isinstance(output, tuple) else output)
+
+    def _take_out(self, closed: list[int], module: nn.Module, args: tuple, output: Any) -> Any:
+        made = output[0] if isinstance(output, tuple) else output
+        blocks = self._split(made).clone()
+        for i in closed:
+            blocks[i] -= (self.injected[i] - self.injected[self.lanes[i].reference]).to(blocks.device)
+        made = blocks.reshape(made.shape)
+        return (made, *output[1:]) if isinstance(output, tuple) else made
+
+
+def output_projection(attention: nn.Module, heads: int, width: int) -> nn.Module:
+    """
+    The matrix that writes an attention's heads, side by side, into the stream: its input is (batch, tokens,
+    heads * head size). SteerError where there is no such matrix.
+    """
+    found: list[tuple[nn.Module, int]] = []
+    for module in attention.modules():
+        part: Any = module
+        if hasattr(module, "in_features"):
+            inputs, outputs = part.in_features, part.out_features
+        elif type(module).__name__ == "Conv1D":
+            inputs, outputs = part.weight.shape
+        else:
+            continue
+        if outputs == width:
+            found.append((module, int(inputs)))
+    if not found or found[-1][1] % heads:
+        raise SteerError(
+            f"{type(attention).__name__} has no matrix that writes {heads} heads into the stream"
+        )
+    return found[-1][0]
+
+
+@contextmanager
+def watch(
+    subject: Subject, seen: Callable[[int, torch.Tensor], None], layers: Sequence[int]
+) -> Iterator[None]:
+    """
+    Inside, `seen(layer, stream)` gets the residual stream after each of `layers`, (batch, tokens, width), the
+    layer's vector included: own hooks, which always run after those of the vectors.
+    """
+
+    def hook(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+        seen(layer, output[0] if isinstance(output, tuple) else output)
+
+    blocks = subject.decoder.layers
+    handles = [blocks[layer].register_forward_hook(partial(hook, layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,169 @@
+"""
+The logit lens of vectors: unembedding times vector, the tokens that a vector promotes or suppresses by itself
+when nothing stands between it and the output ("Small Vectors, Big Effects", arXiv 2509.06608, the last
+layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steer.errors import SteerError
+from steer.lens.results import Result
+from steer.lens.subject import token_text
+from steer.sites import find_decoder
+
+READINGS = {"dot": "unembedding times vector", "cosine": "its cosine with each row of the unembedding"}
+ROWS = 1 << 14  # vocabulary rows that are held in float32 at once
+
+
+@dataclass
+class LogitLens(Result):
+    """
+    `scores` (layers, vocabulary): what each vector adds to each token's logit, or its cosine with the token's
+    row. `top` and `bottom` (layers, k) are the ids with the largest and the smallest scores, first the
+    extreme.
+    """
+
+    layers: list[int]
+    reading: str
+    final_norm: bool
+    scores: torch.Tensor
+    top: torch.Tensor
+    bottom: torch.Tensor
+    top_tokens: list[list[str]]
+    bottom_tokens: list[list[str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the scores of the whole vocabulary: those of the top and bottom tokens."""
+        rows = [
+            {
+                "layer": layer,
+                "top": _named(self.top_tokens[i], self.top[i], self.scores[i]),
+                "bottom": _named(self.bottom_tokens[i], self.bottom[i], self.scores[i]),
+                "mean": self.scores[i].mean().item(),
+                "std": self.scores[i].std().item(),
+            }
+            for i, layer in enumerate(self.layers)
+        ]
+        return {"reading": self.reading, "final_norm": self.final_norm, "layers": rows}
+
+    def figure(self) -> Any:
+        """
+        Heatmap: the six most promoted tokens of each layer, coloured by their score in standard deviations.
+        """
+        from steer.lens import plots
+
+        shown = min(6, self.top.shape[1])
+        deviation = self.scores.std(1, keepdim=True).clamp(min=1e-12)
+        values = (self.scores.gather(1, self.top) - self.scores.mean(1, keepdim=True)) / deviation
+        return plots.token_heatmap(
+            values[:, :shown],
+            [tokens[:shown] for tokens in self.top_tokens],
+            rows=[str(layer) for layer in self.layers],
+            ylabel="layer",
+            xlabel="most promoted tokens, first to last",
+            title=f"Logit lens ({self.reading}{', final norm' if self.final_norm else ''})",
+            colour="standard deviations above the vocabulary's mean",
+        )
+
+
+@torch.no_grad()
+def logit_lens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vectors: Mapping[int, torch.Tensor],
+    *,
+    reading: str = "dot",
+    final_norm: bool = True,
+    top: int = 50,
+) -> LogitLens:
+    """
+    Read `vectors`, (width,) by layer, through the model's unembedding.
+
+    reading: "dot" or "cosine". final_norm: multiply by the final norm's weights first (and centre, for a
+    LayerNorm), as the model does; its division by the stream's length is left out, as a vector alone has
+    none. Ids that the tokenizer does not know are never among the top tokens. Raises SteerError for an
+    unknown reading, an empty or badly shaped `vectors`, and a model without an unembedding.
+    """
+    if reading not in READINGS:
+        raise SteerError(f"reading={reading!r} is unknown; choose one of {', '.join(READINGS)}")
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(head, "weight"):
+        raise SteerError(f"{type(model).__name__} has no unembedding matrix to read vectors with")
+    width = find_decoder(model).width
+    if not vectors or any(vector.shape != (width,) for vector in vectors.values()):
+        seen = ", ".join(sorted({str(tuple(vector.shape)) for vector in vectors.values()})) or "none"
+        raise SteerError(f"the logit lens takes vectors of shape ({width},) by layer, got {seen}")
+    layers = sorted(vectors)
+    stack = torch.stack([vectors[layer] for layer in layers]).to(head.weight.device, torch.float32)
+    if final_norm:
+        stack = through_final_norm(model, stack)
+    parts = []
+    for rows in head.weight.split(ROWS):
+        rows = rows.float()
+        if reading == "cosine":
+            rows = nn.functional.normalize(rows, dim=1)
+        parts.append(stack @ rows.T)
+    scores = torch.cat(parts, 1).cpu()
+    if reading == "cosine":
+        scores = scores / stack.norm(dim=1, keepdim=True).clamp(min=1e-30).cpu()
+    known = min(len(tokenizer), scores.shape[1])
+    k = min(top, known)
+    best, worst = scores[:, :known].topk(k).indices, (-scores[:, :known]).topk(k).indices
+    named = [[[token_text(tokenizer, i) for i in row] for row in ids.tolist()] for ids in (best, worst)]
+    return LogitLens(layers, reading, final_norm, scores, best, worst, *named)
+
+
+def find_final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm between the last layer and the unembedding; None for a model without one."""
+    trunk = find_decoder(model).trunk
+    norms = [
+        m for name, m in trunk.named_children() if "norm" in name or name.startswith("ln_") or name == "ln"
+    ]
+    return norms[-1] if norms else None
+
+
+def through_final_norm(model: PreTrainedModel, vectors: torch.Tensor) -> torch.Tensor:
+    """
+    (n, width) vectors times the final norm's scale, centred first where the norm centres. The scale is read
+    off the module's output, so RMSNorm, Gemma's 1 + weight and LayerNorm need no table.
+    """
+    norm = find_final_norm(model)
+    if norm is None:
+        return vectors
+    width = vectors.shape[1]
+    parameter = next(norm.parameters(), vectors)
+    signs = torch.ones(width, device=parameter.device)
+    signs[1::2] = -1
+    # Large, so that the norm's epsilon is nothing beside it; an odd width is made to have mean zero too.
+    probe = 1e4 * (signs - signs.mean())
+    # In float64, where the module keeps it: bfloat16 would round the probe's unit length.
+    wide = _in_double(norm)
+    response = (wide(probe.double()) - wide(-probe.double())) / 2  # a bias cancels
+    unit = probe.double() / probe.double().square().mean().sqrt()
+    scale = response / unit
+    offset = wide(probe.double() + 1e4) - wide(probe.double())
+    centres = bool(offset.abs().max() < 1e-3 * response.abs().max())
+    if centres:
+        vectors = vectors - vectors.mean(1, keepdim=True)
+    return vectors * scale.to(vectors.device, vectors.dtype)
+
+
+def _in_double(norm: nn.Module) -> nn.Module:
+    from copy import deepcopy
+
+    return deepcopy(norm).double()
+
+
+def _named(tokens: list[str], ids: torch.Tensor, scores: torch.Tensor) -> list[dict[str, Any]]:
+    return [
+        {"token": token, "id": index, "score": scores[index].item()}
+        for token, index in zip(tokens, ids.tolist(), strict=True)
+    ]

@@ -1,0 +1,56 @@
+"""What all results share: plain data that turns into JSON, and small statistics."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Result:
+    """A dataclass of numbers, tensors and tokens."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; a tensor as nested lists, with None for what is not a number."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+
+    def figure(self) -> Any:
+        """The result as a matplotlib figure."""
+        raise NotImplementedError
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Write the figure to `path`, as its suffix says (.png, .svg, .pdf)."""
+        from steer.lens.plots import save
+
+        return save(self.figure(), path)
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON types: tensors, tuples, sets, mappings and dataclasses too."""
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Result):
+        return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % score interval of a share of `count` trials (Wilson 1927)."""
+    z = 1.959964
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, centre - half), min(1.0, centre + half)

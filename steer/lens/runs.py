@@ -1,0 +1,322 @@
+"""What each command of `steer lens` does: measure, draw where asked, print lines or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import steer
+from steer import artifact
+from steer.config import SteeringConfig
+from steer.data import Arithmetic, load_problems
+from steer.errors import SteerError
+from steer.files import replace_file
+from steer.grading import Checker
+from steer.lens.composition import compose as pairs_of
+from steer.lens.composition import leave_one_out, scale_sweep
+from steer.lens.directions import checkpoints
+from steer.lens.directions import directions as along
+from steer.lens.lanes import steered
+from steer.lens.logit_lens import logit_lens
+from steer.lens.page import render
+from steer.lens.patching import ROUTES, group_routes, head_routes
+from steer.lens.patching import patch as patch_routes
+from steer.lens.persistence import persistence as measure_persistence
+from steer.lens.report import save_figures, study
+from steer.lens.results import Result
+from steer.lens.sampling import complete
+from steer.lens.scale_maps import scale_maps
+from steer.lens.subject import Row, Subject
+from steer.lens.token_shift import prefix_substitution, token_shift
+from steer.lens.transfer_matrix import Entry, transfer_matrix
+from steer.models import load_model, load_tokenizer
+
+Records = list[dict[str, Any]]
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    """The model with the artifact in it, framed as in its training unless told otherwise."""
+    found = artifact.read(args.artifact)
+    name = args.model or found.config.base_model
+    if not name:
+        raise SteerError("the artifact does not name its base model; give --model")
+    tokenizer = load_tokenizer(name)
+    vectors = steer.load(found, load_model(name, dtype=args.dtype), tokenizer=tokenizer)
+    return Subject(vectors, tokenizer, **_frame(args, found.config.provenance))
+
+
+def _frame(args: argparse.Namespace, provenance: dict[str, Any] | None) -> dict[str, Any]:
+    run, training = ((provenance or {}).get(part) or {} for part in ("run", "training"))
+
+    def told(name: str, value: Any) -> Any:
+        given = getattr(args, name, None)
+        return value if given is None else given
+
+    return {
+        "template": told("template", run.get("template") or "boxed"),
+        "prefix": told("prefix", run.get("prefix") or ""),
+        "max_new_tokens": told("max_new_tokens", training.get("max_completion_length") or 256),
+        "batch_size": told("batch_size", 128),
+    }
+
+
+def _problems(args: argparse.Namespace, provenance: dict[str, Any] | None) -> Records:
+    """`args.problems` problems; those of generated arithmetic are of the kind the vectors were trained on."""
+    run = (provenance or {}).get("run") or {}
+    source = args.data or run.get("eval_data") or run.get("train_data")
+    if not source:
+        raise SteerError("the artifact does not say what it was trained on; give --data, such as gsm8k")
+    arithmetic = None
+    if source == "arithmetic":
+        known = {field.name for field in fields(Arithmetic)} - {"problems", "seed"}
+        options = {name: run[name] for name in known & set(run)}
+        arithmetic = Arithmetic(problems=args.problems, **options)
+    split = "heldout" if source == "arithmetic" else args.split
+    return load_problems(source, split, limit=args.problems, arithmetic=arithmetic).to_list()
+
+
+def _ready(args: argparse.Namespace) -> tuple[Subject, Records]:
+    subject = _subject(args)
+    return subject, _problems(args, subject.vectors.config.provenance)
+
+
+def _answers(subject: Subject, problems: Records, temperature: float = 0.0, seed: int = 0) -> list[Row]:
+    rows = subject.rows(problems)
+    (written,) = complete(
+        subject, rows, [steered(subject)], temperature=temperature, seed=seed, label="answers"
+    )
+    return written
+
+
+def _layers(args: argparse.Namespace, subject: Subject) -> list[int] | None:
+    if args.layers is None:
+        return None
+    return SteeringConfig(layers=args.layers).resolve_layers(subject.decoder.depth)
+
+
+def _show(args: argparse.Namespace, result: Result, lines: Iterator[str]) -> None:
+    if args.plot:
+        print(f"figure: {result.plot(args.plot)}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result.to_dict(), ensure_ascii=False))
+    else:
+        print("\n".join(lines))
+
+
+def logit(args: argparse.Namespace) -> None:
+    subject = _subject(args)
+    found = logit_lens(
+        subject.model,
+        subject.tokenizer,
+        subject.vectors.effective(),
+        reading=args.reading,
+        final_norm=not args.no_final_norm,
+        top=args.top,
+    )
+
+    def lines() -> Iterator[str]:
+        for layer, top, bottom in zip(found.layers, found.top_tokens, found.bottom_tokens, strict=True):
+            yield f"layer {layer:3}  + {' '.join(map(repr, top))}"
+            yield f"{'':9}  - {' '.join(map(repr, bottom))}"
+
+    _show(args, found, lines())
+
+
+def shift(args: argparse.Namespace) -> None:
+    subject, problems = _ready(args)
+    layers = _layers(args, subject)
+    if args.force:
+        with Checker() as checker:
+            forced = prefix_substitution(
+                subject, problems, args.force, checker, layers=layers, label="answers"
+            )
+        rows = zip(forced.openings, forced.accuracy.tolist(), forced.share.tolist(), strict=True)
+        told = [f"{opening!r:24} {value:.3f}  {share:.2f} of the gain" for opening, value, share in rows]
+        _show(
+            args,
+            forced,
+            iter([f"{'base':24} {forced.base:.3f}", *told, f"{'steered':24} {forced.steered:.3f}"]),
+        )
+        return
+    answers = _answers(subject, problems, args.temperature, args.seed)
+    found = token_shift(subject, answers, layers=layers, label="token shift")
+
+    def lines() -> Iterator[str]:
+        yield f"share of the change on the first generated token: {found.first_share:.3f}"
+        for n, (variation, kl) in enumerate(zip(found.variation.tolist(), found.kl.tolist(), strict=True)):
+            yield f"token {n:3}  total variation {variation:.3f}  KL {kl:.3f} nats"
+        for token, _, value in [*found.top[:8], *found.bottom[:8]]:
+            yield f"first token  {value:+.3f}  {token!r}"
+
+    _show(args, found, lines())
+
+
+def patch(args: argparse.Namespace) -> None:
+    subject, problems = _ready(args)
+    routes = ROUTES
+    if args.heads is not None:
+        layer = range(subject.decoder.depth)[_in(args.heads, subject.decoder.depth)]
+        routes = {**head_routes(subject, layer), **group_routes(subject, layer)}
+    common: dict[str, Any] = {
+        "layers": _layers(args, subject),
+        "others": args.others,
+        "direction": args.direction,
+    }
+    rows = _answers(subject, problems)
+    if args.solve:
+        with Checker() as checker:
+            found = patch_routes(
+                subject, rows, routes, problems=problems, checker=checker, label="patching", **common
+            )
+    else:
+        found = patch_routes(subject, rows, routes, label="patching", **common)
+
+    def lines() -> Iterator[str]:
+        yield f"{'share of the effect':20} {'logit diff':>10} {'KL':>8}" + (
+            "  accuracy" if args.solve else ""
+        )
+        solved = [""] * len(found.names)
+        if found.accuracy is not None:
+            solved = [f"{value:10.3f}" for value in found.accuracy.tolist()]
+        shares = zip(
+            found.names, found.recovered().tolist(), found.recovered("kl").tolist(), solved, strict=True
+        )
+        for name, share, kl, right in shares:
+            yield f"{name:20} {share:10.3f} {kl:8.3f}{right}"
+
+    _show(args, found, lines())
+
+
+def _in(layer: int, depth: int) -> int:
+    if not -depth <= layer < depth:
+        raise SteerError(f"layer {layer} does not exist: the model has layers 0 to {depth - 1}")
+    return layer
+
+
+def persistence(args: argparse.Namespace) -> None:
+    subject, problems = _ready(args)
+    layers = _layers(args, subject)
+    sources = {str(layer): [layer] for layer in layers} if layers else None
+    found = measure_persistence(subject, _answers(subject, problems), sources, label="persistence")
+
+    def lines() -> Iterator[str]:
+        for n, name in enumerate(found.sources):
+            for layer, (one, two) in enumerate(
+                zip(found.diff_diff[n].tolist(), found.diff_vector[n].tolist(), strict=True)
+            ):
+                yield f"vectors {name:4} after layer {layer:3}  Diff-Diff {one:6.3f}  Diff-Vector {two:6.3f}"
+
+    _show(args, found, lines())
+
+
+def compose(args: argparse.Namespace) -> None:
+    subject, problems = _ready(args)
+    with Checker() as checker:
+        if args.leave_one_out:
+            out = leave_one_out(subject, problems, checker, label="leave one out")
+            rows = zip(out.layers, out.accuracy.tolist(), out.likelihood.tolist(), strict=True)
+            told = [f"without {layer:3}  accuracy {a:.3f}  {p:7.3f} nats a token" for layer, a, p in rows]
+            whole = f"with all     accuracy {out.whole:.3f}  {out.whole_likelihood:7.3f} nats a token"
+            _show(args, out, iter([whole, *told]))
+            return
+        found = pairs_of(subject, problems, checker, _layers(args, subject), label="composition")
+
+    def lines() -> Iterator[str]:
+        yield f"base {found.base:.3f}, all vectors {found.whole:.3f}, these together {found.together:.3f}"
+        for i, layer in enumerate(found.layers):
+            for j in range(i + 1):
+                name = f"layer {layer}" if i == j else f"layers {found.layers[j]} and {layer}"
+                score = "" if i == j else f"  score {found.score[i, j].item():.3f}"
+                yield f"{name:20} {found.pairs[i, j].item():.3f}{score}"
+
+    _show(args, found, lines())
+
+
+def sweep(args: argparse.Namespace) -> None:
+    try:
+        scales = [float(part) for part in args.scales.split(",")]
+    except ValueError as error:
+        raise SteerError(f"--scales {args.scales!r} is not a list of numbers such as 0,0.5,1") from error
+    subject, problems = _ready(args)
+    with Checker() as checker:
+        found = scale_sweep(subject, problems, checker, scales, label="scale")
+    rows = zip(found.scales, found.accuracy.tolist(), found.tokens.tolist(), strict=True)
+    _show(args, found, (f"scale {s:6g}  accuracy {a:.3f}  {t:6.1f} tokens" for s, a, t in rows))
+
+
+def scales(args: argparse.Namespace) -> None:
+    subject, problems = _ready(args)
+    found = scale_maps(subject, _answers(subject, problems))
+
+    def lines() -> Iterator[str]:
+        for layer, mean, std in zip(found.layers, found.mean.tolist(), found.std.tolist(), strict=True):
+            yield f"layer {layer:3}  coefficient {mean:8.3f} +- {std:.3f}"
+
+    _show(args, found, lines())
+
+
+def directions(args: argparse.Namespace) -> None:
+    found = along(args.artifacts)
+
+    def lines() -> Iterator[str]:
+        for n, layer in enumerate(found.layers):
+            told = [
+                f"{norm:8.3f} ({cosine:+.2f})"
+                for norm, cosine in zip(found.norms[:, n].tolist(), found.to_last[:, n].tolist(), strict=True)
+            ]
+            yield f"layer {layer:3} {' '.join(told)}"
+
+    _show(args, found, lines())
+
+
+def transfer(args: argparse.Namespace) -> None:
+    entries = []
+    for source in args.artifacts:
+        found = artifact.read(source)
+        name = found.config.base_model
+        if not name:
+            raise SteerError(f"{source} does not name its base model, which the matrix needs")
+        frame = _frame(args, found.config.provenance)
+        model = load_model(name, dtype="float32")
+        entries.append(Entry(name, model, load_tokenizer(name), found, frame["template"], frame["prefix"]))
+    problems = _problems(args, entries[0].artifact.config.provenance)
+    with Checker() as checker:
+        options = {
+            "max_new_tokens": frame["max_new_tokens"],
+            "batch_size": args.batch_size,
+            "force": args.force,
+        }
+        made = transfer_matrix(entries, problems, checker, label="transfer", **options)
+
+    def lines() -> Iterator[str]:
+        for i, name in enumerate(made.names):
+            scores = " ".join(f"{score:7.3f}" for score in made.score[i].tolist())
+            yield f"{name:32} {scores}"
+        yield from (f"{pair}: {why}" for pair, why in made.refused.items())
+
+    _show(args, made, lines())
+
+
+def report(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    if not out.parent.is_dir():
+        raise SteerError(f"there is no folder {out.parent} to write {out.name} to")
+    subject, problems = _ready(args)
+    run = checkpoints(args.checkpoints or Path(args.artifact).parent)
+    with Checker() as checker:
+        found = study(subject, problems, checker, checkpoints=run, seed=args.seed)
+    replace_file(out, render(found).encode())
+    if args.figures:
+        Path(args.figures).mkdir(parents=True, exist_ok=True)
+        save_figures(found, args.figures)
+    if args.json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+        return
+    for finding in found.findings:
+        print(f"{finding.verdict:13} {finding.claim}")
+    print(f"page: {out}")

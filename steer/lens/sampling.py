@@ -1,0 +1,152 @@
+"""
+Completions of prompts in lanes, and whether they are right.
+
+Sampling adds Gumbel noise drawn from (seed, row, step) to the logits and takes the largest (Gumbel-max), so
+what a row says depends neither on the batch nor on its neighbours, and all lanes draw with the same luck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from steer.errors import SteerError
+from steer.grading import Checker
+from steer.lens.lanes import Lane, open_lanes
+from steer.lens.passes import prompt_columns
+from steer.lens.subject import Row, Subject, chunks
+
+
+@torch.no_grad()
+def complete(
+    subject: Subject,
+    rows: Sequence[Row],
+    lanes: Sequence[Lane],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    label: str | None = None,
+) -> list[list[Row]]:
+    """
+    What the model writes after each row, up to `subject.max_new_tokens` tokens with the end token included,
+    for each lane: greedily, or at `temperature`. What a row already has after its prompt counts as written.
+
+    A lane with a route drags its reference lane along, which then writes the same; it needs one for itself,
+    and gives rows of its own.
+    """
+    followers = {lane.reference: i for i, lane in enumerate(lanes) if lane.route is not None}
+    if len(followers) < sum(lane.route is not None for lane in lanes):
+        raise SteerError("two lanes with a route share a reference lane; in generation each needs its own")
+    written: list[list[Row]] = [[] for _ in lanes]
+    with tqdm(total=len(rows), desc=label, unit="text", leave=False, disable=label is None) as bar:
+        for first, batch in chunks(rows, subject.batch_size // len(lanes)):
+            # generate() appends at the right edge, so prompts of unequal length must stand there
+            padded = subject.padded(batch, side="left")
+            columns = padded.ids.shape[1]
+            forced = min(len(row.completion) for row in batch)
+            config = _config(subject, max(1, subject.max_new_tokens - forced))
+            noise: list[Any] = [_Lockstep(len(lanes), followers)] if followers else []
+            if temperature > 0:
+                noise.insert(
+                    0, _Gumbel(temperature, seed, first, len(batch), [len(r.completion) for r in batch])
+                )
+            prompt = prompt_columns(padded, batch).repeat(len(lanes)).to(subject.device)
+            whole = padded.repeat(len(lanes))
+            with open_lanes(subject, lanes), subject.vectors.prompt_length(prompt):
+                ids = subject.model.generate(
+                    input_ids=whole.ids,
+                    attention_mask=whole.mask,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList(noise),
+                )
+            ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+            for i, line in enumerate(ids[:, columns:].tolist()):
+                row = batch[i % len(batch)]
+                stop = next((n + 1 for n, token in enumerate(line) if token in ends), len(line))
+                stop = min(stop, max(0, subject.max_new_tokens - len(row.completion)))
+                written[i // len(batch)].append(Row((*row.ids, *line[:stop]), row.prompt))
+            bar.update(len(batch))
+    return written
+
+
+def graded(
+    subject: Subject, rows: Sequence[Row], problems: Sequence[dict[str, Any]], checker: Checker
+) -> torch.Tensor:
+    """Which completions hold the right \\boxed answer: bool (rows,)."""
+    verdicts = checker.check(subject.answers(rows), [str(problem["answer"]) for problem in problems])
+    return torch.tensor([verdict.correct for verdict in verdicts])
+
+
+def accuracies(
+    subject: Subject,
+    problems: Sequence[dict[str, Any]],
+    lanes: Sequence[Lane],
+    checker: Checker,
+    label: str | None = None,
+) -> torch.Tensor:
+    """Share of problems that each lane's greedy completion gets right: (lanes,). For lanes without routes."""
+    found = []
+    for first, some in chunks(lanes, subject.batch_size):
+        text = label and f"{label} ({first + len(some)} of {len(lanes)} conditions)"
+        for rows in complete(subject, subject.rows(problems), some, label=text):
+            found.append(graded(subject, rows, problems, checker).double().mean())
+    return torch.stack(found)
+
+
+def _config(subject: Subject, new_tokens: int) -> GenerationConfig:
+    """Plain decoding: whatever penalties the model's own generation config asks for are left out."""
+    own = subject.model.generation_config
+    ends = getattr(own, "eos_token_id", None)
+    ends = subject.tokenizer.eos_token_id if ends is None else ends
+    plain: dict[str, Any] = {
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+    }
+    plain |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True}
+    return GenerationConfig(
+        **plain, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=subject.pad_token
+    )
+
+
+class _Gumbel(LogitsProcessor):
+    """logits / temperature + Gumbel noise by (seed, row, step), the same in every lane."""
+
+    def __init__(self, temperature: float, seed: int, first: int, rows: int, written: list[int]):
+        self.temperature, self.seed, self.first, self.rows, self.written = (
+            temperature,
+            seed,
+            first,
+            rows,
+            written,
+        )
+        self.step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.stack([self._noise(row, scores.shape[1]) for row in range(self.rows)])
+        self.step += 1
+        return scores.float() / self.temperature + noise.repeat(len(scores) // self.rows, 1).to(scores.device)
+
+    def _noise(self, row: int, size: int) -> torch.Tensor:
+        step = self.written[row] + self.step
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.first + row) * 100_003 + step)
+        return -torch.empty(size).exponential_(generator=generator).log()
+
+
+class _Lockstep(LogitsProcessor):
+    """Makes a reference lane write what the lane that is compared with it writes."""
+
+    def __init__(self, lanes: int, followers: dict[int, int]):
+        self.lanes, self.followers = lanes, followers
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        blocks = scores.unflatten(0, (self.lanes, -1)).clone()
+        for reference, lane in self.followers.items():
+            blocks[reference] = blocks[lane]
+        return blocks.flatten(0, 1)

@@ -1,0 +1,165 @@
+"""What is looked at: a model with vectors in it, the tokenizer, and how problems are put to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steer.errors import SteerError
+from steer.prompts import render
+from steer.sites import Decoder, find_decoder
+from steer.vectors import SteeringVectors
+
+T = TypeVar("T")
+
+
+class Row(NamedTuple):
+    """One text: token ids, the first `prompt` of which are the prompt, the others the completion."""
+
+    ids: tuple[int, ...]
+    prompt: int
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        return self.ids[self.prompt :]
+
+    @property
+    def predicting(self) -> range:
+        """Indices of the tokens that predict the completion; of a prompt alone, its last."""
+        return range(self.prompt - 1, self.prompt - 1 + max(1, len(self.completion)))
+
+    @property
+    def question(self) -> Row:
+        """The prompt alone."""
+        return Row(self.ids[: self.prompt], self.prompt)
+
+
+@dataclass
+class Subject:
+    """
+    A model with vectors attached, and the frame of its prompts (`steer.prompts.render`).
+
+    batch_size: sequences per forward pass, and with the length of the texts all that memory depends on.
+    Neither it nor `padding_side` ("left" or "right") changes a result beyond rounding.
+    """
+
+    vectors: SteeringVectors
+    tokenizer: PreTrainedTokenizerBase
+    template: str = "boxed"
+    prefix: str = ""
+    max_new_tokens: int = 64
+    batch_size: int = 128
+    padding_side: str = "left"
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("left", "right"):
+            raise SteerError(f"padding_side={self.padding_side!r} is unknown; choose left or right")
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise SteerError(f"{name}={getattr(self, name)} is not a number from 1")
+        self.model.eval()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.vectors.model
+
+    @property
+    def decoder(self) -> Decoder:
+        return find_decoder(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have a vector."""
+        return self.vectors.layers
+
+    def row(self, problem: str, forced: str | Sequence[int] = "") -> Row:
+        """The prompt of one problem; `forced` (text or token ids) is a completion's opening that is given."""
+        text = render(problem, self.tokenizer, self.template, self.prefix)
+        ids = self.encode(text)
+        opening = self.encode(forced) if isinstance(forced, str) else list(forced)
+        return Row((*ids, *opening), len(ids))
+
+    def rows(self, problems: Iterable[dict[str, Any]], forced: str | Sequence[int] = "") -> list[Row]:
+        """`row` of every problem record; SteerError when there is none."""
+        found = [self.row(problem["problem"], forced) for problem in problems]
+        if not found:
+            raise SteerError("no problems were given: there is no text to look at")
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @property
+    def pad_token(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    def padded(self, rows: Sequence[Row], side: str | None = None) -> Padded:
+        """`rows` as tensors on the model's device, padded on `side` (default: the subject's)."""
+        return pad(rows, side or self.padding_side, self.pad_token, self.device)
+
+    def token(self, index: int) -> str:
+        """The text of one token as a reader should see it; bytes that are no text come as \\x.. ."""
+        return token_text(self.tokenizer, index)
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        return [self.token(int(index)) for index in ids]
+
+    def answers(self, rows: Sequence[Row]) -> list[str]:
+        """The completions as text, special tokens left out."""
+        return [self.tokenizer.decode(row.completion, skip_special_tokens=True) for row in rows]
+
+
+def token_text(tokenizer: Any, index: int) -> str:
+    """Token `index` as text. A piece of a multi-byte character has none of its own: its raw form is given."""
+    if index >= len(tokenizer):
+        return f"<unused {index}>"
+    text = tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if not text or "\ufffd" in text:
+        return str(tokenizer.convert_ids_to_tokens(int(index)))
+    return str(text)
+
+
+class Padded(NamedTuple):
+    """Rows as tensors (rows, columns), and the column where each row's tokens start."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    start: torch.Tensor  # (rows,)
+
+    def repeat(self, lanes: int) -> Padded:
+        return Padded(
+            self.ids.repeat(lanes, 1), self.mask.repeat(lanes, 1), self.positions.repeat(lanes, 1), self.start
+        )
+
+
+def pad(rows: Sequence[Row], side: str, token: int, device: torch.device | str = "cpu") -> Padded:
+    """
+    `rows` side by side, padded with `token` on `side`. Positions count real tokens alone, so that padding
+    changes nothing for models with learned positions either.
+    """
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), longest), token, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    start = torch.tensor([longest - len(row.ids) if side == "left" else 0 for row in rows])
+    for index, row in enumerate(rows):
+        columns = slice(int(start[index]), int(start[index]) + len(row.ids))
+        ids[index, columns] = torch.tensor(row.ids)
+        mask[index, columns] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return Padded(ids.to(device), mask.to(device), positions.to(device), start)
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """Runs of at most `size` items (at least one), with the index of their first."""
+    size = max(1, size)
+    for first in range(0, len(items), size):
+        yield first, items[first : first + size]

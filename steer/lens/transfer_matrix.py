@@ -1,0 +1,118 @@
+"""
+Transfer matrix: what the vectors of each of several models do in each of the others (arXiv 2509.06608,
+transfer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import steer
+from steer.artifact import Artifact
+from steer.errors import SteerError
+from steer.grading import Checker
+from steer.lens.lanes import BASE, steered
+from steer.lens.results import Result
+from steer.lens.sampling import accuracies
+from steer.lens.subject import Subject
+from steer.transfers import transfer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the matrix with the vectors that were trained in it. The model has no vectors attached."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    artifact: Artifact
+    template: str = "boxed"
+    prefix: str = ""
+
+
+@dataclass
+class TransferMatrix(Result):
+    """
+    `accuracy` (donors, recipients) with each donor's vectors in each recipient, its own on the diagonal;
+    `base` (recipients,). `score` is the published one, (donor's - base) / (own - base); NaN where the own
+    vectors gain nothing. A transfer that was refused is NaN, its reason in `refused`.
+    """
+
+    names: list[str]
+    accuracy: torch.Tensor
+    base: torch.Tensor
+    refused: dict[str, str]
+    problems: int
+
+    @property
+    def score(self) -> torch.Tensor:
+        gain = self.accuracy.diagonal() - self.base
+        return (self.accuracy - self.base) / torch.where(gain == 0, torch.nan, gain)
+
+    def to_dict(self) -> dict[str, Any]:
+        from steer.lens.results import plain
+
+        return {**super().to_dict(), "score": plain(self.score)}
+
+    def figure(self) -> Any:
+        """The matrix of scores."""
+        from steer.lens import plots
+
+        return plots.matrix(
+            self.score,
+            self.names,
+            xlabel="recipient",
+            ylabel="donor",
+            title="Share of the recipient's own gain",
+        )
+
+
+def transfer_matrix(
+    entries: Sequence[Entry],
+    problems: Sequence[dict[str, Any]],
+    checker: Checker,
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 128,
+    label: str | None = None,
+    **options: Any,
+) -> TransferMatrix:
+    """
+    Carry every entry's vectors into every other model with `steer.transfers.move` (which takes `options`,
+    such as `method` or `force`), and solve `problems` greedily. The models are left without vectors.
+    """
+    if len(entries) < 2:
+        raise SteerError("a transfer matrix needs two models or more")
+    n = len(entries)
+    accuracy = torch.full((n, n), torch.nan, dtype=torch.float64)
+    base = torch.zeros(n, dtype=torch.float64)
+    refused: dict[str, str] = {}
+    for j, to in enumerate(entries):
+        for i, of in enumerate(entries):
+            try:
+                carried = of.artifact if i == j else _carry(of, to, options)
+            except SteerError as error:
+                refused[f"{of.name} -> {to.name}"] = str(error)
+                continue
+            vectors = steer.load(carried, to.model)
+            try:
+                subject = Subject(vectors, to.tokenizer, to.template, to.prefix, max_new_tokens, batch_size)
+                text = label and f"{label}: {of.name} in {to.name}"
+                lanes = [steered(subject), *([BASE] if i == j else [])]
+                found = accuracies(subject, problems, lanes, checker, text)
+            finally:
+                steer.detach(to.model)
+            accuracy[i, j] = found[0]
+            if i == j:
+                base[j] = found[1]
+    return TransferMatrix([entry.name for entry in entries], accuracy, base, refused, len(problems))
+
+
+def _carry(of: Entry, to: Entry, options: dict[str, Any]) -> Artifact:
+    tokenizers = {"donor_tokenizer": of.tokenizer, "recipient_tokenizer": to.tokenizer}
+    return transfer(of.artifact, of.model, to.model, **tokenizers, **options).artifact

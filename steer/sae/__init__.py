@@ -1,0 +1,9 @@
+"""
+Sparse autoencoders: TopK, BatchTopK, JumpReLU, KronSAE and HierarchicalTopK, and what they find in steering.
+"""
+
+from steer.sae.config import SAEConfig
+from steer.sae.formats import load_sae, save_sae
+from steer.sae.model import SAE
+
+__all__ = ["SAE", "SAEConfig", "load_sae", "save_sae"]

@@ -1,0 +1,223 @@
+"""
+Activations of a language model as training data: read at a site, without special tokens, shuffled in blocks.
+
+Texts are cut into windows. A block is the activations of as many windows as fill it, in random order. Which
+windows make a block, and their order, depend on the tokens and the seed alone, so a stream can go on anywhere
+without computing what came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steer.config import SITES
+from steer.errors import SteerError
+from steer.sites import find_decoder, find_sites
+from steer.vectors import attached
+
+# Tokens of one forward pass, padding included.
+PASS = 4096
+
+
+class Window(NamedTuple):
+    """Token ids that are read together, and whose activations are kept."""
+
+    ids: list[int]
+    keep: list[bool]
+
+
+def windows(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int = 256, skip: int = 1
+) -> Iterator[Window]:
+    """
+    Each text in pieces of at most `length` tokens, with the special tokens that the tokenizer puts in.
+
+    Special tokens are not kept, nor are the first `skip` tokens of a piece: models use the first one as an
+    attention sink, with a norm many times that of all others ("Massive Activations", arXiv 2402.17762).
+    """
+    special = set(tokenizer.all_special_ids)
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        for start in range(0, len(ids), length):
+            piece = list(ids[start : start + length])
+            keep = [place >= skip and token not in special for place, token in enumerate(piece)]
+            if any(keep):
+                yield Window(piece, keep)
+
+
+class Reader:
+    """
+    Reads the activations of `model` at `site` of `layer`: (kept tokens, width) in float32 on `device`.
+
+    what: "as_is" (steered where the model has vectors), "base" (its vectors off), or "difference" (steered
+    minus base, what DiffSAE is trained on). Raises SteerError for a layer or site that the model does not
+    have, and where there are no vectors to switch off.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layer: int, site: str = "resid_post", what: str = "as_is"
+    ) -> None:
+        decoder = find_decoder(model)
+        if site not in SITES:
+            raise SteerError(f"site={site!r} is unknown; choose one of {', '.join(SITES)}")
+        if not -decoder.depth <= layer < decoder.depth:
+            raise SteerError(f"layer {layer} does not exist: the model has layers 0 to {decoder.depth - 1}")
+        if what not in ("as_is", "base", "difference"):
+            raise SteerError(f"what={what!r} is unknown; choose one of as_is, base, difference")
+        self.model, self.trunk, self.width = model, decoder.trunk, decoder.width
+        self.layer, self.site, self.what = layer % decoder.depth, site, what
+        self._site = find_sites(decoder, [self.layer], site)[0]
+        self._vectors = attached(model) if what != "as_is" else None
+
+    def describe(self) -> dict[str, Any]:
+        """What an SAE records of its source."""
+        name = getattr(self.model.config, "_name_or_path", "") or None
+        return {"model": name, "layer": self.layer, "site": self.site, "what": self.what}
+
+    @torch.no_grad()
+    def read(self, batch: Sequence[Window]) -> Tensor:
+        """
+        Activations of the kept tokens of `batch`, window after window; SteerError where they are not finite.
+        """
+        device = self.model.get_input_embeddings().weight.device
+        longest = max(len(window.ids) for window in batch)
+        shape = (len(batch), longest)  # padded on the right, where no token sees it
+        ids, mask, keep = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+        for row, window in enumerate(batch):
+            size = len(window.ids)
+            ids[row, :size], mask[row, :size] = torch.tensor(window.ids), 1
+            keep[row, :size] = torch.tensor(window.keep)
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        off = self._vectors.disabled() if self._vectors and self.what == "base" else nullcontext()
+        with off:
+            found = self._capture(inputs)
+        if self._vectors and self.what == "difference":
+            with self._vectors.disabled():
+                found = found - self._capture(inputs)
+        kept = found[keep.bool().to(found.device)]
+        if not torch.isfinite(kept).all():
+            raise SteerError(
+                f"activations at {self.site} of layer {self.layer} are not finite; load the model in "
+                f"float32 or "
+                "bfloat16, and check its weights and vectors"
+            )
+        return kept
+
+    def _capture(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(rows, columns, width) in float32, from a pass that ends at the site."""
+        taken: list[Tensor] = []
+
+        def before(module: Any, args: tuple, kwargs: dict) -> None:
+            taken.append((args[0] if args else kwargs["hidden_states"]).float())
+            raise _Stop
+
+        def after(module: Any, args: tuple, output: Any) -> None:
+            taken.append((output[0] if isinstance(output, tuple) else output).float())
+            raise _Stop
+
+        module = self._site.module  # steering hooks are registered with prepend: these see what they leave
+        if self._site.on_input:
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(after)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self.trunk(**inputs, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+            self.model.train(was_training)
+        return taken[0]
+
+
+class _Stop(Exception):
+    """Ends a forward pass where the activations were taken."""
+
+
+def read_all(reader: Reader, batch: Sequence[Window]) -> Tensor:
+    """Activations of any number of windows, in their order; each pass has windows of similar length."""
+    order = sorted(range(len(batch)), key=lambda index: len(batch[index].ids))
+    parts: list[Tensor | None] = [None] * len(batch)
+    while order:
+        longest = len(batch[order[-1]].ids)
+        count = max(1, PASS // longest)
+        chosen, order = order[-count:], order[:-count]
+        counts = [sum(batch[index].keep) for index in chosen]
+        for index, part in zip(chosen, reader.read([batch[i] for i in chosen]).split(counts), strict=True):
+            parts[index] = part
+    return torch.cat([part for part in parts if part is not None])
+
+
+class ActivationStream:
+    """
+    Shuffled batches straight from a model.
+
+    block: tokens that are held and shuffled at once. epochs: how often the texts are read. rank of world: the
+    windows that this process reads, every world-th one.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        texts: Iterable[str],
+        tokenizer: PreTrainedTokenizerBase,
+        length: int = 256,
+        block: int = 1 << 18,
+        epochs: int = 1,
+        seed: int = 0,
+        skip: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.reader, self.texts, self.tokenizer = reader, texts, tokenizer
+        self.length, self.block, self.epochs, self.seed, self.skip = length, block, epochs, seed, skip
+        self.rank, self.world = rank, world
+        self.width = reader.width
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.reader.describe(), "texts": getattr(self.texts, "sources", None)}
+
+    def windows(self) -> Iterator[Window]:
+        """The windows of this process, all epochs."""
+        for _ in range(self.epochs):
+            found = windows(self.texts, self.tokenizer, self.length, self.skip)
+            yield from (window for index, window in enumerate(found) if index % self.world == self.rank)
+
+    def blocks(self) -> Iterator[tuple[list[Window], int]]:
+        """The windows of each block and how many of their tokens are kept; nothing is computed."""
+        gathered: list[Window] = []
+        kept = 0
+        for window in self.windows():
+            gathered.append(window)
+            kept += sum(window.keep)
+            if kept >= self.block:
+                yield gathered, kept
+                gathered, kept = [], 0
+        if gathered:
+            yield gathered, kept
+
+    def batches(self, size: int, start: int = 0) -> Iterator[Tensor]:
+        """
+        Batches (size, width) from the `start`-th on. The last tokens of a block that fill no batch are left
+        out.
+        """
+        for number, (gathered, kept) in enumerate(self.blocks()):
+            count = kept // size
+            if start >= count:
+                start -= count
+                continue
+            rows = read_all(self.reader, gathered)
+            order = torch.randperm(
+                kept, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            )
+            for index in range(start, count):
+                yield rows[order[index * size : (index + 1) * size].to(rows.device)]
+            start = 0

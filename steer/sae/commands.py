@@ -1,0 +1,48 @@
+"""The command line's part for SAEs: `steer sae info` and `steer sae convert`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    """Add `sae` to the subparsers of `steer`."""
+    parser = commands.add_parser("sae", help="look into a sparse autoencoder, or write it in another format")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    info = actions.add_parser("info", help="what a folder holds: format, shape, cost, source")
+    info.add_argument("folder", help="folder of an SAE: steer, saelens, sparsify or dictionary_learning")
+    info.set_defaults(run=_info)
+    convert = actions.add_parser("convert", help="write an SAE in another format")
+    convert.add_argument("folder", help="folder of an SAE, in any of the formats")
+    convert.add_argument("target", help="folder to write")
+    convert.add_argument(
+        "--format",
+        default="saelens",
+        help="steer, saelens, sparsify or dictionary_learning (default: saelens)",
+    )
+    convert.set_defaults(run=_convert)
+
+
+def _info(args: argparse.Namespace) -> None:
+    from steer.sae.config import encoder_flops, encoder_parameters
+    from steer.sae.formats import detect, load_sae
+
+    sae = load_sae(args.folder)
+    cfg = sae.cfg
+    print(f"format      {detect(args.folder)}")
+    print(f"features    {cfg.d_sae} for activations of width {cfg.d_in}, {cfg.activation} with k={cfg.k}")
+    shape = f"kron: {cfg.heads} heads of {cfg.m} x {cfg.n}" if cfg.encoder == "kron" else "dense"
+    print(
+        f"encoder     {shape}; {encoder_parameters(cfg):,} weights, {encoder_flops(cfg):,} multiply-adds a "
+        f"token"
+    )
+    print(f"loss        {cfg.loss}{'' if cfg.prefixes is None else f', prefixes {cfg.prefixes}'}")
+    for name, value in (cfg.source or {}).items():
+        print(f"{name:11} {value}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from steer.sae.formats import load_sae, save_sae
+
+    print(save_sae(load_sae(args.folder), args.target, args.format))

@@ -1,0 +1,365 @@
+"""
+SAE files: our own, and those of SAELens, sparsify and dictionary_learning, to read and to write.
+
+    format               files
+    steer                sae_config.json, model.safetensors: every variant
+    saelens              cfg.json, sae_weights.safetensors: TopK, and JumpReLU (BatchTopK is saved as
+    JumpReLU) sparsify             cfg.json, sae.safetensors: TopK
+    dictionary_learning  config.json, ae.pt: TopK, BatchTopK, JumpReLU
+
+Features and reconstructions are equal after either way. An SAE that a format cannot express is refused with
+the
+reason: the other three know dense encoders only, and a KronSAE equals one only where all p and q of each head
+read the same direction. Nothing that is read can execute code.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from steer.errors import SteerError
+from steer.files import replace_files
+from steer.sae.config import SAEConfig
+from steer.sae.model import SAE
+
+OWN_CONFIG, OWN_WEIGHTS = "sae_config.json", "model.safetensors"
+# By format: the file of its settings and that of its weights.
+FILES = {
+    "steer": (OWN_CONFIG, OWN_WEIGHTS),
+    "saelens": ("cfg.json", "sae_weights.safetensors"),
+    "sparsify": ("cfg.json", "sae.safetensors"),
+    "dictionary_learning": ("config.json", "ae.pt"),
+}
+
+
+def save_sae(sae: SAE, folder: str | os.PathLike[str], format: str = "steer") -> Path:
+    """Write `sae` into `folder`, both files or neither; SteerError where the format cannot express it."""
+    if format not in FILES:
+        raise SteerError(f"SAE format {format!r} is unknown; choose one of {', '.join(FILES)}")
+    write: dict[str, Callable[[SAE], tuple[dict[str, Any], dict[str, Tensor]]]] = {
+        "steer": _to_own,
+        "saelens": _to_saelens,
+        "sparsify": _to_sparsify,
+        "dictionary_learning": _to_dictionary_learning,
+    }
+    config, tensors = write[format](sae if format == "steer" else as_dense(sae))
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    if format == "dictionary_learning":
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        content = buffer.getvalue()
+    else:
+        content = save(tensors)
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    settings, weights = FILES[format]
+    replace_files({path / weights: content, path / settings: json.dumps(config, indent=2).encode()})
+    return path
+
+
+def load_sae(folder: str | os.PathLike[str]) -> SAE:
+    """
+    The SAE in `folder`, of whichever format its files are, in eval mode. SteerError for a folder without an
+    SAE, damaged files, weights that do not fit the settings or are not finite, and variants not known here.
+    """
+    path = Path(folder)
+    format = detect(path)
+    settings, weights = FILES[format]
+    try:
+        config = json.loads((path / settings).read_text())
+        content = (path / weights).read_bytes()
+        if format == "dictionary_learning":
+            tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        else:
+            tensors = load(content)
+    except Exception as error:  # json, safetensors and torch raise kinds of their own
+        line = " ".join(str(error).split())[:150]
+        raise SteerError(f"{path} holds a damaged {format} SAE ({line}); fetch or write it again") from error
+    if not isinstance(config, dict) or not isinstance(tensors, dict):
+        raise SteerError(f"{path} holds no {format} SAE: expected settings and named tensors")
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or (value.is_floating_point() and not torch.isfinite(value).all()):
+            raise SteerError(f"{path}: {name} is not a tensor of finite numbers; fetch or write it again")
+    read = {
+        "steer": _from_own,
+        "saelens": _from_saelens,
+        "sparsify": _from_sparsify,
+        "dictionary_learning": _from_dictionary_learning,
+    }
+    try:
+        found, state = read[format](config, tensors)
+    except KeyError as error:
+        raise SteerError(
+            f"{path}: a {format} SAE must have {error.args[0]!r}, and it is not there"
+        ) from error
+    except SteerError as error:
+        raise SteerError(f"{path}: {error}") from error
+    sae = SAE(found)
+    state = {"threshold": sae.threshold, **state}
+    shapes = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
+    for name in sorted({*shapes, *state}):
+        have = tuple(state[name].shape) if name in state else "missing"
+        if have != shapes.get(name):
+            raise SteerError(f"{path}: {name} is {have}, its settings ask for {shapes.get(name, 'none')}")
+    dtype = state["W_dec"].dtype
+    sae.to(dtype).load_state_dict(state)
+    return sae.eval()
+
+
+def detect(folder: str | os.PathLike[str]) -> str:
+    """Which format the files in `folder` are; SteerError when they are none."""
+    path = Path(folder)
+    for format, names in FILES.items():
+        if all((path / name).is_file() for name in names):
+            return format
+    raise SteerError(
+        f"{path} holds no SAE; expected one of " + ", ".join(" + ".join(names) for names in FILES.values())
+    )
+
+
+@torch.no_grad()
+def as_dense(sae: SAE, tolerance: float = 1e-6) -> SAE:
+    """
+    The same SAE with a dense encoder. A dense one is given back as it is; a KronSAE has an equal only where
+    all p and q of each head are positive multiples of one another: then sqrt(p q) is linear where it is
+    positive. SteerError says so for any other.
+    """
+    cfg = sae.cfg
+    if cfg.encoder == "dense":
+        return sae
+    rows = torch.cat([sae.encoder.weight, sae.encoder.bias[:, None]], 1)
+    heads = torch.cat(sae.kron_factors(rows), 1)
+    norms = heads.norm(dim=2, keepdim=True)
+    unit = heads / norms.clamp(min=1e-30)
+    apart = (unit - unit[:, :1]).norm(dim=2).amax(1)
+    if (apart > tolerance).any():
+        raise SteerError(
+            f"this KronSAE has no equal dense encoder: sqrt(p q) is not linear in the input, in "
+            f"{int((apart > tolerance).sum())} of {len(apart)} heads; save it with format='steer'"
+        )
+    sizes = (norms[:, : cfg.m] * norms[:, cfg.m :].transpose(1, 2)).sqrt()
+    dense = (sizes[..., None] * unit[:, :1, None, :]).reshape(cfg.d_sae, -1)
+    values = {**cfg.to_dict(), "encoder": "dense", "heads": None}
+    found = SAE(SAEConfig.from_dict(values)).to(sae.device, sae.dtype)
+    state = {**sae.state_dict(), "encoder.weight": dense[:, :-1], "encoder.bias": dense[:, -1]}
+    found.load_state_dict(state)
+    return found.train(sae.training)
+
+
+# --- our own
+
+
+def _to_own(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return sae.cfg.to_dict(), dict(sae.state_dict())
+
+
+def _from_own(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[SAEConfig, dict[str, Tensor]]:
+    return SAEConfig.from_dict(config), tensors
+
+
+# --- SAELens: W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_in), b_dec, and threshold (d_sae,) for jumprelu
+
+
+def _to_saelens(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    cfg, source = sae.cfg, sae.cfg.source or {}
+    config = {
+        "architecture": "topk" if cfg.activation == "topk" else "jumprelu",
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        "dtype": str(sae.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": cfg.bias == "tied",
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "model_name": source.get("model"),
+            "hook_name": _hook_name(source),
+            "prepend_bos": None,
+            "sae_lens_training_version": None,
+        },
+    }
+    tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    if cfg.activation == "topk":
+        config |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+    else:
+        tensors["threshold"] = _thresholds(sae)
+    return config, tensors
+
+
+def _hook_name(source: dict[str, Any]) -> str | None:
+    """The site's name in TransformerLens, which SAELens uses."""
+    names = {
+        "resid_pre": "hook_resid_pre",
+        "resid_mid": "hook_resid_mid",
+        "resid_post": "hook_resid_post",
+        "attn_out": "hook_attn_out",
+        "mlp_out": "hook_mlp_out",
+    }
+    name = names.get(source.get("site", ""))
+    return f"blocks.{source['layer']}.{name}" if name and "layer" in source else None
+
+
+def _from_saelens(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[SAEConfig, dict[str, Tensor]]:
+    kind = config["architecture"]
+    if kind not in ("topk", "jumprelu", "standard"):
+        raise SteerError(f"SAELens architecture {kind!r} is not known here; topk, jumprelu and standard are")
+    for name, plain in (("normalize_activations", "none"), ("reshape_activations", "none")):
+        if config.get(name, plain) != plain:
+            raise SteerError(f"{name}={config[name]!r} is not known here, only {plain!r}")
+    table = tensors["W_dec"]
+    state = {
+        "encoder.weight": tensors["W_enc"].T.contiguous(),
+        "encoder.bias": tensors["b_enc"],
+        "W_dec": table,
+        "b_dec": tensors["b_dec"],
+    }
+    if kind == "topk" and config.get("rescale_acts_by_decoder_norm", True):
+        # activations are compared and stored in units of the decoder's rows, which are then taken as unit
+        # rows
+        norms = table.norm(dim=1)
+        state["encoder.weight"] = state["encoder.weight"] * norms[:, None]
+        state["encoder.bias"], state["W_dec"] = state["encoder.bias"] * norms, table / norms[:, None]
+    found = _foreign_config(
+        config["d_in"], config["d_sae"], config.get("k"), kind, config.get("apply_b_dec_to_input", True)
+    )
+    if kind != "topk":
+        thresholds = tensors["threshold"] if kind == "jumprelu" else torch.zeros_like(tensors["b_enc"])
+        state["log_threshold"] = _log(thresholds)
+    return found, state
+
+
+# --- sparsify: encoder.weight (d_sae, d_in), encoder.bias, W_dec (d_sae, d_in), b_dec; b_dec is always taken
+# off
+
+
+def _to_sparsify(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    cfg = sae.cfg
+    if cfg.activation != "topk":
+        raise SteerError(f"sparsify has no {cfg.activation} SAEs; choose format='saelens' or 'steer'")
+    config = {
+        "activation": "topk",
+        "expansion_factor": max(1, cfg.d_sae // cfg.d_in),
+        "normalize_decoder": True,
+        "num_latents": cfg.d_sae,
+        "k": cfg.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": cfg.d_in,
+    }
+    names = ("encoder.weight", "W_dec", "b_dec")
+    state = sae.state_dict()
+    return config, {**{name: state[name] for name in names}, "encoder.bias": _tied_bias(sae)}
+
+
+def _from_sparsify(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[SAEConfig, dict[str, Tensor]]:
+    if config.get("activation", "topk") != "topk":
+        raise SteerError(f"sparsify activation {config['activation']!r} is not known here, only 'topk'")
+    for name in ("transcode", "skip_connection"):
+        if config.get(name):
+            raise SteerError(f"this is a sparsify transcoder ({name}=true); only autoencoders are known here")
+    state = {name: tensors[name] for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec")}
+    return _foreign_config(config["d_in"], len(state["W_dec"]), config["k"], "topk", True), state
+
+
+# --- dictionary_learning: TopK and BatchTopK as nn.Linear layers, JumpReLU as W_enc, W_dec and threshold
+
+
+def _to_dictionary_learning(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    cfg, source = sae.cfg, sae.cfg.source or {}
+    classes = {"topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE", "jumprelu": "JumpReluAutoEncoder"}
+    trainer = {
+        "dict_class": classes[cfg.activation],
+        "activation_dim": cfg.d_in,
+        "dict_size": cfg.d_sae,
+        "k": cfg.k,
+        "layer": source.get("layer"),
+        "lm_name": source.get("model"),
+        "submodule_name": source.get("site"),
+    }
+    if cfg.activation == "jumprelu":  # it never takes b_dec off
+        free = sae.b_enc - (sae.encoder.weight @ sae.b_dec if cfg.bias == "tied" else 0)
+        tensors = {"W_enc": sae.W_enc, "b_enc": free, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        tensors["threshold"] = _thresholds(sae)
+    else:
+        tensors = {
+            "encoder.weight": sae.encoder.weight,
+            "encoder.bias": _tied_bias(sae),
+            "decoder.weight": sae.W_dec.T,
+            "b_dec": sae.b_dec,
+            "k": torch.tensor(cfg.k, dtype=torch.int),
+            "threshold": sae.threshold.float(),
+        }
+    return {"trainer": trainer, "buffer": None}, tensors
+
+
+def _from_dictionary_learning(
+    config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[SAEConfig, dict[str, Tensor]]:
+    trainer = config["trainer"]
+    kind = trainer["dict_class"]
+    if kind == "JumpReluAutoEncoder":
+        state = {
+            "encoder.weight": tensors["W_enc"].T.contiguous(),
+            "encoder.bias": tensors["b_enc"],
+            "W_dec": tensors["W_dec"],
+            "b_dec": tensors["b_dec"],
+            "log_threshold": _log(tensors["threshold"]),
+        }
+        d_sae, d_in = state["W_dec"].shape
+        return _foreign_config(d_in, d_sae, trainer.get("k"), "jumprelu", False), state
+    if kind not in ("AutoEncoderTopK", "BatchTopKSAE"):
+        raise SteerError(
+            f"dictionary_learning class {kind!r} is not known here; AutoEncoderTopK, BatchTopKSAE and "
+            "JumpReluAutoEncoder are"
+        )
+    state = {
+        "encoder.weight": tensors["encoder.weight"],
+        "encoder.bias": tensors["encoder.bias"],
+        "W_dec": tensors["decoder.weight"].T.contiguous(),
+        "b_dec": tensors["b_dec"],
+    }
+    d_sae, d_in = state["W_dec"].shape
+    activation = "topk" if kind == "AutoEncoderTopK" else "batchtopk"
+    if activation == "batchtopk":
+        state["threshold"] = tensors["threshold"]
+    return _foreign_config(d_in, d_sae, int(tensors["k"]), activation, True), state
+
+
+# --- shared
+
+
+def _foreign_config(d_in: int, d_sae: int, k: int | None, kind: str, tied: bool) -> SAEConfig:
+    activation = "jumprelu" if kind == "standard" else kind  # ReLU is JumpReLU with thresholds of zero
+    if k is None:  # jumprelu files do not record what they aimed at
+        k = min(50, d_sae)
+    return SAEConfig(d_in, d_sae, int(k), activation=activation, bias="tied" if tied else "free")
+
+
+def _tied_bias(sae: SAE) -> Tensor:
+    """The encoder's bias for inputs that b_dec is taken off: W x + b = W (x - b_dec) + (b + W b_dec)."""
+    return sae.b_enc + (sae.encoder.weight @ sae.b_dec if sae.cfg.bias == "free" else 0)
+
+
+def _thresholds(sae: SAE) -> Tensor:
+    """(d_sae,): what a JumpReLU with `z > threshold` needs to keep what this SAE keeps."""
+    if sae.cfg.activation == "jumprelu":
+        return sae.log_threshold.exp()
+    if sae.threshold < 0:
+        raise SteerError("this BatchTopK SAE has no threshold yet; train it before saving it as a JumpReLU")
+    least = torch.nextafter(sae.threshold, torch.zeros_like(sae.threshold))  # >= becomes >
+    return least.expand(sae.cfg.d_sae)
+
+
+def _log(thresholds: Tensor) -> Tensor:
+    """Their logarithms; a threshold of 0 becomes one that no positive number is below."""
+    return thresholds.clamp(min=torch.finfo(thresholds.dtype).tiny).log()

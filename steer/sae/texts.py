@@ -1,0 +1,96 @@
+"""Texts for an SAE to read: lines of a file or rows of a data set on the hub, one after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from steer.errors import SteerError
+
+# The fields of a record that make its text, joined by a blank line: the first group of which all but the last
+# field is present.
+FIELDS = (("text",), ("problem", "solution"), ("question", "answer"), ("problem", "answer"))
+
+
+class Texts:
+    """
+    The texts of `sources`, in order, as often as it is iterated over.
+
+    A source is a `.txt` file (a text a line), a `.jsonl` file, or a data set on the hub (`owner/name`, or
+    `owner/name:split`, or `owner/name:config:split`; streamed). Records hold `text`, or `problem` and
+    `solution`, or `question` and `answer`. Raises SteerError for a file that is not there or cannot be read
+    so.
+    """
+
+    def __init__(self, sources: Sequence[str]):
+        if not sources:
+            raise SteerError("no texts were given; name .txt or .jsonl files, or a data set on the hub")
+        self.sources = list(sources)
+        for source in self.sources:
+            if _is_file(source) and not Path(source).is_file():
+                raise SteerError(f"no file {source!r}; give an existing .txt or .jsonl file")
+            if not _is_file(source) and "/" not in source:
+                raise SteerError(
+                    f"unknown texts {source!r}; expected a .txt or .jsonl file or a hub data set owner/name"
+                )
+
+    def __iter__(self) -> Iterator[str]:
+        for source in self.sources:
+            yield from _lines(Path(source)) if _is_file(source) else _from_hub(source)
+
+
+def _is_file(source: str) -> bool:
+    return Path(source).suffix in (".txt", ".jsonl")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                if path.suffix == ".txt":
+                    yield line.rstrip("\n")
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise SteerError(
+                        f"{path.name}, line {number}: not JSON ({error}); expected one record a line"
+                    ) from error
+                yield text_of(record, f"{path.name}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SteerError(f"cannot read texts {str(path)!r}: {' '.join(str(error).split())}") from error
+
+
+def _from_hub(source: str) -> Iterator[str]:
+    import datasets
+
+    name, *parts = source.split(":")
+    config, split = (parts[0], parts[1]) if len(parts) > 1 else (None, parts[0] if parts else "train")
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield text_of(row, f"{source}, row {number}")
+    except SteerError:
+        raise
+    except Exception as error:  # offline, unknown, gated: mended in the same way
+        reason = " ".join(str(error).split())[:200]
+        raise SteerError(
+            f"cannot stream {source!r} from the hub ({type(error).__name__}: {reason}); check the name and "
+            f"the "
+            "network, or give a local .jsonl or .txt file"
+        ) from error
+
+
+def text_of(record: Any, where: str) -> str:
+    """The text of one record; SteerError names `where` it stands and what it has."""
+    if isinstance(record, dict):
+        for fields in FIELDS:
+            found = [record.get(name) for name in fields]
+            if isinstance(found[0], str) and (len(fields) == 1 or found[-1] is not None):
+                return "\n\n".join(str(part) for part in found)
+    seen = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+    raise SteerError(f"{where}: no text in {seen}; expected 'text', or 'problem' with 'solution' or 'answer'")

@@ -1,0 +1,109 @@
+"""`steer lens` on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from training import model_folder
+
+import steer
+from steer import SteerError
+from steer.lens.commands import add_commands
+
+RUN = {
+    "template": "plain",
+    "train_data": "arithmetic",
+    "operators": "+",
+    "digits": 1,
+    "terms": 2,
+    "heldout": 0.4,
+}
+
+
+def call(*argv: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers(required=True))
+    args = parser.parse_args(["lens", *map(str, argv)])
+    args.run(args)
+
+
+@pytest.fixture
+def artifact(tmp_path, tiny_llama, tiny_tokenizer):
+    """An artifact that names its model, its data and its frame."""
+    folder = model_folder(tmp_path / "model", tiny_llama, tiny_tokenizer)
+    provenance = {"run": RUN, "training": {"max_completion_length": 4}}
+    config = steer.SteeringConfig(layers="0-2", base_model=str(folder), provenance=provenance)
+    vectors = steer.attach(tiny_llama, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in vectors.parameters():
+            parameter.copy_(torch.randn(32, generator=generator))
+    return vectors.save(tmp_path / "vectors")
+
+
+COMMON = ("--problems", "4")
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"),
+    [
+        (("logit", "--top", "3"), "layers"),
+        (("shift", *COMMON, "--layers", "last"), "first_share"),
+        (("shift", *COMMON, "--force", "7"), "share"),
+        (("patch", *COMMON), "recovered"),
+        (("patch", *COMMON, "--layers", "1", "--heads", "-1", "--direction", "remove"), "recovered"),
+        (("persistence", *COMMON, "--layers", "0-1"), "diff_diff"),
+        (("compose", *COMMON, "--layers", "0,2"), "score"),
+        (("compose", *COMMON, "--leave-one-out"), "likelihood"),
+        (("sweep", *COMMON, "--scales", "0,1"), "accuracy"),
+    ],
+)
+def test_json_and_text_and_figure(artifact, argv, key, capsys, tmp_path) -> None:
+    name, *rest = argv
+    call(name, artifact, *rest, "--json", "--plot", tmp_path / "figure.svg")
+    assert key in json.loads(capsys.readouterr().out)
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+    call(name, artifact, *rest)
+    assert len(capsys.readouterr().out.splitlines()) > 1
+
+
+def test_directions_reads_artifacts_alone(artifact, capsys) -> None:
+    call("directions", artifact, artifact, "--json")
+    assert json.loads(capsys.readouterr().out)["to_last"][0][0] == pytest.approx(1)
+
+
+def test_report_writes_a_page(artifact, tmp_path, capsys) -> None:
+    call("report", artifact, *COMMON, "--out", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    assert "not testable" in capsys.readouterr().out
+
+
+def test_transfer_of_one_model_is_a_mistake(artifact) -> None:
+    with pytest.raises(SteerError, match="two models or more"):
+        call("transfer", artifact, *COMMON)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("scales", *COMMON), "scale maps need adaptive vectors"),
+        (("sweep", *COMMON, "--scales", "one"), "is not a list of numbers"),
+        (("patch", *COMMON, "--heads", "3"), "layer 3 does not exist"),
+        (("report", *COMMON, "--out", "nowhere/page.html"), "there is no folder nowhere"),
+        (("logit", "--reading", "angle"), "choose one of dot, cosine"),
+    ],
+)
+def test_mistakes(artifact, argv, expected) -> None:
+    with pytest.raises(SteerError, match=expected):
+        call(argv[0], artifact, *argv[1:])
+
+
+def test_the_parser_does_not_import_torch() -> None:
+    code = "import argparse, sys; from steer.lens.commands import add_commands\n"
+    code += "add_commands(argparse.ArgumentParser().add_subparsers())\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

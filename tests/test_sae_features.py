@@ -1,0 +1,205 @@
+"""
+Features of a difference: the statistics against second implementations, the model with one added, the page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from steering import fill, logits, message, tokens
+
+import steer
+from steer.errors import SteerError
+from steer.sae import SAE, SAEConfig, save_sae
+from steer.sae.activations import Reader
+from steer.sae.browser import write_browser
+from steer.sae.features import (
+    Completion,
+    Feature,
+    Snippet,
+    analyse,
+    benjamini_hochberg,
+    compare,
+    logit_effects,
+    shifted,
+)
+
+
+@pytest.fixture
+def diff(tiny_llama, tiny_tokenizer):
+    """A steered model, an SAE of its differences, and completions of which those with an 8 are right."""
+    fill(steer.attach(tiny_llama))
+    generator = torch.Generator().manual_seed(0)
+    completions = []
+    for _ in range(40):
+        ids = torch.randint(10, 97, (7,), generator=generator).tolist()
+        completions.append(Completion([1, 20, 21], ids, ids[0] % 2 == 0))
+    reader = Reader(tiny_llama, 2, what="difference")
+    sae = SAE(SAEConfig(d_in=32, d_sae=64, k=4))
+    from steer.sae.activations import read_all
+
+    sae.start_from(read_all(reader, [c.window() for c in completions]))
+    return sae.eval(), reader, tiny_tokenizer, completions
+
+
+def test_firing_rates_are_counted_by_completion(diff):
+    sae, reader, tokenizer, completions = diff
+    features = analyse(sae, reader, tokenizer, completions, least=3)
+    assert features
+    fires, strengths = [], []
+    for completion in completions:
+        ids = torch.tensor([completion.prompt + completion.ids])
+        model = reader.model
+        with torch.no_grad():
+            steered = _stream(model, ids)
+            with steer.attached(model).disabled():
+                base = _stream(model, ids)
+            z = sae.encode((steered - base)[0, 3:])
+        fires.append((z > 0).any(0))
+        strengths.append(z)
+    fires, correct = torch.stack(fires), torch.tensor([c.correct for c in completions])
+    counted = fires.sum(0)
+    assert {f.index for f in features} == {i for i in range(64) if counted[i] >= 3}
+    for feature in features:
+        assert feature.right == pytest.approx(fires[correct, feature.index].float().mean().item())
+        assert feature.wrong == pytest.approx(fires[~correct, feature.index].float().mean().item())
+        mean = torch.cat(strengths)[:, feature.index].mean().item()
+        assert feature.mean == pytest.approx(mean, rel=1e-3, abs=1e-6)
+        assert feature.low <= feature.difference <= feature.high
+        for snippet in feature.snippets:
+            assert len(snippet.tokens) == len(snippet.strengths) == 7
+            assert max(snippet.strengths) > 0
+        assert feature.strongest == pytest.approx(max(feature.snippets[0].strengths), rel=1e-3)
+    assert [f.p for f in features] == sorted(f.p for f in features)
+
+
+def _stream(model, ids):
+    """The last layer's output, before the final norm."""
+    kept = []
+    handle = model.model.layers[2].register_forward_hook(lambda m, a, out: kept.append(out))
+    model(ids, use_cache=False)
+    handle.remove()
+    return kept[0]
+
+
+def test_one_sided_completions_are_refused(diff):
+    sae, reader, tokenizer, completions = diff
+    wrong = [Completion(c.prompt, c.ids, False) for c in completions]
+    with pytest.raises(SteerError) as error:
+        analyse(sae, reader, tokenizer, wrong)
+    assert "0 of 40 completions are right" in message(error)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 30), st.integers(0, 20))
+def test_compare_is_the_chi_square_test_of_a_table(hits, others):
+    """The pooled z-test squared is Pearson's chi-square of the 2 x 2 table, with one degree of freedom."""
+    low, high, p = compare(hits, 30, others, 20)
+    observed = [[hits, 30 - hits], [others, 20 - others]]
+    columns = [hits + others, 50 - hits - others]
+    if 0 in columns:
+        assert p == 1
+    else:
+        expected = [[n * c / 50 for c in columns] for n in (30, 20)]
+        chi2 = sum((observed[i][j] - expected[i][j]) ** 2 / expected[i][j] for i in (0, 1) for j in (0, 1))
+        assert p == pytest.approx(math.erfc(math.sqrt(chi2 / 2)), abs=1e-9)
+    assert -1 <= low <= hits / 30 - others / 20 <= high <= 1
+
+
+def test_newcombe_intervals_are_those_of_the_paper():
+    """Newcombe 1998, Statistics in Medicine 17, table II: 56/70 - 48/80 and 9/10 - 3/10, method 10."""
+    low, high, _ = compare(56, 70, 48, 80)
+    assert (low, high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
+    low, high, _ = compare(9, 10, 3, 10)
+    assert (low, high) == (pytest.approx(0.1705, abs=1e-4), pytest.approx(0.8090, abs=1e-4))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_benjamini_hochberg_rejects_what_the_step_up_rule_does(p):
+    corrected = benjamini_hochberg(p)
+    for level in (0.01, 0.05, 0.3):
+        ranked = sorted(p)
+        passing = [rank for rank, value in enumerate(ranked, 1) if value <= rank / len(p) * level]
+        limit = ranked[max(passing) - 1] if passing else -1
+        for value, q in zip(p, corrected, strict=True):
+            if abs(q - level) > 1e-12:
+                assert (q <= level) == (value <= limit)
+
+
+def test_logit_effects_are_those_of_the_unembedding(diff):
+    sae, reader, tokenizer, _ = diff
+    up, down = logit_effects(sae, reader.model, tokenizer, [5, 9], 3)
+    model = reader.model
+    for place, feature in enumerate((5, 9)):
+        with torch.no_grad():
+            effect = model.lm_head.weight @ (model.model.norm.weight * sae.W_dec[feature])
+        order = effect.argsort(descending=True).tolist()
+        assert up[place] == [tokenizer.decode([t]) for t in order[:3]]
+        assert down[place] == [tokenizer.decode([t]) for t in order[::-1][:3]]
+
+
+def test_shifted_adds_like_a_steering_vector(tiny_llama):
+    """A constant vector at the same layer: the same logits to rounding."""
+    ids, direction = tokens(), torch.linspace(-1, 1, 32)
+    base = logits(tiny_llama, ids)
+    with shifted(tiny_llama, 1, direction):
+        found = logits(tiny_llama, ids)
+    assert torch.equal(logits(tiny_llama, ids), base)
+    vectors = steer.attach(tiny_llama, steer.SteeringConfig(layers=1))
+    vectors.set_tensors({name: direction for name in vectors.tensors()})
+    torch.testing.assert_close(found, logits(tiny_llama, ids), rtol=1e-4, atol=1e-5)
+    with shifted(tiny_llama, 1, -direction):
+        torch.testing.assert_close(logits(tiny_llama, ids), base, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SteerError) as error, shifted(tiny_llama, 1, torch.zeros(3)):
+        pass
+    assert "width 32" in message(error)
+
+
+# --- the page
+
+
+def feature(index: int, word: str) -> Feature:
+    snippet = Snippet([word, " b"], [0.5, 0.0], True)
+    return Feature(index, 0.7, 0.2, 0.3, 0.6, 1e-5, 1e-3, 0.01, 0.5, [word], ["no"], [snippet])
+
+
+def test_the_page_holds_its_data_and_nothing_breaks_out(tmp_path):
+    nasty = "</script><script>alert(1)</script><!-- é \n"
+    path = write_browser(tmp_path / "features.html", [feature(3, nasty), feature(8, "x")], "A & <b>", "about")
+    page = path.read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    data = json.loads(found[1])
+    assert data["features"][0]["promotes"] == [nasty]
+    assert data["features"][1]["index"] == 8
+    assert page.count("<script") == 2
+    assert "<title>A &amp; &lt;b></title>" in page
+    assert "http" not in page  # one page, nothing fetched
+
+
+# --- the command line
+
+
+def test_sae_info_and_convert(tmp_path, capsys):
+    sae = SAE(SAEConfig(d_in=8, d_sae=16, k=2, source={"model": "made", "layer": 3}))
+    save_sae(sae, tmp_path / "own")
+    import argparse
+
+    from steer.sae.commands import add_commands
+
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    args = parser.parse_args(["sae", "info", str(tmp_path / "own")])
+    args.run(args)
+    shown = capsys.readouterr().out
+    assert "16 for activations of width 8, topk with k=2" in shown
+    assert re.search(r"layer +3", shown)
+    args = parser.parse_args(["sae", "convert", str(tmp_path / "own"), str(tmp_path / "lens")])
+    args.run(args)
+    assert (tmp_path / "lens" / "sae_weights.safetensors").exists()
