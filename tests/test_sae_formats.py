@@ -83,7 +83,7 @@ def test_a_kron_sae_whose_factors_are_parallel_is_exactly_dense(tmp_path):
     with torch.no_grad():
         for head in range(6):
             part = slice(head, None, 6)  # P_1, P_2, Q_1, ..., Q_4 of one head
-            scales = torch.arange(1, 7) / 3
+            scales = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0, 11.0]) / 5  # no two products alike
             sae.encoder.weight[part] = scales[:, None] * sae.encoder.weight[head].clone()
             sae.encoder.bias[part] = scales * sae.encoder.bias[head].clone()
     dense = as_dense(sae)

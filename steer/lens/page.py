@@ -82,8 +82,8 @@ def _abstract(report: Report) -> str:
     if isinstance(patched, Patching):
         told.append(
             "Of the effect on the logits, the attention layers alone recover "
-            f"{_percent(patched['attention only'])}, the MLPs alone {_percent(patched['MLP only'])}, the residual "
-            f"stream alone {_percent(patched['residual only'])}, and all but the residual stream "
+            f"{_percent(patched['attention only'])}, the MLPs alone {_percent(patched['MLP only'])}, the "
+            f"residual stream alone {_percent(patched['residual only'])}, and all but the residual stream "
             f"{_percent(patched['all but residual'])}."
         )
     told.append(
