@@ -63,7 +63,8 @@ def test_shift_of_prompts_alone_and_of_one_layer(tiny_llama, tiny_tokenizer) -> 
     assert found.layers == [1]
     assert found.variation.shape == (1,)
     assert found.first_share == pytest.approx(1)
-    assert token_shift(subject, prompts, layers=[]).variation.max() == 0
+    # no vector at all: what rows of different lanes may differ by is the order of a float32 sum
+    assert token_shift(subject, prompts, layers=[]).variation.max() < 1e-6 < found.variation.min()
 
 
 def test_shift_does_not_depend_on_batch_size_or_padding(tiny_model, tiny_tokenizer) -> None:

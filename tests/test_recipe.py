@@ -337,7 +337,8 @@ def test_the_shipped_configs_are_readable() -> None:
     from steer.train import run as runs
     from steer.train.config import SteeringGRPOConfig
 
-    files = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+    configs = ROOT / "recipes" / "configs"
+    files = sorted(set(configs.glob("*.yaml")) - set(configs.glob("sae-*.yaml")))
     assert files
     for path in files:
         parser = TrlParser([runs.RunConfig, runs.SteeringArguments, SteeringGRPOConfig])

@@ -4,14 +4,14 @@ What trained vectors do to a model: the mechanistic half of "Small Vectors, Big 
 A `subject.Subject` is a model with vectors in it, its tokenizer and the frame of its prompts. Each analysis
 is a function of a subject that returns plain data with `to_dict()` and `plot(path)`:
 
-    logit_lens          which tokens a vector promotes and suppresses by itself; `scripts` counts writing
-    systems token_shift         whose probability changes, and where; what a forced opening gives without any
-    vector patching            through which attention, MLP, head or residual path the effect reaches the
-    output decomposition       the change of the last stream as a sum over components persistence
-    whether the change survives the layers above; `directions`: the vectors themselves composition
-    pairs, leave-one-out, scales; `transfer_matrix`: several models scale_maps          how much of an
-    adaptive vector each token of a text gets controls            random, shuffled and mean-difference
-    vectors, for whatever is claimed
+- `logit_lens`: which tokens a vector promotes and suppresses by itself; `scripts` counts writing systems
+- `token_shift`: whose probability changes, and where; what a forced opening gives without any vector
+- `patching`: through which attention, MLP, head or residual path the effect reaches the output
+- `decomposition`: the change of the last stream as a sum over components
+- `persistence`: whether the change survives the layers above; `directions`: the vectors themselves
+- `composition`: pairs, leave-one-out, scales; `transfer_matrix`: several models
+- `scale_maps`: how much of an adaptive vector each token of a text gets
+- `controls`: random, shuffled and mean-difference vectors, for whatever is claimed
 
 All of them run base and steered conditions as lanes of one batch (`lanes`, `passes`, `sampling`) with exact
 hooks on the unmodified model. `report` does everything and writes one page.
