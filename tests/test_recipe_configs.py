@@ -20,7 +20,8 @@ from steer.prompts import TEMPLATES
 from steer.rewards import REWARDS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-CONFIGS = sorted(p for p in (RECIPES / "configs").glob("*.yaml") if not p.name.startswith("sae-"))
+OTHERS = ("sae-", "compare-")
+CONFIGS = sorted(p for p in (RECIPES / "configs").glob("*.yaml") if not p.name.startswith(OTHERS))
 LAUNCHERS = sorted((RECIPES / "accelerate").glob("*.yaml"))
 SOURCES = {"arithmetic", "gsm8k", "math", "deepscaler", "math500", "none"}
 
@@ -94,7 +95,7 @@ def parse(recipe, monkeypatch, tmp_path):
     def settings(config: Path, *overrides: str):
         argv = ["grpo_steer.py", "--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "true"]
         monkeypatch.setattr("sys.argv", [*argv, *overrides])
-        return recipe.parse()
+        return recipe.parse()[:3]
 
     yield settings
     PartialState._reset_state()  # on a machine with a GPU, later tests must not inherit use_cpu
