@@ -13,7 +13,7 @@ from steer import SteerError
 from steer.lens.decomposition import decompose
 from steer.lens.lanes import BASE, EVERYTHING, NONE, NOTHING, Lane, Route, steered
 from steer.lens.passes import passes, streams
-from steer.lens.patching import ROUTES, group_routes, head_routes, later_frozen, patch
+from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes, later_frozen, patch
 from steer.lens.sampling import complete
 from steer.lens.subject import Subject
 
@@ -228,9 +228,16 @@ def test_solving_along_a_route(tiny_llama, tiny_tokenizer) -> None:
 
 
 def test_later_layers_held(tiny_llama, tiny_tokenizer) -> None:
-    """With the last layer held, what passes layer 1 and the residual stream meets the final norm."""
+    """
+    With the last layer held, what passes layer 1 and the residual stream meets the final norm; frozen from
+    the vector on only the stream is left, and after the last layer nothing is frozen.
+    """
     subject = subject_of(tiny_llama, tiny_tokenizer, layers=0)
     on = steered(subject).layers
+    found = patch(subject, texts(), {**ROUTES, **frozen_routes(subject, 0)})
+    assert list(frozen_routes(subject, 0, 2)) == ["frozen after 0", "frozen after 2"]
+    assert found["frozen after 0"] == pytest.approx(found["residual only"], abs=1e-5)
+    assert found["frozen after 2"] == pytest.approx(1, abs=1e-5)
     lanes = [BASE, Lane(on), Lane(on, later_frozen(1), 0), Lane(on, Route(True, NONE, NONE), 0)]
     for logits in lane_logits(subject, lanes):
         assert min((logits[2] - logits[n]).abs().max() for n in (0, 1, 3)) > 1e-4

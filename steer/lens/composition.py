@@ -184,11 +184,14 @@ class ScaleSweep(Result):
         )
 
 
+SCALES = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
 def scale_sweep(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
     checker: Checker,
-    scales: Sequence[float] = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0),
+    scales: Sequence[float] = SCALES,
     label: str | None = None,
 ) -> ScaleSweep:
     """Greedy accuracy with all vectors multiplied with each scale. The subject's own scale is put back."""

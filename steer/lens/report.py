@@ -29,7 +29,7 @@ from steer.lens.lanes import BASE, Lane, steered
 from steer.lens.logit_lens import logit_lens
 from steer.lens.patching import ROUTES, by_layer, group_routes, head_routes, patch
 from steer.lens.persistence import persistence
-from steer.lens.results import Result, plain, wilson
+from steer.lens.results import Result, plain, spread, wilson
 from steer.lens.sampling import complete, graded
 from steer.lens.scale_maps import scale_maps
 from steer.lens.scripts import count_scripts
@@ -272,7 +272,7 @@ class _Study:
             routes = {**head_routes(subject, self.last), **group_routes(subject, self.last)}
             heads = patch(subject, rows, routes, layers=[before], label="heads")
             results["heads of the last layer"] = heads
-        some = _spread([layer for layer in subject.layers if layer < self.last], 10)
+        some = spread([layer for layer in subject.layers if layer < self.last], 10)
         kept = {name: ROUTES[name] for name in ("attention only", "MLP only", "residual only")}
         if some:
             each = by_layer(subject, rows[:4], some, routes=kept, label="path patching by layer")
@@ -283,7 +283,7 @@ class _Study:
         subject, results = self.subject, self.report.results
         rows = self.rows[: self.few]
         results["persistence, all vectors"] = persistence(subject, rows, label="persistence")
-        some = _spread([layer for layer in subject.layers if layer < self.last], 6)
+        some = spread([layer for layer in subject.layers if layer < self.last], 6)
         if not some:
             return
         sources = {str(layer): [layer] for layer in some}
@@ -326,7 +326,7 @@ class _Study:
         problems = self.problems[: len(self.problems) // 2]
         if len(subject.layers) < 2:
             return
-        some = _spread(subject.layers, 5)
+        some = spread(subject.layers, 5)
         found = compose(subject, problems, self.checker, some, label="pairs of layers")
         self.report.results["composition"] = found
         gain, control = _pair_gain(found), None
@@ -409,13 +409,6 @@ def save_figures(report: Report, folder: str | os.PathLike[str]) -> Path:
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n"
     replace_file(folder / "findings.json", text.encode())
     return folder
-
-
-def _spread(items: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the items, evenly, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(n * (len(items) - 1) / (count - 1))] for n in range(count)]
 
 
 def _mean(values: torch.Tensor) -> float | None:

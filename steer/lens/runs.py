@@ -18,19 +18,21 @@ from steer.errors import SteerError
 from steer.files import replace_file
 from steer.grading import Checker
 from steer.lens.composition import compose as pairs_of
-from steer.lens.composition import leave_one_out, scale_sweep
+from steer.lens.composition import SCALES, leave_one_out, scale_sweep
+from steer.lens.controls import mean_difference, random_vectors, shuffled_layers
 from steer.lens.directions import checkpoints
 from steer.lens.directions import directions as along
-from steer.lens.lanes import steered
+from steer.lens.lanes import BASE, steered
 from steer.lens.logit_lens import logit_lens
 from steer.lens.page import render
-from steer.lens.patching import ROUTES, group_routes, head_routes
+from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes
 from steer.lens.patching import patch as patch_routes
 from steer.lens.persistence import persistence as measure_persistence
 from steer.lens.report import save_figures, study
 from steer.lens.results import Result
 from steer.lens.sampling import complete
 from steer.lens.scale_maps import scale_maps
+from steer.lens.scripts import ScriptCounts, count_scripts
 from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
@@ -82,7 +84,21 @@ def _problems(args: argparse.Namespace, provenance: dict[str, Any] | None) -> Re
 
 def _ready(args: argparse.Namespace) -> tuple[Subject, Records]:
     subject = _subject(args)
-    return subject, _problems(args, subject.vectors.config.provenance)
+    problems = _problems(args, subject.vectors.config.provenance)
+    _control(args, subject, problems)
+    return subject, problems
+
+
+def _control(args: argparse.Namespace, subject: Subject, problems: Records = ()) -> None:  # type: ignore[assignment]
+    """Put the control that was asked for in the place of the trained vectors."""
+    chosen = getattr(args, "control", None)
+    if chosen == "random":
+        subject.vectors.set_tensors(random_vectors(subject.vectors, args.seed))
+    elif chosen == "shuffled":
+        subject.vectors.set_tensors(shuffled_layers(subject.vectors, args.seed))
+    elif chosen == "mean-difference":
+        base, wanted = complete(subject, subject.rows(problems), [BASE, steered(subject)], label="answers")
+        subject.vectors.set_tensors(mean_difference(subject, wanted, base, "mean difference"))
 
 
 def _answers(subject: Subject, problems: Records, temperature: float = 0.0, seed: int = 0) -> list[Row]:
@@ -110,14 +126,18 @@ def _show(args: argparse.Namespace, result: Result, lines: Iterator[str]) -> Non
 
 def logit(args: argparse.Namespace) -> None:
     subject = _subject(args)
+    _control(args, subject)
     found = logit_lens(
         subject.model,
         subject.tokenizer,
         subject.vectors.effective(),
         reading=args.reading,
         final_norm=not args.no_final_norm,
-        top=args.top,
+        top=50 if args.scripts else args.top,
     )
+    if args.scripts:
+        _show(args, counts := count_scripts(found, subject.tokenizer), _script_lines(counts))
+        return
 
     def lines() -> Iterator[str]:
         for layer, top, bottom in zip(found.layers, found.top_tokens, found.bottom_tokens, strict=True):
@@ -125,6 +145,14 @@ def logit(args: argparse.Namespace) -> None:
             yield f"{'':9}  - {' '.join(map(repr, bottom))}"
 
     _show(args, found, lines())
+
+
+def _script_lines(counts: ScriptCounts) -> Iterator[str]:
+    yield "of the 50 most promoted and the 50 most suppressed tokens of each layer, in a script other than"
+    yield f"plain Latin; of the whole vocabulary {counts.foreign_base:.1%}"
+    sides = zip(counts.layers, counts.foreign("promoted"), counts.foreign("suppressed"), strict=True)
+    for layer, promoted, suppressed in sides:
+        yield f"layer {layer:3}  promoted {promoted:6.1%}  suppressed {suppressed:6.1%}"
 
 
 def shift(args: argparse.Namespace) -> None:
@@ -162,6 +190,8 @@ def patch(args: argparse.Namespace) -> None:
     if args.heads is not None:
         layer = range(subject.decoder.depth)[_in(args.heads, subject.decoder.depth)]
         routes = {**head_routes(subject, layer), **group_routes(subject, layer)}
+    if args.frozen:
+        routes = frozen_routes(subject, min(_layers(args, subject) or subject.layers))
     common: dict[str, Any] = {
         "layers": _layers(args, subject),
         "others": args.others,
@@ -238,13 +268,9 @@ def compose(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    try:
-        scales = [float(part) for part in args.scales.split(",")]
-    except ValueError as error:
-        raise SteerError(f"--scales {args.scales!r} is not a list of numbers such as 0,0.5,1") from error
     subject, problems = _ready(args)
     with Checker() as checker:
-        found = scale_sweep(subject, problems, checker, scales, label="scale")
+        found = scale_sweep(subject, problems, checker, args.scales or SCALES, label="scale")
     rows = zip(found.scales, found.accuracy.tolist(), found.tokens.tolist(), strict=True)
     _show(args, found, (f"scale {s:6g}  accuracy {a:.3f}  {t:6.1f} tokens" for s, a, t in rows))
 
