@@ -137,6 +137,7 @@ def test_transfer_matrix(build_tiny, tiny_tokenizer) -> None:
     assert found.accuracy[0].tolist() == [1, 1]
     assert found.accuracy[1, 0] == found.accuracy[1, 1]
     assert found.score[0, 0] == 1
+    assert found.random[0] < 1 and found.random_score[0] < 1
     assert not found.refused
     assert "steering_vectors" not in entries[0].model.__dict__
     wide = build_tiny("llama", hidden_size=16, head_dim=8)

@@ -197,13 +197,15 @@ def token_heatmap(
     title: str,
     colour: str,
 ) -> Figure:
-    """Cells with a token in each, coloured by value."""
-    figure, axes = _figure(1.6 + 1.05 * len(tokens[0]), 1.0 + 0.21 * len(tokens))
+    """Cells with a token in each, coloured by value: blue above zero, red below."""
+    figure, axes = _figure(1.6 + 0.95 * len(tokens[0]), 1.0 + 0.21 * len(tokens))
     numbers = _numbers(values)
-    image = axes.imshow(numbers, cmap="Blues", aspect="auto", interpolation="nearest")
-    middle = (numbers.min() + numbers.max()) / 2
+    limit = float(np.abs(numbers).max()) or 1.0
+    image = axes.imshow(
+        numbers, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+    )
     for (i, j), value in np.ndenumerate(numbers):
-        shade = "white" if value > middle else "black"
+        shade = "white" if abs(value) > 0.65 * limit else "black"
         axes.text(j, i, text(tokens[i][j]), ha="center", va="center", fontsize=7, color=shade)
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     axes.set_xticks([])

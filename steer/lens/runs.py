@@ -175,11 +175,11 @@ def shift(args: argparse.Namespace) -> None:
     found = token_shift(subject, answers, layers=layers, label="token shift")
 
     def lines() -> Iterator[str]:
-        yield f"share of the change on the first generated token: {found.first_share:.3f}"
+        yield f"share of the whole change that sits on the first generated token: {found.first_share:.3f}"
         for n, (variation, kl) in enumerate(zip(found.variation.tolist(), found.kl.tolist(), strict=True)):
             yield f"token {n:3}  total variation {variation:.3f}  KL {kl:.3f} nats"
         for token, _, value in [*found.top[:8], *found.bottom[:8]]:
-            yield f"first token  {value:+.3f}  {token!r}"
+            yield f"at the first generated token  {value:+.4f}  {token!r}"
 
     _show(args, found, lines())
 
@@ -316,6 +316,7 @@ def transfer(args: argparse.Namespace) -> None:
             "max_new_tokens": frame["max_new_tokens"],
             "batch_size": args.batch_size,
             "force": args.force,
+            "seed": args.seed,
         }
         made = transfer_matrix(entries, problems, checker, label="transfer", **options)
 
@@ -323,6 +324,7 @@ def transfer(args: argparse.Namespace) -> None:
         for i, name in enumerate(made.names):
             scores = " ".join(f"{score:7.3f}" for score in made.score[i].tolist())
             yield f"{name:32} {scores}"
+        yield f"{'random, own length':32} {' '.join(f'{s:7.3f}' for s in made.random_score.tolist())}"
         yield from (f"{pair}: {why}" for pair, why in made.refused.items())
 
     _show(args, made, lines())
