@@ -38,6 +38,11 @@ def test_pairs_are_what_two_vectors_do(tiny_llama, tiny_tokenizer) -> None:
     assert found.pairs.diagonal().tolist() == found.alone.tolist()
     assert found.base < 1
     assert found.pairs[0, 1] < 1
+    rows = texts()
+    finer = compose(subject, [], None, [0, 2], rows)
+    pair = Lane(frozenset([0, 2]))
+    assert finer.pairs[0, 1] == pytest.approx(likelihoods(subject, rows, [pair])[0].item(), abs=1e-5)
+    assert (finer.measure, finer.problems) == ("nats a token", len(rows))
 
 
 def test_the_published_score() -> None:

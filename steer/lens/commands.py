@@ -160,6 +160,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     compose = _command(kinds, "compose")
     compose.add_argument("--layers", help="layers to pair; default: all")
     compose.add_argument("--leave-one-out", action="store_true", help="instead: all vectors but one")
+    compose.add_argument(
+        "--likelihood",
+        action="store_true",
+        help="measure pairs by the log-probability of the steered model's right answers: quick, and finer",
+    )
 
     sweep = _command(kinds, "sweep")
     sweep.add_argument("--scales", nargs="+", type=float, metavar="FACTOR", help="default: -1 to 2")

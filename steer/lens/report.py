@@ -27,7 +27,7 @@ from steer.lens.directions import directions
 from steer.lens.findings import Finding
 from steer.lens.lanes import BASE, Lane, steered
 from steer.lens.logit_lens import logit_lens
-from steer.lens.patching import ROUTES, by_layer, group_routes, head_routes, patch
+from steer.lens.patching import ROUTES, Patching, by_layer, frozen_routes, group_routes, head_routes, patch
 from steer.lens.persistence import persistence
 from steer.lens.results import Result, plain, spread, wilson
 from steer.lens.sampling import complete, graded
@@ -37,6 +37,7 @@ from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import common_opening, prefix_substitution, token_shift
 
 Record = dict[str, Any]
+ADDED = "added to the base run"
 
 
 @dataclass
@@ -83,7 +84,7 @@ def study(
 ) -> Report:
     """
     Run everything on `problems`: accuracies on all of them, the rest on the first half, quarter or eighth, as
-    each says on the page. Shows its progress. checkpoints: artifacts of the same run, the earliest first.
+    the page says. Shows its progress. checkpoints: artifacts of the same run, the earliest first.
     """
     if len(problems) < 4:
         raise SteerError(f"a report needs at least 4 problems, got {len(problems)}")
@@ -103,6 +104,7 @@ class _Study:
         self.last = subject.decoder.depth - 1
         self.random = random_vectors(subject.vectors, seed)
         self.rows: list[Row] = []  # the steered model's greedy answers
+        self.base: list[Row] = []  # the base model's
         self.right: list[Row] = []  # those of them that are right
         self.few = max(4, len(problems) // 4)
 
@@ -131,18 +133,18 @@ class _Study:
     def accuracies(self) -> None:
         subject, report = self.subject, self.report
         rows = subject.rows(self.problems)
-        base, self.rows = complete(subject, rows, [BASE, steered(subject)], label="greedy answers")
-        self._score("base", graded(subject, base, self.problems, self.checker))
+        self.base, self.rows = complete(subject, rows, [BASE, steered(subject)], label="greedy answers")
+        self._score("base", graded(subject, self.base, self.problems, self.checker))
         right = graded(subject, self.rows, self.problems, self.checker)
         self._score("steered", right)
         self.right = [row for row, ok in zip(self.rows, right.tolist(), strict=True) if ok]
-        for row, plain_row, problem in list(zip(self.rows, base, self.problems, strict=True))[:3]:
+        for row, plain_row, problem in list(zip(self.rows, self.base, self.problems, strict=True))[:3]:
             texts = subject.answers([plain_row, row])
             report.samples.append({"problem": problem["problem"], "base": texts[0], "steered": texts[1]})
         controls: list[tuple[str, Callable[[], dict[str, torch.Tensor]]]] = [
             ("random vectors of equal length", lambda: self.random),
             ("layers shuffled", lambda: shuffled_layers(subject.vectors, self.seed)),
-            ("mean-difference vectors", lambda: mean_difference(subject, self.rows, base, "mean difference")),
+            ("mean-difference vectors", lambda: mean_difference(subject, self.rows, self.base, "means")),
         ]
         for name, make in controls:
             try:
@@ -221,12 +223,14 @@ class _Study:
     def prefix(self) -> None:
         subject, shift = self.subject, self.report.results["token shift"]
         top: str = shift.top[0][0]  # type: ignore[attr-defined]
-        (base,) = complete(subject, subject.rows(self.problems[: self.few]), [BASE], label="base answers")
-        usual = common_opening(base, share=0.01)[:1]
+        usual = common_opening(self.base, share=0.01)[:1]
         opening = subject.tokenizer.decode(common_opening(self.rows))
         openings = list(dict.fromkeys([top, subject.tokenizer.decode(usual), str(opening)]))
         openings = [text for text in openings if text]
-        found = prefix_substitution(subject, self.problems, openings, self.checker, label="forced openings")
+        ends = self.report.accuracy["base"][0], self.report.accuracy["steered"][0]
+        found = prefix_substitution(
+            subject, self.problems, openings, self.checker, ends=ends, label="forced openings"
+        )
         self.report.results["prefix substitution"] = found
         share = dict(zip(openings, found.share.tolist(), strict=True))
         if found.steered > found.base and len(share) > 1:
@@ -237,20 +241,21 @@ class _Study:
         subject, results = self.subject, self.report.results
         rows = self.rows[: self.few]
         problems = self.problems[: self.few]
-        for direction in ("add", "remove"):
-            try:
-                graded_too: dict[str, Any] = {"problems": problems, "checker": self.checker}
-                extra = graded_too if direction == "add" else {}
-                found = patch(
-                    subject, rows, direction=direction, label=f"path patching, {direction}", **extra
-                )
-            except SteerError as error:
-                self.report.notes.append(f"Path patching of all vectors at once left out: {error}.")
-                break
-            results[f"path patching, {direction}"] = found
+        try:
+            added = patch(subject, rows, problems=problems, checker=self.checker, label="path patching, add")
+            taken = patch(subject, rows, direction="remove", label="path patching, remove")
+        except SteerError as error:
+            self.report.notes.append(f"Path patching of all vectors at once left out: {error}.")
         else:
+            routes = frozen_routes(subject, min(subject.layers))
+            own = patch(subject, rows, routes, label="later layers frozen")
             with values(subject.vectors, self.random):
-                results["path patching, random vectors"] = patch(subject, rows, label="path patching, random")
+                random = patch(subject, rows, label="path patching, random")
+                control = patch(subject, rows, routes, label="later layers frozen, random")
+            parts = {ADDED: added, "taken out of the steered run": taken, "random vectors, added": random}
+            results["path patching"] = Paths(parts)
+            ends = [int(name.split()[-1]) for name in routes]
+            results["later layers frozen"] = Frozen(ends, own.recovered(), control.recovered())
         try:
             results["decomposition"] = decompose(subject, self.rows[: self.few], label="decomposition")
         except SteerError as error:
@@ -262,10 +267,9 @@ class _Study:
         before = self.last - 1
         if before in subject.layers:
             found = patch(subject, rows, layers=[before], label="penultimate layer")
-            results["penultimate layer"] = found
             with values(subject.vectors, self.random):
                 control = patch(subject, rows, layers=[before], label="penultimate layer, random")
-            results["penultimate layer, random vector"] = control
+            results["penultimate layer"] = Paths({ADDED: found, "random vector, added": control})
             for name, done in (("", found), ("random_", control)):
                 self._note(**{f"{name}penultimate_without_attention": done["all but attention"]})
                 self._note(**{f"{name}penultimate_without_mlp": done["all but MLP"]})
@@ -305,7 +309,7 @@ class _Study:
 
     def layers(self) -> None:
         subject = self.subject
-        rows = self.right[:8]
+        rows = self.right[: self.few // 2]
         if len(subject.layers) < 2 or not rows:
             return
         self.report.results["leave one out"] = leave_one_out(
@@ -322,20 +326,16 @@ class _Study:
         self._note(random_layers_that_help=(control[1:] - control[0] > 0.05).double().mean().item())
 
     def composition(self) -> None:
-        subject = self.subject
-        problems = self.problems[: len(self.problems) // 2]
-        if len(subject.layers) < 2:
+        subject, rows = self.subject, self.right[: self.few // 2]
+        if len(subject.layers) < 2 or not rows:
             return
-        some = spread(subject.layers, 5)
-        found = compose(subject, problems, self.checker, some, label="pairs of layers")
+        some = spread(subject.layers, 8)
+        found = compose(subject, [], None, some, rows, "pairs of layers")
         self.report.results["composition"] = found
-        gain, control = _pair_gain(found), None
-        if gain is None:
-            return
         with values(subject.vectors, self.random):
-            control = compose(subject, problems, self.checker, some, label="pairs of layers, random")
-            control.whole = found.whole  # the same denominator
-        self._note(pair_gain=gain, random_pair_gain=_pair_gain(control))
+            control = compose(subject, [], None, some, rows, "pairs of layers, random")
+        control.whole = found.whole  # the same denominator
+        self._note(pair_gain=_mean(found.score), random_pair_gain=_mean(control.score))
 
     def scales(self) -> None:
         subject = self.subject
@@ -359,6 +359,27 @@ class _Study:
 
 
 @dataclass
+class Paths(Result):
+    """The same routes for several changes, the first of which is that of the trained vectors; by label."""
+
+    parts: dict[str, Patching]
+
+    @property
+    def first(self) -> Patching:
+        return next(iter(self.parts.values()))
+
+    def figure(self) -> Any:
+        """Bars of the share of the logit difference that each route recovers."""
+        from steer.lens import plots
+
+        layers = self.first.layers
+        what = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
+        shares = {label: part.recovered() for label, part in self.parts.items()}
+        title = f"Path patching, vectors of {what}: share of the logit difference"
+        return plots.grouped_bars(self.first.names, shares, ylabel="share of the effect", title=title)
+
+
+@dataclass
 class PathsByLayer(Result):
     """
     Share of the logit difference that each route recovers, for each layer's vector alone: (layers,) a route.
@@ -376,6 +397,30 @@ class PathsByLayer(Result):
             xlabel="layer of the vector",
             ylabel="share of the effect",
             title="Path patching of single vectors (cut at -0.5 and 1.5)",
+            level=("the whole effect", 1.0),
+        )
+
+
+@dataclass
+class Frozen(Result):
+    """
+    Share of the logit difference that is there when all layers after one are held at what they give in the
+    base run, for the trained and for random vectors: (layers,).
+    """
+
+    layers: list[int]
+    share: torch.Tensor
+    random: torch.Tensor
+
+    def figure(self) -> Any:
+        from steer.lens import plots
+
+        return plots.lines(
+            {"trained": self.share.clamp(-0.5, 1.5), "random, equal length": self.random.clamp(-0.5, 1.5)},
+            x=self.layers,
+            xlabel="last layer that is not frozen",
+            ylabel="share of the effect",
+            title="Later layers frozen, all vectors on",
             level=("the whole effect", 1.0),
         )
 
@@ -419,7 +464,3 @@ def _mean(values: torch.Tensor) -> float | None:
 def _rank(scores: torch.Tensor, token: int) -> int:
     """How many tokens score higher."""
     return int((scores > scores[token]).sum())
-
-
-def _pair_gain(found: Any) -> float | None:
-    return _mean(found.score)

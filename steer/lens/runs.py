@@ -30,7 +30,7 @@ from steer.lens.patching import patch as patch_routes
 from steer.lens.persistence import persistence as measure_persistence
 from steer.lens.report import save_figures, study
 from steer.lens.results import Result
-from steer.lens.sampling import complete
+from steer.lens.sampling import complete, graded
 from steer.lens.scale_maps import scale_maps
 from steer.lens.scripts import ScriptCounts, count_scripts
 from steer.lens.subject import Row, Subject
@@ -107,6 +107,16 @@ def _answers(subject: Subject, problems: Records, temperature: float = 0.0, seed
         subject, rows, [steered(subject)], temperature=temperature, seed=seed, label="answers"
     )
     return written
+
+
+def _right(subject: Subject, problems: Records, checker: Checker) -> list[Row]:
+    """The steered model's greedy answers that are right; SteerError when there is none."""
+    rows = _answers(subject, problems)
+    right = graded(subject, rows, problems, checker).tolist()
+    found = [row for row, ok in zip(rows, right, strict=True) if ok]
+    if not found:
+        raise SteerError(f"none of {len(rows)} steered answers is right, so there is no right answer to weigh")
+    return found
 
 
 def _layers(args: argparse.Namespace, subject: Subject) -> list[int] | None:
@@ -254,7 +264,11 @@ def compose(args: argparse.Namespace) -> None:
             whole = f"with all     accuracy {out.whole:.3f}  {out.whole_likelihood:7.3f} nats a token"
             _show(args, out, iter([whole, *told]))
             return
-        found = pairs_of(subject, problems, checker, _layers(args, subject), label="composition")
+        layers = _layers(args, subject)
+        if args.likelihood:
+            found = pairs_of(subject, [], None, layers, _right(subject, problems, checker), "composition")
+        else:
+            found = pairs_of(subject, problems, checker, layers, label="composition")
 
     def lines() -> Iterator[str]:
         yield f"base {found.base:.3f}, all vectors {found.whole:.3f}, these together {found.together:.3f}"
