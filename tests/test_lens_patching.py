@@ -268,7 +268,7 @@ def test_mistakes(tiny_llama, tiny_tokenizer) -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_texts(build_tiny, tiny_tokenizer, monkeypatch) -> None:
-    """Kept logits of 60 more texts would be 200 MB and more; what the process holds after each pass is not."""
+    """Kept logits of 60 more texts would be 200 MB and more; what is held after each pass does not grow."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         pytest.skip("reads the memory in use from /proc, which Linux has")

@@ -88,7 +88,8 @@ def _provenance(report: Report) -> str:
         if part != "results" and isinstance(values, dict):
             kept = [f"{k} {_short(v)}" for k, v in values.items() if v not in (None, "", [], {})]
             rows.append((part, ", ".join(kept)))
-    return f"<details><summary>all settings of the run</summary>{_table(None, rows)}</details>" if rows else ""
+    summary = "<summary>all settings of the run</summary>"
+    return f"<details>{summary}{_table(None, rows)}</details>" if rows else ""
 
 
 def _accuracy(report: Report) -> str:

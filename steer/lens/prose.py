@@ -1,4 +1,4 @@
-"""A report in sentences: what each section found, with the control beside it. Plain text, from the numbers."""
+"""A report in sentences: what each section found, with the control beside it. Plain text from the numbers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from steer.lens.findings import NOT_SEEN, NOT_TESTABLE, SEEN
 from steer.lens.report import Report
 
 Sentences = list[str]
+_CONTROLS = ("random", "layers", "mean-difference")  # how the names of control vectors begin
 
 
 def abstract(report: Report) -> str:
     """The report in one paragraph."""
     base, on = report.accuracy["base"], report.accuracy["steered"]
-    best = max(v[0] for k, v in report.accuracy.items() if k.split()[0] in ("random", "layers", "mean-diff"))
+    best = max(v[0] for k, v in report.accuracy.items() if k.split()[0] in _CONTROLS)
     told = [
         f"With the vectors the model solves {percent(on[0])} of {report.problems} problems (95 % interval "
         f"{percent(on[1])} to {percent(on[2])}), without them {percent(base[0])}; vectors of equal length "
@@ -94,8 +95,8 @@ def _logit_lens(report: Report) -> Sentences:
     counts: Any = report.results["scripts"]
     told = [
         f"By itself, the vector of layer {lens.layers[-1]} promotes {quoted(lens.top_tokens[-1][:3])} and "
-        f"suppresses {quoted(lens.bottom_tokens[-1][:3])}. The lens skips the layers between a vector and the "
-        "output, so early layers’ readings say little."
+        f"suppresses {quoted(lens.bottom_tokens[-1][:3])}. The lens skips the layers between a vector and "
+        "the output, so early layers’ readings say little."
     ]
     if "middle_foreign" in report.numbers:
         told.append(
@@ -104,7 +105,7 @@ def _logit_lens(report: Report) -> Sentences:
             f"random vectors {_n(report, 'random_middle_foreign'):.1%}."
         )
     else:
-        told.append(f"Only {counts.foreign_base:.1%} of the vocabulary is in a script other than plain Latin.")
+        told.append(f"Of the vocabulary {counts.foreign_base:.1%} is in a script other than plain Latin.")
     return told
 
 
@@ -172,8 +173,8 @@ def _last_layers(report: Report) -> Sentences:
     found, random = paths.parts.values()
     return [
         f"The vector of the last layer but one keeps {percent(found['all but attention'])} of its effect "
-        f"without the last attention and {percent(found['all but MLP'])} without the last MLP (random vector: "
-        f"{percent(random['all but attention'])} and {percent(random['all but MLP'])})."
+        f"without the last attention and {percent(found['all but MLP'])} without the last MLP (random "
+        f"vector: {percent(random['all but attention'])} and {percent(random['all but MLP'])})."
     ]
 
 
@@ -221,14 +222,15 @@ def _composition(report: Report) -> Sentences:
 
 def _scales(report: Report) -> Sentences:
     found: Any = report.results["scale sweep"]
-    best = max(range(len(found.scales)), key=lambda n: (found.accuracy[n].item(), -abs(found.scales[n] - 1)))
-    return [f"Of the scales tried {found.scales[best]:g} is best, with {percent(found.accuracy[best].item())}."]
+    pairs = list(zip(found.accuracy.tolist(), found.scales, strict=True))
+    most, best = max(pairs, key=lambda pair: (pair[0], -abs(pair[1] - 1)))
+    return [f"Of the scales tried {best:g} is best, with {percent(most)} solved."]
 
 
 _SECTIONS: dict[str, Callable[[Report], Sentences]] = {
     "directions": _directions,
     "logit lens": _logit_lens,
-    "token shift": lambda report: _token_shift(report),
+    "token shift": _token_shift,
     "prefix substitution": _prefix,
     "path patching": _paths,
     "later layers frozen": _frozen,

@@ -17,8 +17,8 @@ from steer.data import Arithmetic, load_problems
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.grading import Checker
-from steer.lens.composition import compose as pairs_of
 from steer.lens.composition import SCALES, leave_one_out, scale_sweep
+from steer.lens.composition import compose as pairs_of
 from steer.lens.controls import mean_difference, random_vectors, shuffled_layers
 from steer.lens.directions import checkpoints
 from steer.lens.directions import directions as along
@@ -115,7 +115,7 @@ def _right(subject: Subject, problems: Records, checker: Checker) -> list[Row]:
     right = graded(subject, rows, problems, checker).tolist()
     found = [row for row, ok in zip(rows, right, strict=True) if ok]
     if not found:
-        raise SteerError(f"none of {len(rows)} steered answers is right, so there is no right answer to weigh")
+        raise SteerError(f"none of the {len(rows)} steered answers is right: there is none to weigh")
     return found
 
 
