@@ -9,7 +9,7 @@ from typing import Any
 from steer.lens import plots, prose
 from steer.lens.findings import NOT_SEEN, SEEN, Finding, words
 from steer.lens.prose import percent
-from steer.lens.report import Paths, Report
+from steer.lens.report import SINGLE, Paths, Report
 from steer.lens.scale_maps import ScaleMaps
 from steer.lens.token_shift import TextShift, TokenShift
 
@@ -241,14 +241,14 @@ def _strips(texts: Sequence[TextShift]) -> str:
 
 def _method(report: Report) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
-    few = max(4, report.problems // 4)
+    few = max(SINGLE, report.problems // 5)
     return (
-        "<h2>How it was measured</h2>\n<p>All conditions run side by side in one batch through the "
-        f"unmodified model, with exact hooks. Accuracies: greedy answers to {report.problems} problems "
-        f"(scales: half of them). Path patching, decomposition and persistence: {few} "
-        "prompts with the steered model’s greedy answers, every token of the answer counted; single "
-        "vectors: 4 to 8 of them. Effects of single vectors are those of a set that was trained together, "
-        "unless the artifact has one layer.</p>\n" + (f"<ul>{notes}</ul>" if notes else "")
+        "<h2>How it was measured</h2>\n<p>All conditions run side by side in one batch through the unmodified "
+        f"model, with exact hooks. Accuracies: greedy answers to {report.problems} problems (scales and sampled "
+        f"answers: half of them). Path patching and decomposition: {few} prompts with the steered model’s "
+        f"greedy answers, every token of the answer counted; single vectors and random routes: {SINGLE} of "
+        "them. Effects of single vectors are those of a set that was trained together, unless the artifact "
+        "has one layer.</p>\n" + (f"<ul>{notes}</ul>" if notes else "")
     )
 
 

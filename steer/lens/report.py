@@ -38,6 +38,7 @@ from steer.lens.token_shift import common_opening, prefix_substitution, token_sh
 
 Record = dict[str, Any]
 ADDED = "added to the base run"
+SINGLE = 4  # texts that single vectors and controls of routes are measured on, all tokens of the answer
 
 
 @dataclass
@@ -83,8 +84,8 @@ def study(
     seed: int = 0,
 ) -> Report:
     """
-    Run everything on `problems`: accuracies on all of them, the rest on the first half, quarter or eighth, as
-    the page says. Shows its progress. checkpoints: artifacts of the same run, the earliest first.
+    Run everything on `problems`: accuracies on all of them, sampled answers and scales on the first half, routes
+    on a fifth, single vectors on `SINGLE` answers. Shows its progress. checkpoints: artifacts of the same run, the earliest first.
     """
     if len(problems) < 4:
         raise SteerError(f"a report needs at least 4 problems, got {len(problems)}")
@@ -106,7 +107,7 @@ class _Study:
         self.rows: list[Row] = []  # the steered model's greedy answers
         self.base: list[Row] = []  # the base model's
         self.right: list[Row] = []  # those of them that are right
-        self.few = max(4, len(problems) // 4)
+        self.few = max(SINGLE, len(problems) // 5)
 
     def run(self) -> Report:
         steps: list[tuple[str, Callable[[], None]]] = [
@@ -250,8 +251,8 @@ class _Study:
             routes = frozen_routes(subject, min(subject.layers))
             own = patch(subject, rows, routes, label="later layers frozen")
             with values(subject.vectors, self.random):
-                random = patch(subject, rows, label="path patching, random")
-                control = patch(subject, rows, routes, label="later layers frozen, random")
+                random = patch(subject, rows[:SINGLE], label="path patching, random")
+                control = patch(subject, rows[:SINGLE], routes, label="later layers frozen, random")
             parts = {ADDED: added, "taken out of the steered run": taken, "random vectors, added": random}
             results["path patching"] = Paths(parts)
             ends = [int(name.split()[-1]) for name in routes]
@@ -263,7 +264,7 @@ class _Study:
 
     def last_layers(self) -> None:
         subject, results = self.subject, self.report.results
-        rows = self.rows[: self.few]
+        rows = self.rows[:SINGLE]
         before = self.last - 1
         if before in subject.layers:
             found = patch(subject, rows, layers=[before], label="penultimate layer")
@@ -276,10 +277,10 @@ class _Study:
             routes = {**head_routes(subject, self.last), **group_routes(subject, self.last)}
             heads = patch(subject, rows, routes, layers=[before], label="heads")
             results["heads of the last layer"] = heads
-        some = spread([layer for layer in subject.layers if layer < self.last], 10)
+        some = spread([layer for layer in subject.layers if layer < self.last], 8)
         kept = {name: ROUTES[name] for name in ("attention only", "MLP only", "residual only")}
         if some:
-            each = by_layer(subject, rows[:4], some, routes=kept, label="path patching by layer")
+            each = by_layer(subject, rows, some, routes=kept, label="path patching by layer")
             shares = {name: torch.tensor([done[name] for done in each]) for name in kept}
             results["paths by layer"] = PathsByLayer(some, shares)
 
@@ -291,25 +292,25 @@ class _Study:
         if not some:
             return
         sources = {str(layer): [layer] for layer in some}
-        own = persistence(subject, rows[:8], sources, label="persistence of single vectors")
+        own = persistence(subject, rows[:SINGLE], sources, label="persistence of single vectors")
         results["persistence, single vectors"] = own
         above = torch.arange(self.last + 1)[None, :] > torch.tensor(some)[:, None]
         self._note(diff_diff=_mean(own.diff_diff[above]), diff_vector=_mean(own.diff_vector[above]))
         with values(subject.vectors, self.random):
-            control = persistence(subject, rows[:8], sources, label="persistence, random")
+            control = persistence(subject, rows[:SINGLE], sources, label="persistence, random")
         self._note(random_diff_diff=_mean(control.diff_diff[above]))
         if len(subject.layers) > 1:
             trained = subject.vectors.effective()
             order = subject.layers[1:] + subject.layers[:1]
             moved = {layer: trained[other] for layer, other in zip(subject.layers, order, strict=True)}
-            shuffled = persistence(subject, rows[:8], sources, vectors=moved, label="persistence, shuffled")
+            shuffled = persistence(subject, rows[:SINGLE], sources, vectors=moved, label="persistence, shuffled")
             self._note(shuffled_diff_vector=_mean(shuffled.diff_vector[above]))
         else:
             self.report.numbers["diff_vector"] = None
 
     def layers(self) -> None:
         subject = self.subject
-        rows = self.right[: self.few // 2]
+        rows = self.right[:SINGLE]
         if len(subject.layers) < 2 or not rows:
             return
         self.report.results["leave one out"] = leave_one_out(
@@ -326,10 +327,10 @@ class _Study:
         self._note(random_layers_that_help=(control[1:] - control[0] > 0.05).double().mean().item())
 
     def composition(self) -> None:
-        subject, rows = self.subject, self.right[: self.few // 2]
+        subject, rows = self.subject, self.right[:SINGLE]
         if len(subject.layers) < 2 or not rows:
             return
-        some = spread(subject.layers, 8)
+        some = spread(subject.layers, 6)
         found = compose(subject, [], None, some, rows, "pairs of layers")
         self.report.results["composition"] = found
         with values(subject.vectors, self.random):
