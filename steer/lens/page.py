@@ -243,9 +243,9 @@ def _method(report: Report) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     few = max(SINGLE, report.problems // 5)
     return (
-        "<h2>How it was measured</h2>\n<p>All conditions run side by side in one batch through the unmodified "
-        f"model, with exact hooks. Accuracies: greedy answers to {report.problems} problems (scales and sampled "
-        f"answers: half of them). Path patching and decomposition: {few} prompts with the steered model’s "
+        "<h2>How it was measured</h2>\n<p>All conditions run side by side in one batch through the "
+        "unmodified model, with exact hooks. Accuracies: greedy answers to "
+        f"{report.problems} problems (scales and sampled answers: half of them). Path patching and decomposition: {few} prompts with the steered model’s "
         f"greedy answers, every token of the answer counted; single vectors and random routes: {SINGLE} of "
         "them. Effects of single vectors are those of a set that was trained together, unless the artifact "
         "has one layer.</p>\n" + (f"<ul>{notes}</ul>" if notes else "")

@@ -84,8 +84,9 @@ def study(
     seed: int = 0,
 ) -> Report:
     """
-    Run everything on `problems`: accuracies on all of them, sampled answers and scales on the first half, routes
-    on a fifth, single vectors on `SINGLE` answers. Shows its progress. checkpoints: artifacts of the same run, the earliest first.
+    Run everything on `problems`: accuracies on all of them, sampled answers and scales on the first half,
+    routes on a fifth, single vectors on `SINGLE` answers. Shows its progress. checkpoints: artifacts of the
+    same run, the earliest first.
     """
     if len(problems) < 4:
         raise SteerError(f"a report needs at least 4 problems, got {len(problems)}")
@@ -303,7 +304,7 @@ class _Study:
             trained = subject.vectors.effective()
             order = subject.layers[1:] + subject.layers[:1]
             moved = {layer: trained[other] for layer, other in zip(subject.layers, order, strict=True)}
-            shuffled = persistence(subject, rows[:SINGLE], sources, vectors=moved, label="persistence, shuffled")
+            shuffled = persistence(subject, rows[:SINGLE], sources, vectors=moved, label="layers shuffled")
             self._note(shuffled_diff_vector=_mean(shuffled.diff_vector[above]))
         else:
             self.report.numbers["diff_vector"] = None
