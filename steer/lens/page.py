@@ -245,9 +245,10 @@ def _method(report: Report) -> str:
     return (
         "<h2>How it was measured</h2>\n<p>All conditions run side by side in one batch through the "
         "unmodified model, with exact hooks. Accuracies: greedy answers to "
-        f"{report.problems} problems (scales and sampled answers: half of them). Path patching and decomposition: {few} prompts with the steered model’s "
-        f"greedy answers, every token of the answer counted; single vectors and random routes: {SINGLE} of "
-        "them. Effects of single vectors are those of a set that was trained together, unless the artifact "
+        f"{report.problems} problems (scales and sampled answers: half of them). Path patching and "
+        f"decomposition: {few} prompts with the steered model’s greedy answers, every token of the answer "
+        f"counted; single vectors and random routes: {SINGLE} of them. Effects of single vectors are those "
+        "of a set that was trained together, unless the artifact "
         "has one layer.</p>\n" + (f"<ul>{notes}</ul>" if notes else "")
     )
 
