@@ -64,8 +64,31 @@ def _one(rule: _Rule, measured: Mapping[str, float | None]) -> Finding:
 
 
 def words(name: str) -> str:
-    """The name of a number as a reader should see it."""
-    return name.replace("_", " ")
+    """The name of a number as a reader should see it; that of a control says what the control is."""
+    own = name.removeprefix("random_").removeprefix("shuffled_").removeprefix("control_")
+    control = {"random": "random: ", "shuffled": "layers shuffled: ", "control": "usual opening: "}
+    return control.get(name.removesuffix(own).rstrip("_"), "") + WORDS.get(own, own.replace("_", " "))
+
+
+WORDS = {
+    "base_interval_top": "upper end for the base model",
+    "steered_interval_bottom": "lower end with the vectors",
+    "vectors_accuracy": "accuracy",
+    "layers_that_help": "share of layers that help alone",
+    "diff_diff": "Diff-Diff cosine",
+    "diff_vector": "Diff-Vector cosine",
+    "last_first_share": "share of the change on the first token",
+    "last_concentration": "share of that which one token gains",
+    "last_lens_rank": "tokens that the lens ranks higher",
+    "forced_share": "share of the gain",
+    "penultimate_without_attention": "kept without the last attention",
+    "penultimate_without_mlp": "kept without the last MLP",
+    "middle_foreign": "non-English among suppressed tokens",
+    "vocabulary_foreign": "in the vocabulary",
+    "pair_gain": "mean pair score",
+    "transfer_score": "donor score",
+    "adaptive_spread": "spread of the coefficients over their mean",
+}
 
 
 RULES = (

@@ -73,7 +73,7 @@ class LogitLens(Result):
             ylabel="layer",
             xlabel="most promoted, first to fourth    |    fourth to first, most suppressed",
             title=f"Logit lens ({self.reading}{', final norm' if self.final_norm else ''})",
-            colour="standard deviations from the vocabulary's mean",
+            colour="standard deviations from the mean",
         )
 
 

@@ -74,6 +74,7 @@ def lines(
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if level:
         axes.axhline(level[1], color="black", linestyle="--", linewidth=1, label=level[0])
+    _whole(axes, x)
     _finish(axes, title, xlabel, ylabel)
     if len(values) > 1 or level:
         axes.legend(frameon=False, fontsize=8)
@@ -270,6 +271,7 @@ def directions(result: Directions) -> Figure:
             label=name,
         )
     left.set_ylim(bottom=0)
+    _whole(left, result.layers)
     _finish(left, "Length of each layer's vector", "layer", "norm")
     left.legend(frameon=False, fontsize=8)
     image = right.imshow(
@@ -316,6 +318,12 @@ def _finish(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
     axes.tick_params(labelsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _whole(axes: Any, x: Sequence[float]) -> None:
+    """No ticks between layers."""
+    if all(isinstance(value, int) for value in x):
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _thin(setter: Any, labels: Sequence[Any] | range) -> None:

@@ -243,7 +243,7 @@ _SECTIONS: dict[str, Callable[[Report], Sentences]] = {
 
 
 def percent(share: float) -> str:
-    return "–" if math.isnan(share) else f"{100 * share:.0f} %"
+    return "–" if math.isnan(share) else f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
 def quoted(tokens: Sequence[str]) -> str:
