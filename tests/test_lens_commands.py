@@ -15,6 +15,7 @@ from training import model_folder
 import steer
 from steer import SteerError
 from steer.lens.commands import add_commands
+from steer.lens.findings import RULES
 
 RUN = {
     "template": "plain",
@@ -91,7 +92,10 @@ def test_directions_reads_artifacts_alone(artifact, capsys) -> None:
 
 
 def test_report_writes_a_page(artifact, tmp_path, capsys) -> None:
-    call("report", artifact, *COMMON, "--out", tmp_path / "page.html")
+    call("report", artifact, *COMMON, "--out", tmp_path / "page.html", "--figures", tmp_path / "lens")
+    table = (tmp_path / "lens" / "findings.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert sum(line.count("|") == 5 for line in rows) == len(RULES) + 2
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
     assert "not testable" in capsys.readouterr().out
 
@@ -106,6 +110,7 @@ def test_transfer_of_one_model_is_a_mistake(artifact) -> None:
     [
         (("scales", *COMMON), "scale maps need adaptive vectors"),
         (("patch", *COMMON, "--heads", "3"), "layer 3 does not exist"),
+        (("compose", *COMMON, "--likelihood"), "none of the 4 steered answers is right"),
         (("report", *COMMON, "--out", "nowhere/page.html"), "there is no folder nowhere"),
         (("logit", "--reading", "angle"), "choose one of dot, cosine"),
     ],

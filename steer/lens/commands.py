@@ -109,7 +109,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     report = _command(kinds, "report", plot=False, control=False)
     report.add_argument("--out", default="lens.html", help="the page to write (default: lens.html)")
-    report.add_argument("--figures", metavar="FOLDER", help="also write the figures and findings.json here")
+    report.add_argument("--figures", metavar="FOLDER", help="also write the figures, findings.json and .md")
     report.add_argument(
         "--checkpoints",
         metavar="FOLDER",

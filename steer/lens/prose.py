@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from steer.lens.findings import NOT_SEEN, NOT_TESTABLE, SEEN
+from steer.lens.findings import NOT_SEEN, NOT_TESTABLE, SEEN, words
 from steer.lens.report import Report
 
 Sentences = list[str]
@@ -240,6 +240,31 @@ _SECTIONS: dict[str, Callable[[Report], Sentences]] = {
     "composition": _composition,
     "scale sweep": _scales,
 }
+
+
+def markdown(report: Report) -> str:
+    """The abstract, the accuracies and the findings as Markdown, for a README or a model card."""
+    accuracies = "\n".join(
+        f"| {name} | {value:.3f} | {low:.3f} to {high:.3f} |"
+        for name, (value, low, high) in report.accuracy.items()
+    )
+    findings = "\n".join(
+        f"| {f.claim} | {f.verdict} | {_numbers(f.numbers) or f.why} | {_numbers(f.control)} |"
+        for f in report.findings
+    )
+    return (
+        f"{_plain(abstract(report))}\n\n| vectors ({report.problems} problems) | accuracy | 95 % interval "
+        f"|\n|---|---|---|\n{_plain(accuracies)}\n\n| the paper’s finding | here | measured | control |\n"
+        f"|---|---|---|---|\n{_plain(findings)}\n"
+    )
+
+
+def _numbers(numbers: Mapping[str, float]) -> str:
+    return ", ".join(f"{words(name)} {value:.3g}" for name, value in numbers.items())
+
+
+def _plain(text: str) -> str:
+    return text.replace("\N{NO-BREAK SPACE}", " ").replace("$", "\\$")
 
 
 def percent(share: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from steer.lens.page import render
 from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes
 from steer.lens.patching import patch as patch_routes
 from steer.lens.persistence import persistence as measure_persistence
+from steer.lens.prose import markdown
 from steer.lens.report import save_figures, study
 from steer.lens.results import Result
 from steer.lens.sampling import complete, graded
@@ -89,7 +90,7 @@ def _ready(args: argparse.Namespace) -> tuple[Subject, Records]:
     return subject, problems
 
 
-def _control(args: argparse.Namespace, subject: Subject, problems: Records = ()) -> None:  # type: ignore[assignment]
+def _control(args: argparse.Namespace, subject: Subject, problems: Sequence[dict[str, Any]] = ()) -> None:
     """Put the control that was asked for in the place of the trained vectors."""
     chosen = getattr(args, "control", None)
     if chosen == "random":
@@ -355,7 +356,8 @@ def report(args: argparse.Namespace) -> None:
     replace_file(out, render(found).encode())
     if args.figures:
         Path(args.figures).mkdir(parents=True, exist_ok=True)
-        save_figures(found, args.figures)
+        folder = save_figures(found, args.figures)
+        replace_file(folder / "findings.md", markdown(found).encode())
     if args.json:
         print(json.dumps(found.to_dict(), ensure_ascii=False))
         return
