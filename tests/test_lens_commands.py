@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from training import model_folder
 import steer
 from steer import SteerError
 from steer.lens.commands import add_commands
+from steer.lens.findings import RULES
 
 RUN = {
     "template": "plain",
@@ -25,11 +27,21 @@ RUN = {
 }
 
 
-def call(*argv: str) -> None:
+def call(*argv: Any) -> None:
     parser = argparse.ArgumentParser()
     add_commands(parser.add_subparsers(required=True))
     args = parser.parse_args(["lens", *map(str, argv)])
     args.run(args)
+
+
+@torch.no_grad()
+def test_a_control_takes_the_place_of_the_trained_vectors(artifact, capsys) -> None:
+    found = {}
+    for control in (None, "random", "shuffled", "mean-difference"):
+        chosen = ("--control", control) if control else ()
+        call("persistence", artifact, *COMMON, "--json", "--seed", "3", *chosen)
+        found[control] = json.loads(capsys.readouterr().out)["size"]
+    assert len({str(size) for size in found.values()}) == 4
 
 
 @pytest.fixture
@@ -53,14 +65,16 @@ COMMON = ("--problems", "4")
     ("argv", "key"),
     [
         (("logit", "--top", "3"), "layers"),
+        (("logit", "--scripts", "--control", "shuffled"), "promoted"),
         (("shift", *COMMON, "--layers", "last"), "first_share"),
         (("shift", *COMMON, "--force", "7"), "share"),
         (("patch", *COMMON), "recovered"),
         (("patch", *COMMON, "--layers", "1", "--heads", "-1", "--direction", "remove"), "recovered"),
+        (("patch", *COMMON, "--frozen", "--control", "random"), "recovered"),
         (("persistence", *COMMON, "--layers", "0-1"), "diff_diff"),
         (("compose", *COMMON, "--layers", "0,2"), "score"),
         (("compose", *COMMON, "--leave-one-out"), "likelihood"),
-        (("sweep", *COMMON, "--scales", "0,1"), "accuracy"),
+        (("sweep", *COMMON, "--scales", "-1", "0", "1"), "accuracy"),
     ],
 )
 def test_json_and_text_and_figure(artifact, argv, key, capsys, tmp_path) -> None:
@@ -78,7 +92,10 @@ def test_directions_reads_artifacts_alone(artifact, capsys) -> None:
 
 
 def test_report_writes_a_page(artifact, tmp_path, capsys) -> None:
-    call("report", artifact, *COMMON, "--out", tmp_path / "page.html")
+    call("report", artifact, *COMMON, "--out", tmp_path / "page.html", "--figures", tmp_path / "lens")
+    table = (tmp_path / "lens" / "findings.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert sum(line.count("|") == 5 for line in rows) == len(RULES) + 2
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
     assert "not testable" in capsys.readouterr().out
 
@@ -92,8 +109,8 @@ def test_transfer_of_one_model_is_a_mistake(artifact) -> None:
     ("argv", "expected"),
     [
         (("scales", *COMMON), "scale maps need adaptive vectors"),
-        (("sweep", *COMMON, "--scales", "one"), "is not a list of numbers"),
         (("patch", *COMMON, "--heads", "3"), "layer 3 does not exist"),
+        (("compose", *COMMON, "--likelihood"), "none of the 4 steered answers is right"),
         (("report", *COMMON, "--out", "nowhere/page.html"), "there is no folder nowhere"),
         (("logit", "--reading", "angle"), "choose one of dot, cosine"),
     ],
@@ -103,7 +120,9 @@ def test_mistakes(artifact, argv, expected) -> None:
         call(argv[0], artifact, *argv[1:])
 
 
-def test_the_parser_does_not_import_torch() -> None:
-    code = "import argparse, sys; from steer.lens.commands import add_commands\n"
-    code += "add_commands(argparse.ArgumentParser().add_subparsers())\nsys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_help_teaches_and_does_not_import_torch() -> None:
+    code = "import sys; from steer.cli import main\ntry: main(['lens', 'patch', '--help'])\n"
+    code += "except SystemExit: sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "steer lens patch my-vectors --layers 28 --solve" in done.stdout

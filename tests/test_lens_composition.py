@@ -38,6 +38,11 @@ def test_pairs_are_what_two_vectors_do(tiny_llama, tiny_tokenizer) -> None:
     assert found.pairs.diagonal().tolist() == found.alone.tolist()
     assert found.base < 1
     assert found.pairs[0, 1] < 1
+    rows = texts()
+    finer = compose(subject, [], None, [0, 2], rows)
+    pair = Lane(frozenset([0, 2]))
+    assert finer.pairs[0, 1] == pytest.approx(likelihoods(subject, rows, [pair])[0].item(), abs=1e-5)
+    assert (finer.measure, finer.problems) == ("nats a token", len(rows))
 
 
 def test_the_published_score() -> None:
@@ -137,6 +142,7 @@ def test_transfer_matrix(build_tiny, tiny_tokenizer) -> None:
     assert found.accuracy[0].tolist() == [1, 1]
     assert found.accuracy[1, 0] == found.accuracy[1, 1]
     assert found.score[0, 0] == 1
+    assert found.random[0] < 1 and found.random_score[0] < 1
     assert not found.refused
     assert "steering_vectors" not in entries[0].model.__dict__
     wide = build_tiny("llama", hidden_size=16, head_dim=8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +12,15 @@ from lens import PROBLEMS, Exact, subject_of, texts
 from steering import layers_of, message
 
 from steer import SteerError
+from steer.lens import passes as lens_passes
+from steer.lens.composition import likelihoods
 from steer.lens.decomposition import decompose
 from steer.lens.lanes import BASE, EVERYTHING, NONE, NOTHING, Lane, Route, steered
 from steer.lens.passes import passes, streams
-from steer.lens.patching import ROUTES, group_routes, head_routes, later_frozen, patch
+from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes, later_frozen, patch
 from steer.lens.sampling import complete
 from steer.lens.subject import Subject
+from steer.lens.token_shift import token_shift
 
 # The same sums in another order: a tiny model's float32 logits, about 1 in size, agree to a few 1e-6.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -228,9 +233,16 @@ def test_solving_along_a_route(tiny_llama, tiny_tokenizer) -> None:
 
 
 def test_later_layers_held(tiny_llama, tiny_tokenizer) -> None:
-    """With the last layer held, what passes layer 1 and the residual stream meets the final norm."""
+    """
+    With the last layer held, what passes layer 1 and the residual stream meets the final norm; frozen from
+    the vector on only the stream is left, and after the last layer nothing is frozen.
+    """
     subject = subject_of(tiny_llama, tiny_tokenizer, layers=0)
     on = steered(subject).layers
+    found = patch(subject, texts(), {**ROUTES, **frozen_routes(subject, 0)})
+    assert list(frozen_routes(subject, 0, 2)) == ["frozen after 0", "frozen after 2"]
+    assert found["frozen after 0"] == pytest.approx(found["residual only"], abs=1e-5)
+    assert found["frozen after 2"] == pytest.approx(1, abs=1e-5)
     lanes = [BASE, Lane(on), Lane(on, later_frozen(1), 0), Lane(on, Route(True, NONE, NONE), 0)]
     for logits in lane_logits(subject, lanes):
         assert min((logits[2] - logits[n]).abs().max() for n in (0, 1, 3)) > 1e-4
@@ -253,3 +265,31 @@ def test_mistakes(tiny_llama, tiny_tokenizer) -> None:
     with pytest.raises(SteerError) as error:
         complete(subject, texts(), [BASE, Lane(NONE, NOTHING, 0), Lane(NONE, NOTHING, 0)])
     assert "each needs its own" in message(error)
+
+
+def test_memory_does_not_grow_with_the_number_of_texts(build_tiny, tiny_tokenizer, monkeypatch) -> None:
+    """Kept logits of 60 more texts would be 200 MB and more; what is held after each pass does not grow."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("reads the memory in use from /proc, which Linux has")
+    held: list[int] = []
+    run = lens_passes.run
+
+    def measured(*args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = run(*args, **kwargs)
+        held.append(int(statm.read_text().split()[1]) * resource.getpagesize())
+        return logits
+
+    monkeypatch.setattr(lens_passes, "run", measured)
+    subject = subject_of(build_tiny("llama", vocab_size=20_000), tiny_tokenizer, layers="0-1", batch_size=10)
+    rows = texts([(4, 5)] * 64)
+    lane = steered(subject)
+    for analysis in (
+        lambda: patch(subject, rows),
+        lambda: token_shift(subject, rows * 3, texts=2),
+        lambda: likelihoods(subject, rows * 3, [BASE, lane]),
+    ):
+        held.clear()
+        analysis()
+        assert len(held) >= 30
+        assert max(held) - max(held[: len(held) // 8]) < 50e6

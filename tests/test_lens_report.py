@@ -104,10 +104,10 @@ def test_every_finding_has_its_numbers_and_its_control(report) -> None:
 
 
 def test_figures_and_numbers_are_written(report, tmp_path) -> None:
-    few = {name: report.results[name] for name in ("directions", "path patching, add")}
+    few = {name: report.results[name] for name in ("directions", "later layers frozen")}
     folder = save_figures(replace(report, results=few), tmp_path)
     images = {path.name for path in folder.glob("*.png")}
-    assert images == {"directions.png", "path-patching-add.png"}
+    assert images == {"directions.png", "later-layers-frozen.png"}
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in images)
     assert json.loads((folder / "findings.json").read_text())["findings"]
 

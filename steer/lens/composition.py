@@ -24,10 +24,11 @@ from steer.lens.subject import Row, Subject, chunks
 @dataclass
 class Composition(Result):
     """
-    Accuracies. `alone` (layers,): one layer's vector; `pairs` (layers, layers): two of them, `alone` on the
-    diagonal; `together`: the vectors of all `layers`; `whole`: every vector there is. `score` (layers,
-    layers) is the published one, (pair - best of the two) / (whole - best of the two); NaN where whole equals
-    the best, and on the diagonal.
+    Accuracies, or mean log-probabilities of right answers in nats a token, as `measure` says. `alone`
+    (layers,): one layer's vector; `pairs` (layers, layers): two of them, `alone` on the diagonal; `together`:
+    the vectors of all `layers`; `whole`: every vector there is. `score` (layers, layers) is the published
+    one, (pair - best of the two) / (whole - best of the two); NaN where whole equals the best, and on the
+    diagonal.
     """
 
     layers: list[int]
@@ -37,6 +38,7 @@ class Composition(Result):
     whole: float
     base: float
     problems: int
+    measure: str = "accuracy"
 
     @property
     def score(self) -> torch.Tensor:
@@ -51,26 +53,25 @@ class Composition(Result):
         return {**super().to_dict(), "score": plain(self.score)}
 
     def figure(self) -> Any:
-        """The matrix of accuracies, single layers on the diagonal."""
+        """The matrix of what pairs reach, single layers on the diagonal."""
         from steer.lens import plots
 
-        title = (
-            f"Pairs of layers (alone on the diagonal; all {len(self.layers)} together: {self.together:.2f})"
-        )
-        return plots.matrix(
-            self.pairs, [str(x) for x in self.layers], xlabel="layer", ylabel="layer", title=title
-        )
+        names = [str(layer) for layer in self.layers]
+        title = f"{self.measure}, two layers (none: {self.base:.2f}, all: {self.whole:.2f})"
+        return plots.matrix(self.pairs, names, xlabel="layer", ylabel="layer", title=title)
 
 
 def compose(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
-    checker: Checker,
+    checker: Checker | None,
     layers: Sequence[int] | None = None,
+    rows: Sequence[Row] = (),
     label: str | None = None,
 ) -> Composition:
     """
-    Greedy accuracy on `problems` with the vectors of `layers` (all by default) alone, in pairs, and together.
+    Greedy accuracy on `problems` with the vectors of `layers` (all by default) alone, in pairs, and together;
+    without a checker, the likelihood of `rows`, right answers, which tells sets apart that solve nothing yet.
     For vectors that were trained alone, one artifact a layer, add the artifacts first: `steer.artifact`.
     """
     layers = subject.layers if layers is None else sorted(layers)
@@ -78,13 +79,17 @@ def compose(
         raise SteerError(f"composition needs two layers or more, got {layers}")
     sets = [*([i] for i in layers), *map(list, combinations(layers, 2)), layers]
     lanes = [BASE, steered(subject), *(Lane(frozenset(chosen)) for chosen in sets)]
-    base, whole, *scores = accuracies(subject, problems, lanes, checker, label).tolist()
+    if checker is None:
+        base, whole, *scores = likelihoods(subject, rows, lanes, label).tolist()
+    else:
+        base, whole, *scores = accuracies(subject, problems, lanes, checker, label).tolist()
     n = len(layers)
     alone = torch.tensor(scores[:n], dtype=torch.float64)
     pairs = torch.diag(alone)
     for (i, j), value in zip(combinations(range(n), 2), scores[n:-1], strict=True):
         pairs[i, j] = pairs[j, i] = value
-    return Composition(list(layers), alone, pairs, scores[-1], whole, base, len(problems))
+    count, measure = (len(rows), "nats a token") if checker is None else (len(problems), "accuracy")
+    return Composition(list(layers), alone, pairs, scores[-1], whole, base, count, measure)
 
 
 @dataclass
@@ -184,11 +189,14 @@ class ScaleSweep(Result):
         )
 
 
+SCALES = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
 def scale_sweep(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
     checker: Checker,
-    scales: Sequence[float] = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0),
+    scales: Sequence[float] = SCALES,
     label: str | None = None,
 ) -> ScaleSweep:
     """Greedy accuracy with all vectors multiplied with each scale. The subject's own scale is put back."""

@@ -56,21 +56,24 @@ class LogitLens(Result):
 
     def figure(self) -> Any:
         """
-        Heatmap: the six most promoted tokens of each layer, coloured by their score in standard deviations.
+        Heatmap: the four most promoted and the four most suppressed tokens of each layer, coloured by their
+        score in standard deviations.
         """
         from steer.lens import plots
 
-        shown = min(6, self.top.shape[1])
+        shown = min(4, self.top.shape[1])
+        ids = torch.cat([self.top[:, :shown], self.bottom[:, :shown].flip(1)], 1)
         deviation = self.scores.std(1, keepdim=True).clamp(min=1e-12)
-        values = (self.scores.gather(1, self.top) - self.scores.mean(1, keepdim=True)) / deviation
+        values = (self.scores.gather(1, ids) - self.scores.mean(1, keepdim=True)) / deviation
+        sides = zip(self.top_tokens, self.bottom_tokens, strict=True)
         return plots.token_heatmap(
-            values[:, :shown],
-            [tokens[:shown] for tokens in self.top_tokens],
+            values,
+            [[*top[:shown], *bottom[:shown][::-1]] for top, bottom in sides],
             rows=[str(layer) for layer in self.layers],
             ylabel="layer",
-            xlabel="most promoted tokens, first to last",
+            xlabel="most promoted, first to fourth    |    fourth to first, most suppressed",
             title=f"Logit lens ({self.reading}{', final norm' if self.final_norm else ''})",
-            colour="standard deviations above the vocabulary's mean",
+            colour="standard deviations from the mean",
         )
 
 

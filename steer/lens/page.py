@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from steer.lens import plots
-from steer.lens.findings import NOT_SEEN, SEEN, Finding
-from steer.lens.patching import Patching
-from steer.lens.report import Report
+from steer.lens import plots, prose
+from steer.lens.findings import NOT_SEEN, SEEN, Finding, words
+from steer.lens.prose import percent
+from steer.lens.report import SINGLE, Paths, Report
+from steer.lens.scale_maps import ScaleMaps
 from steer.lens.token_shift import TextShift, TokenShift
 
 STYLE = """
@@ -28,6 +28,9 @@ nowrap; } .seen { background: #d4edda; color: #14532d; } .not { background: #fbd
 .untestable { background: #e6e6e6; color: #333; } code, .tokens { font: 13px/1.9 ui-monospace, Menlo,
 Consolas, monospace; overflow-wrap: anywhere; } .tokens span { padding: .12rem 0; border-radius: 2px; }
 .tokens b { border-left: 2px solid #000; padding-left: 2px; font-weight: 400; } small { color: #555; }
+details { font: 13px/1.45 system-ui, sans-serif; color: #555; } summary { cursor: pointer; color: #2166ac; }
+td.bar { width: 30%; vertical-align: middle; } td.bar i { display: block; height: .8rem; background: #2166ac;
+min-width: 1px; } td b { font-weight: 600; }
 """
 
 
@@ -62,95 +65,68 @@ def _head(report: Report) -> str:
 
 
 def _abstract(report: Report) -> str:
-    base, on = report.accuracy["base"], report.accuracy["steered"]
-    shift: Any = report.results["token shift"]
-    counts = {v: sum(f.verdict == v for f in report.findings) for v in {f.verdict for f in report.findings}}
-    best = max(
-        (v[0] for k, v in report.accuracy.items() if "random" in k or "shuffled" in k or "mean-diff" in k),
-        default=0.0,
-    )
-    told = [
-        f"With the vectors the model solves {_percent(on[0])} of {report.problems} problems (95 % interval "
-        f"{_percent(on[1])} to {_percent(on[2])}), without them {_percent(base[0])}; of the control vectors "
-        f"of equal length the best reach {_percent(best)}.",
-        f"At the first generated token they move {_percent(shift.variation[0].item())} of the probability; "
-        f"most of what is gained goes to {_token(shift.top[0][0])}, most is lost by "
-        f"{_token(shift.bottom[0][0])}. {_percent(shift.first_share)} of the whole change along the answer "
-        "sits on that first token.",
-    ]
-    patched = report.results.get("path patching, add")
-    if isinstance(patched, Patching):
-        told.append(
-            "Of the effect on the logits, the attention layers alone recover "
-            f"{_percent(patched['attention only'])}, the MLPs alone {_percent(patched['MLP only'])}, the "
-            f"residual stream alone {_percent(patched['residual only'])}, and all but the residual stream "
-            f"{_percent(patched['all but residual'])}."
-        )
-    told.append(
-        f"Of the paper's {len(report.findings)} findings, {counts.get(SEEN, 0)} are seen here, "
-        f"{counts.get(NOT_SEEN, 0)} are not, and {counts.get('not testable', 0)} cannot be tested on this "
-        "artifact."
-    )
-    return f'<section class="abstract"><p>{" ".join(told)}</p></section>'
+    return f'<section class="abstract"><p>{escape(prose.abstract(report))}</p></section>'
 
 
 def _trained(report: Report) -> str:
-    config = report.subject.vectors.config
-    norms = list(report.subject.vectors.norms().values())
-    rows = [
-        (
-            "base model",
-            f"{config.base_model} ({config.model_type}, {config.depth} layers of width {config.width})",
-        ),
-        ("vectors", f"{config.kind}, layers {config.layers}, at {config.site}, positions {config.positions}"),
-        ("length", f"{min(norms):.3g} to {max(norms):.3g} a layer, scale {config.scale:g}"),
-        (
-            "prompt",
-            f"template {report.subject.template}"
-            + (f", prefix {report.subject.prefix!r}" * bool(report.subject.prefix)),
-        ),
-    ]
-    made = config.provenance or {}
-    for part in ("run", "training"):
-        values = made.get(part)
-        if isinstance(values, dict):
-            kept = [f"{k} {_short(v)}" for k, v in values.items() if v not in (None, "", [], {})]
-            rows.append((part, ", ".join(kept)))
     samples = "".join(
         f"<tr><td>{escape(s['problem'])}</td><td><code>{escape(s['base'])}</code></td>"
         f"<td><code>{escape(s['steered'])}</code></td></tr>"
         for s in report.samples
     )
+    head = "<thead><tr><th>problem</th><th>base</th><th>steered</th></tr></thead>"
     return (
-        f"<h2>What was trained</h2>\n{_table(None, rows)}\n"
-        f"<table><thead><tr><th>problem</th><th>base</th><th>steered</th></tr></thead><tbody>{samples}</tbody></table>"
+        f"<h2>What was trained</h2>\n<p>{escape(prose.trained(report))}</p>\n<table>{head}"
+        f"<tbody>{samples}</tbody></table>\n{_provenance(report)}"
     )
 
 
+def _provenance(report: Report) -> str:
+    """Everything the artifact says of its making, folded."""
+    rows = []
+    for part, values in (report.subject.vectors.config.provenance or {}).items():
+        if part != "results" and isinstance(values, dict):
+            kept = [f"{k} {_short(v)}" for k, v in values.items() if v not in (None, "", [], {})]
+            rows.append((part, ", ".join(kept)))
+    summary = "<summary>all settings of the run</summary>"
+    return f"<details>{summary}{_table(None, rows)}</details>" if rows else ""
+
+
 def _accuracy(report: Report) -> str:
-    rows = [
-        (name, _percent(value), f"{_percent(low)} to {_percent(high)}")
+    rows = "".join(
+        f'<tr><td>{escape(name)}</td><td class="bar"><i style="width:{100 * value:.1f}%"></i></td>'
+        f'<td class="n">{percent(value)}</td><td class="n">{percent(low)} to {percent(high)}</td></tr>'
         for name, (value, low, high) in report.accuracy.items()
-    ]
-    table = _table(("greedy answers", "accuracy", "95 % interval (Wilson)"), rows)
+    )
+    head = "<th>vectors</th><th></th><th>accuracy</th><th>95 % interval</th>"
     return (
-        f"<h2>What it gains</h2>\n<p>Accuracy on {report.problems} problems. Each control has vectors as "
-        f"long as the trained ones, layer by layer.</p>\n{table}"
+        f"<h2>What it gains</h2>\n<p>Greedy accuracy on {report.problems} problems that were not trained on, "
+        "with Wilson’s interval. Each control has vectors as long as the trained ones, layer by layer.</p>\n"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     )
 
 
 def _findings(findings: Sequence[Finding]) -> str:
     classes = {SEEN: "seen", NOT_SEEN: "not"}
     rows = "".join(
-        f"<tr><td>{escape(f.claim)}<br><small>Rule: {escape(f.rule)}</small></td>"
-        f'<td><span class="v {classes.get(f.verdict, "untestable")}">{escape(f.verdict)}</span></td>'
-        f"<td><small>{escape(f.why)}</small></td></tr>"
+        f'<tr><td><span class="v {classes.get(f.verdict, "untestable")}">{escape(f.verdict)}</span></td>'
+        f"<td>{escape(f.claim)}<details><summary>rule</summary>{escape(f.rule)}</details></td>"
+        f"<td>{_numbers(f)}</td></tr>"
         for f in findings
     )
     return (
-        "<h2>The paper’s findings, here</h2>\n<table><thead><tr><th>finding and rule</th><th>verdict</th>"
-        f"<th>numbers</th></tr></thead><tbody>{rows}</tbody></table>"
+        "<h2>The paper’s findings, here</h2>\n<p>Each verdict follows from a rule that was fixed beforehand "
+        "and asks for more than the control does.</p>\n<table><thead><tr><th></th><th>finding</th>"
+        f"<th>measured, and the control</th></tr></thead><tbody>{rows}</tbody></table>"
     )
+
+
+def _numbers(finding: Finding) -> str:
+    if not finding.numbers:
+        return f"<small>{escape(finding.why)}</small>"
+    own = "<br>".join(f"{escape(words(k))} <b>{v:.3g}</b>" for k, v in finding.numbers.items())
+    control = "<br>".join(f"{escape(words(k))} <b>{v:.3g}</b>" for k, v in finding.control.items())
+    return f"{own}<br><small>{control}</small>"
 
 
 CAPTIONS = {
@@ -165,10 +141,11 @@ CAPTIONS = {
     "first generated token.",
     "token shift, last layer": "The same with the last layer’s vector alone.",
     "prefix substitution": "The base model, untouched, with an opening forced upon its answer.",
-    "path patching, add": "All vectors, allowed through some components alone; the others give what they "
-    "give in the base run. “Everything” is the steered run, “nothing” the base run.",
-    "path patching, remove": "The same from the other side: taken out of the steered run along each route.",
-    "path patching, random vectors": "Control: random vectors of equal length, added.",
+    "path patching": "All vectors, allowed through some components alone; the others give what they give in "
+    "the base run. “Everything” is the steered run, “nothing” the base run. Taken out of the steered run "
+    "along the same routes; and random vectors of equal length, as shares of their own effect.",
+    "later layers frozen": "All vectors on; attention and MLP of all layers after the one given are held at "
+    "what they give in the base run.",
     "decomposition": "The change of the last residual stream at the tokens that predict the answer, as an "
     "exact sum: each part’s projection on the whole.",
     "penultimate layer": "The vector of the last layer but one, by itself, through the last layer’s parts.",
@@ -180,7 +157,7 @@ CAPTIONS = {
     "persistence, single vectors": "The same averaged over tokens, one vector on at a time.",
     "leave one out": "What is lost when one layer’s vector is left out: log-probability of right answers.",
     "single layers": "What one layer’s vector alone adds to the log-probability of right answers.",
-    "composition": "Greedy accuracy with one layer’s vector (diagonal) and with two.",
+    "composition": "Log-probability of right answers with one layer’s vector (diagonal) and with two.",
     "scale sweep": "Greedy accuracy with all vectors multiplied; the band is the 95 % Wilson interval.",
     "scale maps": "How much of its vector each layer gives to each token of the first text.",
 }
@@ -188,9 +165,10 @@ CAPTIONS = {
 
 HEADINGS = {
     "directions": "The vectors themselves",
-    "token shift": "Which tokens it moves, and where",
-    "path patching, add": "Through which components",
-    "persistence, all vectors": "Whether it persists",
+    "token shift": "Which tokens they move, and where",
+    "path patching": "Through which components",
+    "penultimate layer": "The last layers",
+    "persistence, all vectors": "Whether the change persists",
     "leave one out": "Layer by layer",
     "composition": "Together, and at other scales",
 }
@@ -201,55 +179,61 @@ def _sections(report: Report) -> str:
     for number, (name, result) in enumerate(report.results.items(), 1):
         if name in HEADINGS:
             parts.append(f"<h2>{HEADINGS[name]}</h2>")
+        if told := prose.section(name, report):
+            parts.append(f"<p>{escape(told)}</p>")
         caption = f"<b>Figure {number}, {escape(name)}.</b> {CAPTIONS.get(name, '')}{_extra(name, result)}"
         alt = escape(f"Figure {number}: {name}", quote=True)
         parts.append(
             f'<figure><img alt="{alt}" src="{plots.data_uri(result.figure())}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
-        if isinstance(result, Patching) and result.accuracy is not None:
-            rows = [(n, _percent(a)) for n, a in zip(result.names, result.accuracy.tolist(), strict=True)]
-            rows = [
-                ("base", _percent(result.base["accuracy"])),
-                *rows,
-                ("steered", _percent(result.steered["accuracy"])),
-            ]
-            parts.append(_table(("problems solved when the model writes along the route", "accuracy"), rows))
+        if isinstance(result, Paths) and (solved := result.first.accuracy) is not None:
+            rows = [(n, percent(a)) for n, a in zip(result.first.names, solved.tolist(), strict=True)]
+            parts.append(_table(("route along which the model writes", "problems solved"), rows))
         if isinstance(result, TokenShift) and result.texts:
             parts.append(_strips(result.texts))
+        if isinstance(result, ScaleMaps):
+            parts.append(_scale_strips(result))
     return "\n".join(parts)
 
 
 def _extra(name: str, result: Any) -> str:
     if name == "decomposition":
-        told = ", ".join(f"{escape(k)} {_percent(v)}" for k, v in result.totals.items())
+        told = ", ".join(f"{escape(k)} {percent(v)}" for k, v in result.totals.items())
         return f" In all: {told}. Largest error of the sum at any token: {result.error:.1e} of the change."
-    if name == "composition":
-        together, whole = _percent(result.together), _percent(result.whole)
-        return f" All {len(result.layers)} together reach {together}, every vector {whole}."
-    if name == "prefix substitution":
-        told = ", ".join(
-            f"{_token(opening)} gives {_percent(share)} of the gain"
-            for opening, share in zip(result.openings, result.share.tolist(), strict=True)
-        )
-        return f" {told}."
     return ""
+
+
+def _scale_strips(maps: ScaleMaps) -> str:
+    """Each text with its tokens shaded by how much of all layers' vectors they get."""
+    lines = []
+    for one in maps.maps[:3]:
+        size = one.coefficients.abs().mean(0)
+        most = max(size[1:].max().item(), 1e-30)  # the first token is an attention sink, out of proportion
+        shades = [min(1.0, value / most) for value in size.tolist()]
+        hints = [f"mean size of the coefficient {value:.3g}" for value in size.tolist()]
+        lines.append(_strip(one.tokens, one.prompt, shades, hints))
+    note = "Shade: size of the coefficient, averaged over layers. A bar marks the first generated token."
+    return "\n".join([*lines, f"<p><small>{note}</small></p>"])
+
+
+def _strip(tokens: Sequence[str], prompt: int, shades: Sequence[float], hints: Sequence[str]) -> str:
+    words = []
+    for n, (token, shade, hint) in enumerate(zip(tokens, shades, hints, strict=True)):
+        shown = escape(token).replace("\n", "↵")
+        mark = f"<b>{shown}</b>" if n == prompt else shown
+        colour = f"background:rgba(178,24,43,{shade * 0.75:.2f})"
+        words.append(f'<span title="{escape(hint, quote=True)}" style="{colour}">{mark}</span>')
+    return f'<p class="tokens">{"".join(words)}</p>'
 
 
 def _strips(texts: Sequence[TextShift]) -> str:
     """Each text with its tokens shaded by how far the distributions that predict them lie apart."""
     lines = []
     for text in texts[:3]:
-        words = []
-        for n, token in enumerate(text.tokens):
-            distance, change = text.variation[n].item(), text.change[n].item()
-            shown = escape(token).replace("\n", "↵")
-            mark = f"<b>{shown}</b>" if n == text.prompt else shown
-            hint = escape(f"distance {distance:.2f}, own probability {change:+.2f}", quote=True)
-            words.append(
-                f'<span title="{hint}" style="background:rgba(178,24,43,{distance * 0.75:.2f})">{mark}</span>'
-            )
-        lines.append(f'<p class="tokens">{"".join(words)}</p>')
+        pairs = list(zip(text.variation.tolist(), text.change.tolist(), strict=True))
+        hints = [f"distance {distance:.2f}, own probability {change:+.2f}" for distance, change in pairs]
+        lines.append(_strip(text.tokens, text.prompt, [distance for distance, _ in pairs], hints))
     note = "<p><small>Shade: how far the steered distribution that predicts the token lies from the base one "
     note += "(total variation). A bar marks the first generated token.</small></p>"
     return "\n".join([*lines, note])
@@ -257,14 +241,15 @@ def _strips(texts: Sequence[TextShift]) -> str:
 
 def _method(report: Report) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
-    few = max(4, report.problems // 4)
+    few = max(SINGLE, report.problems // 5)
     return (
         "<h2>How it was measured</h2>\n<p>All conditions run side by side in one batch through the "
-        f"unmodified model, with exact hooks. Accuracies: greedy answers to {report.problems} problems "
-        f"(pairs of layers and scales: half of them). Path patching, decomposition and persistence: {few} "
-        "prompts with the steered model’s greedy answers, every token of the answer counted; single "
-        "vectors: 4 to 8 of them. Effects of single vectors are those of a set that was trained together, "
-        "unless the artifact has one layer.</p>\n" + (f"<ul>{notes}</ul>" if notes else "")
+        "unmodified model, with exact hooks. Accuracies: greedy answers to "
+        f"{report.problems} problems (scales and sampled answers: half of them). Path patching and "
+        f"decomposition: {few} prompts with the steered model’s greedy answers, every token of the answer "
+        f"counted; single vectors and random routes: {SINGLE} of them. Effects of single vectors are those "
+        "of a set that was trained together, unless the artifact "
+        "has one layer.</p>\n" + (f"<ul>{notes}</ul>" if notes else "")
     )
 
 
@@ -279,14 +264,6 @@ def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> str:
         for row in rows
     )
     return f"<table>{top}<tbody>{body}</tbody></table>"
-
-
-def _percent(share: float) -> str:
-    return "–" if math.isnan(share) else f"{100 * share:.0f} %"
-
-
-def _token(text: str) -> str:
-    return f"<code>“{escape(text)}”</code>"
 
 
 def _short(value: Any) -> str:

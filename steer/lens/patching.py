@@ -16,7 +16,7 @@ from steer.errors import SteerError
 from steer.grading import Checker
 from steer.lens.lanes import EVERYTHING, NONE, NOTHING, Lane, Route
 from steer.lens.passes import passes
-from steer.lens.results import Result
+from steer.lens.results import Result, spread
 from steer.lens.sampling import complete, graded
 from steer.lens.subject import Row, Subject
 
@@ -37,8 +37,14 @@ ROUTES = {
 
 
 def later_frozen(layer: int) -> Route:
-    """Through `layer` and the residual stream alone: all other layers are held."""
-    return Route(True, frozenset([layer]), frozenset([layer]))
+    """Through the layers up to `layer` and the residual stream: all later layers are held."""
+    live = frozenset(range(layer + 1))
+    return Route(True, live, live)
+
+
+def frozen_routes(subject: Subject, first: int, count: int = 10) -> dict[str, Route]:
+    """`later_frozen` from layer `first` on, evenly at no more than `count` layers, the last one included."""
+    return {f"frozen after {i}": later_frozen(i) for i in spread(range(first, subject.decoder.depth), count)}
 
 
 def head_routes(subject: Subject, layer: int) -> dict[str, Route]:

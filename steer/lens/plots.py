@@ -74,6 +74,7 @@ def lines(
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if level:
         axes.axhline(level[1], color="black", linestyle="--", linewidth=1, label=level[0])
+    _whole(axes, x)
     _finish(axes, title, xlabel, ylabel)
     if len(values) > 1 or level:
         axes.legend(frameon=False, fontsize=8)
@@ -197,13 +198,15 @@ def token_heatmap(
     title: str,
     colour: str,
 ) -> Figure:
-    """Cells with a token in each, coloured by value."""
-    figure, axes = _figure(1.6 + 1.05 * len(tokens[0]), 1.0 + 0.21 * len(tokens))
+    """Cells with a token in each, coloured by value: blue above zero, red below."""
+    figure, axes = _figure(1.6 + 0.95 * len(tokens[0]), 1.0 + 0.21 * len(tokens))
     numbers = _numbers(values)
-    image = axes.imshow(numbers, cmap="Blues", aspect="auto", interpolation="nearest")
-    middle = (numbers.min() + numbers.max()) / 2
+    limit = float(np.abs(numbers).max()) or 1.0
+    image = axes.imshow(
+        numbers, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+    )
     for (i, j), value in np.ndenumerate(numbers):
-        shade = "white" if value > middle else "black"
+        shade = "white" if abs(value) > 0.65 * limit else "black"
         axes.text(j, i, text(tokens[i][j]), ha="center", va="center", fontsize=7, color=shade)
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     axes.set_xticks([])
@@ -268,6 +271,7 @@ def directions(result: Directions) -> Figure:
             label=name,
         )
     left.set_ylim(bottom=0)
+    _whole(left, result.layers)
     _finish(left, "Length of each layer's vector", "layer", "norm")
     left.legend(frameon=False, fontsize=8)
     image = right.imshow(
@@ -314,6 +318,12 @@ def _finish(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
     axes.tick_params(labelsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _whole(axes: Any, x: Sequence[float]) -> None:
+    """No ticks between layers."""
+    if all(isinstance(value, int) for value in x):
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _thin(setter: Any, labels: Sequence[Any] | range) -> None:

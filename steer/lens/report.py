@@ -27,9 +27,9 @@ from steer.lens.directions import directions
 from steer.lens.findings import Finding
 from steer.lens.lanes import BASE, Lane, steered
 from steer.lens.logit_lens import logit_lens
-from steer.lens.patching import ROUTES, by_layer, group_routes, head_routes, patch
+from steer.lens.patching import ROUTES, Patching, by_layer, frozen_routes, group_routes, head_routes, patch
 from steer.lens.persistence import persistence
-from steer.lens.results import Result, plain, wilson
+from steer.lens.results import Result, plain, spread, wilson
 from steer.lens.sampling import complete, graded
 from steer.lens.scale_maps import scale_maps
 from steer.lens.scripts import count_scripts
@@ -37,6 +37,8 @@ from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import common_opening, prefix_substitution, token_shift
 
 Record = dict[str, Any]
+ADDED = "added to the base run"
+SINGLE = 4  # texts that single vectors and controls of routes are measured on, all tokens of the answer
 
 
 @dataclass
@@ -82,8 +84,9 @@ def study(
     seed: int = 0,
 ) -> Report:
     """
-    Run everything on `problems`: accuracies on all of them, the rest on the first half, quarter or eighth, as
-    each says on the page. Shows its progress. checkpoints: artifacts of the same run, the earliest first.
+    Run everything on `problems`: accuracies on all of them, sampled answers and scales on the first half,
+    routes on a fifth, single vectors on `SINGLE` answers. Shows its progress. checkpoints: artifacts of the
+    same run, the earliest first.
     """
     if len(problems) < 4:
         raise SteerError(f"a report needs at least 4 problems, got {len(problems)}")
@@ -103,8 +106,9 @@ class _Study:
         self.last = subject.decoder.depth - 1
         self.random = random_vectors(subject.vectors, seed)
         self.rows: list[Row] = []  # the steered model's greedy answers
+        self.base: list[Row] = []  # the base model's
         self.right: list[Row] = []  # those of them that are right
-        self.few = max(4, len(problems) // 4)
+        self.few = max(SINGLE, len(problems) // 5)
 
     def run(self) -> Report:
         steps: list[tuple[str, Callable[[], None]]] = [
@@ -131,18 +135,18 @@ class _Study:
     def accuracies(self) -> None:
         subject, report = self.subject, self.report
         rows = subject.rows(self.problems)
-        base, self.rows = complete(subject, rows, [BASE, steered(subject)], label="greedy answers")
-        self._score("base", graded(subject, base, self.problems, self.checker))
+        self.base, self.rows = complete(subject, rows, [BASE, steered(subject)], label="greedy answers")
+        self._score("base", graded(subject, self.base, self.problems, self.checker))
         right = graded(subject, self.rows, self.problems, self.checker)
         self._score("steered", right)
         self.right = [row for row, ok in zip(self.rows, right.tolist(), strict=True) if ok]
-        for row, plain_row, problem in list(zip(self.rows, base, self.problems, strict=True))[:3]:
+        for row, plain_row, problem in list(zip(self.rows, self.base, self.problems, strict=True))[:3]:
             texts = subject.answers([plain_row, row])
             report.samples.append({"problem": problem["problem"], "base": texts[0], "steered": texts[1]})
         controls: list[tuple[str, Callable[[], dict[str, torch.Tensor]]]] = [
             ("random vectors of equal length", lambda: self.random),
             ("layers shuffled", lambda: shuffled_layers(subject.vectors, self.seed)),
-            ("mean-difference vectors", lambda: mean_difference(subject, self.rows, base, "mean difference")),
+            ("mean-difference vectors", lambda: mean_difference(subject, self.rows, self.base, "means")),
         ]
         for name, make in controls:
             try:
@@ -221,12 +225,14 @@ class _Study:
     def prefix(self) -> None:
         subject, shift = self.subject, self.report.results["token shift"]
         top: str = shift.top[0][0]  # type: ignore[attr-defined]
-        (base,) = complete(subject, subject.rows(self.problems[: self.few]), [BASE], label="base answers")
-        usual = common_opening(base, share=0.01)[:1]
+        usual = common_opening(self.base, share=0.01)[:1]
         opening = subject.tokenizer.decode(common_opening(self.rows))
         openings = list(dict.fromkeys([top, subject.tokenizer.decode(usual), str(opening)]))
         openings = [text for text in openings if text]
-        found = prefix_substitution(subject, self.problems, openings, self.checker, label="forced openings")
+        ends = self.report.accuracy["base"][0], self.report.accuracy["steered"][0]
+        found = prefix_substitution(
+            subject, self.problems, openings, self.checker, ends=ends, label="forced openings"
+        )
         self.report.results["prefix substitution"] = found
         share = dict(zip(openings, found.share.tolist(), strict=True))
         if found.steered > found.base and len(share) > 1:
@@ -237,20 +243,21 @@ class _Study:
         subject, results = self.subject, self.report.results
         rows = self.rows[: self.few]
         problems = self.problems[: self.few]
-        for direction in ("add", "remove"):
-            try:
-                graded_too: dict[str, Any] = {"problems": problems, "checker": self.checker}
-                extra = graded_too if direction == "add" else {}
-                found = patch(
-                    subject, rows, direction=direction, label=f"path patching, {direction}", **extra
-                )
-            except SteerError as error:
-                self.report.notes.append(f"Path patching of all vectors at once left out: {error}.")
-                break
-            results[f"path patching, {direction}"] = found
+        try:
+            added = patch(subject, rows, problems=problems, checker=self.checker, label="path patching, add")
+            taken = patch(subject, rows, direction="remove", label="path patching, remove")
+        except SteerError as error:
+            self.report.notes.append(f"Path patching of all vectors at once left out: {error}.")
         else:
+            routes = frozen_routes(subject, min(subject.layers))
+            own = patch(subject, rows, routes, label="later layers frozen")
             with values(subject.vectors, self.random):
-                results["path patching, random vectors"] = patch(subject, rows, label="path patching, random")
+                random = patch(subject, rows[:SINGLE], label="path patching, random")
+                control = patch(subject, rows[:SINGLE], routes, label="later layers frozen, random")
+            parts = {ADDED: added, "taken out of the steered run": taken, "random vectors, added": random}
+            results["path patching"] = Paths(parts)
+            ends = [int(name.split()[-1]) for name in routes]
+            results["later layers frozen"] = Frozen(ends, own.recovered(), control.recovered())
         try:
             results["decomposition"] = decompose(subject, self.rows[: self.few], label="decomposition")
         except SteerError as error:
@@ -258,24 +265,23 @@ class _Study:
 
     def last_layers(self) -> None:
         subject, results = self.subject, self.report.results
-        rows = self.rows[: self.few]
+        rows = self.rows[:SINGLE]
         before = self.last - 1
         if before in subject.layers:
             found = patch(subject, rows, layers=[before], label="penultimate layer")
-            results["penultimate layer"] = found
             with values(subject.vectors, self.random):
                 control = patch(subject, rows, layers=[before], label="penultimate layer, random")
-            results["penultimate layer, random vector"] = control
+            results["penultimate layer"] = Paths({ADDED: found, "random vector, added": control})
             for name, done in (("", found), ("random_", control)):
                 self._note(**{f"{name}penultimate_without_attention": done["all but attention"]})
                 self._note(**{f"{name}penultimate_without_mlp": done["all but MLP"]})
             routes = {**head_routes(subject, self.last), **group_routes(subject, self.last)}
             heads = patch(subject, rows, routes, layers=[before], label="heads")
             results["heads of the last layer"] = heads
-        some = _spread([layer for layer in subject.layers if layer < self.last], 10)
+        some = spread([layer for layer in subject.layers if layer < self.last], 8)
         kept = {name: ROUTES[name] for name in ("attention only", "MLP only", "residual only")}
         if some:
-            each = by_layer(subject, rows[:4], some, routes=kept, label="path patching by layer")
+            each = by_layer(subject, rows, some, routes=kept, label="path patching by layer")
             shares = {name: torch.tensor([done[name] for done in each]) for name in kept}
             results["paths by layer"] = PathsByLayer(some, shares)
 
@@ -283,29 +289,29 @@ class _Study:
         subject, results = self.subject, self.report.results
         rows = self.rows[: self.few]
         results["persistence, all vectors"] = persistence(subject, rows, label="persistence")
-        some = _spread([layer for layer in subject.layers if layer < self.last], 6)
+        some = spread([layer for layer in subject.layers if layer < self.last], 6)
         if not some:
             return
         sources = {str(layer): [layer] for layer in some}
-        own = persistence(subject, rows[:8], sources, label="persistence of single vectors")
+        own = persistence(subject, rows[:SINGLE], sources, label="persistence of single vectors")
         results["persistence, single vectors"] = own
         above = torch.arange(self.last + 1)[None, :] > torch.tensor(some)[:, None]
         self._note(diff_diff=_mean(own.diff_diff[above]), diff_vector=_mean(own.diff_vector[above]))
         with values(subject.vectors, self.random):
-            control = persistence(subject, rows[:8], sources, label="persistence, random")
+            control = persistence(subject, rows[:SINGLE], sources, label="persistence, random")
         self._note(random_diff_diff=_mean(control.diff_diff[above]))
         if len(subject.layers) > 1:
             trained = subject.vectors.effective()
             order = subject.layers[1:] + subject.layers[:1]
             moved = {layer: trained[other] for layer, other in zip(subject.layers, order, strict=True)}
-            shuffled = persistence(subject, rows[:8], sources, vectors=moved, label="persistence, shuffled")
+            shuffled = persistence(subject, rows[:SINGLE], sources, vectors=moved, label="layers shuffled")
             self._note(shuffled_diff_vector=_mean(shuffled.diff_vector[above]))
         else:
             self.report.numbers["diff_vector"] = None
 
     def layers(self) -> None:
         subject = self.subject
-        rows = self.right[:8]
+        rows = self.right[:SINGLE]
         if len(subject.layers) < 2 or not rows:
             return
         self.report.results["leave one out"] = leave_one_out(
@@ -322,20 +328,16 @@ class _Study:
         self._note(random_layers_that_help=(control[1:] - control[0] > 0.05).double().mean().item())
 
     def composition(self) -> None:
-        subject = self.subject
-        problems = self.problems[: len(self.problems) // 2]
-        if len(subject.layers) < 2:
+        subject, rows = self.subject, self.right[:SINGLE]
+        if len(subject.layers) < 2 or not rows:
             return
-        some = _spread(subject.layers, 5)
-        found = compose(subject, problems, self.checker, some, label="pairs of layers")
+        some = spread(subject.layers, 6)
+        found = compose(subject, [], None, some, rows, "pairs of layers")
         self.report.results["composition"] = found
-        gain, control = _pair_gain(found), None
-        if gain is None:
-            return
         with values(subject.vectors, self.random):
-            control = compose(subject, problems, self.checker, some, label="pairs of layers, random")
-            control.whole = found.whole  # the same denominator
-        self._note(pair_gain=gain, random_pair_gain=_pair_gain(control))
+            control = compose(subject, [], None, some, rows, "pairs of layers, random")
+        control.whole = found.whole  # the same denominator
+        self._note(pair_gain=_mean(found.score), random_pair_gain=_mean(control.score))
 
     def scales(self) -> None:
         subject = self.subject
@@ -359,6 +361,27 @@ class _Study:
 
 
 @dataclass
+class Paths(Result):
+    """The same routes for several changes, the first of which is that of the trained vectors; by label."""
+
+    parts: dict[str, Patching]
+
+    @property
+    def first(self) -> Patching:
+        return next(iter(self.parts.values()))
+
+    def figure(self) -> Any:
+        """Bars of the share of the logit difference that each route recovers."""
+        from steer.lens import plots
+
+        layers = self.first.layers
+        what = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
+        shares = {label: part.recovered() for label, part in self.parts.items()}
+        title = f"Path patching, vectors of {what}: share of the logit difference"
+        return plots.grouped_bars(self.first.names, shares, ylabel="share of the effect", title=title)
+
+
+@dataclass
 class PathsByLayer(Result):
     """
     Share of the logit difference that each route recovers, for each layer's vector alone: (layers,) a route.
@@ -376,6 +399,30 @@ class PathsByLayer(Result):
             xlabel="layer of the vector",
             ylabel="share of the effect",
             title="Path patching of single vectors (cut at -0.5 and 1.5)",
+            level=("the whole effect", 1.0),
+        )
+
+
+@dataclass
+class Frozen(Result):
+    """
+    Share of the logit difference that is there when all layers after one are held at what they give in the
+    base run, for the trained and for random vectors: (layers,).
+    """
+
+    layers: list[int]
+    share: torch.Tensor
+    random: torch.Tensor
+
+    def figure(self) -> Any:
+        from steer.lens import plots
+
+        return plots.lines(
+            {"trained": self.share.clamp(-0.5, 1.5), "random, equal length": self.random.clamp(-0.5, 1.5)},
+            x=self.layers,
+            xlabel="last layer that is not frozen",
+            ylabel="share of the effect",
+            title="Later layers frozen, all vectors on",
             level=("the whole effect", 1.0),
         )
 
@@ -411,13 +458,6 @@ def save_figures(report: Report, folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _spread(items: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the items, evenly, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(n * (len(items) - 1) / (count - 1))] for n in range(count)]
-
-
 def _mean(values: torch.Tensor) -> float | None:
     found = values[~values.isnan()]
     return found.double().mean().item() if len(found) else None
@@ -426,7 +466,3 @@ def _mean(values: torch.Tensor) -> float | None:
 def _rank(scores: torch.Tensor, token: int) -> int:
     """How many tokens score higher."""
     return int((scores > scores[token]).sum())
-
-
-def _pair_gain(found: Any) -> float | None:
-    return _mean(found.score)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,23 @@ from steer.data import Arithmetic, load_problems
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.grading import Checker
+from steer.lens.composition import SCALES, leave_one_out, scale_sweep
 from steer.lens.composition import compose as pairs_of
-from steer.lens.composition import leave_one_out, scale_sweep
+from steer.lens.controls import mean_difference, random_vectors, shuffled_layers
 from steer.lens.directions import checkpoints
 from steer.lens.directions import directions as along
-from steer.lens.lanes import steered
+from steer.lens.lanes import BASE, steered
 from steer.lens.logit_lens import logit_lens
 from steer.lens.page import render
-from steer.lens.patching import ROUTES, group_routes, head_routes
+from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes
 from steer.lens.patching import patch as patch_routes
 from steer.lens.persistence import persistence as measure_persistence
+from steer.lens.prose import markdown
 from steer.lens.report import save_figures, study
 from steer.lens.results import Result
-from steer.lens.sampling import complete
+from steer.lens.sampling import complete, graded
 from steer.lens.scale_maps import scale_maps
+from steer.lens.scripts import ScriptCounts, count_scripts
 from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
@@ -82,7 +85,21 @@ def _problems(args: argparse.Namespace, provenance: dict[str, Any] | None) -> Re
 
 def _ready(args: argparse.Namespace) -> tuple[Subject, Records]:
     subject = _subject(args)
-    return subject, _problems(args, subject.vectors.config.provenance)
+    problems = _problems(args, subject.vectors.config.provenance)
+    _control(args, subject, problems)
+    return subject, problems
+
+
+def _control(args: argparse.Namespace, subject: Subject, problems: Sequence[dict[str, Any]] = ()) -> None:
+    """Put the control that was asked for in the place of the trained vectors."""
+    chosen = getattr(args, "control", None)
+    if chosen == "random":
+        subject.vectors.set_tensors(random_vectors(subject.vectors, args.seed))
+    elif chosen == "shuffled":
+        subject.vectors.set_tensors(shuffled_layers(subject.vectors, args.seed))
+    elif chosen == "mean-difference":
+        base, wanted = complete(subject, subject.rows(problems), [BASE, steered(subject)], label="answers")
+        subject.vectors.set_tensors(mean_difference(subject, wanted, base, "mean difference"))
 
 
 def _answers(subject: Subject, problems: Records, temperature: float = 0.0, seed: int = 0) -> list[Row]:
@@ -91,6 +108,16 @@ def _answers(subject: Subject, problems: Records, temperature: float = 0.0, seed
         subject, rows, [steered(subject)], temperature=temperature, seed=seed, label="answers"
     )
     return written
+
+
+def _right(subject: Subject, problems: Records, checker: Checker) -> list[Row]:
+    """The steered model's greedy answers that are right; SteerError when there is none."""
+    rows = _answers(subject, problems)
+    right = graded(subject, rows, problems, checker).tolist()
+    found = [row for row, ok in zip(rows, right, strict=True) if ok]
+    if not found:
+        raise SteerError(f"none of the {len(rows)} steered answers is right: there is none to weigh")
+    return found
 
 
 def _layers(args: argparse.Namespace, subject: Subject) -> list[int] | None:
@@ -110,14 +137,18 @@ def _show(args: argparse.Namespace, result: Result, lines: Iterator[str]) -> Non
 
 def logit(args: argparse.Namespace) -> None:
     subject = _subject(args)
+    _control(args, subject)
     found = logit_lens(
         subject.model,
         subject.tokenizer,
         subject.vectors.effective(),
         reading=args.reading,
         final_norm=not args.no_final_norm,
-        top=args.top,
+        top=50 if args.scripts else args.top,
     )
+    if args.scripts:
+        _show(args, counts := count_scripts(found, subject.tokenizer), _script_lines(counts))
+        return
 
     def lines() -> Iterator[str]:
         for layer, top, bottom in zip(found.layers, found.top_tokens, found.bottom_tokens, strict=True):
@@ -125,6 +156,14 @@ def logit(args: argparse.Namespace) -> None:
             yield f"{'':9}  - {' '.join(map(repr, bottom))}"
 
     _show(args, found, lines())
+
+
+def _script_lines(counts: ScriptCounts) -> Iterator[str]:
+    yield "of the 50 most promoted and the 50 most suppressed tokens of each layer, in a script other than"
+    yield f"plain Latin; of the whole vocabulary {counts.foreign_base:.1%}"
+    sides = zip(counts.layers, counts.foreign("promoted"), counts.foreign("suppressed"), strict=True)
+    for layer, promoted, suppressed in sides:
+        yield f"layer {layer:3}  promoted {promoted:6.1%}  suppressed {suppressed:6.1%}"
 
 
 def shift(args: argparse.Namespace) -> None:
@@ -147,11 +186,11 @@ def shift(args: argparse.Namespace) -> None:
     found = token_shift(subject, answers, layers=layers, label="token shift")
 
     def lines() -> Iterator[str]:
-        yield f"share of the change on the first generated token: {found.first_share:.3f}"
+        yield f"share of the whole change that sits on the first generated token: {found.first_share:.3f}"
         for n, (variation, kl) in enumerate(zip(found.variation.tolist(), found.kl.tolist(), strict=True)):
             yield f"token {n:3}  total variation {variation:.3f}  KL {kl:.3f} nats"
         for token, _, value in [*found.top[:8], *found.bottom[:8]]:
-            yield f"first token  {value:+.3f}  {token!r}"
+            yield f"at the first generated token  {value:+.4f}  {token!r}"
 
     _show(args, found, lines())
 
@@ -162,6 +201,8 @@ def patch(args: argparse.Namespace) -> None:
     if args.heads is not None:
         layer = range(subject.decoder.depth)[_in(args.heads, subject.decoder.depth)]
         routes = {**head_routes(subject, layer), **group_routes(subject, layer)}
+    if args.frozen:
+        routes = frozen_routes(subject, min(_layers(args, subject) or subject.layers))
     common: dict[str, Any] = {
         "layers": _layers(args, subject),
         "others": args.others,
@@ -224,7 +265,11 @@ def compose(args: argparse.Namespace) -> None:
             whole = f"with all     accuracy {out.whole:.3f}  {out.whole_likelihood:7.3f} nats a token"
             _show(args, out, iter([whole, *told]))
             return
-        found = pairs_of(subject, problems, checker, _layers(args, subject), label="composition")
+        layers = _layers(args, subject)
+        if args.likelihood:
+            found = pairs_of(subject, [], None, layers, _right(subject, problems, checker), "composition")
+        else:
+            found = pairs_of(subject, problems, checker, layers, label="composition")
 
     def lines() -> Iterator[str]:
         yield f"base {found.base:.3f}, all vectors {found.whole:.3f}, these together {found.together:.3f}"
@@ -238,13 +283,9 @@ def compose(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    try:
-        scales = [float(part) for part in args.scales.split(",")]
-    except ValueError as error:
-        raise SteerError(f"--scales {args.scales!r} is not a list of numbers such as 0,0.5,1") from error
     subject, problems = _ready(args)
     with Checker() as checker:
-        found = scale_sweep(subject, problems, checker, scales, label="scale")
+        found = scale_sweep(subject, problems, checker, args.scales or SCALES, label="scale")
     rows = zip(found.scales, found.accuracy.tolist(), found.tokens.tolist(), strict=True)
     _show(args, found, (f"scale {s:6g}  accuracy {a:.3f}  {t:6.1f} tokens" for s, a, t in rows))
 
@@ -290,6 +331,7 @@ def transfer(args: argparse.Namespace) -> None:
             "max_new_tokens": frame["max_new_tokens"],
             "batch_size": args.batch_size,
             "force": args.force,
+            "seed": args.seed,
         }
         made = transfer_matrix(entries, problems, checker, label="transfer", **options)
 
@@ -297,6 +339,7 @@ def transfer(args: argparse.Namespace) -> None:
         for i, name in enumerate(made.names):
             scores = " ".join(f"{score:7.3f}" for score in made.score[i].tolist())
             yield f"{name:32} {scores}"
+        yield f"{'random, own length':32} {' '.join(f'{s:7.3f}' for s in made.random_score.tolist())}"
         yield from (f"{pair}: {why}" for pair, why in made.refused.items())
 
     _show(args, made, lines())
@@ -313,7 +356,8 @@ def report(args: argparse.Namespace) -> None:
     replace_file(out, render(found).encode())
     if args.figures:
         Path(args.figures).mkdir(parents=True, exist_ok=True)
-        save_figures(found, args.figures)
+        folder = save_figures(found, args.figures)
+        replace_file(folder / "findings.md", markdown(found).encode())
     if args.json:
         print(json.dumps(found.to_dict(), ensure_ascii=False))
         return

@@ -18,7 +18,7 @@ from steer.grading import Checker
 from steer.lens.lanes import BASE, Lane
 from steer.lens.passes import passes
 from steer.lens.results import Result, wilson
-from steer.lens.sampling import complete, graded
+from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject
 
 
@@ -196,23 +196,25 @@ def prefix_substitution(
     checker: Checker,
     *,
     layers: Collection[int] | None = None,
+    ends: tuple[float, float] | None = None,
     label: str | None = None,
 ) -> PrefixSubstitution:
     """
     Train nothing: put each of `openings` (such as the top promoted token, "To") at the head of the base
     model's answer, let it go on greedily, and grade. The steered model writes with the vectors of `layers`
-    (all by default) and nothing forced.
+    (all by default) and nothing forced. ends: the accuracies without and with vectors, where they are known.
     """
     if not openings:
         raise SteerError("prefix substitution needs an opening to force, such as 'To'")
-    lane = Lane(frozenset(subject.layers if layers is None else layers))
-    free = complete(subject, subject.rows(problems), [BASE, lane], label=label)
-    base, steered = (graded(subject, rows, problems, checker).double().mean().item() for rows in free)
+    if ends is None:
+        lane = Lane(frozenset(subject.layers if layers is None else layers))
+        free = accuracies(subject, problems, [BASE, lane], checker, label)
+        ends = free[0].item(), free[1].item()
     forced = []
     for opening in openings:
         (rows,) = complete(subject, subject.rows(problems, forced=opening), [BASE], label=label)
         forced.append(graded(subject, rows, problems, checker).double().mean())
-    return PrefixSubstitution(list(openings), torch.stack(forced), base, steered, len(problems))
+    return PrefixSubstitution(list(openings), torch.stack(forced), *ends, len(problems))
 
 
 def common_opening(rows: Sequence[Row], share: float = 0.9) -> tuple[int, ...]:

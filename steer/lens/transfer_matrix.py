@@ -16,6 +16,7 @@ import steer
 from steer.artifact import Artifact
 from steer.errors import SteerError
 from steer.grading import Checker
+from steer.lens.controls import random_vectors, values
 from steer.lens.lanes import BASE, steered
 from steer.lens.results import Result
 from steer.lens.sampling import accuracies
@@ -39,25 +40,39 @@ class Entry:
 class TransferMatrix(Result):
     """
     `accuracy` (donors, recipients) with each donor's vectors in each recipient, its own on the diagonal;
-    `base` (recipients,). `score` is the published one, (donor's - base) / (own - base); NaN where the own
-    vectors gain nothing. A transfer that was refused is NaN, its reason in `refused`.
+    `base` and `random` (recipients,) without any, and with random ones as long as the recipient's own.
+    `score` is the published one, (donor's - base) / (own - base), `random_score` the same for random vectors;
+    NaN where the own vectors gain nothing. A transfer that was refused is NaN, its reason in `refused`.
     """
 
     names: list[str]
     accuracy: torch.Tensor
     base: torch.Tensor
+    random: torch.Tensor
     refused: dict[str, str]
     problems: int
 
     @property
     def score(self) -> torch.Tensor:
+        return (self.accuracy - self.base) / self._gain
+
+    @property
+    def random_score(self) -> torch.Tensor:
+        return (self.random - self.base) / self._gain
+
+    @property
+    def _gain(self) -> torch.Tensor:
         gain = self.accuracy.diagonal() - self.base
-        return (self.accuracy - self.base) / torch.where(gain == 0, torch.nan, gain)
+        return torch.where(gain == 0, torch.nan, gain)
 
     def to_dict(self) -> dict[str, Any]:
         from steer.lens.results import plain
 
-        return {**super().to_dict(), "score": plain(self.score)}
+        return {
+            **super().to_dict(),
+            "score": plain(self.score),
+            "random_score": plain(self.random_score),
+        }
 
     def figure(self) -> Any:
         """The matrix of scores."""
@@ -79,6 +94,7 @@ def transfer_matrix(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 128,
+    seed: int = 0,
     label: str | None = None,
     **options: Any,
 ) -> TransferMatrix:
@@ -90,7 +106,7 @@ def transfer_matrix(
         raise SteerError("a transfer matrix needs two models or more")
     n = len(entries)
     accuracy = torch.full((n, n), torch.nan, dtype=torch.float64)
-    base = torch.zeros(n, dtype=torch.float64)
+    base, random = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     refused: dict[str, str] = {}
     for j, to in enumerate(entries):
         for i, of in enumerate(entries):
@@ -105,12 +121,15 @@ def transfer_matrix(
                 text = label and f"{label}: {of.name} in {to.name}"
                 lanes = [steered(subject), *([BASE] if i == j else [])]
                 found = accuracies(subject, problems, lanes, checker, text)
+                if i == j:
+                    base[j] = found[1]
+                    with values(vectors, random_vectors(vectors, seed)):
+                        (random[j],) = accuracies(subject, problems, lanes[:1], checker, text)
             finally:
                 steer.detach(to.model)
             accuracy[i, j] = found[0]
-            if i == j:
-                base[j] = found[1]
-    return TransferMatrix([entry.name for entry in entries], accuracy, base, refused, len(problems))
+    names = [entry.name for entry in entries]
+    return TransferMatrix(names, accuracy, base, random, refused, len(problems))
 
 
 def _carry(of: Entry, to: Entry, options: dict[str, Any]) -> Artifact:
