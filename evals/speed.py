@@ -2,11 +2,12 @@
 How fast is it? Every figure is a ratio of two things measured in turn, in one run on one machine.
 
     python -m evals.speed --out evals/results/speed            # all: about half an hour on two cores
-    python -m evals.speed --only step --rounds 1               # trl and steer, one GRPO step each
+    python -m evals.speed --only step --rounds 1               # trl and steer, GRPO steps
     python -m evals.speed --only rollout                       # vLLM (see `make vllm`) and transformers
+    python -m evals.speed --clock cpu                          # on a machine that others use at the same time
 
 Each measurement is a process of its own; the variants take turns for `--rounds` rounds and their medians are
-compared. The output folder gets `speed.json`, `speed.md` and `speed.png`.
+compared. The output folder gets `speed.json`, `speed.md` and `speed.png`, anew after every round.
 """
 
 from __future__ import annotations
@@ -73,7 +74,13 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=("rollout", "step"), help="measure a part")
     parser.add_argument(
-        "--steps", type=int, default=2, help="timed steps in a measurement, after one untimed"
+        "--steps", type=int, default=3, help="GRPO steps in a measurement; of several the first is left out"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="seconds that pass (default), or seconds that all cores work for the measured process",
     )
     args = parser.parse_args()
     if args.only != "step" and importlib.util.find_spec("vllm") is None:
@@ -86,27 +93,30 @@ def main() -> None:
             found[name].append(_measure(name, args))
             print(json.dumps(found[name][-1]), file=sys.stderr, flush=True)
         variants = [name for name in variants if not hopeless(name, found)]
+        if args.out:
+            write(args, turn + 1, found)
+    if not torch.cuda.is_available() and args.only != "rollout" and args.out:
+        shares = _measure(f"profile@{fast()}", args)
+        (args.out / "profile.json").write_text(json.dumps(shares, indent=1) + "\n")
+    print(markdown(table(found)))
+
+
+def write(args: argparse.Namespace, rounds: int, found: dict[str, list[dict[str, float]]]) -> None:
     rows = table(found)
-    text = markdown(rows)
-    print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        record = {
-            "machine": _machine(),
-            "model": args.model,
-            "rounds": args.rounds,
-            "rows": rows,
-            "raw": found,
-        }
-        (args.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.out / "speed.md").write_text(text + "\n")
-        plot(rows, args.out / "speed.png")
+    settings = {"model": args.model, "clock": args.clock, "steps": args.steps, "rounds": rounds}
+    record = {"machine": _machine(), **settings, "rows": rows, "raw": found}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / "speed.md").write_text(markdown(rows) + "\n")
+    plot(rows, args.out / "speed.png")
 
 
-def _measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def _measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     """One worker process; its last line of output is JSON."""
-    command = [sys.executable, "-m", "evals.speed_workers", name, args.model, str(args.steps)]
+    command = [sys.executable, "-m", "evals.speed_workers", name, args.model, str(args.steps), args.clock]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if args.clock == "cpu":
+        env |= {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}  # threads that wait for others do not work
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"error: measuring {name} failed:\n{done.stderr[-3000:]}")

@@ -1,6 +1,6 @@
 """
-One measurement a process: `python -m evals.speed_workers NAME MODEL STEPS` prints a line of JSON. See
-`evals.speed`.
+One measurement a process: `python -m evals.speed_workers NAME@DTYPE MODEL STEPS CLOCK` prints a line of JSON.
+See `evals.speed`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 PROMPTS, SAMPLES, TOKENS = 16, 8, 24  # of a GRPO step
 BATCH, LENGTH = 64, 128  # of a rollout
+CLOCK = sys.argv[4] if len(sys.argv) > 4 else "wall"
 
 
 def fast() -> str:
@@ -54,7 +55,10 @@ def problems(count: int) -> list[str]:
 
 
 def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, float]:
-    """Seconds of a GRPO step and of its update alone, and the memory that training took beyond the base."""
+    """
+    Seconds of a GRPO step and of its update alone, and the memory that training took beyond the base. For the
+    method `profile` the share of each kind of operation in the last update.
+    """
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -74,14 +78,17 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
         model.cuda()
     model.generation_config.eos_token_id = None  # nobody stops early: all variants compute the same tokens
     tokenizer.eos_token = tokenizer.unk_token or tokenizer.eos_token
-    texts = [render(p, tokenizer, "boxed") for p in problems(PROMPTS * (steps + 1))]
+    texts = [render(p, tokenizer, "boxed") for p in problems(PROMPTS * steps)]
     noise = torch.Generator().manual_seed(0)
 
     def reward(completions: list[str], **kwargs: Any) -> list[float]:
         return torch.rand(len(completions), generator=noise).tolist()  # no ties: every row has a gradient
 
-    spent: dict[str, list[float]] = {"step": [], "cpu": [], "rollout": [], "update": [], "tokens": []}
-    base: type = SteeringGRPOTrainer if method == "steer" else GRPOTrainer
+    names = ("step", "rollout", "update", "tokens", "wall", "cpu")
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    ours = method in ("steer", "profile")
+    base: type = SteeringGRPOTrainer if ours else GRPOTrainer
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
     class Timed(base):
         def _generate_and_score_completions(self, inputs: Any) -> Any:
@@ -89,6 +96,8 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
             output = super()._generate_and_score_completions(inputs)
             spent["rollout"].append(_now() - start)
             spent["tokens"].append(float(output["completion_mask"].sum()))
+            if method == "profile" and len(spent["tokens"]) == steps:
+                profiler.start()
             return output
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,11 +108,12 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
 
     class Whole(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.start = _now(), time.process_time()
+            self.start = {"step": _now(), "wall": time.perf_counter(), "cpu": time.process_time()}
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            spent["step"].append(_now() - self.start[0])
-            spent["cpu"].append(time.process_time() - self.start[1])
+            end = {"step": _now(), "wall": time.perf_counter(), "cpu": time.process_time()}
+            for name, value in end.items():
+                spent[name].append(value - self.start[name])
 
     size = PROMPTS * SAMPLES
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +122,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
             per_device_train_batch_size=size,
             num_generations=SAMPLES,
             max_completion_length=TOKENS,
-            max_steps=steps + 1,
+            max_steps=steps,
             bf16=on_gpu and dtype == "float32",
             gradient_checkpointing=False,
             report_to="none",
@@ -120,7 +130,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        args: Any = (SteeringGRPOConfig if method == "steer" else GRPOConfig)(**settings)
+        args: Any = (SteeringGRPOConfig if ours else GRPOConfig)(**settings)
         extra: dict[str, Any] = {}
         if method == "trl-lora":
             extra["peft_config"] = LoraConfig(r=4, target_modules=["down_proj"], task_type="CAUSAL_LM")
@@ -136,11 +146,13 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
         )
         trainer.train()
         memory = _peak() - before
+    if method == "profile":
+        profiler.stop()
+        return shares(profiler)
     assert set(spent["tokens"]) == {size * TOKENS}, f"rows ended early: {spent['tokens']}"
-    middle = {name: statistics.median(values[1:]) for name, values in spent.items()}
+    middle = {name: statistics.median(values[1:] or values) for name, values in spent.items()}
     result = {f"{name} s": middle[name] for name in ("step", "rollout", "update")}
-    # 1 where nothing else ran on the machine and both cores were at work all the time
-    result["cores in use"] = middle["cpu"] / middle["step"] / (os.cpu_count() or 1)
+    result["cores at work"] = middle["cpu"] / middle["wall"]
     result["memory MB"] = memory / 1e6
     if method == "steer":
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[:PROMPTS]]
@@ -148,6 +160,15 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
         result["update GFLOP/s"] = flops / middle["update"] / 1e9
         result["peak GFLOP/s"] = matmul_peak(model.dtype, model.device) / 1e9
     return result
+
+
+def shares(profiler: Any) -> dict[str, float]:
+    """The part of the processor's time that each kind of operation took, largest first, from 0.2 % on."""
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    found = {event.key: event.self_cpu_time_total / total for event in events}
+    ordered = sorted(found.items(), key=lambda item: -item[1])
+    return {name: round(share, 4) for name, share in ordered if share >= 0.002}
 
 
 def prompt_tokens(prompts: list[list[int]]) -> int:
@@ -184,9 +205,10 @@ def matmul_peak(dtype: torch.dtype, device: Any = "cpu") -> float:
 
 
 def _now() -> float:
+    """Seconds on the clock that was asked for."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.process_time() if CLOCK == "cpu" else time.perf_counter()
 
 
 def _reset_peak() -> int:
@@ -250,12 +272,12 @@ def vllm(steered: bool, dtype: str, model_name: str) -> dict[str, float]:
 
     def run(tokens: int) -> float:
         params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True)
-        start = time.perf_counter()
+        start = _now()
         llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - start
+        return _now() - start
 
     run(16)
-    return result | {"tokens/s": BATCH * LENGTH / statistics.median(run(LENGTH) for _ in range(3))}
+    return result | {"tokens/s": BATCH * LENGTH / statistics.median(run(LENGTH) for _ in range(2))}
 
 
 def _sync(llm: Any, dtype: str, model_name: str) -> dict[str, float]:
@@ -275,13 +297,13 @@ def _sync(llm: Any, dtype: str, model_name: str) -> dict[str, float]:
     engine.push(llm, vectors)
     times: dict[str, list[float]] = {"vector": [], "full": []}
     for _ in range(5):
-        start = time.perf_counter()
+        start = _now()
         for place, (_, weight) in zip(places, weights, strict=True):
             place.copy_(weight.detach())
-        times["full"].append(time.perf_counter() - start)
-        start = time.perf_counter()
+        times["full"].append(_now() - start)
+        start = _now()
         engine.push(llm, vectors)
-        times["vector"].append(time.perf_counter() - start)
+        times["vector"].append(_now() - start)
     return {
         "sync s": statistics.median(times["vector"]),
         "full s": statistics.median(times["full"]),
