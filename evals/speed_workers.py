@@ -1,5 +1,6 @@
 """
-One measurement a process: `python -m evals.speed_workers NAME@DTYPE MODEL STEPS` prints a line of JSON. See `evals.speed`.
+One measurement a process: `python -m evals.speed_workers NAME@DTYPE MODEL STEPS` prints a line of JSON.
+See `evals.speed`.
 """
 
 from __future__ import annotations
