@@ -4,10 +4,10 @@ How fast is it? Every figure is a ratio of two things measured in turn, in one r
     python -m evals.speed --out evals/results/speed            # all: about half an hour on two cores
     python -m evals.speed --only step --rounds 1               # trl and steer, GRPO steps
     python -m evals.speed --only rollout                       # vLLM (see `make vllm`) and transformers
-    python -m evals.speed --clock cpu                          # on a machine that others use at the same time
 
 Each measurement is a process of its own; the variants take turns for `--rounds` rounds and their medians are
-compared. The output folder gets `speed.json`, `speed.md` and `speed.png`, anew after every round.
+compared. The output folder gets `speed.json`, `speed.md` and `speed.png`, anew after every measurement; a run
+that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -76,47 +76,57 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=3, help="GRPO steps in a measurement; of several the first is left out"
     )
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="seconds that pass (default), or seconds that all cores work for the measured process",
-    )
     args = parser.parse_args()
     if args.only != "step" and importlib.util.find_spec("vllm") is None:
         sys.exit("error: vLLM is not installed here: run `make vllm`, or --only step")
     variants = plan(args.only)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    found = measured_before(args) or {name: [] for name in variants}
     for turn in range(args.rounds):
         for name in variants:
+            if len(found[name]) > turn or (turn and hopeless(name, found)):
+                continue
             print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
             found[name].append(_measure(name, args))
             print(json.dumps(found[name][-1]), file=sys.stderr, flush=True)
-        variants = [name for name in variants if not hopeless(name, found)]
-        if args.out:
-            write(args, turn + 1, found)
+            if args.out:
+                write(args, found)
     if not torch.cuda.is_available() and args.only != "rollout" and args.out:
         shares = _measure(f"profile@{fast()}", args)
         (args.out / "profile.json").write_text(json.dumps(shares, indent=1) + "\n")
     print(markdown(table(found)))
 
 
-def write(args: argparse.Namespace, rounds: int, found: dict[str, list[dict[str, float]]]) -> None:
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    """What has to be the same for measurements to be compared."""
+    settings = {"model": args.model, "steps": args.steps, "only": args.only}
+    return {"machine": _machine(), **settings}
+
+
+def measured_before(args: argparse.Namespace) -> dict[str, list[dict[str, float]]] | None:
+    """What a stopped run with the same settings on the same machine has left in the output folder."""
+    with suppress(TypeError, FileNotFoundError):
+        record = json.loads((args.out / "speed.json").read_text())
+        if {name: record[name] for name in _run(args)} != _run(args):
+            sys.exit(f"error: {args.out} holds a run with other settings or from another machine: remove it")
+        return record["raw"]
+    return None
+
+
+def write(args: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
     rows = table(found)
-    settings = {"model": args.model, "clock": args.clock, "steps": args.steps, "rounds": rounds}
-    record = {"machine": _machine(), **settings, "rows": rows, "raw": found}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    work = args.out / "speed.json.partial"
+    work.write_text(json.dumps({**_run(args), "rows": rows, "raw": found}, indent=1) + "\n")
+    os.replace(work, args.out / "speed.json")
     (args.out / "speed.md").write_text(markdown(rows) + "\n")
-    plot(rows, args.out / "speed.png")
+    if rows:
+        plot(rows, args.out / "speed.png")
 
 
 def _measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     """One worker process; its last line of output is JSON."""
-    command = [sys.executable, "-m", "evals.speed_workers", name, args.model, str(args.steps), args.clock]
+    command = [sys.executable, "-m", "evals.speed_workers", name, args.model, str(args.steps)]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    if args.clock == "cpu":
-        env |= {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}  # threads that wait for others do not work
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"error: measuring {name} failed:\n{done.stderr[-3000:]}")
@@ -133,7 +143,7 @@ def hopeless(name: str, found: dict[str, list[dict[str, float]]]) -> bool:
     def thing(variant: str) -> str:
         return variant.split("@")[0].removesuffix("-static")
 
-    kin = [other for other in found if thing(other) == thing(name)]
+    kin = [other for other in found if thing(other) == thing(name) and found[other]]
     return slowness(name) > HOPELESS * min(map(slowness, kin))
 
 
@@ -148,7 +158,7 @@ def table(found: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
         ours, theirs = _best(found, *row.ours, upwards), _best(found, *row.theirs, upwards)
         if not ours or not theirs:
             continue
-        pairs = list(zip(ours[1], theirs[1], strict=True))
+        pairs = list(zip(ours[1], theirs[1], strict=False))  # one may be a round ahead in a run that goes on
         middle = (statistics.median(ours[1]), statistics.median(theirs[1]))
         ratios = [a / b if upwards else b / a for a, b in [middle, *pairs]]
         sides = {"steer": [ours[0], middle[0]], "other": [theirs[0], middle[1]]}
@@ -162,7 +172,8 @@ def _best(
     found: dict[str, list[dict[str, float]]], start: str, figure: str, upwards: bool
 ) -> tuple[str, list[float]] | None:
     """The variant with the best median among those whose name begins so, and its figure in every round."""
-    pool = {n: [run[figure] for run in runs] for n, runs in found.items() if n.startswith(start) and runs}
+    kin = {name: runs for name, runs in found.items() if name.startswith(start)}
+    pool = {name: [run[figure] for run in runs] for name, runs in kin.items() if runs and figure in runs[0]}
     rounds = max(map(len, pool.values()), default=0)
     whole = [(name, values) for name, values in pool.items() if len(values) == rounds]
     return (max if upwards else min)(whole, key=lambda item: statistics.median(item[1]), default=None)

@@ -1,5 +1,5 @@
 """
-One measurement a process: `python -m evals.speed_workers NAME@DTYPE MODEL STEPS CLOCK` prints a line of JSON.
+One measurement a process: `python -m evals.speed_workers NAME@DTYPE MODEL STEPS` prints a line of JSON.
 See `evals.speed`.
 """
 
@@ -20,7 +20,6 @@ import torch
 
 PROMPTS, SAMPLES, TOKENS = 16, 8, 24  # of a GRPO step
 BATCH, LENGTH = 64, 128  # of a rollout
-CLOCK = sys.argv[4] if len(sys.argv) > 4 else "wall"
 
 
 def fast() -> str:
@@ -84,7 +83,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     def reward(completions: list[str], **kwargs: Any) -> list[float]:
         return torch.rand(len(completions), generator=noise).tolist()  # no ties: every row has a gradient
 
-    names = ("step", "rollout", "update", "tokens", "wall", "cpu")
+    names = ("step", "rollout", "update", "tokens", "cpu")
     spent: dict[str, list[float]] = {name: [] for name in names}
     ours = method in ("steer", "profile")
     base: type = SteeringGRPOTrainer if ours else GRPOTrainer
@@ -108,10 +107,10 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
 
     class Whole(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.start = {"step": _now(), "wall": time.perf_counter(), "cpu": time.process_time()}
+            self.start = {"step": _now(), "cpu": time.process_time()}
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            end = {"step": _now(), "wall": time.perf_counter(), "cpu": time.process_time()}
+            end = {"step": _now(), "cpu": time.process_time()}
             for name, value in end.items():
                 spent[name].append(value - self.start[name])
 
@@ -152,7 +151,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     assert set(spent["tokens"]) == {size * TOKENS}, f"rows ended early: {spent['tokens']}"
     middle = {name: statistics.median(values[1:] or values) for name, values in spent.items()}
     result = {f"{name} s": middle[name] for name in ("step", "rollout", "update")}
-    result["cores at work"] = middle["cpu"] / middle["wall"]
+    result["cores at work"] = middle["cpu"] / middle["step"]
     result["memory MB"] = memory / 1e6
     if method == "steer":
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[:PROMPTS]]
@@ -205,10 +204,10 @@ def matmul_peak(dtype: torch.dtype, device: Any = "cpu") -> float:
 
 
 def _now() -> float:
-    """Seconds on the clock that was asked for."""
+    """Seconds on a clock, with the GPU's work done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.process_time() if CLOCK == "cpu" else time.perf_counter()
+    return time.perf_counter()
 
 
 def _reset_peak() -> int:

@@ -38,6 +38,9 @@ from steer.train.sweep import SweepArguments, choose
 
 log = logging.getLogger("steer")
 
+# Above this a full fine-tune by policy gradients falls apart.
+FULL_RATE = 1e-4
+
 
 def main() -> None:
     # A config may be one of grpo_steer's; what it says of vectors is read and plays no part.
@@ -48,6 +51,11 @@ def main() -> None:
         log.info("no vectors are trained here: %s plays no part", vectors)
     chosen = trained(run, baseline)
     train, held_out = recipe.problems(run)
+    if baseline.method == "full" and not sweep.lr_sweep and training.learning_rate > FULL_RATE:
+        log.warning(
+            "learning_rate=%g is a rate for vectors; a full fine-tune wants about a thousandth (--lr_sweep)",
+            training.learning_rate,
+        )
     if sweep.lr_sweep:
         training.learning_rate = choose(run, training, sweep, chosen, train)
         if sweep.sweep_only:

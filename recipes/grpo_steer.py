@@ -9,9 +9,10 @@ Train steering vectors by reinforcement learning on math problems.
     accelerate launch recipes/grpo_steer.py --config recipes/configs/demo.yaml \\
         --max_steps 2 --output_dir runs/dry
 
-Every setting of a config file can be overridden on the command line. A run that was stopped goes on where it
-was when it is started again with the same settings; a finished one says so. The output folder ends up with
-`vectors/` (the artifact), `results.json`, `training.png`, the graded answers and the checkpoints.
+Every setting of a config file can be overridden on the command line. `--lr_sweep` chooses the learning rate
+first, on problems split off the training set. A run that was stopped goes on where it was when it is started
+again with the same settings; a finished one says so. The output folder ends up with `vectors/` (the
+artifact), `results.json`, `training.png`, the graded answers and the checkpoints.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     kinds = lens.add_subparsers(required=True, metavar="ANALYSIS")
 
-    report = _command(kinds, "report", plot=False, control=False)
+    report = _command(kinds, "report", plot=False, control=False, problems=24)
     report.add_argument("--out", default="lens.html", help="the page to write (default: lens.html)")
     report.add_argument("--figures", metavar="FOLDER", help="also write the figures, findings.json and .md")
     report.add_argument(
@@ -205,13 +205,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def _command(
-    kinds: Any, name: str, data: bool = True, plot: bool = True, control: bool = True
+    kinds: Any, name: str, data: bool = True, plot: bool = True, control: bool = True, problems: int = 32
 ) -> argparse.ArgumentParser:
     parser = _parser(kinds, name)
     parser.add_argument("artifact", help="folder, .safetensors file or hub id")
     parser.add_argument("--model", help="the model to look at; default: the one the artifact names")
     if data:
-        _input(parser)
+        _input(parser, problems)
     if control:
         parser.add_argument(
             "--control",
@@ -225,13 +225,15 @@ def _command(
     return parser
 
 
-def _input(parser: argparse.ArgumentParser) -> None:
+def _input(parser: argparse.ArgumentParser, problems: int = 32) -> None:
     parser.add_argument(
         "--data",
         help="arithmetic, gsm8k, FILE.jsonl, ...; default: what the vectors were trained on, held out",
     )
     parser.add_argument("--split", default="test", help="split of the data (default: test)")
-    parser.add_argument("--problems", type=int, default=32, help="problems to use (default: 32)")
+    parser.add_argument(
+        "--problems", type=int, default=problems, help=f"problems to use (default: {problems})"
+    )
     parser.add_argument("--template", help="prompt template; default: the one the vectors were trained with")
     parser.add_argument(
         "--prefix", help="opening of the answer; default: the one the vectors were trained with"

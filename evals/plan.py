@@ -1,0 +1,63 @@
+"""What a comparison of methods consists of, as the YAML files `recipes/configs/compare-*.yaml` say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from steer.errors import SteerError
+
+RECIPES = ("grpo_steer", "grpo_baseline")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison as its YAML file describes it."""
+
+    config: str  # the training config that all runs share
+    methods: dict[str, dict[str, Any]]
+    evaluation: dict[str, Any]
+    output_dir: str
+    out: str
+    settings: dict[str, Any] = field(default_factory=dict)  # changes to the config, for all runs
+    launcher: str | None = None  # of accelerate; default: one GPU where there is one, else the CPU
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sweep: dict[str, Any] = field(default_factory=dict)
+    reference: str | None = None  # the method whose gain is the whole
+    prefixes: tuple[str, ...] = ()
+    systems: tuple[str, ...] = ()  # candidates for the best constant system prompt
+    longer: int | None = None  # tokens the base gets once more, to tell a gain from brevity
+
+
+def read_plan(path: str) -> Plan:
+    """SteerError for a file that is none, and for names in it that mean nothing."""
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise SteerError(f"no comparison at {path} ({error.strerror}); see recipes/configs") from error
+    except yaml.YAMLError as error:
+        raise SteerError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    known = {f.name for f in fields(Plan)}
+    needed = {"config", "methods", "evaluation", "output_dir", "out"}
+    given = set(found) if isinstance(found, dict) else set()
+    if given - known or needed - given:
+        raise SteerError(
+            f"{path} is no comparison: unknown {sorted(given - known)}, missing {sorted(needed - given)}"
+        )
+    lists = {k: tuple(found[k]) for k in ("seeds", "prefixes", "systems") if k in found}
+    plan = Plan(**{**found, **lists})
+    for name, method in plan.methods.items():
+        like = plan.methods.get(method.get("like", name))
+        if like is None or (like | method).get("recipe") not in RECIPES:
+            raise SteerError(
+                f"{path}: method {name!r} has no recipe; write recipe: {RECIPES[0]}, recipe: {RECIPES[1]} "
+                "or like: METHOD"
+            )
+        if "learning_rate" not in like | method and not like.get("lr_sweep"):
+            raise SteerError(f"{path}: method {name!r} has neither learning_rate nor lr_sweep")
+    if not Path(plan.config).is_file():
+        raise SteerError(f"{path}: no training config {plan.config}; run this where that path leads to it")
+    return plan
