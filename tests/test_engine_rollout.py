@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import steer
 from steer import SteerError, SteeringConfig, engine
-from steer.train.trainer import SteeringGRPOTrainer
+from steer.train.trainer import SteeringGRPOTrainer, last_checkpoint
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -103,6 +103,42 @@ def test_colocated(
 
 
 @pytest.mark.usefixtures("quick_llm")
+def test_a_run_whose_engine_dies_goes_on_from_its_last_checkpoint(
+    folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    trainer = make(folder, tiny_tokenizer, tmp_path / "run", **settings)
+    llm = trainer.vllm_generation.llm
+    alive, calls = llm.generate, iter((True, True))
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if next(calls, False):
+            return alive(*args, **kwargs)
+        raise EngineDeadError
+
+    monkeypatch.setattr(llm, "generate", generate)
+    with pytest.raises(SteerError, match=r"vLLM stopped answering.*last checkpoint"):
+        trainer.train()
+    found = last_checkpoint(tmp_path / "run")
+    assert found is not None and found.name == "checkpoint-2"
+    again = make(folder, tiny_tokenizer, tmp_path / "run", **settings)
+    pushed: list[dict[int, torch.Tensor]] = []
+    push = again.vllm_generation.sync_weights
+    monkeypatch.setattr(
+        again.vllm_generation,
+        "sync_weights",
+        lambda: pushed.append({i: v.clone() for i, v in again.vectors.effective().items()}) or push(),
+    )
+    again.train(resume_from_checkpoint=str(found))
+    assert again.state.global_step == 3
+    # the step that was lost is sampled with the vectors of the checkpoint
+    kept = steer.read(found).by_layer()
+    assert all(torch.equal(pushed[0][i], vector) and vector.norm() > 0 for i, vector in kept.items())
+
+
+@pytest.mark.usefixtures("quick_llm")
 def test_vectors_the_engine_cannot_hold_are_refused_at_the_start(
     folder: Path, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -157,15 +193,18 @@ def test_mismatch() -> None:
     assert mismatch(trainer, engines, mask * 0) == {"mean": 0.0, "max": 0.0, "kl": 0.0}
 
 
-@pytest.fixture
-def server(folder: Path, tmp_path: Path) -> Iterator[str]:
-    """vLLM's server of the model, as the documentation of `steer.engine.rollout` says."""
+@pytest.fixture(params=[1, 2], ids=["one-engine", "two-engines"])
+def server(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Iterator[str]:
+    """
+    vLLM's server of the model, as the documentation of `steer.engine.rollout` says, with one engine or with
+    several that share the requests (data parallel).
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--logprobs-mode", "processed_logprobs"]
+    command += ["--logprobs-mode", "processed_logprobs", "--data-parallel-size", str(request.param)]
     command += ["--enforce-eager", "--max-model-len", "64", "--kv-cache-memory-bytes", str(16 << 20)]
     env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with (tmp_path / "server.log").open("w") as log:

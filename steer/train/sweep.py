@@ -6,6 +6,7 @@ this alone. Held-out problems take no part.
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 
@@ -100,6 +102,9 @@ def choose(
         log.info("learning rate %g, on %d validation problems", rate, len(validation))
         samples = sweep.validation_samples
         results = conduct(run, one, recipe, train, validation, ("after",), samples)
+        gc.collect()  # trainers are cycles of references, and the next one needs their memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         tried.append(
             {
                 "learning_rate": rate,
