@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from steer.population import Owners
+
 # A batch holds completions down to this share of its longest; the rest is padding.
 FILL = 0.75
 
@@ -53,12 +55,21 @@ def _score(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    owners: Owners | None = None,
 ) -> Scored:
-    """Prompts (rows, P) padded on the left, completions (rows, C) on the right."""
+    """
+    Prompts (rows, P) padded on the left, completions (rows, C) on the right. `owners` tells which of several
+    sets of vectors steers each row.
+    """
     rows, longest = completion_ids.shape
     width = prompt_ids.shape[1]
-    unique, group = torch.unique(torch.cat([prompt_ids, prompt_mask], 1), dim=0, return_inverse=True)
-    ids, mask = unique[:, :width], unique[:, width:]
+    keys = torch.cat([prompt_ids, prompt_mask], 1)
+    if owners:  # first, so that the unique prompts come in the order of the sets
+        keys = torch.cat([owners.of[:, None].to(keys.device), keys], 1)
+    unique, group = torch.unique(keys, dim=0, return_inverse=True)
+    ids, mask = unique[:, -2 * width : -width], unique[:, -width:]
+    if owners:
+        owners.tell(unique[:, 0])
     position = (mask.cumsum(1) - 1).clamp(min=0)
 
     # The last prompt token predicts the first completion token, so it is left for the second pass.
@@ -73,6 +84,9 @@ def _score(
     if not lengths.any():  # all masked out: one padding token keeps the graph, with a gradient of zero
         lengths[0] = 1
     for chosen, length in length_batches(lengths):
+        if owners:
+            chosen = chosen.sort().values
+            owners.choose(chosen)
         which = group[chosen]
         inputs = torch.cat([ids[which, -1:], completion_ids[chosen, : length - 1]], 1)
         seen = torch.cat([mask[which], completion_mask[chosen, : length - 1]], 1)
