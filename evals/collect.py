@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from evals.store import COLUMNS, FIXED, GREEDY, read_completions, read_problems, read_settings
+from evals.pack import read_run
+from evals.store import COLUMNS, FIXED, GREEDY
 from steer.errors import SteerError
 
 Row = dict[str, Any]
@@ -102,20 +103,19 @@ class Collection:
 
 def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMNS)) -> Collection:
     """
-    The methods of several runs. A variant that two runs share under the same conditions is one; the same name
-    under other conditions gets the run's folder behind it. SteerError for a folder that is no run or an empty
-    one.
+    The methods of several runs, each a folder or a packed file. A variant that two runs share under the same
+    conditions is one; the same name under other conditions gets the run's folder behind it. SteerError for a
+    folder that is no run or an empty one.
     """
     found = Collection([], {}, {}, [], [])
     methods: dict[str, Method] = {}
     for folder in map(Path, folders):
-        settings = read_settings(folder)
+        settings, problems, completions = read_run(folder, columns)
         found.sessions += [session for session in settings["sessions"] if session["completions"]]
-        for row in read_problems(folder):
+        for row in problems:
             found.problems.setdefault(row["benchmark"], {}).setdefault(row["id"], row)
         for name, chosen in settings["benchmarks"].items():
             found.forms.setdefault(name, chosen["answer"])
-        completions = read_completions(folder, columns)
         lists = list(completions.values())
         rows = [dict(zip(completions, values, strict=True)) for values in zip(*lists, strict=True)]
         if not rows:
@@ -127,6 +127,7 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
             conditions = {
                 **{key: settings[key] for key in FIXED},
                 **{key: variant[key] for key in ("kind", "scale", "prefix", "parameters", "digest")},
+                "system": variant.get("system", ""),
                 "benchmarks": settings["benchmarks"],
             }
             method = methods.get(base)

@@ -26,6 +26,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     model("--revision", help="revision of a hub model")
     model("--dtype", default="auto", help="precision of the base model (default: as saved)")
     model("--name", help="what the model without vectors is called (default: base)")
+    yes = argparse.BooleanOptionalAction
+    model("--base", action=yes, default=True, help="the model by itself is a variant too (default: yes)")
     model("--fine-tuned", action="store_true", help="the model is a fine-tune: all its numbers were trained")
     many: dict[str, Any] = {"nargs": "+", "default": []}
     model("--vectors", **many, metavar="[NAME=]PATH", help="folders, files or hub ids of vectors")
@@ -34,6 +36,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     model("--adapter", **many, metavar="[NAME=]PATH", help="folders or hub ids of peft adapters")
     model("--prefixes", **many, help="forced openings of the base's answers, e.g. To Step (controls)")
+    model("--systems", **many, metavar="NAME=TEXT", help="system prompts for the base (controls)")
     model("--other-tokenizer", action="store_true", help="measure vectors made for another tokenizer as well")
     asked = found.add_argument_group("what is asked").add_argument
     names = ", ".join(benchmarks.KNOWN)
@@ -48,8 +51,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--data-dir", default=local, help="folder of files to read instead of the hub (default: $STEER_DATA)"
     )
     asked("--samples", type=int, help="sampled answers per problem (default: the benchmark's own)")
-    greedy = argparse.BooleanOptionalAction
-    asked("--greedy", action=greedy, default=True, help="one greedy answer per problem too (default: yes)")
+    asked("--greedy", action=yes, default=True, help="one greedy answer per problem too (default: yes)")
     asked("--temperature", type=float, default=1.0, help="of the sampled answers (default: 1)")
     asked("--top-p", type=float, default=1.0, help="of the sampled answers (default: 1)")
     asked("--max-new-tokens", type=int, help="longest answer (default: the benchmark's own)")

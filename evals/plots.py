@@ -130,6 +130,26 @@ def _lengths(
     return figure
 
 
+def curves(accuracy: dict[str, list[list[float]]]) -> bytes:
+    """A PNG of the samples' accuracy by update: a line for each seed of each method, names in the legend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, ax = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for number, (name, seeds) in enumerate(accuracy.items()):
+        for i, values in enumerate(seeds):
+            colour = COLOURS[number % len(COLOURS)]
+            ax.plot(range(1, 1 + len(values)), values, color=colour, alpha=0.8, label=None if i else name)
+    ax.set_xlabel("update")
+    ax.set_ylabel("accuracy of the samples of training")
+    ax.set_ylim(0, 1)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, frameon=False)
+    return _saved(pyplot, figure)[0]
+
+
 def _short(count: float) -> str:
     """10,000 as 10K, 1,000,000 as 1M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):

@@ -86,7 +86,11 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     tokenizer = load_tokenizer(args.model, revision=args.revision)
     bones = skeleton(args.model, args.revision)
     base = _base(args, bones)
-    compared = variants.collect(base, args.vectors, args.scales, args.adapter, args.prefixes)
+    compared = variants.collect(base, args.vectors, args.scales, args.adapter, args.prefixes, args.systems)
+    if not args.base:
+        compared = compared[1:]
+    if not compared:
+        raise SteerError("--no-base leaves no variant; give --vectors, --adapter, --prefixes or --systems")
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
     _mention_templates(compared, chosen)
     rows = _rows(args, compared, chosen, {name: found for name, (found, _) in problems.items()}, tokenizer)
@@ -130,7 +134,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
         store.close()
     from evals import compare
 
-    compare.report([args.out], base=base.name)
+    compare.report([args.out], base=(base if args.base else compared[0]).name.partition("#")[0])
     print(f"\nanswers   {args.out}\nas a page  python -m evals.compare {args.out} --out {args.out}/page")
 
 
@@ -282,7 +286,10 @@ def _rows(
     rows = []
     for variant in compared:
         for b in chosen:
-            texts = [render(p.problem, tokenizer, b.template, variant.prefix) for p in problems[b.name]]
+            texts = [
+                render(p.problem, tokenizer, b.template, variant.prefix, variant.system)
+                for p in problems[b.name]
+            ]
             prompts = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
             asked = sorted(zip(problems[b.name], prompts, strict=True), key=lambda pair: -len(pair[1]))
             for samples in ([GREEDY] if args.greedy else [], range(b.samples)):

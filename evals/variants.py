@@ -1,7 +1,7 @@
 """
-The variants of one base model that a run compares: the base itself, vectors at several scales, LoRA
-adapters, and the base with a forced opening. What each is, how many numbers were trained for it, and what
-tells it from another of the same name.
+The variants of one base model that a run compares: the base itself, vectors at several scales, adapters, and
+the base with a forced opening or a system prompt. What each is, how many numbers were trained for it, and
+what tells it from another of the same name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 class Variant:
     """
     `kind` is base, vectors or adapter; `scale` a factor on the vectors as they were saved; `prefix` what
-    every answer is made to begin with; `parameters` the count of trained numbers; `digest` a hash of them.
+    every answer is made to begin with; `system` a constant system prompt; `parameters` the count of trained
+    numbers; `digest` a hash of them.
     """
 
     name: str
@@ -34,9 +35,11 @@ class Variant:
     prefix: str = ""
     parameters: int = 0
     digest: str = ""
+    system: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "name"}
+        """As `run.json` holds it."""
+        return {k: v for k, v in asdict(self).items() if k != "name" and (v or k != "system")}
 
 
 def collect(
@@ -45,16 +48,22 @@ def collect(
     scales: Sequence[float] = (1.0,),
     adapters: Sequence[str] = (),
     prefixes: Sequence[str] = (),
+    systems: Sequence[str] = (),
 ) -> list[Variant]:
     """
-    The base, then one variant for each prefix, each set of vectors at each scale, and each adapter. Sources
-    are written PATH or NAME=PATH. Reads every file once; SteerError for one that is none, and for equal
-    names.
+    The base, then one variant for each prefix, each system prompt (written NAME=TEXT), each set of vectors at
+    each scale, and each adapter. Sources are written PATH or NAME=PATH. Reads every file once; SteerError for
+    one that is none, and for equal names.
     """
     found = [base]
     found += [
         Variant(_suffixed(base.name, f" + {text}"), prefix=text, digest=base.digest) for text in prefixes
     ]
+    for source in systems:
+        name, mark, text = source.partition("=")
+        if not mark or not name or not text:
+            raise SteerError(f"system prompt {source!r} has no name; write NAME=TEXT")
+        found.append(Variant(name, digest=base.digest, system=text))
     for source in vectors:
         name, path = _named(source)
         parameters, digest = _vectors(path)

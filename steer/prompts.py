@@ -52,19 +52,26 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def render(problem: str, tokenizer: Any, template: str = "boxed", prefix: str = "") -> str:
+def render(
+    problem: str, tokenizer: Any, template: str = "boxed", prefix: str = "", system: str = ""
+) -> str:
     """The full prompt text, to be tokenized with `add_special_tokens=False`; ends where the model writes on.
 
     The text opens with the BOS token when `tokenizer` would put one before a text by itself. `prefix` is a
-    forced opening of the model's own turn, such as "To" or "Step".
-    Raises SteerError for an unknown template, a chat template asked of a tokenizer that has none, and when
-    the tokenizer's chat template refuses the turns (some have no system role).
+    forced opening of the model's own turn, such as "To" or "Step". `system` is a constant system text, before
+    the template's own where it has one.
+    Raises SteerError for an unknown template, a chat template asked of a tokenizer that has none, a system
+    text for a template that is no chat, and when the tokenizer's chat template refuses the turns (some have
+    no system role).
     """
     if template not in TEMPLATES:
         raise SteerError(f"unknown prompt template {template!r}; expected one of {', '.join(TEMPLATES)}")
     chosen = TEMPLATES[template]
+    if system and not chosen.chat:
+        chats = ", ".join(name for name, other in TEMPLATES.items() if other.chat)
+        raise SteerError(f"prompt template {template!r} has no turn for a system text; use one of {chats}")
     text = (
-        _chat_text(problem, tokenizer, template)
+        _chat_text(problem, tokenizer, template, system)
         if chosen.chat
         else chosen.instruction.replace(_SLOT, problem)
     )
@@ -75,7 +82,7 @@ def render(problem: str, tokenizer: Any, template: str = "boxed", prefix: str = 
     return text + prefix
 
 
-def _chat_text(problem: str, tokenizer: Any, template: str) -> str:
+def _chat_text(problem: str, tokenizer: Any, template: str, constant: str) -> str:
     without = ", ".join(name for name, other in TEMPLATES.items() if not other.chat)
     if not getattr(tokenizer, "chat_template", None):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -86,9 +93,9 @@ def _chat_text(problem: str, tokenizer: Any, template: str) -> str:
     instruction = TEMPLATES[template].instruction
     if _SLOT in instruction:
         # an empty system turn keeps the default text out that some chat templates put there
-        system, user = "", instruction.replace(_SLOT, problem)
+        system, user = constant, instruction.replace(_SLOT, problem)
     else:
-        system, user = instruction, problem
+        system, user = f"{constant}\n{instruction}".lstrip("\n"), problem
     turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     try:
         try:

@@ -1,4 +1,4 @@
-"""What a person watches while vectors train: a progress bar, and per layer the numbers that tell health."""
+"""What a person watches in training: a progress bar, times, and per layer the numbers that tell health."""
 
 from __future__ import annotations
 
@@ -53,6 +53,21 @@ class VectorLog(TrainerCallback):
             if norm and self.saved[layer].norm():
                 cosine = torch.cosine_similarity(vector, self.saved[layer], dim=0).item()
                 self.metrics[f"layer/{layer}/cosine"].append(cosine)
+
+
+class Seconds(TrainerCallback):
+    """Adds to every log the time of an update: `seconds/wall`, and `seconds/cpu` of all threads together."""
+
+    def __init__(self, metrics: dict[str, list[float]]):
+        self.metrics = metrics
+        self.began = (0.0, 0.0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.metrics["seconds/wall"].append(time.perf_counter() - self.began[0])
+        self.metrics["seconds/cpu"].append(time.process_time() - self.began[1])
 
 
 class ProgressBar(TrainerCallback):

@@ -1,5 +1,5 @@
 """
-Greedy accuracy on held-out problems, for a before/after table. Benchmarks with sampling live in `evals`.
+Accuracy on held-out problems, for a before/after table and for sweeps. Benchmarks live in `evals`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.grading import Checker
 from steer.train import cpu
-from steer.train.rollout import Sampling, rollout
+from steer.train.rollout import Sampling, rollout, uniforms
 
 BATCH = 64
 
@@ -56,7 +56,28 @@ def answer_greedily(
     label: str = "evaluating",
 ) -> list[Answered]:
     """The most likely completion of each problem as `frame` puts it, graded. Deterministic on one machine."""
-    sampling = Sampling(max_new_tokens, tuple(eos_token_ids), temperature=0.0)
+    return answer(model, tokenizer, problems, frame, checker, max_new_tokens, eos_token_ids, label)
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[dict[str, Any]],
+    frame: Callable[[str], str],
+    checker: Checker,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    label: str = "evaluating",
+    temperature: float = 0.0,
+    numbers: Sequence[int] | None = None,
+) -> list[Answered]:
+    """
+    One completion of each problem as `frame` puts it, graded; a problem that is there several times is read
+    once. `numbers` (default: 0, 1, ...) tell the random numbers of one row from another's where the
+    temperature is not 0.
+    """
+    sampling = Sampling(max_new_tokens, tuple(eos_token_ids), temperature)
+    numbers = range(len(problems)) if numbers is None else numbers
     was_training = model.training
     model.eval()
     answered: list[Answered] = []
@@ -66,8 +87,9 @@ def answer_greedily(
             prompts = [
                 tokenizer(frame(row["problem"]), add_special_tokens=False)["input_ids"] for row in batch
             ]
+            noise = uniforms(numbers[start : start + BATCH], max_new_tokens, 0, 0) if temperature else None
             with cpu.grouped(model):
-                ids = rollout(model, prompts, sampling).ids
+                ids = rollout(model, prompts, sampling, noise).ids
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             verdicts = checker.check(texts, [row["answer"] for row in batch])
             for row, text, verdict, tokens in zip(batch, texts, verdicts, ids, strict=True):

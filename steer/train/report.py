@@ -8,24 +8,26 @@ from typing import Any
 from steer.train.evaluation import Answered, Score
 
 
-def score_table(before: Score, after: Score) -> str:
+def score_table(before: Score, after: Score, trained: str = "steered") -> str:
     """Two rows of text: accuracy with its 95 % interval, and how the answers were given."""
     head = ("", "accuracy", "95 % interval", "boxed", "finished", "tokens")
     rows = [
         [name, f"{s.accuracy:.3f}", f"{s.low:.3f} to {s.high:.3f}", *map("{:.2f}".format, shares)]
-        for name, s in (("untrained", before), ("steered", after))
+        for name, s in (("untrained", before), (trained, after))
         for shares in [(s.answered, s.finished, s.mean_tokens)]
     ]
     return "\n".join("{:10}{:>10}{:>18}{:>8}{:>10}{:>8}".format(*row) for row in (head, *rows))
 
 
-def sample_answers(before: list[Answered], after: list[Answered], count: int) -> str:
+def sample_answers(
+    before: list[Answered], after: list[Answered], count: int, trained: str = "steered"
+) -> str:
     """`count` problems with both answers; those that training turned from wrong to right come first."""
     pairs = sorted(zip(before, after, strict=True), key=lambda pair: pair[0].correct >= pair[1].correct)
     blocks = []
     for old, new in pairs[:count]:
         lines = [f"{old.problem}  (answer: {old.answer})"]
-        for name, got in (("untrained", old), ("steered", new)):
+        for name, got in (("untrained", old), (trained, new)):
             text = " ".join(got.completion.split()) or "(nothing)"
             lines.append(f"  {'right' if got.correct else 'wrong':6}{name:10} {text}")
         blocks.append("\n".join(lines))
@@ -35,7 +37,7 @@ def sample_answers(before: list[Answered], after: list[Answered], count: int) ->
 def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None:
     """
     A PNG: reward and accuracy by update, answer length and entropy by update, and the norm of each layer's
-    vector.
+    vector where vectors were trained.
     """
     import matplotlib
 
@@ -43,7 +45,14 @@ def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None
     from matplotlib import pyplot
 
     steps = [row for row in history if row.get("reward") is not None]
-    figure, (top, middle, bottom) = pyplot.subplots(3, 1, figsize=(7, 8.5), layout="constrained")
+    last: dict[str, Any] = next(
+        (row for row in reversed(steps) if any(k.startswith("layer/") for k in row)), {}
+    )
+    norms = {
+        int(k.split("/")[1]): v for k, v in last.items() if k.startswith("layer/") and k.endswith("/norm")
+    }
+    panels = 3 if norms else 2
+    figure, (top, middle, *rest) = pyplot.subplots(panels, 1, figsize=(7, 2.8 * panels), layout="constrained")
     figure.suptitle(title)
     curves = (
         (top, "reward", "reward", "tab:blue"),
@@ -63,14 +72,9 @@ def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None
         axes.set_xlabel("update")
         axes.grid(alpha=0.3)
         axes.legend(loc="best")
-    last: dict[str, Any] = next(
-        (row for row in reversed(steps) if any(k.startswith("layer/") for k in row)), {}
-    )
-    norms = {
-        int(k.split("/")[1]): v for k, v in last.items() if k.startswith("layer/") and k.endswith("/norm")
-    }
-    bottom.bar(list(norms), list(norms.values()), color="tab:gray")
-    bottom.set_xlabel("layer")
-    bottom.set_ylabel("norm of the vector")
+    for bottom in rest:
+        bottom.bar(list(norms), list(norms.values()), color="tab:gray")
+        bottom.set_xlabel("layer")
+        bottom.set_ylabel("norm of the vector")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

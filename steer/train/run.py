@@ -139,14 +139,15 @@ def escape_percents(config: type) -> type:
     return config
 
 
-def settings(run: RunConfig, steering: SteeringConfig, training: Any) -> dict[str, Any]:
+def settings(run: RunConfig, trained: dict[str, Any], training: Any) -> dict[str, Any]:
     """
     All that decides what the run computes, as JSON types; two runs with equal settings are the same run.
+    `trained` is the part that says what is trained: {"steering": its fields}.
     """
     chosen = {k: v for k, v in training.to_dict().items() if not k.startswith(_FREE)}
     chosen.pop("per_device_eval_batch_size", None)
     return json.loads(
-        json.dumps({"run": asdict(run), "steering": asdict(steering), "training": chosen}, default=str)
+        json.dumps({"run": asdict(run), **trained, "training": chosen}, default=str)
     )
 
 

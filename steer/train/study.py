@@ -37,7 +37,7 @@ from steer.train.evaluation import Answered, answer_greedily, score
 from steer.train.grid import PopulationArguments, Settings
 from steer.train.member import OWN, Member, read_states
 from steer.train.population import PopulationTrainer
-from steer.train.run import RunConfig, SteeringArguments
+from steer.train.run import RunConfig
 
 log = logging.getLogger("steer")
 
@@ -83,9 +83,8 @@ def claim(
     Make `folder` the home of this population. Members may be added to one that is there; SteerError when it
     shares other settings, or when a member of the same name, among those to train `now`, has others.
     """
-    shared = runs.settings(replace(run, rewards=[]), SteeringArguments(), training)
+    shared = runs.settings(replace(run, rewards=[]), {"recipe": {"name": "layer_sweep"}}, training)
     shared["training"] = {k: v for k, v in shared["training"].items() if k not in OWN}
-    shared["steering"] = {"population": True}
     runs.claim(folder, shared)
     path = folder / POPULATION_FILE
     have = json.loads(path.read_text()) if path.exists() else {}

@@ -1,16 +1,14 @@
 """
-`SteeringGRPOTrainer`: trl's GRPOTrainer for vectors on a frozen model.
+`SteeringGRPOTrainer`: group-based policy gradients for vectors on a frozen model.
 
-What differs from trl is in small overridden methods: the reference policy is the same model with its vectors
-off, a checkpoint is an artifact plus optimizer state, prompts shared by a group are computed once, and
-samples do not depend on how many processes drew them.
+The reference policy is the same model with its vectors off, each layer may have a learning rate of its own,
+and a checkpoint is an artifact plus optimizer state: the base model is never written.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,52 +16,19 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer
-from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
+from transformers import Trainer
 
 from steer import artifact
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.identity import tokenizer_checksum
-from steer.rewards import guard
-from steer.train import cpu
-from steer.train.callbacks import ProgressBar, VectorLog
-from steer.train.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
-from steer.train.rollout import Sampling, rollout, uniforms
-from steer.train.step import add_group_scoring
+from steer.train.callbacks import VectorLog
+from steer.train.config import SteeringGRPOConfig
+from steer.train.grpo import GroupGRPOTrainer, newest_checkpoint
 from steer.vectors import SteeringVectors, attach, attached, detach
 
-ROLLOUT_FILE = "rollouts.pt"
 
-
-class _VectorsOff:
-    """
-    Stands in trl's code for a reference model: the policy's own model, scored with its vectors disabled.
-    """
-
-
-class _Shuffle(Sampler):
-    """
-    trl's sampler with an order that the epoch decides. trl's own depends on the epochs this process has seen,
-    so that a run resumed in its second epoch would meet the problems in the order of the first.
-    """
-
-    def __init__(self, sampler: Any, epoch: Callable[[], int]):
-        self.sampler = sampler
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        if self.sampler.shuffle:
-            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch())
-        return iter(self.sampler)
-
-
-class SteeringGRPOTrainer(GRPOTrainer):
+class SteeringGRPOTrainer(GroupGRPOTrainer):
     """
     Train steering vectors by group-based policy gradients (GRPO, arXiv 2402.03300; RLOO, arXiv 2402.14740).
 
@@ -73,9 +38,6 @@ class SteeringGRPOTrainer(GRPOTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "steering-vectors"]
-    args: SteeringGRPOConfig
-    optimizer: torch.optim.Optimizer | None
-    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(
         self,
@@ -89,24 +51,12 @@ class SteeringGRPOTrainer(GRPOTrainer):
             raise SteerError(
                 "steering vectors are trained on a frozen base; drop peft_config or use trl's GRPOTrainer"
             )
-        data = kwargs.get("train_dataset")
-        wanted = args.generation_batch_size // args.num_generations
-        if isinstance(data, Sized) and len(data) < wanted:
-            raise SteerError(
-                f"the data set has {len(data)} problems, a step takes {wanted}; give more problems, or lower "
-                "per_device_train_batch_size or gradient_accumulation_steps"
-            )
         has_vectors = "steering_vectors" in model.__dict__
         if has_vectors and steering is not None:
             raise SteerError(
                 "the model already has steering vectors; pass no `steering`, or steer.detach(model) first"
             )
         self.vectors: SteeringVectors = attached(model) if has_vectors else attach(model, steering)
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        functions = [f if isinstance(f, (nn.Module, str)) else guard(f) for f in functions]
-        cpu.keep_freed_memory()
-        # trl loads a second base model when beta != 0; ours is the same one with its vectors off.
-        beta, args.beta = args.beta, 0.0
         # transformers trains a quantised model only when it carries an adapter it knows of; vectors are one.
         quantised = getattr(model, "is_quantized", False)
         quantised = quantised and not getattr(model, "_hf_peft_config_loaded", False)
@@ -114,30 +64,25 @@ class SteeringGRPOTrainer(GRPOTrainer):
             model._hf_peft_config_loaded = True  # type: ignore[assignment]
         try:
             with self._engine(args):
-                super().__init__(model=model, reward_funcs=functions, args=args, **kwargs)
+                super().__init__(model, reward_funcs, args, **kwargs)
         except BaseException:
             if not has_vectors:
                 detach(model)
             raise
         finally:
-            args.beta = beta
             if quantised:
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
-        self.beta = beta
-        if beta != 0.0:
-            self.ref_model = _VectorsOff()
         self.vectors.config.tokenizer_checksum = tokenizer_checksum(self._tokenizer)
-        if self.accelerator.device.type == "cpu":
-            cpu.small_head_tiles()
-        self.model_accepts_loss_kwargs = False
-        add_group_scoring(self.model)
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
         self.add_callback(VectorLog(self.vectors, self._metrics["train"]))
-        if not args.disable_tqdm:
-            self.add_callback(ProgressBar())
 
-    # ---- sampling
+    def reference(self) -> AbstractContextManager:
+        """Inside, the vectors are off."""
+        return self.vectors.disabled()
+
+    def scoring(self, prompt_length: int) -> AbstractContextManager:
+        return self.vectors.prompt_length(prompt_length)
+
+    # ---- an engine that is sent the vectors alone
 
     def _engine(self, args: SteeringGRPOConfig) -> AbstractContextManager:
         """Inside, `use_vllm` means an engine that is sent the vectors alone."""
@@ -146,172 +91,8 @@ class SteeringGRPOTrainer(GRPOTrainer):
         from steer.engine.rollout import vector_rollouts
 
         return vector_rollouts(self.vectors)
-
-    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        return _Shuffle(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
-
-    def _tokenize_prompts(self, prompts: list) -> tuple:
-        # A prompt that already begins with the BOS text (a rendered chat template) must not get a second one.
-        bos = self._tokenizer.bos_token
-        if isinstance(prompts[0], str) and bos and all(p.startswith(bos) for p in prompts):
-            return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}
-        return super()._tokenize_prompts(prompts)
-
-    def _generate_single_turn(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, *args: Any, **kwargs: Any
-    ) -> tuple:
-        # What only `generate()` can do goes there: trl's engines, tools, penalties, generation settings.
-        special = (
-            self.use_vllm
-            or self.use_transformers_continuous_batching
-            or multimodal_fields
-            or self.tools
-            or self.repetition_penalty != 1.0
-            or self.args.generation_kwargs
-            or self.args.cache_implementation
-            or self.is_deepspeed_enabled
-        )
-        if special or not self.args.fast_sampler:
-            with cpu.grouped(self.accelerator.unwrap_model(self.model)):
-                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-        sampling = Sampling(
-            self.max_completion_length,
-            tuple(self.eos_token_ids),
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-        )
-        first = self.accelerator.process_index * len(prompt_ids)
-        rows = range(first, first + len(prompt_ids))
-        training = self.model.training
-        # Evaluation draws from streams of its own.
-        seed = self.args.seed if training else self.args.seed + (1 << 32)
-        noise = uniforms(rows, self.max_completion_length, seed, self._step)
-        with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-            cpu.grouped(model),
-        ):
-            model.eval()
-            together = self._any_process if self.is_fsdp_enabled else None
-            size = self.args.sample_rows or len(prompt_ids)
-            ids: list[list[int]] = []
-            for i in range(0, len(prompt_ids), size):
-                part = slice(i, i + size)
-                ids += rollout(model, prompt_ids[part], sampling, noise[part], together).ids
-            model.train(training)
-        return ids, None
-
-    def _any_process(self, flag: bool) -> bool:
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not inputs:
-            raise SteerError(
-                "a process got no prompts: the data set is smaller than one batch; lower the batch size"
-            )
-        output = super()._generate_and_score_completions(inputs)
-        group = self.num_generations if self.model.training else self.num_generations_eval
-        if self.args.advantage == "loo" and group > 1:
-            # r_i - mean of the others = (r_i - mean of all) * G / (G - 1)
-            output["advantages"] = output["advantages"] * (group / (group - 1))
-        return output
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        # trl shuffles a generation's rows before it cuts them into micro-batches. When all enter one update
-        # the order means nothing, and rows of one prompt stay together so that they can share it.
-        update = (
-            self.args.steps_per_generation == self.args.gradient_accumulation_steps
-            and self.num_iterations == 1
-        )
-        if not (self.model.training and update):
-            return super()._prepare_inputs(generation_batch)
-        if self._step % self.args.steps_per_generation == 0 or self._buffered_inputs is None:
-            batch = self._generate_and_score_completions(generation_batch)
-            size = self.args.per_device_train_batch_size
-            self._buffered_inputs = [
-                _rows(batch, slice(i, i + size)) for i in range(0, len(batch["prompt_ids"]), size)
-            ]
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-    # ---- scoring and loss
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple:
-        if isinstance(model, _VectorsOff):
-            with self.vectors.disabled():
-                return self._score(self.model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        scored = self._score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        self._scored = scored[0].detach()
-        return scored
-
-    def _score(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple:
-        prompt = input_ids.shape[1] - logits_to_keep
-        base = self.accelerator.unwrap_model(self.model)
-        plain = (
-            not self.args.share_prompts
-            or base.is_gradient_checkpointing
-            or self.is_fsdp_enabled  # every process must run as many forward passes as the others
-            or kwargs.get("compute_aux_loss")
-            or any(value is not None for name, value in kwargs.items() if name not in _PLAIN_ARGUMENTS)
-        )
-        if not plain:
-            # Columns of padding that all these prompts share do nothing.
-            spare = prompt - int(attention_mask[:, :prompt].sum(1).max())
-            input_ids, attention_mask = input_ids[:, spare:], attention_mask[:, spare:]
-            prompt -= spare
-        # Under checkpointing the backward pass runs the layers again, outside of this block.
-        attention = nullcontext() if base.is_gradient_checkpointing else cpu.grouped(base)
-        with self.vectors.prompt_length(prompt), attention:
-            if plain:
-                return super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-                )
-            with self.accelerator.autocast():
-                scored = model(
-                    score_group=True,
-                    prompt_ids=input_ids[:, :prompt],
-                    prompt_mask=attention_mask[:, :prompt],
-                    completion_ids=input_ids[:, prompt:],
-                    completion_mask=attention_mask[:, prompt:],
-                )
-        return scored.log_probs, scored.entropy if kwargs.get("compute_entropy") else None, None
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if not self._zero_advantage_is_zero_gradient():
-            return self._loss(model, inputs)
-        active = inputs["advantages"] != 0
-        # trl gathers a number for each row, so every process keeps as many rows as the one that needs most.
-        count = max(1, int(self.accelerator.gather(active.sum()).max()))
-        if count == len(active):
-            return self._loss(model, inputs)
-        kept = _rows(inputs, active.int().argsort(descending=True, stable=True)[:count])
-        loss = self._loss(model, kept)
-        # Means over the rows or tokens of the micro-batch; the others divide by the tokens of the whole step.
-        if self.loss_type in ROW_LOSSES:
-            return loss * (len(kept["advantages"]) / len(active))
-        if self.loss_type in BATCH_TOKEN_LOSSES:
-            return loss * (kept["completion_mask"].sum() / inputs["completion_mask"].sum())
-        return loss
-
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        loss = super()._compute_loss(model, inputs)
+        loss = super()._loss(model, inputs)
         if self.use_vllm:
             from steer.engine.rollout import mismatch
 
@@ -321,16 +102,6 @@ class SteeringGRPOTrainer(GRPOTrainer):
             for name, value in found.items():
                 self._metrics["train"][f"engine/{name}"].append(value)
         return loss
-
-    def _zero_advantage_is_zero_gradient(self) -> bool:
-        return (
-            self.args.skip_zero_advantage
-            and self.model.training
-            and self.beta == 0.0
-            and not self._entropy_bonus_enabled
-            and not self.aux_loss_enabled
-            and self.top_entropy_quantile == 1.0
-        )
 
     # ---- optimizer, checkpoints
 
@@ -364,51 +135,8 @@ class SteeringGRPOTrainer(GRPOTrainer):
         if self.args.should_save and self.args.hub_strategy != "end":
             self._push(checkpoint_folder)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: trl's card tells its reader to load a whole model, which is not there."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # The samples still to be used belong to the state when a generation feeds more than one update. They
-        # are written first: the last file of a checkpoint, trainer_state.json, marks it whole.
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        cycle = self.args.steps_per_generation * self.num_iterations
-        pending = self._buffered_inputs if self._step % cycle else None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(
-                {"step": self._step, "buffer": pending},
-                folder / f"{self.accelerator.process_index}-{ROLLOUT_FILE}",
-            )
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            # torch's archive writer reports a full disk as a RuntimeError of its own
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
-            reason = getattr(error, "strerror", None) or "the disk did not take it all"
-            raise SteerError(
-                f"cannot write {folder}: {reason}; make room and start again, the run goes on from the "
-                "checkpoint before"
-            ) from error
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # trainer_state.json comes next and marks the checkpoint whole, for every process
-        self.accelerator.wait_for_everyone()
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.vectors.set_tensors(artifact.read(resume_from_checkpoint).tensors)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / f"{self.accelerator.process_index}-{ROLLOUT_FILE}"
-        if path.exists():
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            self._step, self._buffered_inputs = state["step"], state["buffer"]
-
-
-_PLAIN_ARGUMENTS = ("batch_size", "compute_entropy", "compute_aux_loss")
 
 
 def make_optimizer(
@@ -423,20 +151,5 @@ def make_optimizer(
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint in a run folder: one whose trainer state, written last, is readable."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            artifact.read(path)
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
-
-
-def _rows(batch: dict[str, Any], rows: slice | torch.Tensor) -> dict[str, Any]:
-    """Those rows of every per-row tensor; scalars (the token count of the whole batch) stay."""
-    size = len(batch["prompt_ids"])
-    per_row = (torch.is_tensor(v) and v.dim() > 0 and len(v) == size for v in batch.values())
-    return {k: v[rows] if cut else v for (k, v), cut in zip(batch.items(), per_row, strict=True)}
+    """The newest whole checkpoint of vectors in a run folder."""
+    return newest_checkpoint(folder, artifact.read)

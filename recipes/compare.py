@@ -1,0 +1,404 @@
+"""
+Do a few vectors give what full fine-tuning gives? Train and measure both, other methods and the controls, and
+write tables, plots and a page.
+
+    python recipes/compare.py --config recipes/configs/compare-tiny.yaml
+    python recipes/compare.py --config recipes/configs/compare-tiny.yaml --report
+
+Each run of training is a process of its own, started by `accelerate launch`, and is scored on held-out
+problems by `evals.run`. Learning rates are chosen once for each method, on problems split off the training
+set. Whatever was finished is one small file under OUT/runs or OUT/sweeps and is not done again, on this
+machine or another; a run that was stopped goes on where it was; one that fails is told of at the end and
+holds up no other. Seeds are outermost: after a part of the time there is one seed of everything. `--report`
+only makes the tables and the page of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evals import compare, plots
+from evals.pack import pack, read_packed
+from steer.errors import SteerError
+from steer.files import replace_file
+
+RECIPES = ("grpo_steer", "grpo_baseline")
+ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison as its YAML file describes it."""
+
+    config: str  # the training config that all runs share
+    methods: dict[str, dict[str, Any]]
+    evaluation: dict[str, Any]
+    output_dir: str
+    out: str
+    settings: dict[str, Any] = field(default_factory=dict)  # changes to the config, for all runs
+    launcher: str | None = None  # of accelerate; default: one GPU where there is one, else the CPU
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sweep: dict[str, Any] = field(default_factory=dict)
+    reference: str | None = None  # the method whose gain is the whole
+    prefixes: tuple[str, ...] = ()
+    systems: tuple[str, ...] = ()  # candidates for the best constant system prompt
+    longer: int | None = None  # tokens the base gets once more, to tell a gain from brevity
+
+
+def read_plan(path: str) -> Plan:
+    """SteerError for a file that is none, and for names in it that mean nothing."""
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise SteerError(f"no comparison at {path} ({error.strerror}); see recipes/configs") from error
+    except yaml.YAMLError as error:
+        raise SteerError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    known = {f.name for f in fields(Plan)}
+    needed = {"config", "methods", "evaluation", "output_dir", "out"}
+    given = set(found) if isinstance(found, dict) else set()
+    if given - known or needed - given:
+        raise SteerError(
+            f"{path} is no comparison: unknown {sorted(given - known)}, missing {sorted(needed - given)}"
+        )
+    lists = {k: tuple(found[k]) for k in ("seeds", "prefixes", "systems") if k in found}
+    plan = Plan(**{**found, **lists})
+    for name, method in plan.methods.items():
+        like = plan.methods.get(method.get("like", name))
+        if like is None or (like | method).get("recipe") not in RECIPES:
+            raise SteerError(
+                f"{path}: method {name!r} has no recipe; write recipe: {RECIPES[0]}, recipe: {RECIPES[1]} "
+                "or like: METHOD"
+            )
+        if "learning_rate" not in like | method and not like.get("lr_sweep"):
+            raise SteerError(f"{path}: method {name!r} has neither learning_rate nor lr_sweep")
+    if not Path(plan.config).is_file():
+        raise SteerError(f"{path}: no training config {plan.config}; run this where that path leads to it")
+    return plan
+
+
+class Failed(Exception):
+    """A process of a run ended with an error."""
+
+
+class Comparison:
+    """The plan, and what of it is done."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.shared = {**yaml.safe_load(Path(plan.config).read_text()), **plan.settings}
+        self.work = Path(plan.output_dir)
+        self.runs, self.sweeps = Path(plan.out, "runs"), Path(plan.out, "sweeps")
+
+    def jobs(self) -> Iterator[tuple[str, Any]]:
+        """What there is to do, in order: the name of its file and a call that makes it."""
+        yield "base", self.untrained
+        if self.plan.longer:
+            yield "base-longer", self.longer
+        if self.plan.systems:
+            yield "system-prompt", self.system_prompt
+        for seed in self.plan.seeds:
+            for name in self.plan.methods:
+                yield f"{name}-{seed}", lambda name=name, seed=seed: self.trained(name, seed)
+
+    # ---- controls that train nothing
+
+    def untrained(self) -> None:
+        """The base, greedily and at temperature 1, and with forced openings."""
+        asked = {"evaluation": self.asked(), "prefixes": self.plan.prefixes}
+        if not self.done("base", asked):
+            prefixes = ["--prefixes", *self.plan.prefixes] if self.plan.prefixes else []
+            self.evaluate("base", ["--model", self.shared["model"], *prefixes], asked)
+
+    def longer(self) -> None:
+        """The base with more room for its answers."""
+        asked = {"evaluation": self.asked(), "longer": self.plan.longer}
+        if not self.done("base-longer", asked):
+            name = ["--name", f"base, {self.plan.longer} tokens", "--max-new-tokens", str(self.plan.longer)]
+            self.evaluate("base-longer", ["--model", self.shared["model"], *name], asked)
+
+    def system_prompt(self) -> None:
+        """The candidate that is best on problems split off the training set, on the held-out ones."""
+        asked = {"evaluation": self.asked(), "systems": self.plan.systems, "sweep": self.plan.sweep}
+        if self.done("system-prompt", asked):
+            return
+        from steer.train.recipe import problems
+        from steer.train.run import RunConfig
+        from steer.train.sweep import SweepArguments, split
+
+        known = {f.name for f in fields(RunConfig)}
+        train, _ = problems(RunConfig(**{k: v for k, v in self.shared.items() if k in known}))
+        _, validation = split(train, self.plan.sweep.get("validation", SweepArguments.validation))
+        file = self.work / "validation.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, "".join(json.dumps(row) + "\n" for row in validation).encode())
+        named = {f"system {n}": text for n, text in enumerate(self.plan.systems, 1)}
+        out = self.work / "eval-systems"
+        systems = [f"{name}={text}" for name, text in named.items()]
+        model = ["--model", self.shared["model"], "--no-base", "--systems", *systems]
+        self.call([*self.evals(out), "--benchmarks", str(file), "--samples", "0", *model])
+        rows = json.loads((out / "scores.json").read_text())["rows"]
+        tried = {named[row["method"]]: row["accuracy"]["value"] for row in rows}
+        best = max(tried, key=lambda text: tried[text])
+        chosen = {"validation_problems": len(validation), "tried": tried, "chosen": best}
+        model = ["--model", self.shared["model"], "--no-base", "--systems", f"system prompt={best}"]
+        self.evaluate("system-prompt", model, asked, chosen)
+
+    # ---- training
+
+    def trained(self, name: str, seed: int) -> None:
+        """One method with one seed: trained, scored, packed."""
+        settings, launcher = self.settings(name)
+        settings |= {"seed": seed, "learning_rate": self.rate(name)}
+        job = f"{name}-{seed}"
+        asked = {"evaluation": self.asked(), "training": settings}
+        if self.done(job, asked):
+            return
+        folder = self.work / job
+        self.launch(job, settings | {"output_dir": str(folder)}, launcher)
+        results = json.loads((folder / "results.json").read_text())
+        kind = next(kind for kind in ARTIFACTS if (folder / kind).is_dir())
+        if kind == "model":
+            model = ["--model", str(folder / kind), "--name", f"{name}#{seed}", "--fine-tuned"]
+        else:
+            source = f"{name}#{seed}={folder / kind}"
+            model = ["--model", self.shared["model"], "--no-base", ARTIFACTS[kind], source]
+        about = {
+            "method": name,
+            "seed": seed,
+            "learning_rate": settings["learning_rate"],
+            "results": results,
+            "curve": _curve(folder),
+        }
+        self.evaluate(job, model, asked, about)
+        for checkpoint in folder.glob("checkpoint-*"):  # the run is finished, and these are its bulk
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def settings(self, name: str) -> tuple[dict[str, Any], str]:
+        """All settings of a method's runs but seed, rate and folder, and its launcher."""
+        method = self.plan.methods[name]
+        whole = {**self.shared, **self.plan.methods.get(method.get("like", name), {}), **method}
+        launcher = whole.pop("launcher", None) or self.plan.launcher or _launcher()
+        return {k: v for k, v in whole.items() if k not in ("like", "lr_sweep", "output_dir")}, launcher
+
+    def rate(self, name: str) -> float:
+        """The learning rate of a method: given, that of the method it is like, or chosen by its sweep."""
+        method = self.plan.methods[name]
+        if "learning_rate" in method:
+            return float(method["learning_rate"])
+        if "lr_sweep" not in method:
+            return self.rate(method["like"])
+        settings, launcher = self.settings(name)
+        asked = {**settings, **self.plan.sweep, "lr_sweep": method["lr_sweep"], "seed": 0}
+        file = self.sweeps / f"{name}.json"
+        if file.exists():
+            found = json.loads(file.read_text())
+            _check(file, found["hash"], asked)
+            return found["chosen"]
+        folder = self.work / name
+        self.launch(f"{name}-sweep", {**asked, "sweep_only": True, "output_dir": str(folder)}, launcher)
+        found = json.loads(Path(f"{folder}-sweep", "sweep.json").read_text())
+        self.sweeps.mkdir(parents=True, exist_ok=True)
+        replace_file(file, (json.dumps({**found, "hash": _hash(asked)}, indent=1) + "\n").encode())
+        return found["chosen"]
+
+    def launch(self, job: str, settings: dict[str, Any], launcher: str) -> None:
+        """Train as a user would, from a config file that says all."""
+        config = self.work / "configs" / f"{job}.yaml"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        script = f"recipes/{settings['recipe']}.py"
+        text = yaml.safe_dump({k: v for k, v in settings.items() if k != "recipe"}, sort_keys=False)
+        replace_file(config, text.encode())
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launcher]
+        threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+        self.call([*start, "--num_cpu_threads_per_process", threads, script, "--config", str(config)])
+
+    # ---- scoring
+
+    def asked(self) -> dict[str, Any]:
+        """What every model is asked, with the template and length of training where the plan has no other."""
+        shared = self.shared
+        from_training = {
+            "template": shared.get("template", "boxed"),
+            "max_new_tokens": shared["max_completion_length"],
+            "dtype": shared.get("model_dtype", "auto"),
+            "samples": 8,
+        }
+        return {**from_training, **self.plan.evaluation}
+
+    def evals(self, out: Path) -> list[str]:
+        asked = self.asked()
+        words = [sys.executable, "-m", "evals.run", "--out", str(out)]
+        for name in ("template", "max_new_tokens", "dtype", "engine"):
+            words += [f"--{name.replace('_', '-')}", str(asked[name])] if name in asked else []
+        return words
+
+    def evaluate(
+        self, job: str, model: list[str], asked: dict[str, Any], about: dict[str, Any] | None = None
+    ) -> None:
+        out = self.work / f"eval-{job}"
+        what = ["--benchmarks", *self.asked()["benchmarks"], "--samples", str(self.asked()["samples"])]
+        self.call([*self.evals(out), *what, *model])
+        self.runs.mkdir(parents=True, exist_ok=True)
+        machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
+        known = {"hash": _hash(asked), **(about or {}), "machine": machine}
+        pack(out, self.runs / f"{job}.json", known)
+
+    # ---- what is done
+
+    def done(self, job: str, asked: dict[str, Any]) -> bool:
+        file = self.runs / f"{job}.json"
+        if file.exists():
+            _check(file, read_packed(file)["about"]["hash"], asked)
+        return file.exists()
+
+    def call(self, words: list[str]) -> None:
+        """Run a process to its end; it writes to this terminal and dies with this process."""
+        process = subprocess.Popen(words)
+        try:
+            if process.wait():
+                raise Failed(f"exit code {process.returncode}: {' '.join(words)}")
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+    def report(self) -> None:
+        """Tables, plots and page of the runs that are there."""
+        order = [job for job, _ in self.jobs()]
+        files = [file for job in order if (file := self.runs / f"{job}.json").exists()]
+        if not files:
+            raise SteerError(f"{self.runs} holds no finished runs yet; start without --report")
+        about = [read_packed(file)["about"] for file in files]
+        trained = [one for one in about if "method" in one]
+        have = {one["method"] for one in trained}
+        reference = self.plan.reference if self.plan.reference in have else None
+        compare.report(files, "base", reference, self.plan.out)
+        table = _training_table(trained)
+        print(f"\n{table}")
+        replace_file(Path(self.plan.out, "training.md"), f"{table}\n".encode())
+        curves: dict[str, list[list[float]]] = {}
+        for one in trained:
+            curves.setdefault(one["method"], []).append(one["curve"]["accuracy"])
+        if curves:
+            replace_file(Path(self.plan.out, "training.png"), plots.curves(curves))
+        print(f"\npage  {Path(self.plan.out, 'index.html')}")
+
+
+def _training_table(trained: Sequence[dict[str, Any]]) -> str:
+    """What each method's runs took, in Markdown: means over its seeds."""
+    lines = ["| method | trained numbers | learning rate | seeds | updates | minutes | CPU minutes |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name in dict.fromkeys(one["method"] for one in trained):
+        of = [one for one in trained if one["method"] == name]
+        results = [one["results"] for one in of]
+        wall, cpu = (
+            sum(r[key] for r in results) / len(results) / 60
+            for key in ("training_seconds", "training_cpu_seconds")
+        )
+        lines.append(
+            f"| {name} | {results[0]['trained_numbers']:,} | {of[0]['learning_rate']:g} | "
+            f"{', '.join(str(one['seed']) for one in of)} | {results[0]['steps']} | {wall:.1f} | {cpu:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _curve(folder: Path) -> dict[str, list[float]]:
+    """Reward, accuracy and length of the samples, by update."""
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    rows = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    keys = {"reward": "reward", "accuracy": "accuracy", "length": "completions/mean_length"}
+    rows = [row for row in rows if "reward" in row]
+    return {name: [round(row[key], 4) for row in rows if key in row] for name, key in keys.items()}
+
+
+def _hash(asked: dict[str, Any]) -> str:
+    text = json.dumps(asked, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check(file: Path, have: str, asked: dict[str, Any]) -> None:
+    if have != _hash(asked):
+        raise SteerError(
+            f"{file} was made with other settings than these; move it away to have it made again, or give "
+            "another --out"
+        )
+
+
+def _launcher() -> str:
+    import torch
+
+    return f"recipes/accelerate/{'gpu' if torch.cuda.is_available() else 'cpu'}.yaml"
+
+
+def _processor() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python recipes/compare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file: recipes/configs/compare-*.yaml")
+    parser.add_argument("--seeds", nargs="+", type=int, help="these seeds alone (default: the config's)")
+    parser.add_argument("--out", help="folder of results (default: the config's)")
+    parser.add_argument("--report", action="store_true", help="only make tables and page of what is there")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        plan = read_plan(args.config)
+        plan = replace(plan, seeds=tuple(args.seeds or plan.seeds), out=args.out or plan.out)
+        comparison = Comparison(plan)
+        failed = [] if args.report else _carry_out(comparison)
+        comparison.report()
+    except SteerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    for job, reason in failed:
+        print(f"failed: {job}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _carry_out(comparison: Comparison) -> list[tuple[str, str]]:
+    """Every job in turn; those that failed, with the reason."""
+    jobs = list(comparison.jobs())
+    failed = []
+    for number, (name, job) in enumerate(jobs, 1):
+        print(f"\n[{number} of {len(jobs)}] {name}, {time.strftime('%H:%M:%S')}", flush=True)
+        try:
+            job()
+        except Failed as error:
+            failed.append((name, str(error)))
+            print(f"{name} failed ({error}); going on with the others", file=sys.stderr, flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""
+What a recipe of reinforcement learning does around its trainer, whatever that trains: read the settings, load
+problems and model, score before and after, train from where it stopped, and report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+from trl import TrlParser
+
+from steer.data import load_problems
+from steer.errors import SteerError
+from steer.files import replace_file
+from steer.models import load_model, load_tokenizer
+from steer.prompts import render
+from steer.rewards import Checker, make_reward
+from steer.train import run as runs
+from steer.train.config import SteeringGRPOConfig
+from steer.train.evaluation import Answered, Score, answer, score
+from steer.train.grpo import GroupGRPOTrainer, newest_checkpoint
+from steer.train.report import plot_training, sample_answers, score_table
+from steer.train.run import RunConfig
+
+log = logging.getLogger("steer")
+
+Problems = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how it lies on disk."""
+
+    name: str  # of the trained model in tables
+    settings: dict[str, Any]  # its part of a run's settings: name of the part, then the fields
+    artifact: str  # folder inside the run's that holds what was trained
+    make: Callable[..., GroupGRPOTrainer]  # (model, reward functions, training, data, tokenizer)
+    readable: Callable[[Path], object]  # raises OSError or ValueError for a damaged checkpoint
+    dtype: str  # precision the base is loaded in
+
+
+# ---- settings
+
+
+def parse(
+    parts: Sequence[type], description: str | None, script: str, arguments: Sequence[str] | None = None
+) -> tuple[Any, ...]:
+    """One object for each dataclass of `parts`, from --config and the command line, or from `arguments`."""
+    usage = f"accelerate launch recipes/{script} --config FILE [--setting VALUE ...]"
+    escaped = [runs.escape_percents(part) for part in parts]
+    parser = TrlParser(escaped, description=description, usage=usage, formatter_class=_Help)
+    parser.error = _refuse
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; see recipes/configs")
+    try:
+        return parser.parse_args_and_config(arguments)[: len(parts)]
+    except FileNotFoundError as error:
+        raise SteerError(
+            f"no config file {error.filename}; those that come with steer are in recipes/configs"
+        ) from error
+    except yaml.YAMLError as error:
+        raise SteerError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # trl and transformers on unknown or contradictory settings
+        raise SteerError(" ".join(str(error).split())) from error
+
+
+def begin(run: RunConfig, training: SteeringGRPOConfig) -> None:
+    """Quiet the libraries, and check what can be checked before anything is loaded."""
+    main_process = PartialState().is_main_process
+    logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s")
+    transformers_logging.set_verbosity_error()
+    for noisy in ("httpx", "accelerate", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if training.reward_weights is not None and len(training.reward_weights) != len(run.rewards):
+        raise SteerError(
+            f"{len(training.reward_weights)} reward_weights for {len(run.rewards)} rewards "
+            f"({', '.join(run.rewards)}); give one for each"
+        )
+
+
+def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
+    """Training problems as a data set, and held-out ones as a list (None when there are none)."""
+    with PartialState().main_process_first():
+        train = load_problems(
+            run.train_data,
+            run.train_split,
+            limit=run.train_limit,
+            levels=run.levels,
+            max_chars=run.max_problem_chars,
+            exclude=run.exclude,
+            arithmetic=run.arithmetic(run.generated_problems),
+        )
+        source = run.eval_data or ("arithmetic" if run.train_data == "arithmetic" else "none")
+        if source == "none":
+            return train, None
+        split = "heldout" if source == "arithmetic" else run.eval_split
+        held_out = load_problems(
+            source, split, limit=run.eval_limit, arithmetic=run.arithmetic(run.eval_limit)
+        )
+    kept = {" ".join(text.split()) for text in held_out["problem"]}
+    unseen = train.filter(lambda row: " ".join(row["problem"].split()) not in kept)
+    if len(unseen) < len(train):
+        log.info(
+            "%d training problems are among the held-out ones and were dropped", len(train) - len(unseen)
+        )
+    if not len(unseen):
+        raise SteerError(
+            f"every problem of {run.train_data} is held out too; train and test on different files"
+        )
+    return unseen, held_out.to_list()
+
+
+# ---- the run
+
+
+def conduct(
+    run: RunConfig,
+    training: SteeringGRPOConfig,
+    recipe: Recipe,
+    train: Dataset,
+    held_out: Problems | None,
+    stages: Sequence[str] = ("before", "after"),
+    samples: int = 0,
+) -> dict[str, Any]:
+    """
+    Carry out the run in `training.output_dir`, or what is missing of it, and return its results.
+
+    `held_out` problems are answered greedily in each of `stages` ("before" with the untrained model); with
+    `samples` each is answered that often at temperature 1 instead. SteerError when the folder holds another
+    run.
+    """
+    folder = Path(training.output_dir)
+    state = PartialState()
+    if state.is_main_process:
+        runs.claim(folder, runs.settings(run, recipe.settings, training))
+    state.wait_for_everyone()
+    asked = [training.max_steps, training.num_train_epochs]
+    done = runs.read_results(folder)
+    if done.get("asked") == asked and (held_out is None or "after" in done):
+        log.info("this run is finished; its results:")
+        return done
+
+    tokenizer = load_tokenizer(run.model, revision=run.model_revision)
+    model = load_model(
+        run.model,
+        revision=run.model_revision,
+        dtype=recipe.dtype,
+        attn_implementation=run.attn_implementation,
+    )
+    frame = lambda problem: render(problem, tokenizer, run.template, run.prefix)  # noqa: E731
+    data = train.map(lambda row: {"prompt": frame(row["problem"])}, desc="framing prompts")
+    with Checker() as checker:
+        rewards = [make_reward(name, checker) for name in run.rewards]
+        trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
+        if trainer.is_fsdp_enabled and held_out is not None:
+            raise SteerError(
+                "a sharded model is not evaluated in training; pass --eval_data none, score it later"
+            )
+
+        def evaluate(stage: str) -> None:
+            if held_out is not None and stage in stages and stage not in runs.read_results(folder):
+                label = f"held-out problems, {stage}"
+                _evaluate(folder, stage, trainer, tokenizer, held_out, frame, checker, samples, label)
+
+        with trainer.reference():
+            evaluate("before")
+        state.wait_for_everyone()
+        _train(trainer, recipe, folder, asked)
+        state.wait_for_everyone()
+        evaluate("after")
+    state.wait_for_everyone()
+    return runs.read_results(folder)
+
+
+def _evaluate(
+    folder: Path,
+    stage: str,
+    trainer: GroupGRPOTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Problems,
+    frame: Callable[[str], str],
+    checker: Checker,
+    samples: int,
+    label: str,
+) -> None:
+    state = PartialState()
+    rows = [row for row in held_out for _ in range(samples or 1)]
+    numbers = range(state.process_index, len(rows), state.num_processes)
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    mine = answer(
+        model,
+        tokenizer,
+        [rows[i] for i in numbers],
+        frame,
+        checker,
+        trainer.args.max_completion_length,
+        trainer.eos_token_ids,
+        label=label,
+        temperature=1.0 if samples else 0.0,
+        numbers=numbers,
+    )
+    answered = [a for turn in zip_longest(*gather_object([mine])) for a in turn if a is not None]
+    if not state.is_main_process:
+        return
+    kept = json.dumps([asdict(a) for a in answered], indent=1).encode()
+    replace_file(folder / f"samples_{stage}.json", kept)
+    runs.write_results(folder, {**runs.read_results(folder), stage: asdict(score(answered))})
+
+
+def _train(trainer: GroupGRPOTrainer, recipe: Recipe, folder: Path, asked: list[float]) -> None:
+    """
+    Train to the end, from the last whole checkpoint when there is one; what was trained lands in the run's
+    folder.
+    """
+    checkpoint = newest_checkpoint(folder, recipe.readable)
+    if checkpoint is not None:
+        log.info("going on from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(folder / recipe.artifact))
+    if not trainer.accelerator.is_main_process:
+        return
+    results = runs.read_results(folder)
+    results.pop("after", None)
+    history = trainer.state.log_history
+    each = max(1, int(trainer.args.logging_steps))  # logs hold the mean over this many updates
+    results.update(
+        asked=asked,
+        steps=trainer.state.global_step,
+        training_seconds=round(each * sum(row.get("seconds/wall") or 0 for row in history), 1),
+        training_cpu_seconds=round(each * sum(row.get("seconds/cpu") or 0 for row in history), 1),
+        trained_numbers=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        versions={name: version(name) for name in ("steer", "torch", "transformers", "trl", "peft")},
+    )
+    runs.write_results(folder, results)
+
+
+def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:
+    """Print the table, some answers, and where everything is; draw the curves."""
+    results = runs.read_results(folder)
+    checkpoint = newest_checkpoint(folder, recipe.readable)
+    if checkpoint is not None:
+        history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        plot_training(history, folder / "training.png", f"{run.model} on {run.train_data}")
+    if "before" in results and "after" in results:
+        before, after = (
+            [Answered(**row) for row in json.loads((folder / f"samples_{s}.json").read_text())]
+            for s in ("before", "after")
+        )
+        print(f"\n{sample_answers(before, after, run.samples_shown, recipe.name)}\n")
+        print(score_table(Score(**results["before"]), Score(**results["after"]), recipe.name))
+    size = sum(file.stat().st_size for file in (folder / recipe.artifact).iterdir())
+    print(
+        f"\n{recipe.artifact:10}{folder / recipe.artifact}  ({results['trained_numbers']:,} trained numbers, "
+        f"{size / 1000:,.0f} KB)"
+        f"\nresults   {folder / runs.RESULTS_FILE}"
+        f"\ncurves    {folder / 'training.png'}"
+        f"\ntraining  {results['steps']} updates in {results['training_seconds'] / 60:.1f} minutes"
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    raise SteerError(f"{message}; --help lists the settings")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the text above."""
