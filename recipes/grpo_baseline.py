@@ -18,7 +18,6 @@ with the same settings; a finished one says so. The output folder ends up with `
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,4 @@ def trained(run: RunConfig, baseline: Baseline) -> Recipe:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SteerError as error:
-        sys.exit(f"error: {error}")
+    recipe.start(main)

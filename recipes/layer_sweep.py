@@ -29,7 +29,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from accelerate import PartialState
 
 from evals import layer_study
-from steer.errors import SteerError
 from steer.models import load_model, load_tokenizer
 from steer.prompts import render
 from steer.rewards import Checker
@@ -53,7 +52,7 @@ def main() -> None:
         revision=run.model_revision,
         dtype=run.model_dtype,
         attn_implementation=run.attn_implementation,
-    )
+    ).to(training.device)
     everyone = grid.members(asked, training, find_decoder(model).depth, sys.argv[1:])
     now = grid.chosen(everyone, asked.only)
     train, held_out = recipe.problems(run)
@@ -79,7 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SteerError as error:
-        sys.exit(f"error: {error}")
+    recipe.start(main)

@@ -42,3 +42,21 @@ def token_weights(mask: torch.Tensor, args: SteeringGRPOConfig) -> torch.Tensor:
         return mask / (len(mask) * args.max_completion_length)  # type: ignore[operator]
     parts = mask.split(args.per_device_train_batch_size)
     return torch.cat([part / part.sum().clamp(min=1) / len(parts) for part in parts])
+
+
+def importance(difference: torch.Tensor, args: SteeringGRPOConfig) -> torch.Tensor:
+    """
+    What a token counts that another engine has drawn: from `difference` (rows, tokens), the trainer's
+    log-probability minus the engine's, zero at padding, the ratio of probabilities (rows, tokens or 1), of
+    tokens or whole samples, cut or left out as `vllm_importance_sampling_...` say.
+    """
+    if not args.vllm_importance_sampling_correction:
+        return torch.ones_like(difference)
+    kind, _, how = args.vllm_importance_sampling_mode.partition("_")
+    difference = torch.nan_to_num(difference, nan=0.0)
+    ratio = torch.exp(difference.sum(1, keepdim=True) if kind == "sequence" else difference)
+    low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+    low, high = 0.0 if low is None else low, float("inf") if high is None else high
+    if how == "truncate":
+        return ratio.clamp(low, high)
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -30,9 +31,15 @@ from steer.identity import tokenizer_checksum
 from steer.population import BASE, Population
 from steer.train import cpu
 from steer.train.member import Member, agreed, check_supported
-from steer.train.policy_gradient import advantages, token_weights
+from steer.train.policy_gradient import advantages, importance, token_weights
 from steer.train.rollout import Sampling, pad_left, rollout, uniforms
 from steer.train.step import add_group_scoring
+
+if TYPE_CHECKING:
+    from steer.engine.population import EngineSampler
+
+# Of each member: the ids of its completions, and their log-probabilities where an engine told them.
+_Drawn = tuple[list[list[list[int]]], list[Any]]
 
 
 @dataclass
@@ -45,16 +52,20 @@ class _Batch:
     advantages: torch.Tensor  # (rows,)
     weights: torch.Tensor  # (rows, longest completion)
     kept: list[int]  # the rows that have a gradient
+    drawn: list[list[float]] | None  # log-probabilities of an engine that sampled
 
     def totals(self) -> None:
-        self.loss = self.entropy = self.tokens = self.kl = 0.0
+        self.loss = self.entropy = self.tokens = self.kl = self.mismatch = 0.0
 
 
 class PopulationTrainer:
     """
     Train `members` on `problems` (a data set with a column `prompt`, and what the rewards read). They must
-    agree in all settings of `SHARED`. State is kept in `state_file`, written every `save_steps` rounds.
+    agree in all settings of `SHARED`. State is kept in `state_file`, written every `save_steps` rounds. Where
+    `engine` is set (`steer.engine.population`), it samples.
     """
+
+    engine: EngineSampler | None = None
 
     def __init__(
         self,
@@ -138,9 +149,9 @@ class PopulationTrainer:
         """One update of each of `members`. Returns the number of tokens that were sampled."""
         rows = [self.problems[member.draw()] for member in members]
         prompts = [self._ids(columns["prompt"]) for columns in rows]
-        completions = self._sample(members, prompts)
+        completions, drawn = self._draw(members, prompts) if self.engine else self._sample(members, prompts)
         batches = [
-            self._judge(*found) for found in zip(members, rows, prompts, completions, strict=True)
+            self._judge(*found) for found in zip(members, rows, prompts, completions, drawn, strict=True)
         ]
         self._gradients(batches)
         for batch in batches:
@@ -155,9 +166,20 @@ class PopulationTrainer:
         special = not (bos and all(prompt.startswith(bos) for prompt in prompts))
         return self.tokenizer(text=prompts, add_special_tokens=special)["input_ids"]
 
-    def _sample(
-        self, members: Sequence[Member], prompts: Sequence[list[list[int]]]
-    ) -> list[list[list[int]]]:
+    def _draw(self, members: Sequence[Member], prompts: Sequence[list[list[int]]]) -> _Drawn:
+        assert self.engine is not None
+        self.engine.sync({member.name: member.vectors for member in members})
+        names = [m.name for m, ids in zip(members, prompts, strict=True) for _ in ids]
+        seeds = [
+            int(np.random.SeedSequence([m.args.seed, m.step, row]).generate_state(1)[0])
+            for m, ids in zip(members, prompts, strict=True)
+            for row in range(len(ids))
+        ]
+        ids, logps = self.engine.sample(names, [row for found in prompts for row in found], seeds)
+        counts = [len(found) for found in prompts]
+        return _grouped(ids, counts), _grouped(logps, counts)
+
+    def _sample(self, members: Sequence[Member], prompts: Sequence[list[list[int]]]) -> _Drawn:
         args = self.args
         sampling = Sampling(
             args.max_completion_length or 1,
@@ -185,15 +207,19 @@ class PopulationTrainer:
         for part in _parts(len(flat), size):
             with cpu.grouped(self.model), self.population.rows(owner[part]) as owners:
                 drawn += rollout(self.model, flat[part], sampling, noise[part], owners=owners).ids
-        found = iter(drawn)
-        return [[next(found) for _ in ids] for ids in prompts]
+        return _grouped(drawn, [len(ids) for ids in prompts]), [None] * len(prompts)
 
     def _owner(self, members: Sequence[Member], counts: Sequence[int]) -> torch.Tensor:
         number = {name: i for i, name in enumerate(self.population.sets)}
         return torch.tensor([number[m.name] for m, n in zip(members, counts, strict=True) for _ in range(n)])
 
     def _judge(
-        self, member: Member, columns: dict[str, list], prompts: list[list[int]], ids: list[list[int]]
+        self,
+        member: Member,
+        columns: dict[str, list],
+        prompts: list[list[int]],
+        ids: list[list[int]],
+        drawn: list[list[float]] | None,
     ) -> _Batch:
         """Rewards, advantages and weights of one member's samples, and what is logged of them."""
         args, log = member.args, member.metrics
@@ -235,7 +261,7 @@ class PopulationTrainer:
         log["completions/clipped_ratio"] = [1 - ended.float().mean().item()]
         # One row at least, as alone: a step without a gradient is still a step, and its entropy is logged.
         kept = [i for i in range(len(ids)) if every or found[i] != 0] or [0]
-        return _Batch(member, prompts, ids, found, token_weights(mask, args), kept)
+        return _Batch(member, prompts, ids, found, token_weights(mask, args), kept, drawn)
 
     # ---- gradients
 
@@ -269,6 +295,12 @@ class PopulationTrainer:
         }
         logp, entropy = self._score(owner, inputs)
         loss = -(advantage[:, None] * torch.exp(logp - logp.detach()))
+        away = torch.zeros(len(rows))
+        if rows[0][0].drawn is not None:
+            told = [_fit(torch.tensor(b.drawn[i]), longest) for b, i in rows if b.drawn is not None]
+            difference = (logp.detach() - torch.stack(told).to(device)) * (weight > 0)
+            loss = loss * importance(difference, self.args)
+            away = difference.abs().sum(1)
         beta = torch.tensor([b.member.args.beta for b, _ in rows], device=device)
         kl = None
         if beta.any():
@@ -280,12 +312,16 @@ class PopulationTrainer:
         if loss.requires_grad:  # not when every token of these rows is masked out
             loss.sum().backward()
         seen = weight > 0
-        for n, (batch, _) in enumerate(rows):
-            batch.loss += loss[n].item()
-            batch.entropy += entropy[n][seen[n]].sum().item()
-            batch.tokens += seen[n].sum().item()
-            if kl is not None:
-                batch.kl += kl[n][seen[n]].sum().item()
+        sums = torch.stack([loss.detach(), (entropy * seen).sum(1), seen.sum(1).float()], 1)
+        divergence = torch.zeros(len(rows)) if kl is None else (kl.detach() * seen).sum(1)
+        for (batch, _), (lost, spread, tokens), kl_sum, off in zip(
+            rows, sums.tolist(), divergence.tolist(), away.tolist(), strict=True
+        ):
+            batch.loss += lost
+            batch.entropy += spread
+            batch.tokens += tokens
+            batch.kl += kl_sum
+            batch.mismatch += off
 
     def _score(
         self, owner: torch.Tensor, inputs: dict[str, torch.Tensor]
@@ -318,6 +354,8 @@ class PopulationTrainer:
         member.step += 1
         tokens = max(batch.tokens, 1)
         log["entropy"] = [batch.entropy / tokens]
+        if batch.drawn is not None:
+            log["engine/mean"] = [batch.mismatch / tokens]
         if args.beta:
             log["kl"] = [batch.kl / tokens]
         known = {name: sum(values) / len(values) for name, values in log.items()}
@@ -348,6 +386,12 @@ class PopulationTrainer:
         for member in self.members:
             if member.name in states:
                 member.restore(states[member.name])
+
+
+def _grouped(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
+    """`flat` cut into runs of `counts`."""
+    left = iter(flat)
+    return [[next(left) for _ in range(count)] for count in counts]
 
 
 def _parts(count: int, size: int) -> Iterator[slice]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -19,6 +22,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.distributed import DistBackendError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser
@@ -51,6 +55,32 @@ class Recipe:
     make: Callable[..., GroupGRPOTrainer]  # (model, reward functions, training, data, tokenizer)
     readable: Callable[[Path], object]  # raises OSError or ValueError for a damaged checkpoint
     dtype: str  # precision the base is loaded in
+
+
+# What torch's backends say when a process on the other side of a connection is gone.
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout", "timed out")
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run the `main` of a recipe. An error that names its mend ends the program with that one line."""
+    try:
+        main()
+    except SteerError as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        lost = isinstance(error, DistBackendError) or any(text in str(error) for text in _GONE)
+        state = PartialState()
+        if not lost or state.num_processes == 1:
+            raise
+        reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()).splitlines()[0].split(". ")[0]
+        print(
+            f"\nerror: process {state.process_index} of {state.num_processes} lost another one ({reason}); see "
+            "why that one ended, and start the same command again on all machines: the run goes on from its "
+            "last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the usual way out would wait for the process that is gone
 
 
 # ---- settings

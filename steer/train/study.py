@@ -127,6 +127,12 @@ def conduct(study: Study, members: Sequence[Settings]) -> None:
         study.tokenizer,
         folder / f"state-{state.process_index}.pt",
     )
+    if trainer.args.use_vllm:
+        from steer.engine.population import EngineSampler
+
+        trainer.engine = EngineSampler(
+            study.run.model, trainer.args, study.model.dtype, len(mine), trainer.eos_token_ids
+        )
     states = read_states(folder)
     trainer.load(states)
     if states:
