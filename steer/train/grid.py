@@ -60,7 +60,7 @@ class PopulationArguments:
         default=None,
         metadata={
             "help": "Successive halving (arXiv 1502.07943): after each of these updates keep the best "
-            "members and stop the others. Only members with the same rewards are compared."
+            "members and stop the others. Only members with the same rewards are compared; ties stay."
         },
     )
     keep: float = field(default=0.5, metadata={"help": "Share of the members that halve_at keeps."})

@@ -58,7 +58,7 @@ class Recipe:
 
 
 # What torch's backends say when a process on the other side of a connection is gone.
-_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout", "timed out")
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout")
 
 
 def start(main: Callable[[], None]) -> None:
@@ -74,9 +74,9 @@ def start(main: Callable[[], None]) -> None:
             raise
         reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()).splitlines()[0].split(". ")[0]
         print(
-            f"\nerror: process {state.process_index} of {state.num_processes} lost another one ({reason}); see "
-            "why that one ended, and start the same command again on all machines: the run goes on from its "
-            "last checkpoint",
+            f"\nerror: process {state.process_index} of {state.num_processes} lost another one ({reason}); "
+            "see why that one ended, and start the same command again on all machines: the run goes on from "
+            "its last checkpoint",
             file=sys.stderr,
             flush=True,
         )
