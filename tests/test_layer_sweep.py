@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from steer import artifact
 from steer.train.config import SteeringGRPOConfig
 from steer.train.grid import PopulationArguments, members
-from steer.train.member import check_supported
+from steer.train.member import check_supported, read_states
 from steer.train.recipe import parse
 from steer.train.run import RunConfig, SteeringArguments
 
@@ -206,6 +206,11 @@ def test_members_are_added_and_resumed_alone(whole: Path, base: Path, here) -> N
     assert set(vectors(folder)) == {"layer-0"}
     assert here(*changes, "--only", "layer-2", "together") is None
     assert set(vectors(folder)) == {"layer-0", "layer-2", "together"}
+    assert {name: state["step"] for name, state in read_states(folder).items()} == {
+        "layer-0": STEPS,
+        "layer-2": STEPS,
+        "together": STEPS,
+    }
     for name, tensors in vectors(folder).items():
         assert far(tensors, vectors(whole)[name]) < 1e-4, name
     line = here(*changes, "--lr_by_layer", "0:0.5", "--only", "layer-0")

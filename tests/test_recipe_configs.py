@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -232,3 +233,37 @@ def test_launcher_kinds():
     assert have["deepspeed-zero2"].deepspeed_config["zero_stage"] == 2
     for name in ("multi-node", "multi-node-fsdp2"):
         assert have[name].main_process_ip is None  # comes from the command line
+
+
+CLUSTER = RECIPES / "accelerate" / "cluster"
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTER.glob("*.sh")), ids=named)
+def test_cluster_scripts_are_bash_and_name_files_that_exist(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    found = set(re.findall(r"recipes/[\w./-]+", text)) - {"recipes/configs/NAME.yaml", "recipes/configs."}
+    assert found
+    for name in found:
+        assert (RECIPES.parent / name).exists(), name
+
+
+def test_the_kubernetes_job_is_the_published_run():
+    documents = {d["kind"]: d for d in yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())}
+    job = documents["Job"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    words = container["args"][0].replace('"$JOB_COMPLETION_INDEX"', "1").split()
+    assert words[:2] == ["accelerate", "launch"]
+    launch = launch_command_parser().parse_args(words[2:])
+    assert launch.num_machines == job["completions"] == job["parallelism"]
+    assert launch.num_processes == launch.num_machines * container["resources"]["limits"]["nvidia.com/gpu"]
+    assert launch.training_script == "recipes/grpo_steer.py"
+    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig)
+    arguments = [*launch.training_script_args, "--use_cpu", "true"]
+    run, _, training = read_settings(parts, None, "grpo_steer.py", arguments)
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert rows * launch.num_processes == 128 * 16
+    served = {d["kind"]: d for d in yaml.safe_load_all((CLUSTER / "vllm.yaml").read_text())}["Deployment"]
+    (server,) = served["spec"]["template"]["spec"]["containers"]
+    assert server["command"] == ["vllm", "serve", run.model]
+    assert {"name": "VLLM_SERVER_DEV_MODE", "value": "1"} in server["env"]

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trl import GRPOConfig
+
 from steer.artifact import Artifact
 from steer.engine.client import push, request
 from steer.errors import SteerError
 from steer.models import BUNDLED, model_path
-from steer.train.config import SteeringGRPOConfig
 from steer.vectors import SteeringVectors
 
 
@@ -24,7 +25,7 @@ class EngineSampler:
     """
 
     def __init__(
-        self, name: str, args: SteeringGRPOConfig, dtype: Any, members: int, stop: Sequence[int], **more: Any
+        self, name: str, args: GRPOConfig, dtype: Any, members: int, stop: Sequence[int], **more: Any
     ):
         if args.vllm_mode != "colocate":
             raise SteerError(

@@ -103,10 +103,6 @@ class Member:
     def active(self) -> bool:
         return self.stopped is None and self.step < self.steps
 
-    @property
-    def lowest(self) -> int:
-        return self.vectors.layers[0]
-
     def draw(self) -> list[int]:
         """The problems of the coming update, each `num_generations` times: the order of trl's sampler."""
         epoch, turn = divmod(self.step, self.steps_an_epoch)
@@ -178,7 +174,7 @@ def agreed(all_args: Sequence[SteeringGRPOConfig]) -> SteeringGRPOConfig:
 
 
 def read_states(folder: Path) -> dict[str, dict[str, Any]]:
-    """By member, the furthest state in `folder`, whichever process wrote it."""
+    """By member, the furthest state in `folder`, whichever process wrote it; `file` says where it was."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("state-*.pt")):
         try:
@@ -190,5 +186,5 @@ def read_states(folder: Path) -> dict[str, dict[str, Any]]:
             ) from error
         for name, state in states.items():
             if name not in found or state["step"] > found[name]["step"]:
-                found[name] = state
+                found[name] = {**state, "file": path.name}
     return found

@@ -38,6 +38,8 @@ from steer.train.step import add_group_scoring
 if TYPE_CHECKING:
     from steer.engine.population import EngineSampler
 
+# Rows drawn at once where nothing is said: a member's own, or those of several small ones.
+SAMPLE_ROWS = 128
 # Of each member: the ids of its completions, and their log-probabilities where an engine told them.
 _Drawn = tuple[list[list[list[int]]], list[Any]]
 
@@ -97,6 +99,8 @@ class PopulationTrainer:
             vectors = self.population.add(member.name, member.steering)
             vectors.config.tokenizer_checksum = checksum
             member.prepare(vectors, len(problems))
+        self._number = {name: i for i, name in enumerate(self.population.sets)}
+        self.others: dict[str, dict[str, Any]] = {}  # states in the file of members that are not trained now
         eos = model.generation_config.eos_token_id
         found = eos if isinstance(eos, list) else [] if eos is None else [eos]
         self.eos_token_ids = tuple(dict.fromkeys([*found, tokenizer.eos_token_id]))
@@ -202,7 +206,7 @@ class PopulationTrainer:
         )
         flat = [ids for found in prompts for ids in found]
         owner = self._owner(members, [len(found) for found in prompts])
-        size = args.sample_rows or len(prompts[0])
+        size = args.sample_rows or max(len(prompts[0]), SAMPLE_ROWS)
         drawn: list[list[int]] = []
         for part in _parts(len(flat), size):
             with cpu.grouped(self.model), self.population.rows(owner[part]) as owners:
@@ -210,8 +214,8 @@ class PopulationTrainer:
         return _grouped(drawn, [len(ids) for ids in prompts]), [None] * len(prompts)
 
     def _owner(self, members: Sequence[Member], counts: Sequence[int]) -> torch.Tensor:
-        number = {name: i for i, name in enumerate(self.population.sets)}
-        return torch.tensor([number[m.name] for m, n in zip(members, counts, strict=True) for _ in range(n)])
+        numbers = [self._number[member.name] for member in members]
+        return torch.tensor(numbers).repeat_interleave(torch.tensor(counts))
 
     def _judge(
         self,
@@ -286,7 +290,7 @@ class PopulationTrainer:
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in completions], device=device)
         weight = torch.stack([_fit(b.weights[i], longest) for b, i in rows]).to(device)
         advantage = torch.stack([b.advantages[i] for b, i in rows]).to(device)
-        owner = torch.tensor([list(self.population.sets).index(b.member.name) for b, _ in rows])
+        owner = torch.tensor([self._number[b.member.name] for b, _ in rows])
         inputs = {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
@@ -372,7 +376,7 @@ class PopulationTrainer:
         for member in self.members:
             member.watch.on_save(member.args, None, None)
         buffer = io.BytesIO()
-        torch.save({member.name: member.state() for member in self.members}, buffer)
+        torch.save({**self.others, **{member.name: member.state() for member in self.members}}, buffer)
         try:
             replace_file(self.state_file, buffer.getvalue())
         except OSError as error:
@@ -386,6 +390,8 @@ class PopulationTrainer:
         for member in self.members:
             if member.name in states:
                 member.restore(states[member.name])
+        own, names = self.state_file and self.state_file.name, self._number
+        self.others = {n: s for n, s in states.items() if n not in names and s["file"] == own}
 
 
 def _grouped(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
