@@ -180,8 +180,10 @@ def _adapter(folder: Path) -> tuple[int, str]:
     for name in ADAPTER_FILES:
         digest.update((folder / name).read_bytes())
     try:
-        for _, entry in deserialize((folder / ADAPTER_FILES[1]).read_bytes()):
-            count += math.prod(entry["shape"])
+        for name, entry in deserialize((folder / ADAPTER_FILES[1]).read_bytes()):
+            # peft keeps TinyLoRA's frozen factors beside the trained numbers
+            frozen = ".tinylora_" in name and ".tinylora_v." not in name
+            count += 0 if frozen else math.prod(entry["shape"])
     except SafetensorError as error:
         raise SteerError(
             f"{folder / ADAPTER_FILES[1]} is not a readable safetensors file ({error})"

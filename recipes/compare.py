@@ -38,6 +38,8 @@ from steer.errors import SteerError
 from steer.files import replace_file
 
 RECIPES = ("grpo_steer", "grpo_baseline")
+# Settings of how a run is watched and kept, which change none of its numbers.
+_WATCHING = ("logging", "log_", "save", "report", "disable_tqdm", "dataloader", "samples_shown")
 ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
 
 
@@ -203,14 +205,16 @@ class Comparison:
         if "lr_sweep" not in method:
             return self.rate(method["like"])
         settings, launcher = self.settings(name)
-        asked = {**settings, **self.plan.sweep, "lr_sweep": method["lr_sweep"], "seed": 0}
+        asked = {"training": {**settings, "seed": 0}, **self.plan.sweep, "lr_sweep": method["lr_sweep"]}
         file = self.sweeps / f"{name}.json"
         if file.exists():
             found = json.loads(file.read_text())
             _check(file, found["hash"], asked)
             return found["chosen"]
         folder = self.work / name
-        self.launch(f"{name}-sweep", {**asked, "sweep_only": True, "output_dir": str(folder)}, launcher)
+        training = {**settings, "seed": 0, **self.plan.sweep, "lr_sweep": method["lr_sweep"]}
+        training |= {"sweep_only": True, "output_dir": str(folder)}
+        self.launch(f"{name}-sweep", training, launcher)
         found = json.loads(Path(f"{folder}-sweep", "sweep.json").read_text())
         self.sweeps.mkdir(parents=True, exist_ok=True)
         replace_file(file, (json.dumps({**found, "hash": _hash(asked)}, indent=1) + "\n").encode())
@@ -327,7 +331,9 @@ def _curve(folder: Path) -> dict[str, list[float]]:
 
 
 def _hash(asked: dict[str, Any]) -> str:
-    text = json.dumps(asked, sort_keys=True, default=list)
+    """Of what decides the numbers, not of how the run is watched."""
+    training = {k: v for k, v in asked.get("training", {}).items() if not k.startswith(_WATCHING)}
+    text = json.dumps({**asked, "training": training}, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

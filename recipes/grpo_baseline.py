@@ -17,6 +17,7 @@ with the same settings; a finished one says so. The output folder ends up with `
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -31,17 +32,29 @@ from steer.train import recipe
 from steer.train.baselines import Baseline, BaselineGRPOTrainer, readable
 from steer.train.config import SteeringGRPOConfig
 from steer.train.recipe import Recipe
-from steer.train.run import RunConfig
+from steer.train.run import RunConfig, SteeringArguments
 from steer.train.sweep import SweepArguments, choose
+
+log = logging.getLogger("steer")
+
+# Above this a full fine-tune by policy gradients falls apart.
+FULL_RATE = 1e-4
 
 
 def main() -> None:
-    run, baseline, training, sweep = recipe.parse(
-        (RunConfig, Baseline, SteeringGRPOConfig, SweepArguments), __doc__, "grpo_baseline.py"
-    )
+    # A config may be one of grpo_steer's; what it says of vectors is read and plays no part.
+    parts = (RunConfig, Baseline, SteeringGRPOConfig, SweepArguments, SteeringArguments)
+    run, baseline, training, sweep, vectors = recipe.parse(parts, __doc__, "grpo_baseline.py")
     recipe.begin(run, training)
+    if vectors != SteeringArguments():
+        log.info("no vectors are trained here: %s plays no part", vectors)
     chosen = trained(run, baseline)
     train, held_out = recipe.problems(run)
+    if baseline.method == "full" and not sweep.lr_sweep and training.learning_rate > FULL_RATE:
+        log.warning(
+            "learning_rate=%g is a rate for vectors; a full fine-tune wants about a thousandth (--lr_sweep)",
+            training.learning_rate,
+        )
     if sweep.lr_sweep:
         training.learning_rate = choose(run, training, sweep, chosen, train)
         if sweep.sweep_only:

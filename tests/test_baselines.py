@@ -13,6 +13,7 @@ import torch
 from training import SPREAD, config, make_trainer, parity, problems
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from evals import variants
 from steer.errors import SteerError
 from steer.train.baselines import Baseline, BaselineGRPOTrainer, readable
 from steer.train.grpo import newest_checkpoint
@@ -135,11 +136,16 @@ def test_the_saved_adapter_is_one_that_peft_loads(
     trainer = run(method, learning_rate=0.05)
     trainer.save_model(str(tmp_path / "adapter"))
     assert not list((tmp_path / "adapter").glob("*.bin"))
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    plain = copy.deepcopy(base)
+    loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
     with torch.no_grad():
         expected = trainer.model(IDS).logits
         assert not torch.allclose(expected, base(IDS).logits, atol=1e-3)
         assert torch.allclose(loaded(IDS).logits, expected, atol=1e-5)
+        assert torch.equal(loaded.unload()(IDS).logits, base(IDS).logits)
+    # and evals.run counts what was trained, not what was drawn
+    (_, variant) = variants.collect(variants.Variant("base"), adapters=[str(tmp_path / "adapter")])
+    assert variant.parameters == sum(w.numel() for w in weights(trainer).values())
 
 
 def test_the_saved_model_is_whole_and_without_pickles(run: Callable, tmp_path: Path) -> None:
@@ -172,6 +178,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(run: Callable, tmp_path:
         ({"method": "lora", "target_layers": "3"}, {}, "layer 3 does not exist"),
         ({"method": "full"}, {"beta": 0.1}, "set beta=0"),
         ({"method": "lora"}, {"use_vllm": True}, "drop use_vllm"),
+        ({"method": "lora"}, {"lr_by_layer": "0:0.1"}, "is for vectors"),
     ],
 )
 def test_what_cannot_be_trained_is_said(

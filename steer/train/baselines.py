@@ -81,7 +81,7 @@ def peft_config(baseline: Baseline, model: PreTrainedModel) -> Any:
     if baseline.method == "lora":
         options |= {"r": baseline.lora_rank, "lora_alpha": baseline.lora_alpha, "lora_dropout": 0.0}
     if baseline.method == "tinylora":
-        # what is random and frozen is drawn again from its seed, so that a file holds what was trained
+        # the random projections are drawn again from their seed
         options |= {"r": baseline.lora_rank, "u": baseline.tinylora_u, "save_projection": False}
     return kind(**options)
 
@@ -119,6 +119,11 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
         baseline: Baseline,
         **kwargs: Any,
     ):
+        if args.lr_by_layer is not None:
+            raise SteerError(
+                f"lr_by_layer={args.lr_by_layer!r} is for vectors; give method={baseline.method} one "
+                "learning_rate"
+            )
         self.adapted: peft.PeftModel | None = None
         inner: nn.Module = model
         if baseline.method == "full":

@@ -30,7 +30,7 @@ from trl import TrlParser
 from steer.data import load_problems
 from steer.errors import SteerError
 from steer.files import replace_file
-from steer.models import load_model, load_tokenizer
+from steer.models import fast_dtype, load_model, load_tokenizer
 from steer.prompts import render
 from steer.rewards import Checker, make_reward
 from steer.train import run as runs
@@ -96,7 +96,7 @@ def parse(
     parser.error = _refuse
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; see recipes/configs")
     try:
-        return parser.parse_args_and_config(arguments)[: len(parts)]
+        found = parser.parse_args_and_config(arguments)[: len(parts)]
     except FileNotFoundError as error:
         raise SteerError(
             f"no config file {error.filename}; those that come with steer are in recipes/configs"
@@ -105,6 +105,11 @@ def parse(
         raise SteerError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:  # trl and transformers on unknown or contradictory settings
         raise SteerError(" ".join(str(error).split())) from error
+    for part in found:
+        # what "fast" means here is what the run is continued with, wherever that is
+        if isinstance(part, RunConfig) and part.model_dtype == "fast":
+            part.model_dtype = fast_dtype()
+    return found
 
 
 def begin(run: RunConfig, training: SteeringGRPOConfig) -> None:
