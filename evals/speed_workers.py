@@ -1,6 +1,6 @@
 """
-One measurement a process: `python -m evals.speed_workers NAME MODEL STEPS` prints a line of JSON. See
-`evals.speed`.
+One measurement a process: `python -m evals.speed_workers NAME@DTYPE MODEL STEPS CLOCK` prints a line of JSON.
+See `evals.speed`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,28 @@ import torch
 
 PROMPTS, SAMPLES, TOKENS = 16, 8, 24  # of a GRPO step
 BATCH, LENGTH = 64, 128  # of a rollout
-ROLLOUTS = ["generate-float32", "generate-bfloat16", "vllm-plain", "vllm-steered"]
-STEPS = ["steer-bfloat16", "trl-lora-bfloat16", "trl-lora-float32", "trl-full-float32"]
+CLOCK = sys.argv[4] if len(sys.argv) > 4 else "wall"
+
+
+def fast() -> str:
+    """The precision in which this machine multiplies matrices fastest."""
+    from steer.models import fast_dtype
+
+    return fast_dtype()
+
+
+def plan(only: str | None = None) -> list[str]:
+    """
+    The variants, as name@dtype; of those that share a name the best counts. Everybody gets the machine's
+    fastest dtype, and where that is bfloat16 on a CPU float32 too: not all of torch is faster in bfloat16
+    there. (Without instructions for bfloat16 a CPU takes some hundred times as long in it.)
+    """
+    dtypes = [fast()] if fast() == "float32" or torch.cuda.is_available() else ["float32", "bfloat16"]
+    caches = ["generate", "generate-static"]
+    rollouts = [f"{name}@{d}" for name in caches for d in dtypes]
+    rollouts += [f"{name}@{fast()}" for name in ("vllm-plain", "vllm-steered")]
+    steps = [f"{name}@{d}" for name in ("steer", "trl-lora") for d in dtypes] + ["trl-full@float32"]
+    return [*(rollouts if only != "step" else []), *(steps if only != "rollout" else [])]
 
 
 def problems(count: int) -> list[str]:
@@ -34,12 +54,16 @@ def problems(count: int) -> list[str]:
 # ---- a GRPO step
 
 
-def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, Any]:
-    """Seconds of a GRPO step and of its update alone, and the memory that training took beyond the base."""
+def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, float]:
+    """
+    Seconds of a GRPO step and of its update alone, and the memory that training took beyond the base. For the
+    method `profile` the share of each kind of operation in the last update.
+    """
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import TrainerCallback
     from transformers.utils import logging
-    from trl import GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer
 
     from steer.models import load_model, load_tokenizer
     from steer.prompts import render
@@ -47,32 +71,49 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, Any]
     from steer.train.trainer import SteeringGRPOTrainer
 
     logging.set_verbosity_error()
+    on_gpu = torch.cuda.is_available()
     tokenizer = load_tokenizer(model_name)
     model = load_model(model_name, dtype=dtype)
+    if on_gpu:
+        model.cuda()
     model.generation_config.eos_token_id = None  # nobody stops early: all variants compute the same tokens
     tokenizer.eos_token = tokenizer.unk_token or tokenizer.eos_token
-    rows = [{"prompt": render(p, tokenizer, "boxed")} for p in problems(PROMPTS * (steps + 1))]
+    texts = [render(p, tokenizer, "boxed") for p in problems(PROMPTS * steps)]
     noise = torch.Generator().manual_seed(0)
 
     def reward(completions: list[str], **kwargs: Any) -> list[float]:
         return torch.rand(len(completions), generator=noise).tolist()  # no ties: every row has a gradient
 
-    spent: dict[str, list[float]] = {"step": [], "rollout": []}
-    base: type = SteeringGRPOTrainer if method == "steer" else GRPOTrainer
+    names = ("step", "rollout", "update", "tokens", "wall", "cpu")
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    ours = method in ("steer", "profile")
+    base: type = SteeringGRPOTrainer if ours else GRPOTrainer
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
     class Timed(base):
         def _generate_and_score_completions(self, inputs: Any) -> Any:
-            start = time.perf_counter()
+            start = _now()
             output = super()._generate_and_score_completions(inputs)
-            spent["rollout"].append(time.perf_counter() - start)
-            spent["tokens"] = [float(output["completion_mask"].sum())]
+            spent["rollout"].append(_now() - start)
+            spent["tokens"].append(float(output["completion_mask"].sum()))
+            if method == "profile" and len(spent["tokens"]) == steps:
+                profiler.start()
             return output
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = _now()
             loss = super().training_step(*args, **kwargs)
-            spent["step"].append(time.perf_counter() - start)
+            spent["update"].append(_now() - start - spent["rollout"][-1])
             return loss
+
+    class Whole(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.start = {"step": _now(), "wall": time.perf_counter(), "cpu": time.process_time()}
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            end = {"step": _now(), "wall": time.perf_counter(), "cpu": time.process_time()}
+            for name, value in end.items():
+                spent[name].append(value - self.start[name])
 
     size = PROMPTS * SAMPLES
     with tempfile.TemporaryDirectory() as folder:
@@ -81,55 +122,69 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, Any]
             per_device_train_batch_size=size,
             num_generations=SAMPLES,
             max_completion_length=TOKENS,
-            max_steps=steps + 1,
-            bf16=False,
+            max_steps=steps,
+            bf16=on_gpu and dtype == "float32",
             gradient_checkpointing=False,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        from trl import GRPOConfig
-
-        args: Any = (SteeringGRPOConfig if method == "steer" else GRPOConfig)(**settings)
+        args: Any = (SteeringGRPOConfig if ours else GRPOConfig)(**settings)
         extra: dict[str, Any] = {}
-        if method == "lora":
+        if method == "trl-lora":
             extra["peft_config"] = LoraConfig(r=4, target_modules=["down_proj"], task_type="CAUSAL_LM")
         before = _reset_peak()
         trainer = Timed(
             model=model,
             reward_funcs=[reward],
             args=args,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
             processing_class=tokenizer,
+            callbacks=[Whole()],
             **extra,
         )
         trainer.train()
-        peak = _peak()
-    assert spent["tokens"] == [float(size * TOKENS)], f"rows ended early: {spent['tokens']}"
-    whole, rollouts = spent["step"][1:], spent["rollout"][1:]
-    updates = [a - b for a, b in zip(whole, rollouts, strict=True)]
-    result = {
-        "step_seconds": statistics.median(whole),
-        "rollout_seconds": statistics.median(rollouts),
-        "update_seconds": statistics.median(updates),
-        "memory_bytes": peak - before,
-    }
+        memory = _peak() - before
+    if method == "profile":
+        profiler.stop()
+        return shares(profiler)
+    assert set(spent["tokens"]) == {size * TOKENS}, f"rows ended early: {spent['tokens']}"
+    middle = {name: statistics.median(values[1:] or values) for name, values in spent.items()}
+    result = {f"{name} s": middle[name] for name in ("step", "rollout", "update")}
+    result["cores at work"] = middle["cpu"] / middle["wall"]
+    result["memory MB"] = memory / 1e6
     if method == "steer":
-        prompts = [
-            len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]) for row in rows[:PROMPTS]
-        ]
-        flops = update_flops(model, sum(prompts), size * TOKENS)
-        result["update_flops_per_second"] = flops / result["update_seconds"]
-        result["peak_flops_per_second"] = matmul_peak(getattr(torch, dtype))
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[:PROMPTS]]
+        flops = update_flops(model, prompt_tokens(ids), size * TOKENS)
+        result["update GFLOP/s"] = flops / middle["update"] / 1e9
+        result["peak GFLOP/s"] = matmul_peak(model.dtype, model.device) / 1e9
     return result
+
+
+def shares(profiler: Any) -> dict[str, float]:
+    """The part of the processor's time that each kind of operation took, largest first, from 0.2 % on."""
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    found = {event.key: event.self_cpu_time_total / total for event in events}
+    ordered = sorted(found.items(), key=lambda item: -item[1])
+    return {name: round(share, 4) for name, share in ordered if share >= 0.002}
+
+
+def prompt_tokens(prompts: list[list[int]]) -> int:
+    """Tokens of all prompts, with what all of them begin with counted once."""
+    common = 0
+    while len({tuple(ids[: common + 1]) for ids in prompts}) == 1:
+        common += 1
+    return common + sum(len(ids) - common for ids in prompts)
 
 
 def update_flops(model: Any, prompt_tokens: int, completion_tokens: int) -> float:
     """
     Floating-point operations that the update cannot do without: forward, and backward to the activations
-    alone (the weights are frozen), through every layer's matrices for each prompt once and each completion,
-    and the LM head for the completions. The first layer needs no backward pass; attention is not counted.
+    alone (the weights are frozen), through every layer's matrices for each prompt token once and each
+    completion token, and the LM head for the completions. The first layer needs no backward pass; attention
+    is not counted.
     """
     layers = model.model.layers
     matrices = [sum(p.numel() for p in layer.parameters() if p.dim() == 2) for layer in layers]
@@ -138,25 +193,37 @@ def update_flops(model: Any, prompt_tokens: int, completion_tokens: int) -> floa
     return 2.0 * tokens * (2 * sum(matrices) - matrices[0]) + 2.0 * completion_tokens * 2 * head
 
 
-def matmul_peak(dtype: torch.dtype) -> float:
+def matmul_peak(dtype: torch.dtype, device: Any = "cpu") -> float:
     """FLOP/s of a large square matrix product, best of ten."""
-    a, b = torch.randn(2, 2048, 2048).to(dtype)
+    a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
     times = []
     for _ in range(11):
-        start = time.perf_counter()
+        start = _now()
         a @ b
-        times.append(time.perf_counter() - start)
+        times.append(_now() - start)
     return 2 * 2048**3 / min(times)
 
 
+def _now() -> float:
+    """Seconds on the clock that was asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.process_time() if CLOCK == "cpu" else time.perf_counter()
+
+
 def _reset_peak() -> int:
-    """Resident bytes now, with the process's high-water mark set back to them where the kernel allows."""
+    """Bytes in use now (resident, or on the GPU); the high-water mark is set back to them where possible."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
@@ -164,26 +231,28 @@ def _peak() -> int:
 # ---- rollouts
 
 
-def generate(dtype: str, model_name: str) -> dict[str, Any]:
+def generate(cache: str | None, dtype: str, model_name: str) -> dict[str, float]:
+    """Tokens a second of transformers' `generate`, with its dynamic cache or the static one."""
     from steer.models import load_model, load_tokenizer
     from steer.prompts import render
 
     tokenizer, model = load_tokenizer(model_name), load_model(model_name, dtype=dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     texts = [render(p, tokenizer, "boxed") for p in problems(BATCH)]
-    inputs = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True)
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "min_new_tokens": LENGTH}
+    inputs = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True).to(model.device)
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "cache_implementation": cache}
 
     def run(tokens: int) -> None:
-        model.generate(**inputs, **{**options, "min_new_tokens": tokens}, max_new_tokens=tokens)
+        model.generate(**inputs, **options, min_new_tokens=tokens, max_new_tokens=tokens)
 
     run(4)
-    start = time.perf_counter()
+    start = _now()
     run(LENGTH)
-    return {"tokens_per_second": BATCH * LENGTH / (time.perf_counter() - start)}
+    return {"tokens/s": BATCH * LENGTH / (_now() - start)}
 
 
-def vllm(steered: bool, model_name: str) -> dict[str, Any]:
-    """Tokens a second of a compiled engine in bfloat16, and what a sync of the vectors takes."""
+def vllm(steered: bool, dtype: str, model_name: str) -> dict[str, float]:
+    """Tokens a second of a compiled engine, and what a sync of the vectors takes."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -198,20 +267,20 @@ def vllm(steered: bool, model_name: str) -> dict[str, Any]:
     tokenizer = load_tokenizer(model_name)
     texts = [render(p, tokenizer, "boxed") for p in problems(BATCH)]
     prompts: Any = [{"prompt_token_ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in texts]
-    llm = LLM(str(model_path(model_name)), dtype="bfloat16", max_model_len=1024, seed=0)
-    result: dict[str, Any] = {}
-    if steered:
-        result |= _sync(llm, model_name)
-    params = SamplingParams(temperature=1.0, max_tokens=LENGTH, ignore_eos=True)
-    times = []
-    for _ in range(4):  # the first warms up
-        start = time.perf_counter()
+    llm: Any = LLM(str(model_path(model_name)), dtype=dtype, max_model_len=1024, seed=0)  # type: ignore[arg-type]
+    result = _sync(llm, dtype, model_name) if steered else {}
+
+    def run(tokens: int) -> float:
+        params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True)
+        start = _now()
         llm.generate(prompts, params, use_tqdm=False)
-        times.append(time.perf_counter() - start)
-    return result | {"tokens_per_second": BATCH * LENGTH / statistics.median(times[1:])}
+        return _now() - start
+
+    run(16)
+    return result | {"tokens/s": BATCH * LENGTH / statistics.median(run(LENGTH) for _ in range(2))}
 
 
-def _sync(llm: Any, model_name: str) -> dict[str, Any]:
+def _sync(llm: Any, dtype: str, model_name: str) -> dict[str, float]:
     """
     Push vectors in every layer into the running engine, which ends up steered. Beside it, what a full push
     cannot do without: copying every weight once. (The CPU build of vLLM cannot take weights again at all.)
@@ -219,7 +288,7 @@ def _sync(llm: Any, model_name: str) -> dict[str, Any]:
     from steer import artifact, engine
     from steer.models import load_model
 
-    base = load_model(model_name, dtype="bfloat16")
+    base = load_model(model_name, dtype=dtype)
     layers, width = base.config.num_hidden_layers, base.config.hidden_size
     small = {i: torch.full((width,), 1e-3) for i in range(layers)}
     vectors = artifact.from_vectors(small, base)
@@ -228,30 +297,29 @@ def _sync(llm: Any, model_name: str) -> dict[str, Any]:
     engine.push(llm, vectors)
     times: dict[str, list[float]] = {"vector": [], "full": []}
     for _ in range(5):
-        start = time.perf_counter()
+        start = _now()
         for place, (_, weight) in zip(places, weights, strict=True):
             place.copy_(weight.detach())
-        times["full"].append(time.perf_counter() - start)
-        start = time.perf_counter()
+        times["full"].append(_now() - start)
+        start = _now()
         engine.push(llm, vectors)
-        times["vector"].append(time.perf_counter() - start)
+        times["vector"].append(_now() - start)
     return {
-        "vector_seconds": statistics.median(times["vector"]),
-        "full_seconds": statistics.median(times["full"]),
-        "vector_bytes": sum(t.numel() * t.element_size() for t in vectors.tensors.values()),
-        "full_bytes": sum(p.numel() * p.element_size() for _, p in weights),
+        "sync s": statistics.median(times["vector"]),
+        "full s": statistics.median(times["full"]),
+        "sync MB": sum(t.numel() * t.element_size() for t in vectors.tensors.values()) / 1e6,
+        "full MB": sum(p.numel() * p.element_size() for _, p in weights) / 1e6,
     }
 
 
 def main() -> None:
-    name, model, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    (name, dtype), model, steps = sys.argv[1].split("@"), sys.argv[2], int(sys.argv[3])
     if name.startswith("generate"):
-        result = generate(name.split("-")[1], model)
+        result = generate("static" if name.endswith("static") else None, dtype, model)
     elif name.startswith("vllm"):
-        result = vllm(name == "vllm-steered", model)
+        result = vllm(name == "vllm-steered", dtype, model)
     else:
-        method, dtype = name.removeprefix("trl-").split("-")
-        result = step(method, dtype, model, steps)
+        result = step(name, dtype, model, steps)
     print(json.dumps(result))
 
 

@@ -18,8 +18,9 @@ from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 import steer
-from steer.train import cpu
-from steer.train.step import FILL, add_group_scoring, length_batches
+from steer.train import cpu, step
+from steer.train.rollout import pad_left
+from steer.train.step import FILL, add_group_scoring, common_prefix, length_batches
 
 TEMPERATURE = 0.7
 # Groups of four in a shuffled order; prompts of unequal length, one a single token.
@@ -242,6 +243,58 @@ def test_prompts_are_read_once(build_tiny) -> None:
     # three distinct prompts without their last token, then the completions by length
     assert shapes[0] == (3, data["prompt_ids"].shape[1] - 1)
     assert [tuple(s) for s in shapes[1:]] == [(4, 20), (2, 12), (1, 8), (1, 5), (1, 3), (1, 2), (2, 1)]
+
+
+# Prompts of unequal length that begin alike, as a chat template makes them; the second begins the first.
+ALIKE = [[3, 4, 5, 6, 9, 33, 8], [3, 4, 5, 6, 9], [3, 4, 5, 6, 80, 21, 60, 9, 12]]
+
+
+def test_what_all_prompts_begin_with_is_read_once(build_tiny, architecture: str, monkeypatch) -> None:
+    monkeypatch.setattr(step, "WORTH_A_PASS", 1)
+    model, data = scorer(build_tiny, architecture), batch(ALIKE)
+    shapes: list[torch.Size] = []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+    got = model(score_group=True, **data)
+    found = gradients(model, got.log_probs, got.entropy)
+    width = data["prompt_ids"].shape[1]
+    if getattr(model.config, "sliding_window", None):  # shorter than these sequences
+        assert shapes[0] == (3, width - 1)
+    else:
+        assert [tuple(shape) for shape in shapes[:2]] == [(1, 4), (3, width - 5)]
+    expected, entropy = plain(model, data)
+    torch.testing.assert_close(got.log_probs, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.entropy, entropy, rtol=1e-4, atol=1e-4)
+    assert relative(found, gradients(model, expected, entropy)) < 1e-4
+
+
+@pytest.mark.parametrize("positions", ["prompt", "last_prompt", "completion", "first_completion"])
+def test_positions_behind_a_common_beginning(build_tiny, positions: str, monkeypatch) -> None:
+    monkeypatch.setattr(step, "WORTH_A_PASS", 1)
+    model, data = scorer(build_tiny, "llama", positions=positions), batch(ALIKE)
+    with steer.attached(model).prompt_length(data["prompt_ids"].shape[1]):
+        expected, _ = plain(model, data)
+        got = model(score_group=True, **data).log_probs
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert relative(gradients(model, got), gradients(model, expected)) < 1e-4
+
+
+def test_one_prompt_alone_has_no_common_beginning_to_read(build_tiny, monkeypatch) -> None:
+    monkeypatch.setattr(step, "WORTH_A_PASS", 1)
+    model, data = scorer(build_tiny, "llama"), batch(ALIKE[:1], [0] * 12)
+    torch.testing.assert_close(
+        model(score_group=True, **data).log_probs, plain(model, data)[0], rtol=1e-4, atol=1e-4
+    )
+
+
+@given(st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_common_prefix(rows: list[list[int]]) -> None:
+    ids, mask = pad_left(rows, torch.device("cpu"))
+    found = common_prefix(ids, mask)
+    assert all(row[:found] == rows[0][:found] for row in rows)
+    shortest = min(map(len, rows))
+    assert found < shortest
+    assert found == shortest - 1 or len({row[found] for row in rows}) > 1
 
 
 def test_other_calls_are_as_before(build_tiny) -> None:

@@ -1,10 +1,10 @@
 """
 Log-probabilities of a group's completions, without computing anything twice.
 
-Three exact savings over a padded forward pass of (prompt + completion) rows: a prompt shared by a group goes
-through the model once, with its gradient; completions are batched with others of about their length; and only
-the positions that predict a completion token meet the LM head, in tiles (trl's fused head), so no (tokens x
-vocabulary) tensor is ever whole.
+Exact savings over a padded forward pass of (prompt + completion) rows: what all prompts begin with (a chat
+template's system turn) goes through the model once, and so does a prompt that a group shares, both with their
+gradient; completions are batched with others of about their length; and only the positions that predict a
+completion token meet the LM head, in tiles, so no (tokens x vocabulary) tensor is ever whole.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from steer.population import Owners
+from steer.train.head import frozen_head
 
 # A batch holds completions down to this share of its longest; the rest is padding.
 FILL = 0.75
+# A common beginning is read by itself when that saves as many tokens: each pass costs something of its own.
+WORTH_A_PASS = 256
 
 
 @dataclass(frozen=True)
@@ -63,20 +66,39 @@ def _score(
     """
     rows, longest = completion_ids.shape
     width = prompt_ids.shape[1]
-    keys = torch.cat([prompt_ids, prompt_mask], 1)
-    if owners:  # first, so that the unique prompts come in the order of the sets
-        keys = torch.cat([owners.of[:, None].to(keys.device), keys], 1)
+    whose = owners.of.to(prompt_ids.device) if owners else prompt_ids.new_zeros(rows)
+    # The owner first, so that the unique prompts come in the order of the sets.
+    keys = torch.cat([whose[:, None], prompt_ids, prompt_mask], 1)
     unique, group = torch.unique(keys, dim=0, return_inverse=True)
-    ids, mask = unique[:, -2 * width : -width], unique[:, -width:]
-    if owners:
-        owners.tell(unique[:, 0])
+    ids, mask = unique[:, 1 : 1 + width], unique[:, 1 + width :]
+    each, set_of = torch.unique(unique[:, 0], return_inverse=True)
     position = (mask.cumsum(1) - 1).clamp(min=0)
 
-    # The last prompt token predicts the first completion token, so it is left for the second pass.
-    cache = DynamicCache(config=model.config.get_text_config())
-    if width > 1:
-        head = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": position[:, :-1]}
-        model.base_model(**head, past_key_values=cache, use_cache=True)
+    # The last prompt token predicts the first completion token, so it is left for the last pass.
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config)
+    common = common_prefix(ids, mask) if _window(config) > width + longest else 0
+    if common * (len(ids) - len(each)) >= WORTH_A_PASS:
+        one = ids[:1, mask[0] == 1][:, :common].expand(len(each), -1)
+        if owners:
+            owners.tell(each)
+        model.base_model(input_ids=one, past_key_values=cache, use_cache=True)
+        cache = _select(cache, set_of)
+        # From here on a row is: the common columns, padding, the rest of its prompt.
+        mask = torch.cat([torch.ones_like(mask[:, :common]), (mask * (position >= common))[:, common:]], 1)
+    else:
+        common = 0
+    if owners:
+        owners.tell(unique[:, 0])
+    if width > common + 1:
+        between = slice(common, -1)
+        model.base_model(
+            input_ids=ids[:, between],
+            attention_mask=mask[:, :-1],
+            position_ids=position[:, between],
+            past_key_values=cache,
+            use_cache=True,
+        )
 
     log_probs = torch.zeros(rows, longest, device=completion_ids.device)
     entropy = torch.zeros_like(log_probs)
@@ -92,18 +114,40 @@ def _score(
         seen = torch.cat([mask[which], completion_mask[chosen, : length - 1]], 1)
         steps = torch.arange(length, device=inputs.device)
         labels = completion_ids[chosen, :length].masked_fill(completion_mask[chosen, :length] == 0, -100)
-        out = fused(
-            input_ids=inputs,
-            attention_mask=seen,
-            position_ids=position[which, -1:] + steps,
-            past_key_values=_select(cache, which),
-            shift_labels=labels,
-            fused_lm_head=True,
-        )
+        with frozen_head():
+            out = fused(
+                input_ids=inputs,
+                attention_mask=seen,
+                position_ids=position[which, -1:] + steps,
+                past_key_values=_select(cache, which),
+                shift_labels=labels,
+                fused_lm_head=True,
+            )
         at = (chosen[:, None], steps[None, :])
         log_probs = log_probs.index_put(at, out.log_probs.float())
         entropy = entropy.index_put(at, out.entropy.float())
     return Scored(log_probs, entropy)
+
+
+def common_prefix(ids: torch.Tensor, mask: torch.Tensor) -> int:
+    """
+    How many tokens all rows (rows, P), padded on the left, begin with; at least one of each is left over.
+    """
+    tokens = [row[keep] for row, keep in zip(ids, mask.bool(), strict=True)]
+    shortest = min(map(len, tokens)) - 1
+    if shortest < 1:
+        return 0
+    starts = torch.stack([row[:shortest] for row in tokens])
+    return int((starts == starts[0]).all(0).cumprod(0).sum())
+
+
+def _window(config: Any) -> float:
+    """
+    How far back every layer of the model sees. Windows are measured in columns of the cache, so that padding
+    between a prompt's tokens would shorten them.
+    """
+    sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((size for size in sizes if size), default=float("inf"))
 
 
 def length_batches(lengths: torch.Tensor) -> list[tuple[torch.Tensor, int]]:

@@ -1,0 +1,89 @@
+"""
+Log-probabilities of a frozen LM head with two matrix products instead of three.
+
+trl's fused head computes the logits of a tile, forgets them, and computes them again for the gradient. While
+the head is frozen the gradient is known as soon as the logits are: with p = softmax(W h) and target y,
+
+    d log p_y / d h = W_y - W^T p                                                      (tokens, width)
+
+so it is kept in place of nothing, and the backward pass is a product with the incoming gradient, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer import utils
+
+# Tokens whose logits are held at once.
+TILE = 256
+
+
+class FrozenHead(torch.autograd.Function):
+    """trl's `ChunkedLogProbFunction` where the head takes no gradient; the same arguments and results."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> tuple:
+        bias, targets, temperature, _, _, logit_scale, _ = rest
+        factor = logit_scale / temperature
+        ctx.set_materialize_grads(False)
+        log_probs, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        slope = torch.empty_like(hidden)
+        buffer = hidden.new_empty(min(TILE, len(hidden)), len(weight))
+        for start in range(0, len(hidden), TILE):
+            part = slice(start, start + TILE)
+            target = targets[part, None]
+            logits = torch.mm(hidden[part], weight.t(), out=buffer[: len(target)])
+            if bias is not None:
+                logits += bias
+            logits *= factor
+            logits -= logits.amax(-1, keepdim=True)
+            chosen = logits.gather(-1, target)
+            # H = log Z - sum p z, and both sums are had from one table of exp(z)
+            exp = logits.exp()
+            total = exp.sum(-1, keepdim=True)
+            expected = torch.linalg.vecdot(exp, logits).unsqueeze(-1) / total
+            log_probs[part] = (chosen - total.log()).squeeze(-1)
+            entropy[part] = (total.log() - expected).squeeze(-1)
+            slope[part] = torch.mm(exp, weight).div_(-total).add_(weight[target.squeeze(-1)]).mul_(factor)
+        ctx.save_for_backward(slope, hidden, weight)
+        ctx.rest = rest
+        return log_probs, entropy, None, None, None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        slope, hidden, weight = ctx.saved_tensors
+        gradient = torch.zeros_like(hidden)
+        if grads[0] is not None:
+            gradient += grads[0].unsqueeze(-1) * slope
+        if grads[1] is not None:  # of the entropy, which only an entropy bonus asks for: trl's way
+            with torch.enable_grad():
+                again = hidden.detach().requires_grad_()
+                entropy = ChunkedLogProbFunction.apply(again, weight, *ctx.rest)[1]
+                gradient += torch.autograd.grad(entropy, again, grads[1])[0]
+        return gradient, *[None] * 8
+
+
+class _Choose:
+    """Stands for trl's function: the cheaper one where it computes the same."""
+
+    @staticmethod
+    def apply(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> tuple:
+        softcap, wanted = rest[4], set(rest[6])
+        fits = hidden.dtype == weight.dtype == torch.float32 and hidden.device.type == "cpu"
+        frozen = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
+        if fits and frozen and softcap is None and wanted <= {"log_probs", "entropy"}:
+            return FrozenHead.apply(hidden, weight, *rest)
+        return ChunkedLogProbFunction.apply(hidden, weight, *rest)
+
+
+@contextmanager
+def frozen_head() -> Iterator[None]:
+    """Inside, trl's fused LM head uses `FrozenHead` on a CPU in float32."""
+    with patch.object(utils, "_ChunkedLogProbFunction", _Choose):
+        yield

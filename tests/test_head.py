@@ -1,0 +1,88 @@
+"""The frozen LM head's two products against trl's three."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer import utils
+
+from steer.train import head
+from steer.train.head import FrozenHead, frozen_head
+
+TOKENS, WIDTH, WORDS = 19, 16, 97
+OUTPUTS = ("log_probs", "entropy")
+
+
+def inputs(bias: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randn(WORDS, WIDTH)
+    return hidden, weight, torch.randn(WORDS) if bias else None, torch.randint(0, WORDS, (TOKENS,))
+
+
+@pytest.mark.parametrize("tile", [7, 256])  # 19 tokens in tiles of 7, 7 and 5, and in one
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wanted", ["log_probs", "entropy", "both"])
+def test_values_and_gradients_equal_trls(monkeypatch, tile: int, bias: bool, wanted: str) -> None:
+    monkeypatch.setattr(head, "TILE", tile)
+    hidden, weight, offset, targets = inputs(bias)
+    found = []
+    for function in (FrozenHead, ChunkedLogProbFunction):
+        # temperature, trl's width of a tile, no soft cap, a scale on the logits
+        log_probs, entropy, *others = function.apply(
+            hidden, weight, offset, targets, 0.7, 32, None, 1.3, OUTPUTS
+        )
+        assert others == [None] * 3
+        generator = torch.Generator().manual_seed(1)
+        parts = {name: torch.randn(TOKENS, generator=generator) for name in OUTPUTS}
+        loss = sum(
+            (value * parts[name]).sum()
+            for name, value in zip(OUTPUTS, (log_probs, entropy), strict=True)
+            if wanted in (name, "both")
+        )
+        found.append((log_probs, entropy, *torch.autograd.grad(loss, hidden)))
+    # float32 sums over 97 words in another order; logits reach 20
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+    assert found[0][2].norm() > 1
+
+
+def test_equal_to_log_softmax_in_float64() -> None:
+    hidden, weight, _, targets = inputs()
+    hidden, weight = hidden.detach().double().requires_grad_(), weight.double()
+    got, entropy, *_ = FrozenHead.apply(hidden, weight, None, targets, 0.7, 32, None, 1.0, OUTPUTS)
+    table = torch.log_softmax(hidden @ weight.T / 0.7, -1)
+    expected = table.gather(1, targets[:, None])[:, 0]
+    weights = torch.randn(TOKENS, dtype=torch.float64)
+    (found,) = torch.autograd.grad((got * weights).sum(), hidden)
+    (wanted,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    # values leave as float32, as trl's do; gradients do not
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(table.exp() * table).sum(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_it_stands_in_only_where_it_computes_the_same(monkeypatch) -> None:
+    taken: list[int] = []
+    original = FrozenHead.apply
+    monkeypatch.setattr(FrozenHead, "apply", lambda *args: taken.append(1) or original(*args))
+    hidden, weight, _, targets = inputs()
+
+    def run(hidden=hidden, weight=weight, softcap=None, outputs=OUTPUTS) -> int:
+        taken.clear()
+        utils._ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, 1.0, 32, softcap, 1.0, outputs
+        )
+        return len(taken)
+
+    assert run() == 0
+    with frozen_head():
+        assert run() == 1
+        assert run(softcap=30.0) == 0
+        assert run(outputs=(*OUTPUTS, "is_top1")) == 0
+        assert run(hidden=hidden.detach()) == 0  # nothing to be had from a gradient
+        assert run(weight=weight.clone().requires_grad_()) == 0
+        assert run(hidden=hidden.bfloat16(), weight=weight.bfloat16()) == 0
+        with torch.no_grad():
+            assert run() == 0
+    assert run() == 0
