@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from steering import fill, logits, relative, tokens
 from training import config, far, logged, make_trainer, parity, problems, same, target_share
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -16,6 +17,7 @@ import steer
 from steer import SteerError, SteeringConfig
 from steer.population import Population
 from steer.rewards import RandomReward
+from steer.train import step
 from steer.train.member import Member, read_states
 from steer.train.population import PopulationTrainer
 
@@ -59,13 +61,13 @@ def solo(
 
 
 def population(
-    model: PreTrainedModel, tokenizer: Any, folder: Path, specs: dict[str, Any], **changes: Any
+    model: PreTrainedModel, tokenizer: Any, folder: Path, specs: dict[str, Any], data: Dataset | None = None
 ) -> PopulationTrainer:
     members = [
-        Member(name, [reward], config(folder, **{**COMMON, **own, **changes}), SteeringConfig(**steering))
+        Member(name, [reward], config(folder, **{**COMMON, **own}), SteeringConfig(**steering))
         for name, (steering, own, reward) in specs.items()
     ]
-    return PopulationTrainer(model, members, problems(), tokenizer, folder / "state-0.pt")
+    return PopulationTrainer(model, members, data or problems(), tokenizer, folder / "state-0.pt")
 
 
 def test_every_member_equals_its_run_alone(build_tiny, tiny_tokenizer, tmp_path, solo) -> None:
@@ -81,6 +83,23 @@ def test_every_member_equals_its_run_alone(build_tiny, tiny_tokenizer, tmp_path,
         for key in ("reward", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length"):
             mine = [row[key] for row in member.log]
             assert mine == pytest.approx(logged(alone, key), rel=2e-3, abs=2e-5), (name, key)
+
+
+def test_a_common_beginning_is_read_once_for_each_member(
+    build_tiny, tiny_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [f"what is {n}+{n % 7}?" for n in range(8)]
+    data = Dataset.from_dict({"prompt": prompts, "number": list(range(8))})
+    specs = {name: MIXED[name] for name in ("first", "all", "adaptive", "prompt", "completion")}
+    found = []
+    for worth in (1, 1 << 30):
+        monkeypatch.setattr(step, "WORTH_A_PASS", worth)
+        model = build_tiny("llama", initializer_range=0.3)
+        together = population(model, tiny_tokenizer, tmp_path, specs, data)
+        together.train()
+        found.append({member.name: member.vectors.tensors() for member in together.members})
+    for name in specs:
+        assert far(found[0][name], found[1][name]) < 1e-4, name
 
 
 # ---- sets of vectors in one model
