@@ -296,3 +296,9 @@ def test_the_demo_config_is_every_layer_alone_and_all_together() -> None:
     assert rates[:30] == sorted(rates[:30])
     for member in found:
         check_supported(member.training)
+
+
+def test_a_sharding_launcher_is_refused(here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    line = here("--output_dir", str(tmp_path / "out"))
+    assert line and "ddp.yaml" in line

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -111,6 +112,12 @@ def conduct(study: Study, members: Sequence[Settings]) -> None:
     Train `members` in the study's folder, or what is missing of it, and leave there what each became.
     """
     state, folder = PartialState(), study.folder
+    for launcher in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{launcher}", "false").lower() == "true":
+            raise SteerError(
+                f"a population has a whole copy of the base in each process; {launcher} would not shard it: "
+                "launch with recipes/accelerate/ddp.yaml, or train single members with grpo_steer.py"
+            )
     if len(members) < state.num_processes:
         raise SteerError(
             f"{len(members)} members cannot be divided among {state.num_processes} processes; start no more "
