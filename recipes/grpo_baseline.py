@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,4 @@ def trained(run: RunConfig, baseline: Baseline) -> Recipe:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SteerError as error:
-        sys.exit(f"error: {error}")
+    recipe.start(main)

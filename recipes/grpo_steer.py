@@ -30,7 +30,6 @@ from accelerate import PartialState
 
 import steer
 from steer import artifact
-from steer.errors import SteerError
 from steer.train import recipe
 from steer.train import run as runs
 from steer.train.config import SteeringGRPOConfig
@@ -102,7 +101,4 @@ def seal(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SteerError as error:
-        sys.exit(f"error: {error}")
+    recipe.start(main)

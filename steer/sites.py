@@ -76,10 +76,14 @@ def _is_encoder(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Site:
-    """The module to hook in one layer, and whether its input or its output is steered."""
+    """
+    The module to hook in one layer; whether its input is steered instead of its output, and whether a vector
+    that changes the output reads the input.
+    """
 
     module: nn.Module
     on_input: bool = False
+    with_input: bool = False
 
 
 def find_sites(decoder: Decoder, layers: list[int], site: str) -> list[Site]:

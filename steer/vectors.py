@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,6 +28,8 @@ from steer.kinds import AdaptiveVector, Gate, SharedDirections, SharedVector, St
 from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_sites
 
 AnyVector = SteeringVector | AdaptiveVector | SharedVector
+# Hidden states (batch, tokens, width), at a down-projection its input too, to steered hidden states
+Steer = Callable[..., torch.Tensor]
 
 
 class SteeringVectors:
@@ -176,30 +178,35 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
     config = config or SteeringConfig()
     if "steering_vectors" in model.__dict__:
         raise SteerError("the model already has steering vectors; call steer.detach(model) first")
+    vectors, places = build(model, config)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    for (name, module), place in zip(vectors._modules.items(), places, strict=True):
+        _parent(model, name).steering = module
+        vectors._handles.append(hook(module, place))
+    if vectors._shared is not None:
+        _parent(model, vectors._shared[0]).steering = vectors._shared[1]
+    if config.positions != "all":
+        vectors._handles.append(watch_prompt(model, vectors))
+    vectors._was_trainable = trainable
+    model.__dict__["steering_vectors"] = vectors
+    return vectors
+
+
+def build(model: nn.Module, config: SteeringConfig) -> tuple[SteeringVectors, list[Site]]:
+    """
+    Fresh vectors for `model` that are not in it, and where each belongs, first layer first. SteerError for a
+    layer or site it does not have.
+    """
     decoder = find_decoder(model)
     layers = config.resolve_layers(decoder.depth)
     known = {k: getattr(config, k) for k in ("base_model", "base_revision", "base_checksum")}
     config = replace(config, **{**describe(model), **{k: v for k, v in known.items() if v is not None}})
     gate = Gate(config.positions, config.scale)
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     shared, modules, places = _make(decoder, layers, config, gate)
-    model.requires_grad_(False)
-    handles = []
-    for index, module, place in zip(layers, modules, places, strict=True):
-        decoder.layers[index].steering = module
-        handles.append(_hook(module.requires_grad_(True), place))
-    if shared is not None:
-        decoder.trunk.steering = shared.requires_grad_(True)
-    if config.positions != "all":
-        handles.append(
-            decoder.trunk.register_forward_pre_hook(partial(_place, gate), prepend=True, with_kwargs=True)
-        )
     named = {f"{decoder.name}.{i}.steering": module for i, module in zip(layers, modules, strict=True)}
     root = artifact.directions_name(decoder.name).rpartition(".")[0]
-    vectors = SteeringVectors(model, config, named, gate, (root, shared) if shared is not None else None)
-    vectors._handles, vectors._was_trainable = handles, trainable
-    model.__dict__["steering_vectors"] = vectors
-    return vectors
+    return SteeringVectors(model, config, named, gate, (root, shared) if shared is not None else None), places
 
 
 def attached(model: nn.Module) -> SteeringVectors:
@@ -219,7 +226,7 @@ def detach(model: nn.Module) -> None:
     for handle in vectors._handles:
         handle.remove()
     for name in [*vectors._modules, *([vectors._shared[0]] if vectors._shared else [])]:
-        del model.get_submodule(name.rpartition(".")[0]).steering
+        del _parent(model, name).steering
     for name in vectors._was_trainable:
         model.get_parameter(name).requires_grad_(True)
     del model.__dict__["steering_vectors"]
@@ -283,7 +290,7 @@ def _make(
             AdaptiveVector(decoder.width, inner, layer, gate, dtype, device)
             for layer, device, (_, inner) in zip(layers, devices, downs, strict=True)
         ]
-        return None, adaptive, [Site(module) for module, _ in downs]
+        return None, adaptive, [Site(module, with_input=True) for module, _ in downs]
     sites = find_sites(decoder, layers, config.site)
     if config.kind == "shared":
         if config.rank > min(len(layers), decoder.width):
@@ -299,15 +306,29 @@ def _make(
     return None, [SteeringVector(decoder.width, gate, dtype, device) for device in devices], sites
 
 
-def _hook(module: AnyVector, site: Site) -> Any:
+def hook(vector: Steer, site: Site) -> Any:
+    """
+    Let `vector` change the hidden states at `site`: it is called with them, at a down-projection also with
+    its input. Returns the handle.
+    """
     # `partial` rather than a closure, so that a deep copy of the model steers with its own vectors.
     # `prepend`, because transformers captures hidden states with hooks of its own, installed at first use.
     if site.on_input:
-        hook = partial(_steer_input, module)
-        return site.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-    if isinstance(module, AdaptiveVector):
-        return site.module.register_forward_hook(partial(_steer_adaptively, module), prepend=True)
-    return site.module.register_forward_hook(partial(_steer_output, module), prepend=True)
+        return site.module.register_forward_pre_hook(
+            partial(_steer_input, vector), prepend=True, with_kwargs=True
+        )
+    steer = _steer_adaptively if site.with_input else _steer_output
+    return site.module.register_forward_hook(partial(steer, vector), prepend=True)
+
+
+def watch_prompt(model: nn.Module, vectors: SteeringVectors) -> Any:
+    """Let `vectors` know before each forward pass which of its tokens they steer. Returns the handle."""
+    place = partial(_place, vectors._gate)
+    return find_decoder(model).trunk.register_forward_pre_hook(place, prepend=True, with_kwargs=True)
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _device(block: nn.Module) -> torch.device:
@@ -321,16 +342,16 @@ def _device(block: nn.Module) -> torch.device:
     return next(block.parameters()).device
 
 
-def _steer_adaptively(vector: AdaptiveVector, down: nn.Module, args: tuple, output: Any) -> Any:
+def _steer_adaptively(vector: Steer, down: nn.Module, args: tuple, output: Any) -> Any:
     return vector(output, args[0])
 
 
-def _steer_output(vector: nn.Module, module: nn.Module, args: tuple, output: Any) -> Any:
+def _steer_output(vector: Steer, module: nn.Module, args: tuple, output: Any) -> Any:
     # transformers 5 returns a bare tensor from decoder layers, earlier releases and attention modules a tuple
     return (vector(output[0]), *output[1:]) if isinstance(output, tuple) else vector(output)
 
 
-def _steer_input(vector: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _steer_input(vector: Steer, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if args:
         return (vector(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": vector(kwargs["hidden_states"])}

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import steer
 from steer import SteerError, SteeringConfig, engine
+from steer.train.member import Member
+from steer.train.population import PopulationTrainer
 from steer.train.trainer import SteeringGRPOTrainer, last_checkpoint
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -29,6 +31,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (`make vllm` installs 
 
 from trl.generation import vllm_generation
 
+from steer.engine.population import EngineSampler
 from steer.engine.rollout import VectorGeneration, mismatch
 
 # Both sides compute in float32 with other kernels; see test_engine.py. A vector that was not pushed moves the
@@ -62,6 +65,45 @@ def make(
     return SteeringGRPOTrainer(
         model, parity, config(run, **settings), train_dataset=problems(), processing_class=tokenizer
     )
+
+
+@pytest.mark.parametrize("correction", [True, False])
+def test_a_population_samples_each_row_with_its_members_vectors(
+    folder: Path, tiny_tokenizer: Any, tmp_path: Path, correction: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    settings = {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": 64,
+        "vllm_importance_sampling_correction": correction,
+        "max_steps": 3,
+    }
+    members = [
+        Member(name, [parity], config(tmp_path, **settings), SteeringConfig(**where))
+        for name, where in (("one", {"layers": "0"}), ("all", {"positions": "completion", "scale": 2.0}))
+    ]
+    trainer = PopulationTrainer(model, members, problems(), tiny_tokenizer)
+    trainer.engine = EngineSampler(
+        str(folder),
+        members[0].args,
+        torch.float32,
+        len(members),
+        trainer.eos_token_ids,
+        enforce_eager=True,
+        kv_cache_memory_bytes=16 << 20,
+    )
+    trainer.train()
+    for member in members:
+        assert all(norm > 0 for norm in member.vectors.norms().values())
+        assert max(row["engine/mean"] for row in member.log) < CLOSE
+    # and a set that was not pushed would have been seen
+    with torch.no_grad():
+        members[1].vectors.parameters()[0].add_(1.0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer.engine, "sync", lambda sets: 0)
+        trainer.update([members[1]])
+    assert members[1].log[-1]["engine/mean"] > FAR
 
 
 @pytest.mark.parametrize("correction", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +19,14 @@ from accelerate.commands.launch import launch_command_parser
 from steer.models import BUNDLED, fast_dtype
 from steer.prompts import TEMPLATES
 from steer.rewards import REWARDS
+from steer.train.config import SteeringGRPOConfig
+from steer.train.grid import PopulationArguments, members
+from steer.train.member import check_supported
+from steer.train.recipe import parse as read_settings
+from steer.train.run import RunConfig, SteeringArguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-OTHERS = ("sae-", "compare-")
+OTHERS = ("sae-", "compare-", "layer-sweep-")  # of other recipes, with tests of their own
 CONFIGS = sorted(p for p in (RECIPES / "configs").glob("*.yaml") if not p.name.startswith(OTHERS))
 LAUNCHERS = sorted((RECIPES / "accelerate").glob("*.yaml"))
 SOURCES = {"arithmetic", "gsm8k", "math", "deepscaler", "math500", "none"}
@@ -179,17 +185,27 @@ def test_header_gives_the_command_and_the_devices(config):
 
 
 @pytest.mark.parametrize("name", SINGLE_LAYER)
-def test_single_layer_headers_hold_the_published_rates(name, parse):
-    config = RECIPES / "configs" / f"{name}.yaml"
-    listed = re.search(r"rates=\(([^)]*)\)", header(config))
-    assert listed
-    rates = listed[1].split()
+def test_single_layer_configs_hold_the_published_rates(name, parse):
     expected = {i: rate for first, last, rate in SINGLE_LAYER[name] for i in range(first, last + 1)}
-    assert [float(rate) for rate in rates] == pytest.approx([expected[i] for i in range(len(expected))])
-    _, steering, training = parse(config)
-    assert training.learning_rate == pytest.approx(expected[0])
-    _, steering, training = parse(config, "--layers", "12", "--learning_rate", rates[12])
-    assert (steering.layers, training.learning_rate) == ("12", pytest.approx(expected[12]))
+    _, _, training = parse(RECIPES / "configs" / f"{name}.yaml")[:3]
+    assert training.layer_rates(list(expected), len(expected)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", SINGLE_LAYER)
+def test_single_layer_configs_are_populations_of_the_published_batch(name):
+    config = RECIPES / "configs" / f"{name}.yaml"
+    (given,) = re.findall(r"layer_sweep.py .*?(?=\n [A-Z])", header(config), re.S)
+    arguments = given.replace("\\\n", " ").split()[1:]
+    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
+    arguments += ["--use_cpu", "true"]
+    _, _, training, asked = read_settings(parts, None, "layer_sweep.py", arguments)
+    expected = {i: rate for first, last, rate in SINGLE_LAYER[name] for i in range(first, last + 1)}
+    found = members(asked, training, len(expected), arguments)
+    assert [m.steering.layers for m in found] == [str(layer) for layer in expected]
+    assert [m.training.learning_rate for m in found] == pytest.approx(list(expected.values()))
+    assert {m.training.generation_batch_size for m in found} == {PUBLISHED[name].prompts * 16}
+    for member in found:
+        check_supported(member.training)
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=named)
@@ -211,9 +227,45 @@ def test_launcher_kinds():
         "ddp": ("MULTI_GPU", 8, 1),
         "multi-node": ("MULTI_GPU", 16, 2),
         "fsdp2": ("FSDP", 8, 1),
+        "multi-node-fsdp2": ("FSDP", 16, 2),
         "deepspeed-zero2": ("DEEPSPEED", 8, 1),
     }
     assert {name for name, c in have.items() if c.use_cpu} == {"cpu", "cpu-2"}
     assert have["fsdp2"].fsdp_config["fsdp_version"] == 2
     assert have["deepspeed-zero2"].deepspeed_config["zero_stage"] == 2
-    assert have["multi-node"].main_process_ip is None  # comes from the command line
+    for name in ("multi-node", "multi-node-fsdp2"):
+        assert have[name].main_process_ip is None  # comes from the command line
+
+
+CLUSTER = RECIPES / "accelerate" / "cluster"
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTER.glob("*.sh")), ids=named)
+def test_cluster_scripts_are_bash_and_name_files_that_exist(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    found = set(re.findall(r"recipes/[\w./-]+", text)) - {"recipes/configs/NAME.yaml", "recipes/configs."}
+    assert found
+    for name in found:
+        assert (RECIPES.parent / name).exists(), name
+
+
+def test_the_kubernetes_job_is_the_published_run():
+    documents = {d["kind"]: d for d in yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())}
+    job = documents["Job"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    words = container["args"][0].replace('"$JOB_COMPLETION_INDEX"', "1").split()
+    assert words[:2] == ["accelerate", "launch"]
+    launch = launch_command_parser().parse_args(words[2:])
+    assert launch.num_machines == job["completions"] == job["parallelism"]
+    assert launch.num_processes == launch.num_machines * container["resources"]["limits"]["nvidia.com/gpu"]
+    assert launch.training_script == "recipes/grpo_steer.py"
+    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig)
+    arguments = [*launch.training_script_args, "--use_cpu", "true"]
+    run, _, training = read_settings(parts, None, "grpo_steer.py", arguments)
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert rows * launch.num_processes == 128 * 16
+    served = {d["kind"]: d for d in yaml.safe_load_all((CLUSTER / "vllm.yaml").read_text())}["Deployment"]
+    (server,) = served["spec"]["template"]["spec"]["containers"]
+    assert server["command"] == ["vllm", "serve", run.model]
+    assert {"name": "VLLM_SERVER_DEV_MODE", "value": "1"} in server["env"]

@@ -8,6 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -19,6 +22,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.distributed import DistBackendError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser
@@ -53,18 +57,46 @@ class Recipe:
     dtype: str  # precision the base is loaded in
 
 
+# What torch's backends say when a process on the other side of a connection is gone.
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout")
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run the `main` of a recipe. An error that names its mend ends the program with that one line."""
+    try:
+        main()
+    except SteerError as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        lost = isinstance(error, DistBackendError) or any(text in str(error) for text in _GONE)
+        state = PartialState()
+        if not lost or state.num_processes == 1:
+            raise
+        reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()).splitlines()[0].split(". ")[0]
+        print(
+            f"\nerror: process {state.process_index} of {state.num_processes} lost another one ({reason}); "
+            "see why that one ended, and start the same command again on all machines: the run goes on from "
+            "its last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the usual way out would wait for the process that is gone
+
+
 # ---- settings
 
 
-def parse(parts: Sequence[type], description: str | None, script: str) -> tuple[Any, ...]:
-    """One object for each dataclass of `parts`, from --config and the command line."""
+def parse(
+    parts: Sequence[type], description: str | None, script: str, arguments: Sequence[str] | None = None
+) -> tuple[Any, ...]:
+    """One object for each dataclass of `parts`, from --config and the command line, or from `arguments`."""
     usage = f"accelerate launch recipes/{script} --config FILE [--setting VALUE ...]"
     escaped = [runs.escape_percents(part) for part in parts]
     parser = TrlParser(escaped, description=description, usage=usage, formatter_class=_Help)
     parser.error = _refuse
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; see recipes/configs")
     try:
-        found = parser.parse_args_and_config()[: len(parts)]
+        found = parser.parse_args_and_config(arguments)[: len(parts)]
     except FileNotFoundError as error:
         raise SteerError(
             f"no config file {error.filename}; those that come with steer are in recipes/configs"

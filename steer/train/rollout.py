@@ -22,6 +22,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from steer.population import Owners
+
 # Below this share of unfinished rows the batch is compacted; each compaction copies what remains of the KV
 # cache.
 COMPACT_AT = 0.8
@@ -76,20 +78,25 @@ def rollout(
     sampling: Sampling,
     noise: torch.Tensor | None = None,
     any_process: Callable[[bool], bool] | None = None,
+    owners: Owners | None = None,
 ) -> Completions:
     """
     One completion for each row of `prompts` (token ids; equal rows are read once).
 
     `noise`: (rows, max_new_tokens) uniform numbers, one per row and token, as `uniforms` makes them; not
     needed when the temperature is 0. `any_process(open)` says whether any process still has open rows; it is
-    needed when the model is sharded, since then every process must run every forward pass. Rows come back in
-    order.
+    needed when the model is sharded, since then every process must run every forward pass. `owners` tells
+    which of several sets of vectors steers each row. Rows come back in order.
     """
     device = model.get_input_embeddings().weight.device
-    unique = list(dict.fromkeys(tuple(p) for p in prompts))
-    index = {prompt: i for i, prompt in enumerate(unique)}
-    group = torch.tensor([index[tuple(p)] for p in prompts], device=device)  # (rows,) which unique prompt
-    ids, mask = pad_left(unique, device)
+    whose = owners.of.tolist() if owners else [0] * len(prompts)
+    keys = [(*prompt, owner) for prompt, owner in zip(prompts, whose, strict=True)]
+    unique = list(dict.fromkeys(keys))
+    index = {key: i for i, key in enumerate(unique)}
+    group = torch.tensor([index[key] for key in keys], device=device)  # (rows,) which unique prompt
+    ids, mask = pad_left([key[:-1] for key in unique], device)
+    if owners:
+        owners.tell(torch.tensor([key[-1] for key in unique]))
     cache = DynamicCache(config=model.config.get_text_config())
     position = (mask.cumsum(1) - 1).clamp(min=0)
 
@@ -103,6 +110,8 @@ def rollout(
     logits = last_logits(ids)
     logits, mask, position = logits[group], mask[group], position[group, -1:]
     cache.batch_select_indices(group)
+    if owners:
+        owners.tell(owners.of)
 
     rows = torch.arange(len(prompts), device=device)  # which of the caller's rows are still in the batch
     noise = noise.to(device) if noise is not None else None
@@ -127,6 +136,8 @@ def rollout(
             keep = alive.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
             rows, mask, position, token = rows[keep], mask[keep], position[keep], token[keep]
+            if owners:
+                owners.choose(rows)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         position = position + 1
         logits = last_logits(token[:, None])

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from steer.population import Owners
 from steer.train.head import frozen_head
 
 # A batch holds completions down to this share of its longest; the rest is padding.
@@ -57,26 +58,38 @@ def _score(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    owners: Owners | None = None,
 ) -> Scored:
-    """Prompts (rows, P) padded on the left, completions (rows, C) on the right."""
+    """
+    Prompts (rows, P) padded on the left, completions (rows, C) on the right. `owners` tells which of several
+    sets of vectors steers each row.
+    """
     rows, longest = completion_ids.shape
     width = prompt_ids.shape[1]
-    unique, group = torch.unique(torch.cat([prompt_ids, prompt_mask], 1), dim=0, return_inverse=True)
-    ids, mask = unique[:, :width], unique[:, width:]
+    whose = owners.of.to(prompt_ids.device) if owners else prompt_ids.new_zeros(rows)
+    # The owner first, so that the unique prompts come in the order of the sets.
+    keys = torch.cat([whose[:, None], prompt_ids, prompt_mask], 1)
+    unique, group = torch.unique(keys, dim=0, return_inverse=True)
+    ids, mask = unique[:, 1 : 1 + width], unique[:, 1 + width :]
+    each, set_of = torch.unique(unique[:, 0], return_inverse=True)
     position = (mask.cumsum(1) - 1).clamp(min=0)
 
     # The last prompt token predicts the first completion token, so it is left for the last pass.
     config = model.config.get_text_config()
     cache = DynamicCache(config=config)
     common = common_prefix(ids, mask) if _window(config) > width + longest else 0
-    if common * (len(ids) - 1) >= WORTH_A_PASS:
-        one = ids[:1, mask[0] == 1][:, :common]
+    if common * (len(ids) - len(each)) >= WORTH_A_PASS:
+        one = ids[:1, mask[0] == 1][:, :common].expand(len(each), -1)
+        if owners:
+            owners.tell(each)
         model.base_model(input_ids=one, past_key_values=cache, use_cache=True)
-        cache = _select(cache, one.new_zeros(len(ids)))
+        cache = _select(cache, set_of)
         # From here on a row is: the common columns, padding, the rest of its prompt.
         mask = torch.cat([torch.ones_like(mask[:, :common]), (mask * (position >= common))[:, common:]], 1)
     else:
         common = 0
+    if owners:
+        owners.tell(unique[:, 0])
     if width > common + 1:
         between = slice(common, -1)
         model.base_model(
@@ -93,6 +106,9 @@ def _score(
     if not lengths.any():  # all masked out: one padding token keeps the graph, with a gradient of zero
         lengths[0] = 1
     for chosen, length in length_batches(lengths):
+        if owners:
+            chosen = chosen.sort().values
+            owners.choose(chosen)
         which = group[chosen]
         inputs = torch.cat([ids[which, -1:], completion_ids[chosen, : length - 1]], 1)
         seen = torch.cat([mask[which], completion_mask[chosen, : length - 1]], 1)

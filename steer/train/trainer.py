@@ -8,6 +8,7 @@ and a checkpoint is an artifact plus optimizer state: the base model is never wr
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub import HfApi
 from torch import nn
+from transformers import Trainer
 
 from steer import artifact
 from steer.config import SteeringConfig
@@ -106,11 +108,7 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
-            by_layer = self.args.layer_rates(self.vectors.layers, self.vectors.depth)
-            rates = [by_layer.get(i, self.args.learning_rate) for i in self.vectors.parameter_layers()]
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = [{"params": [p], "lr": rate} for p, rate in zip(trained, rates, strict=True)]
-            self.optimizer = kind(groups, **{**options, "weight_decay": self.args.weight_decay})
+            self.optimizer = make_optimizer(self.args, self.vectors, trained)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -139,6 +137,17 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.vectors.set_tensors(artifact.read(resume_from_checkpoint).tensors)
+
+
+def make_optimizer(
+    args: SteeringGRPOConfig, vectors: SteeringVectors, trained: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer that `args` asks for, with each layer's rate. `trained`: the parameters of `vectors`."""
+    by_layer = args.layer_rates(vectors.layers, vectors.depth)
+    rates = [by_layer.get(i, args.learning_rate) for i in vectors.parameter_layers()]
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, vectors.model)
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(trained, rates, strict=True)]
+    return kind(groups, **{**options, "weight_decay": args.weight_decay})
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:

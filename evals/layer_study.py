@@ -1,0 +1,253 @@
+"""
+What a population of single layers found: a table, the plot of gain by layer, and the best layers in pairs.
+
+    python -m evals.layer_study runs/layer-sweep-demo            # sweep.json, sweep.md and sweep.png, again
+
+`recipes/layer_sweep.py` calls it at its end. Differences to the untrained model are paired over the problems,
+as in `evals.scores`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evals import scores
+from steer import artifact
+from steer.errors import SteerError
+from steer.files import replace_file
+from steer.train.run import read_results
+from steer.train.study import MEMBERS, POPULATION_FILE
+
+COLOURS = ["#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d"]
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """One record a member that has results, in the order of the population. SteerError when none has."""
+    path = folder / POPULATION_FILE
+    if not path.exists():
+        raise SteerError(f"{folder} holds no {POPULATION_FILE}: it is no run of recipes/layer_sweep.py")
+    base = _right(folder / "samples_before.json")
+    found = []
+    for name, own in json.loads(path.read_text()).items():
+        place = folder / MEMBERS / name
+        results = read_results(place)
+        if not results:
+            continue
+        vectors = artifact.read(place / "vectors")
+        layers = vectors.config.resolve_layers(vectors.config.depth or 1)
+        row: dict[str, Any] = {
+            "member": name,
+            "layers": layers,
+            "depth": vectors.config.depth,
+            **{key: own["steering"][key] for key in ("kind", "site", "positions")},
+            "learning_rate": own["training"]["lr_by_layer"] or own["training"]["learning_rate"],
+            "seed": own["training"]["seed"],
+            "rewards": own["rewards"],
+            "updates": results["steps"],
+            "stopped": results["stopped"],
+            "reward": results["reward"],
+            "norm": float(sum(v.norm() ** 2 for v in vectors.by_layer().values()) ** 0.5)
+            if vectors.config.kind != "adaptive"
+            else None,
+        }
+        answers = _right(place / "samples_after.json")
+        if answers is not None and base is not None:
+            row["accuracy"] = vars(scores.wilson(float(answers.sum()), answers.size))
+            compared = scores.compare(answers[None, :], base[None, :])
+            row["gain"] = {**vars(compared.difference), "p": compared.p, "verdict": compared.verdict}
+        found.append(row)
+    if not found:
+        raise SteerError(f"no member of {folder} has results yet; let recipes/layer_sweep.py finish first")
+    return found
+
+
+def _right(path: Path) -> Any:
+    if not path.exists():
+        return None
+    return np.array([answer["correct"] for answer in json.loads(path.read_text())], dtype=float)
+
+
+def report(folder: Path, title: str) -> str:
+    """Write `sweep.json`, `sweep.md` and `sweep.png` into `folder`; the table as text."""
+    found = rows(folder)
+    before = read_results(folder).get("before")
+    record: dict[str, Any] = {"title": title, "untrained": before, "members": found}
+    pairs = folder / "pairs.json"
+    if pairs.exists():
+        record["pairs"] = json.loads(pairs.read_text())
+    text = table(found, before)
+    if "pairs" in record:
+        text += "\n" + pairs_table(record["pairs"])
+    replace_file(folder / "sweep.json", (json.dumps(record, indent=1) + "\n").encode())
+    replace_file(folder / "sweep.md", f"# {title}\n\n{text}".encode())
+    plot(found, before, folder / "sweep.png", title)
+    return text
+
+
+def table(found: Sequence[dict[str, Any]], before: dict[str, Any] | None) -> str:
+    """Markdown: a row for the untrained model and one for each member."""
+    span = "95 % interval"
+    head = ["member", "learning rate", "updates", "reward", "accuracy", span, "gain", span]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    if before:
+        span = f"{before['low']:.3f} to {before['high']:.3f}"
+        lines.append(f"| untrained | | | | {before['accuracy']:.3f} | {span} | | |")
+    for row in found:
+        cells = [row["member"], _figure(row["learning_rate"]), str(row["updates"]), f"{row['reward']:.3f}"]
+        for key in ("accuracy", "gain"):
+            e = row.get(key)
+            cells += [f"{e['value']:.3f}", f"{e['low']:.3f} to {e['high']:.3f}"] if e else ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    stopped = [f"{row['member']}: {row['stopped']}" for row in found if row["stopped"]]
+    if stopped:
+        lines += ["", "Stopped early:", "", *(f"- {line}" for line in stopped)]
+    return "\n".join(lines) + "\n"
+
+
+def pairs_table(pairs: dict[str, Any]) -> str:
+    """Markdown: accuracy of the best layers' vectors, each alone on the diagonal, two of them elsewhere."""
+    layers = pairs["layers"]
+    lines = ["Best layers, trained alone, in pairs (alone on the diagonal):", ""]
+    lines.append("| layer | " + " | ".join(map(str, layers)) + " |")
+    lines.append("|---" * (len(layers) + 1) + "|")
+    for layer, values in zip(layers, pairs["pairs"], strict=True):
+        lines.append(f"| {layer} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    lines += ["", f"All {len(layers)} together: {pairs['together']:.3f}, on {pairs['problems']} problems."]
+    return "\n".join(lines) + "\n"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def plot(found: Sequence[dict[str, Any]], before: dict[str, Any] | None, path: Path, title: str) -> None:
+    """
+    A PNG: accuracy (reward, where nothing was held out) of single-layer members by layer with 95 % intervals,
+    members of several layers as lines across, and the training reward by layer beside it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    single = [row for row in found if len(row["layers"]) == 1]
+    several = [row for row in found if len(row["layers"]) > 1]
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6.5), layout="constrained", sharex=True)
+    figure.suptitle(title)
+    colour: dict[str, str] = {}
+    for row in single:
+        key = _series(row, single)
+        name = key if key not in colour else None
+        shade = colour.setdefault(key, COLOURS[len(colour) % len(COLOURS)])
+        x = row["layers"][0]
+        if e := row.get("accuracy"):
+            error = [[e["value"] - e["low"]], [e["high"] - e["value"]]]
+            face = shade if row["stopped"] is None else "white"
+            style = {"color": shade, "markerfacecolor": face, "capsize": 2}
+            top.errorbar(x, e["value"], error, fmt="o", label=name, **style)
+        bottom.plot(x, row["reward"], "o", color=shade, label=name)
+    for n, row in enumerate(several):
+        shade = COLOURS[(len(colour) + n) % len(COLOURS)]
+        if e := row.get("accuracy"):
+            top.axhline(e["value"], color=shade, linestyle="--", linewidth=1, label=row["member"])
+            top.axhspan(e["low"], e["high"], color=shade, alpha=0.08, linewidth=0)
+        bottom.axhline(row["reward"], color=shade, linestyle="--", linewidth=1, label=row["member"])
+    if before:
+        top.axhline(before["accuracy"], color="#6b7280", linewidth=1, label="untrained")
+    top.set_ylabel("held-out accuracy, 95 % interval")
+    bottom.set_ylabel("training reward at the end")
+    bottom.set_xlabel("layer of the vector")
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+        handles, labels = axes.get_legend_handles_labels()
+        if 0 < len(handles) <= 12:
+            axes.legend(handles, labels, fontsize=8, frameon=False, loc="best")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _series(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
+    """What tells a single-layer member from others of its layer: members of one series share a colour."""
+    differing = ("kind", "site", "positions", "seed", "rewards")
+    keys = [key for key in differing if len({str(other[key]) for other in others}) > 1]
+    if len({o["layers"][0] for o in others}) < len(others):
+        keys.append("learning_rate")
+    return ", ".join(f"{k} {_figure(row[k])}" for k in keys) or "one layer alone"
+
+
+def best_layers(found: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """
+    The `count` members, of different layers, with the best training reward among the constant single-layer
+    ones that were trained to the end, at the site and with the rewards of the first.
+    """
+    able = [r for r in found if len(r["layers"]) == 1 and r["kind"] == "constant" and r["stopped"] is None]
+    if not able:
+        return []
+    same = [r for r in able if all(r[k] == able[0][k] for k in ("rewards", "site", "positions"))]
+    ranked = sorted(same, key=lambda row: -row["reward"])
+    by_layer: dict[int, dict[str, Any]] = {}
+    for row in ranked:
+        by_layer.setdefault(row["layers"][0], row)
+    return list(by_layer.values())[:count]
+
+
+def compose_pairs(
+    folder: Path,
+    best: Sequence[dict[str, Any]],
+    model: Any,
+    tokenizer: Any,
+    checker: Any,
+    problems: list[dict[str, Any]],
+    template: str,
+    prefix: str,
+    tokens: int,
+) -> None:
+    """
+    Try the vectors of the members `best` (of `rows`) alone, in pairs and together, as `steer lens compose`
+    does, into `pairs.json`; not again when it holds these already.
+    """
+    import steer
+    from steer.lens.composition import compose
+    from steer.lens.subject import Subject
+
+    path = folder / "pairs.json"
+    tried = {row["member"]: row["norm"] for row in best}
+    if path.exists() and json.loads(path.read_text())["norms"] == tried:
+        return
+    parts = [artifact.read(folder / MEMBERS / name / "vectors") for name in tried]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    vectors = steer.load(total, model)
+    try:
+        subject = Subject(vectors, tokenizer, template, prefix, max_new_tokens=tokens)
+        found = compose(subject, problems, checker, label="best layers in pairs")
+    finally:
+        steer.detach(model)
+    replace_file(path, (json.dumps({"norms": tried, **found.to_dict()}, indent=1) + "\n").encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="folder of a run of recipes/layer_sweep.py")
+    parser.add_argument("--title", help="of the table and the plot (default: as it was)")
+    args = parser.parse_args()
+    before = args.folder / "sweep.json"
+    known = json.loads(before.read_text())["title"] if before.exists() else args.folder.name
+    try:
+        print(report(args.folder, args.title or known))
+    except SteerError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

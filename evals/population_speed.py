@@ -1,0 +1,123 @@
+"""
+Is a population cheaper than its members one after another? The same runs both ways, set-up included.
+
+    python -m evals.population_speed --out evals/results/population-speed      # minutes on two cores
+
+Every run is a process of its own, begun from nothing: N of `recipes/grpo_steer.py`, each with one layer, and
+one of `recipes/layer_sweep.py` with the N layers. They take turns for `--rounds` rounds, and medians are
+compared: wall clock, CPU seconds, and the peak memory of the population and of the largest single run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "recipes" / "configs" / "demo.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--members", type=int, default=8, help="single layers, evenly spread (default: 8)")
+    parser.add_argument("--depth", type=int, default=30, help="layers of the model (default: 30)")
+    parser.add_argument("--steps", type=int, default=5, help="updates of each (default: 5)")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of an update (default: 4)")
+    parser.add_argument("--samples", type=int, default=8, help="samples of a prompt (default: 8)")
+    parser.add_argument("--rounds", type=int, default=1, help="how often all is measured (default: 1)")
+    parser.add_argument("--dtype", default="float32", help="precision of the base (default: float32)")
+    parser.add_argument("--out", type=Path, help="folder for population-speed.json")
+    args = parser.parse_args()
+    layers = [i * args.depth // args.members for i in range(args.members)]
+    settings = yaml.safe_load(DEMO.read_text())
+    settings |= {
+        "model_dtype": args.dtype,
+        "max_steps": args.steps,
+        "num_generations": args.samples,
+        "per_device_train_batch_size": args.prompts * args.samples,
+        "eval_limit": 16,
+        "samples_shown": 0,
+        "use_cpu": True,
+        "learning_rate": 0.01,
+    }
+    solo: list[dict[str, float]] = []
+    together: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        config = place / "config.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        for turn in range(args.rounds):
+            out = place / f"together-{turn}"
+            chosen = ["--each_layer", ",".join(map(str, layers)), "--winners", "0"]
+            together.append(run("layer_sweep.py", config, out, chosen))
+            alone = []
+            for layer in layers:
+                folder = place / f"{turn}-{layer}"
+                alone.append(run("grpo_steer.py", config, folder, ["--layers", str(layer)]))
+                check_same(folder / "vectors", out / "members" / f"layer-{layer}" / "vectors")
+            solo.append(
+                {
+                    "wall_seconds": sum(r["wall_seconds"] for r in alone),
+                    "cpu_seconds": sum(r["cpu_seconds"] for r in alone),
+                    "memory_bytes": max(r["memory_bytes"] for r in alone),
+                }
+            )
+    names = {"wall_seconds": "wall clock", "cpu_seconds": "CPU seconds", "memory_bytes": "peak memory"}
+    record: dict[str, Any] = {"settings": vars(args) | {"out": None}, "solo": solo, "together": together}
+    print(f"| {args.members} members | one after another | together | ratio |\n|---|---|---|---|")
+    for key, title in names.items():
+        a, b = (statistics.median(r[key] for r in rounds) for rounds in (solo, together))
+        record[key.partition("_")[0] + "_ratio"] = a / b
+        shown = [f"{x / 1e9:.2f} GB (one run)" if key == "memory_bytes" else f"{x:.0f} s" for x in (a, b)]
+        print(f"| {title} | {shown[0]} | {shown[1].removesuffix(' (one run)')} | {a / b:.2f} |")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "population-speed.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def run(recipe: str, config: Path, folder: Path, changes: list[str]) -> dict[str, float]:
+    """One process from its start to its end."""
+    command = [sys.executable, str(ROOT / "recipes" / recipe), "--config", str(config)]
+    command += ["--output_dir", str(folder), *changes]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    log = folder.with_suffix(".log")
+    start = time.perf_counter()
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        sys.exit(f"error: {recipe} failed:\n{log.read_text()[-3000:]}")
+    print(f"{folder.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    return {
+        "wall_seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "memory_bytes": usage.ru_maxrss * 1024.0,
+    }
+
+
+def check_same(one: Path, other: Path) -> None:
+    """Both ways must have trained the same vectors, or their times say nothing."""
+    left, right = (load_file(folder / "steering.safetensors") for folder in (one, other))
+    for name, vector in left.items():
+        away = torch.dist(vector, right[name]) / vector.norm().clamp(min=1e-12)
+        if away > 0.05:
+            sys.exit(f"error: {name} differs by {away:.1%} between the two ways")
+
+
+if __name__ == "__main__":
+    main()

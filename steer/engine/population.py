@@ -1,0 +1,89 @@
+"""
+Samples for a population from one vLLM engine: every member's vectors are a set of its own in the engine's
+bank, and every request names its member's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl import GRPOConfig
+
+from steer.artifact import Artifact
+from steer.engine.client import push, request
+from steer.errors import SteerError
+from steer.models import BUNDLED, model_path
+from steer.vectors import SteeringVectors
+
+
+class EngineSampler:
+    """
+    An engine in this process for the model called `name`, with room for the vectors of `members` sets, set up
+    by the `vllm_...` fields of `args`. `dtype` is the model's precision in the trainer.
+    """
+
+    def __init__(
+        self, name: str, args: GRPOConfig, dtype: Any, members: int, stop: Sequence[int], **more: Any
+    ):
+        if args.vllm_mode != "colocate":
+            raise SteerError(
+                f"vllm_mode={args.vllm_mode!r} is not for a population, whose processes each sample for "
+                "their own members: use colocate"
+            )
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise SteerError("use_vllm needs vLLM: `make vllm` on a CPU, or `pip install vllm`") from error
+
+        local = name in BUNDLED or Path(name).expanduser().exists()
+        self.args, self.stop = args, list(stop)
+        self.llm = LLM(
+            model=str(model_path(name)) if local else name,
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=args.vllm_max_model_length,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            logprobs_mode="processed_logprobs",
+            additional_config={"steering_slots": members + 2},  # the base model and the default set have one
+            **more,
+        )
+
+    def sync(self, sets: Mapping[str, SteeringVectors]) -> int:
+        """Push the vectors of each of `sets` as they are now; the bytes sent."""
+        return sum(push(self.llm, Artifact(v.config, v.tensors()), name=name) for name, v in sets.items())
+
+    def sample(
+        self, names: Sequence[str], prompts: Sequence[list[int]], seeds: Sequence[int]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """
+        A completion of each of `prompts` (token ids) by the set of the same place in `names`, and the
+        log-probability of each of its tokens. A row with the same seed and vectors is the same row.
+        """
+        from vllm import SamplingParams
+
+        args = self.args
+        asked = [
+            SamplingParams(
+                temperature=args.temperature,
+                top_p=args.top_p,
+                top_k=args.top_k,
+                min_p=args.min_p or 0.0,
+                max_tokens=args.max_completion_length,
+                stop_token_ids=self.stop,
+                seed=seed,
+                logprobs=0,
+                detokenize=False,
+                extra_args=request(name),
+            )
+            for name, seed in zip(names, seeds, strict=True)
+        ]
+        found = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
+        outputs = [answer.outputs[0] for answer in found]
+        ids = [list(output.token_ids) for output in outputs]
+        logps = [
+            [at[token].logprob for token, at in zip(output.token_ids, output.logprobs or [], strict=True)]
+            for output in outputs
+        ]
+        return ids, logps

@@ -1,0 +1,410 @@
+"""
+`PopulationTrainer`: many independent runs of `SteeringGRPOTrainer` on one frozen model, at once.
+
+Each member has what a run of its own would have: vectors, learning rates, seed, rewards, optimizer, schedule,
+logs. Shared are the model and its forward passes, whose rows each carry their member. A member draws the same
+problems with the same random numbers as alone and gets the same gradient, so that it becomes what it becomes
+alone, up to the order in which floats are summed.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import add_fused_lm_head
+
+from steer.errors import SteerError
+from steer.files import replace_file
+from steer.identity import tokenizer_checksum
+from steer.population import BASE, Population
+from steer.train import cpu
+from steer.train.member import Member, agreed, check_supported
+from steer.train.policy_gradient import advantages, importance, token_weights
+from steer.train.rollout import Sampling, pad_left, rollout, uniforms
+from steer.train.step import add_group_scoring
+
+if TYPE_CHECKING:
+    from steer.engine.population import EngineSampler
+
+# Rows drawn at once where nothing is said: a member's own, or those of several small ones.
+SAMPLE_ROWS = 128
+# Of each member: the ids of its completions, and their log-probabilities where an engine told them.
+_Drawn = tuple[list[list[list[int]]], list[Any]]
+
+
+@dataclass
+class _Batch:
+    """One member's samples of one update. Rows are padded on the left (prompts) and right (completions)."""
+
+    member: Member
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    advantages: torch.Tensor  # (rows,)
+    weights: torch.Tensor  # (rows, longest completion)
+    kept: list[int]  # the rows that have a gradient
+    drawn: list[list[float]] | None  # log-probabilities of an engine that sampled
+
+    def totals(self) -> None:
+        self.loss = self.entropy = self.tokens = self.kl = self.mismatch = 0.0
+
+
+class PopulationTrainer:
+    """
+    Train `members` on `problems` (a data set with a column `prompt`, and what the rewards read). They must
+    agree in all settings of `SHARED`. State is kept in `state_file`, written every `save_steps` rounds. Where
+    `engine` is set (`steer.engine.population`), it samples.
+    """
+
+    engine: EngineSampler | None = None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        members: Sequence[Member],
+        problems: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        state_file: Path | None = None,
+    ):
+        self.model, self.tokenizer, self.problems = model, tokenizer, problems
+        self.state_file = state_file
+        self.args = agreed([member.args for member in members])
+        for member in members:
+            check_supported(member.args)
+        if model.is_gradient_checkpointing:
+            raise SteerError("a population cannot be trained with gradient checkpointing; switch it off")
+        cpu.keep_freed_memory()
+        if model.device.type == "cpu":
+            cpu.small_head_tiles()
+        add_fused_lm_head(model, temperature=self.args.temperature, outputs=("log_probs", "entropy"))
+        add_group_scoring(model)
+        model.eval()
+        self.population = Population(model)
+        depth = self.population.depth
+        # Neighbours in depth share a batch, and with it the layer at which its graph begins.
+        self.members = sorted(members, key=lambda m: m.steering.resolve_layers(depth)[0])
+        checksum = tokenizer_checksum(tokenizer)
+        for member in self.members:
+            vectors = self.population.add(member.name, member.steering)
+            vectors.config.tokenizer_checksum = checksum
+            member.prepare(vectors, len(problems))
+        self._number = {name: i for i, name in enumerate(self.population.sets)}
+        self.others: dict[str, dict[str, Any]] = {}  # states in the file of members that are not trained now
+        eos = model.generation_config.eos_token_id
+        found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        self.eos_token_ids = tuple(dict.fromkeys([*found, tokenizer.eos_token_id]))
+
+    # ---- the loop
+
+    def train(self, until: int | None = None) -> None:
+        """Every member to its end, or to `until` updates. Goes on from the state that was loaded."""
+
+        def left(member: Member) -> int:
+            return max(0, min(member.steps, until or member.steps) - member.step) if member.active else 0
+
+        total = sum(min(m.steps, until or m.steps) for m in self.members if m.stopped is None)
+        label = f"training {sum(map(bool, map(left, self.members)))} members"
+        bar = tqdm(
+            total=total,
+            initial=total - sum(map(left, self.members)),
+            unit="update",
+            desc=label,
+            disable=self.args.disable_tqdm,
+        )
+        rounds = 0
+        with bar:
+            while running := [member for member in self.members if left(member)]:
+                start = time.perf_counter()
+                tokens = self.update(running)
+                seconds = time.perf_counter() - start
+                for member in running:
+                    # its share, so that the members' seconds add up to the population's
+                    member.log[-1]["step_time"] = seconds / len(running)
+                rounds += 1
+                rewards = [member.log[-1]["reward"] for member in running]
+                bar.set_postfix(
+                    {
+                        "members": len(running),
+                        "reward": f"{sum(rewards) / len(rewards):.2f}",
+                        "best": f"{max(rewards):.2f}",
+                        "tok/s": f"{tokens / seconds:.0f}",
+                    },
+                    refresh=False,
+                )
+                bar.update(len(running))
+                due = self.args.save_strategy != "no" and rounds % max(int(self.args.save_steps), 1) == 0
+                if self.state_file and due:
+                    self.save()
+        if self.state_file and rounds:
+            self.save()
+
+    def update(self, members: Sequence[Member]) -> int:
+        """One update of each of `members`. Returns the number of tokens that were sampled."""
+        rows = [self.problems[member.draw()] for member in members]
+        prompts = [self._ids(columns["prompt"]) for columns in rows]
+        completions, drawn = self._draw(members, prompts) if self.engine else self._sample(members, prompts)
+        batches = [
+            self._judge(*found) for found in zip(members, rows, prompts, completions, drawn, strict=True)
+        ]
+        self._gradients(batches)
+        for batch in batches:
+            self._apply(batch)
+        return sum(len(ids) for found in completions for ids in found)
+
+    # ---- samples
+
+    def _ids(self, prompts: list[str]) -> list[list[int]]:
+        # A prompt that already begins with the BOS text (a rendered chat template) must not get a second one.
+        bos = self.tokenizer.bos_token
+        special = not (bos and all(prompt.startswith(bos) for prompt in prompts))
+        return self.tokenizer(text=prompts, add_special_tokens=special)["input_ids"]
+
+    def _draw(self, members: Sequence[Member], prompts: Sequence[list[list[int]]]) -> _Drawn:
+        assert self.engine is not None
+        self.engine.sync({member.name: member.vectors for member in members})
+        names = [m.name for m, ids in zip(members, prompts, strict=True) for _ in ids]
+        seeds = [
+            int(np.random.SeedSequence([m.args.seed, m.step, row]).generate_state(1)[0])
+            for m, ids in zip(members, prompts, strict=True)
+            for row in range(len(ids))
+        ]
+        ids, logps = self.engine.sample(names, [row for found in prompts for row in found], seeds)
+        counts = [len(found) for found in prompts]
+        return _grouped(ids, counts), _grouped(logps, counts)
+
+    def _sample(self, members: Sequence[Member], prompts: Sequence[list[list[int]]]) -> _Drawn:
+        args = self.args
+        sampling = Sampling(
+            args.max_completion_length or 1,
+            self.eos_token_ids,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            args.min_p,
+        )
+        noise = torch.cat(
+            [
+                uniforms(
+                    range(len(ids)),
+                    sampling.max_new_tokens,
+                    member.args.seed,
+                    member.step * args.gradient_accumulation_steps,
+                )
+                for member, ids in zip(members, prompts, strict=True)
+            ]
+        )
+        flat = [ids for found in prompts for ids in found]
+        owner = self._owner(members, [len(found) for found in prompts])
+        size = args.sample_rows or max(len(prompts[0]), SAMPLE_ROWS)
+        drawn: list[list[int]] = []
+        for part in _parts(len(flat), size):
+            with cpu.grouped(self.model), self.population.rows(owner[part]) as owners:
+                drawn += rollout(self.model, flat[part], sampling, noise[part], owners=owners).ids
+        return _grouped(drawn, [len(ids) for ids in prompts]), [None] * len(prompts)
+
+    def _owner(self, members: Sequence[Member], counts: Sequence[int]) -> torch.Tensor:
+        numbers = [self._number[member.name] for member in members]
+        return torch.tensor(numbers).repeat_interleave(torch.tensor(counts))
+
+    def _judge(
+        self,
+        member: Member,
+        columns: dict[str, list],
+        prompts: list[list[int]],
+        ids: list[list[int]],
+        drawn: list[list[float]] | None,
+    ) -> _Batch:
+        """Rewards, advantages and weights of one member's samples, and what is logged of them."""
+        args, log = member.args, member.metrics
+        log.clear()
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ended = torch.tensor([row[-1] in (*self.eos_token_ids, self.tokenizer.pad_token_id) for row in ids])
+        lengths = torch.tensor([float(len(row)) for row in ids])
+        given = {k: v for k, v in columns.items() if k not in ("prompt", "completion", "completion_ids")}
+        scored = torch.zeros(len(ids), len(member.reward_funcs))
+        before = random.getstate()
+        random.setstate(member.random)
+        try:
+            for i, reward in enumerate(member.reward_funcs):
+                values = reward(
+                    prompts=columns["prompt"],
+                    completions=texts,
+                    completion_ids=ids,
+                    log_metric=lambda name, value: log[name].append(value),
+                    **given,
+                )
+                scored[:, i] = torch.tensor([torch.nan if v is None else v for v in values])
+                log[f"rewards/{reward.__name__}/mean"] = [torch.nanmean(scored[:, i]).item()]
+            member.random = random.getstate()
+        finally:
+            random.setstate(before)
+        weight = torch.tensor(args.reward_weights or [1.0] * len(member.reward_funcs))
+        rewards = (scored * weight).nansum(1)
+        rewards[scored.isnan().all(1)] = torch.nan
+        mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+        if args.mask_truncated_completions:
+            mask = mask & ended[:, None]
+        found = advantages(rewards, args)
+        every = args.beta != 0 or not args.skip_zero_advantage
+        groups = rewards.view(-1, args.num_generations or 1)
+        log["reward"] = [torch.nanmean(rewards).item()]
+        log["reward_std"] = [rewards[~rewards.isnan()].std().item()]
+        log["frac_reward_zero_std"] = [(groups == groups[:, :1]).all(1).float().mean().item()]
+        log["completions/mean_length"] = [lengths.mean().item()]
+        log["completions/clipped_ratio"] = [1 - ended.float().mean().item()]
+        # One row at least, as alone: a step without a gradient is still a step, and its entropy is logged.
+        kept = [i for i in range(len(ids)) if every or found[i] != 0] or [0]
+        return _Batch(member, prompts, ids, found, token_weights(mask, args), kept, drawn)
+
+    # ---- gradients
+
+    def _gradients(self, batches: Sequence[_Batch]) -> None:
+        """
+        The gradient of every member's loss, in batches of `per_device_train_batch_size` rows: each reaches no
+        parameter but its own, so the losses are added up. Rows come by the lowest layer that is trained.
+        """
+        for batch in batches:
+            batch.totals()
+            for parameter in batch.member.vectors.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        every = [(batch, row) for batch in batches for row in batch.kept]
+        for part in _parts(len(every), self.args.per_device_train_batch_size):
+            self._backward(every[part])
+
+    def _backward(self, rows: Sequence[tuple[_Batch, int]]) -> None:
+        device = self.model.device
+        prompt_ids, prompt_mask = pad_left([b.prompts[i] for b, i in rows], device)
+        completions = [b.completions[i] for b, i in rows]
+        longest = max(map(len, completions))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in completions], device=device)
+        weight = torch.stack([_fit(b.weights[i], longest) for b, i in rows]).to(device)
+        advantage = torch.stack([b.advantages[i] for b, i in rows]).to(device)
+        owner = torch.tensor([self._number[b.member.name] for b, _ in rows])
+        inputs = {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "completion_ids": ids,
+            "completion_mask": (weight > 0).long(),
+        }
+        logp, entropy = self._score(owner, inputs)
+        loss = -(advantage[:, None] * torch.exp(logp - logp.detach()))
+        away = torch.zeros(len(rows))
+        if rows[0][0].drawn is not None:
+            told = [_fit(torch.tensor(b.drawn[i]), longest) for b, i in rows if b.drawn is not None]
+            difference = (logp.detach() - torch.stack(told).to(device)) * (weight > 0)
+            loss = loss * importance(difference, self.args)
+            away = difference.abs().sum(1)
+        beta = torch.tensor([b.member.args.beta for b, _ in rows], device=device)
+        kl = None
+        if beta.any():
+            with torch.no_grad():
+                reference, _ = self._score(torch.full_like(owner, BASE), inputs)
+            kl = torch.exp(reference - logp) - (reference - logp) - 1
+            loss = loss + beta[:, None] * kl
+        loss = (loss * weight).sum(1)
+        if loss.requires_grad:  # not when every token of these rows is masked out
+            loss.sum().backward()
+        seen = weight > 0
+        sums = torch.stack([loss.detach(), (entropy * seen).sum(1), seen.sum(1).float()], 1)
+        divergence = torch.zeros(len(rows)) if kl is None else (kl.detach() * seen).sum(1)
+        for (batch, _), (lost, spread, tokens), kl_sum, off in zip(
+            rows, sums.tolist(), divergence.tolist(), away.tolist(), strict=True
+        ):
+            batch.loss += lost
+            batch.entropy += spread
+            batch.tokens += tokens
+            batch.kl += kl_sum
+            batch.mismatch += off
+
+    def _score(
+        self, owner: torch.Tensor, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = inputs["prompt_ids"].shape[1]
+        with (
+            cpu.grouped(self.model),
+            self.population.prompt_length(width),
+            self.population.rows(owner) as owners,
+        ):
+            scored = self.model(score_group=True, owners=owners, **inputs)
+        return scored.log_probs, scored.entropy.detach()
+
+    def _apply(self, batch: _Batch) -> None:
+        """Clip and step, and write the log. A gradient that is not finite stops the member where it is."""
+        member, args = batch.member, batch.member.args
+        parameters = member.vectors.parameters()
+        limit = args.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        log = member.metrics
+        rate = member.scheduler.get_last_lr()[0]
+        if isfinite(norm):
+            member.watch.on_pre_optimizer_step(args, None, None)
+            member.optimizer.step()
+            member.watch.on_optimizer_step(args, None, None)
+            member.scheduler.step()
+        else:
+            member.stopped = f"diverged: the gradient of update {member.step + 1} is not finite"
+        member.optimizer.zero_grad()
+        member.step += 1
+        tokens = max(batch.tokens, 1)
+        log["entropy"] = [batch.entropy / tokens]
+        if batch.drawn is not None:
+            log["engine/mean"] = [batch.mismatch / tokens]
+        if args.beta:
+            log["kl"] = [batch.kl / tokens]
+        known = {name: sum(values) / len(values) for name, values in log.items()}
+        numbers = {"loss": batch.loss, "grad_norm": norm, "learning_rate": rate, **known}
+        member.log.append(
+            {"step": member.step, **{k: v if isfinite(v) else None for k, v in numbers.items()}}
+        )
+
+    # ---- state
+
+    def save(self) -> None:
+        """Write the state of all members at once: the file is one whole round of the population."""
+        assert self.state_file is not None
+        for member in self.members:
+            member.watch.on_save(member.args, None, None)
+        buffer = io.BytesIO()
+        torch.save({**self.others, **{member.name: member.state() for member in self.members}}, buffer)
+        try:
+            replace_file(self.state_file, buffer.getvalue())
+        except OSError as error:
+            raise SteerError(
+                f"cannot write {self.state_file}: {error.strerror}; make room and start again, the run goes "
+                "on from the state before"
+            ) from error
+
+    def load(self, states: dict[str, dict[str, Any]]) -> None:
+        """Put members where they were; those that `states` does not have begin."""
+        for member in self.members:
+            if member.name in states:
+                member.restore(states[member.name])
+        own, names = self.state_file and self.state_file.name, self._number
+        self.others = {n: s for n, s in states.items() if n not in names and s["file"] == own}
+
+
+def _grouped(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
+    """`flat` cut into runs of `counts`."""
+    left = iter(flat)
+    return [[next(left) for _ in range(count)] for count in counts]
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _fit(row: torch.Tensor, length: int) -> torch.Tensor:
+    """`row` cut or filled with zeros to `length`."""
+    return torch.nn.functional.pad(row, (0, max(0, length - len(row))))[:length]

@@ -1,0 +1,304 @@
+"""The recipe for populations as a user runs it: whole, killed, added to, halved, on several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from training import SPREAD, far, model_folder, same, write_problems
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from steer import artifact
+from steer.train.config import SteeringGRPOConfig
+from steer.train.grid import PopulationArguments, members
+from steer.train.member import check_supported, read_states
+from steer.train.recipe import parse
+from steer.train.run import RunConfig, SteeringArguments
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE, SOLO = ROOT / "recipes" / "layer_sweep.py", ROOT / "recipes" / "grpo_steer.py"
+STEPS = 6
+NAMES = ["layer-0", "layer-1", "layer-2", "together", "coin"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+@pytest.fixture
+def base(
+    place: Path, build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A folder with all that a population needs: `model/`, `train.jsonl`, `heldout.jsonl`, `config.yaml`."""
+    if not (place / "config.yaml").exists():
+        tiny_tokenizer.add_tokens([rf"\boxed{{{n}}}" for n in range(10)])
+        model = build_tiny("llama", initializer_range=SPREAD, vocab_size=len(tiny_tokenizer))
+        model_folder(place / "model", model, tiny_tokenizer)
+        for name, numbers in (("train", range(40)), ("heldout", range(40, 52))):
+            write_problems(place / f"{name}.jsonl", numbers, modulus=10)
+        settings = {
+            "model": str(place / "model"),
+            "train_data": str(place / "train.jsonl"),
+            "eval_data": str(place / "heldout.jsonl"),
+            "template": "plain",
+            "rewards": ["correct01", "format"],
+            "reward_weights": [1.0, 0.25],
+            "each_layer": "all",
+            "lr_by_layer": "0:0.02,1-2:0.05",
+            "population": [
+                {"name": "together", "layers": "all", "lr_by_layer": None, "learning_rate": "2e-2"},
+                {"name": "coin", "layers": "1", "rewards": ["random"], "reward_weights": [1.0]},
+            ],
+            "max_steps": STEPS,
+            "save_steps": 2,
+            "num_generations": 8,
+            "per_device_train_batch_size": 32,
+            "max_completion_length": 3,
+            "use_cpu": True,
+            "report_to": "none",
+            "output_dir": str(place / "whole"),
+        }
+        (place / "config.yaml").write_text(yaml.safe_dump(settings))
+    return place
+
+
+def environment() -> dict[str, str]:
+    left = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
+    return {**left, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def started(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+def command(base: Path, *changes: str) -> list[str]:
+    return [sys.executable, str(RECIPE), "--config", str(base / "config.yaml"), *changes]
+
+
+@pytest.fixture
+def here(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
+    """The recipe run inside this process, to save the imports; the line it ends with, if it is refused."""
+
+    def run(*changes: str, script: Path = RECIPE, config: Path = base / "config.yaml") -> str | None:
+        monkeypatch.setattr(sys, "argv", [str(script), "--config", str(config), *changes])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            line = str(end.code)
+            assert line.startswith("error: ") and "\n" not in line, line
+            return line
+        return None
+
+    return run
+
+
+@pytest.fixture
+def whole(base: Path, here: Callable[..., str | None]) -> Path:
+    """The folder of a run that was never stopped."""
+    if not (base / "whole" / "sweep.png").exists():
+        assert here() is None
+    return base / "whole"
+
+
+def vectors(folder: Path) -> dict[str, Any]:
+    return {p.parent.name: artifact.read(p).tensors for p in sorted(folder.glob("members/*/vectors"))}
+
+
+def test_a_whole_run_leaves_everything_behind(whole: Path) -> None:
+    assert set(vectors(whole)) == set(NAMES)
+    found = json.loads((whole / "sweep.json").read_text())
+    assert [row["member"] for row in found["members"]] == NAMES
+    for row in found["members"]:
+        results = json.loads((whole / "members" / row["member"] / "results.json").read_text())
+        assert results["steps"] == STEPS == row["updates"] and results["after"]["problems"] == 12
+        assert row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"]
+        assert row["gain"]["value"] == pytest.approx(
+            results["after"]["accuracy"] - found["untrained"]["accuracy"]
+        )
+        assert row["norm"] > 0, "the reward never differed: nothing was tested"
+        log = json.loads((whole / "members" / row["member"] / "log.json").read_text())
+        assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
+    rates = {row["member"]: row["learning_rate"] for row in found["members"]}
+    assert rates["layer-0"] == 0.02 and rates["layer-2"] == 0.05 and rates["together"] == 0.02
+    saved = artifact.read(whole / "members" / "layer-2" / "vectors")
+    assert saved.config.layers == "2" and saved.config.provenance["member"] == "layer-2"
+    assert "| layers | 2 |" in (whole / "members" / "layer-2" / "vectors" / "README.md").read_text()
+    pairs = found["pairs"]
+    assert pairs["layers"] == [0, 1, 2] and len(pairs["pairs"]) == 3
+    assert (whole / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    text = (whole / "sweep.md").read_text()
+    assert "| untrained |" in text and "| together |" in text and "All 3 together" in text
+
+
+def test_a_member_is_the_run_of_grpo_steer(whole: Path, base: Path, here, tmp_path: Path) -> None:
+    """The other recipe, given the member's settings on its command line."""
+    settings = yaml.safe_load((base / "config.yaml").read_text())
+    solo = {k: v for k, v in settings.items() if k not in ("each_layer", "population", "lr_by_layer")}
+    config = tmp_path / "solo.yaml"
+    config.write_text(yaml.safe_dump(solo))
+    coin = "--layers 1 --lr_by_layer 0:0.02,1-2:0.05 --rewards random --reward_weights 1.0"
+    for name, changes in (("layer-2", "--layers 2 --learning_rate 0.05"), ("coin", coin)):
+        out = tmp_path / name
+        assert here(*changes.split(), "--output_dir", str(out), script=SOLO, config=config) is None
+        alone = artifact.read(out / "vectors").tensors
+        assert far(vectors(whole)[name], alone) < 1e-4  # float32 sums in another order
+        mine = json.loads((whole / "members" / name / "results.json").read_text())
+        theirs = json.loads((out / "results.json").read_text())
+        assert (mine["before"], mine["after"]) == (theirs["before"], theirs["after"])
+
+
+def test_a_finished_run_changes_nothing(whole: Path, here) -> None:
+    def contents() -> dict[str, bytes]:
+        files = [p for p in whole.rglob("*") if p.is_file() and p.suffix != ".png"]
+        return {str(p): p.read_bytes() for p in sorted(files)}
+
+    before = contents()
+    assert here() is None
+    assert contents() == before
+
+
+def test_killed_and_started_again_it_ends_with_the_same_vectors(whole: Path, base: Path, here) -> None:
+    folder = base / "killed"
+    with (base / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            command(base, "--output_dir", str(folder)),
+            cwd=base,
+            env=environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            while not (folder / "state-0.pt").exists():
+                assert process.poll() is None, (base / "killed.log").read_text()
+                time.sleep(0.005)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert not (folder / "members").exists()
+    assert here("--output_dir", str(folder)) is None
+    found, expected = vectors(folder), vectors(whole)
+    assert found.keys() == expected.keys()
+    assert all(same(found[name], expected[name]) for name in expected)
+
+
+def test_members_are_added_and_resumed_alone(whole: Path, base: Path, here) -> None:
+    folder = base / "added"
+    changes = ("--output_dir", str(folder), "--winners", "0")
+    coin = "{name: coin, layers: 1, rewards: [random], reward_weights: [1.0]}"
+    assert here(*changes, "--each_layer", "0", "--population", coin, "--only", "layer-0") is None
+    assert set(vectors(folder)) == {"layer-0"}
+    assert here(*changes, "--only", "layer-2", "together") is None
+    assert set(vectors(folder)) == {"layer-0", "layer-2", "together"}
+    assert {name: state["step"] for name, state in read_states(folder).items()} == {
+        "layer-0": STEPS,
+        "layer-2": STEPS,
+        "together": STEPS,
+    }
+    for name, tensors in vectors(folder).items():
+        assert far(tensors, vectors(whole)[name]) < 1e-4, name
+    line = here(*changes, "--lr_by_layer", "0:0.5", "--only", "layer-0")
+    assert line and "layer-0" in line and "learning_rate was 0.02, now 0.5" in line
+
+
+def test_halving_stops_the_worse_half(base: Path, here) -> None:
+    folder = base / "halved"
+    changes = ("--output_dir", str(folder), "--halve_at", "2", "4", "--winners", "0")
+    assert here(*changes) is None
+    rungs = json.loads((folder / "halving.json").read_text())
+    assert set(rungs["2"]) == set(NAMES) and set(rungs["4"]) == {n for n in NAMES if rungs["2"][n]["kept"]}
+    for record in rungs.values():
+        assert record["coin"]["kept"], "a control with another reward is no rival"
+        kept = [entry["score"] for name, entry in record.items() if entry["kept"] and name != "coin"]
+        gone = [entry["score"] for entry in record.values() if not entry["kept"]]
+        assert max(gone, default=-1.0) < min(kept) and len(kept) >= len(gone)
+        # no more than half go on, but for those that are as good as the last of them
+        assert sum(score > min(kept) for score in kept) < (len(kept) + len(gone) + 1) // 2
+    assert sum(not entry["kept"] for record in rungs.values() for entry in record.values()) >= 1
+    for name in NAMES:
+        results = json.loads((folder / "members" / name / "results.json").read_text())
+        last = max(int(rung) for rung in rungs if name in rungs[rung])
+        stopped = not rungs[str(last)][name]["kept"]
+        assert results["steps"] == (last if stopped else STEPS)
+        assert (f"halved at update {last}" in (results["stopped"] or "")) == stopped
+    assert "Stopped early" in (folder / "sweep.md").read_text()
+
+
+def test_four_processes_divide_the_members(whole: Path, base: Path) -> None:
+    processes = 4
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = base / "divided"
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu-2.yaml")]
+    launch += ["--num_processes", str(processes), "--main_process_port", str(port)]
+    done = started([*launch, *command(base, "--output_dir", str(folder), "--halve_at", "4")[1:]], base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {p.name for p in folder.glob("state-*.pt")} == {f"state-{i}.pt" for i in range(processes)}
+    assert set(vectors(folder)) == set(NAMES)
+    record = json.loads((folder / "halving.json").read_text())["4"]
+    assert set(record) == set(NAMES)
+    for name, tensors in vectors(folder).items():
+        if record[name]["kept"]:
+            assert far(tensors, vectors(whole)[name]) < 1e-4, name
+    assert done.stdout.count("| untrained |") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (("--each_layer", "7"), "layers 0 to 2"),
+        (("--population", "{layrs: 1}"), "layrs"),
+        (("--population", "{max_completion_length: 4}"), "share model, data and batches"),
+        (("--population", "{name: ../x, layers: 1}"), "becomes a folder"),
+        (("--population", "{layers: 1}", "{layers: 1}"), "two members"),
+        (("--population", "{layers: 1, rewards: [correct01]}"), "change both together"),
+        (("--only", "layer-9"), "there are layer-0"),
+        (("--loss_type", "vespo"), "dapo"),
+        (("--num_iterations", "2"), "one update"),
+        (("--top_entropy_quantile", "0.2"), "top_entropy_quantile"),
+        (("--keep", "1.5"), "between 0 and 1"),
+        (("--halve_on", "luck"), "validation"),
+        (("--winners", "1"), "2 layers"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, tuple) else "",
+)
+def test_a_wrong_setting_is_one_line(here, tmp_path: Path, changes: tuple[str, ...], named: str) -> None:
+    line = here("--output_dir", str(tmp_path / "out"), *changes)
+    assert line and named in line
+
+
+def test_the_demo_config_is_every_layer_alone_and_all_together() -> None:
+    arguments = ["--config", str(ROOT / "recipes" / "configs" / "layer-sweep-demo.yaml"), "--use_cpu", "true"]
+    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
+    _, _, training, asked = parse(parts, None, "layer_sweep.py", arguments)
+    found = members(asked, training, 30, arguments)
+    assert [m.steering.layers for m in found] == [*map(str, range(30)), "all"]
+    rates = [m.training.learning_rate for m in found]
+    assert rates[0] == pytest.approx(3e-3) and rates[29] == pytest.approx(1e-1) and rates[30] == 3e-3
+    assert rates[:30] == sorted(rates[:30])
+    for member in found:
+        check_supported(member.training)
+
+
+def test_a_sharding_launcher_is_refused(here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    line = here("--output_dir", str(tmp_path / "out"))
+    assert line and "ddp.yaml" in line
