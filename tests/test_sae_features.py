@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from steering import fill, logits, message, tokens
 
 import steer
+from steer.cli import main
 from steer.errors import SteerError
 from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import Reader
@@ -188,18 +189,20 @@ def test_the_page_holds_its_data_and_nothing_breaks_out(tmp_path):
 
 def test_sae_info_and_convert(tmp_path, capsys):
     sae = SAE(SAEConfig(d_in=8, d_sae=16, k=2, source={"model": "made", "layer": 3}))
-    save_sae(sae, tmp_path / "own")
-    import argparse
-
-    from steer.sae.commands import add_commands
-
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
-    args = parser.parse_args(["sae", "info", str(tmp_path / "own")])
-    args.run(args)
+    own, other = str(save_sae(sae, tmp_path / "own")), str(tmp_path / "lens")
+    assert main(["sae", "info", own]) == 0
     shown = capsys.readouterr().out
     assert "16 for activations of width 8, topk with k=2" in shown
     assert re.search(r"layer +3", shown)
-    args = parser.parse_args(["sae", "convert", str(tmp_path / "own"), str(tmp_path / "lens")])
-    args.run(args)
+    assert main(["sae", "convert", own, other]) == 0
     assert (tmp_path / "lens" / "sae_weights.safetensors").exists()
+    assert main(["sae", "convert", own, other, "--format", "numpy"]) == 1
+    assert "choose one of steer, saelens, sparsify, dictionary_learning" in message_of(capsys)
+    assert main(["sae", "info", str(tmp_path)]) == 1
+    assert "holds no SAE" in message_of(capsys)
+
+
+def message_of(capsys) -> str:
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    return line

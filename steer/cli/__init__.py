@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-from steer.cli import convert, generate, info, serve
+from steer.cli import convert, generate, info, sae, serve
 from steer.errors import SteerError
 
 
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Training: accelerate launch recipes/grpo_steer.py --help",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (info, generate, convert, serve):
+    for module in (info, generate, convert, serve, sae):
         module.add_commands(commands)
     return parser
 

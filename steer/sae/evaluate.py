@@ -6,7 +6,7 @@ stream, and how alike its features are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -129,10 +129,12 @@ def loss_recovered(
     layer: int,
     site: str = "resid_post",
     k: int | None = None,
+    known: LossRecovered | None = None,
 ) -> LossRecovered:
     """
     Cross-entropy of the next token over the kept tokens of `windows`, with the SAE's reconstruction in place
-    of the activations at the kept tokens. `k` keeps the k strongest features of a TopK SAE.
+    of the activations at the kept tokens. `k` keeps the k strongest features of a TopK SAE. `known`, measured
+    before on the same windows, spares the two passes that do not depend on the SAE.
     """
     decoder = find_decoder(model)
     if decoder.width != sae.cfg.d_in:
@@ -163,7 +165,7 @@ def loss_recovered(
         handle = place.module.register_forward_pre_hook(before, with_kwargs=True)
     else:
         handle = place.module.register_forward_hook(after)
-    sums, count = dict.fromkeys(("clean", "spliced", "zeroed"), 0.0), 0
+    sums, count = dict.fromkeys(("spliced",) if known else ("clean", "spliced", "zeroed"), 0.0), 0
     try:
         for window in windows:
             ids = torch.tensor([window.ids], device=model.device)
@@ -180,7 +182,8 @@ def loss_recovered(
         handle.remove()
     if not count:
         raise SteerError("the windows hold no token whose successor could be predicted")
-    return LossRecovered(*(sums[mode] / count for mode in ("clean", "spliced", "zeroed")))
+    found = {mode: value / count for mode, value in sums.items()}
+    return replace(known, **found) if known else LossRecovered(**found)
 
 
 def reconstruct(sae: SAE, x: Tensor, k: int | None = None) -> Tensor:
