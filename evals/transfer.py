@@ -163,7 +163,7 @@ def conditions(
     )
     problems = load_problems("arithmetic", "heldout", arithmetic=generator).to_list()
     donor_name = str(source.config.base_model)
-    donor, donor_tokenizer = load_model(donor_name, dtype="bfloat16"), load_tokenizer(donor_name)
+    donor, donor_tokenizer = load_model(donor_name, dtype="fast"), load_tokenizer(donor_name)
 
     right: list[tuple[str, str]] = []  # problems with the steered donor's right answers
 
@@ -202,7 +202,7 @@ def conditions(
 
     tokenizers = {"donor_tokenizer": donor_tokenizer, "recipient_tokenizer": donor_tokenizer}
     for about in LESSONS:
-        tuned = load_model(str(finetuned(donor_name, about, steps)), dtype="bfloat16")
+        tuned = load_model(str(finetuned(donor_name, about, steps)), dtype="fast")
         tuned.config._name_or_path = f"{donor_name}, fine-tuned on {about}"
         there = (tuned, donor_tokenizer, tuned.config._name_or_path)
         yield measure(*there, None, "none", chat), None
@@ -213,7 +213,7 @@ def conditions(
         yield measure(*there, at_random(found.artifact, tuned), "random, as long", chat), None
     del tuned, there
 
-    other, other_tokenizer = load_model(OTHER, dtype="bfloat16"), load_tokenizer(OTHER)
+    other, other_tokenizer = load_model(OTHER, dtype="fast"), load_tokenizer(OTHER)
     bos = other_tokenizer.bos_token
 
     def plain(problem: str) -> str:

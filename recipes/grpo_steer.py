@@ -40,7 +40,7 @@ from steer import artifact
 from steer.data import load_problems
 from steer.errors import SteerError
 from steer.files import replace_file
-from steer.models import load_model, load_tokenizer
+from steer.models import fast_dtype, load_model, load_tokenizer
 from steer.prompts import render
 from steer.rewards import Checker, make_reward
 from steer.train import run as runs
@@ -151,6 +151,8 @@ def parse() -> tuple[RunConfig, steer.SteeringConfig, SteeringGRPOConfig]:
         raise SteerError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:  # trl and transformers on unknown or contradictory settings
         raise SteerError(" ".join(str(error).split())) from error
+    if run.model_dtype == "fast":  # what it means here is what the run is continued with, wherever that is
+        run.model_dtype = fast_dtype()
     return run, steer.SteeringConfig(**asdict(chosen)), training
 
 

@@ -52,7 +52,6 @@ TENSOR_FILE = "steering.safetensors"
 CARD_FILE = "README.md"
 # A 405B model's vectors in float64 are 17 MB; anything far larger is not an artifact.
 MAX_BYTES = 1 << 28
-# Objects and lists within each other in the config; a provenance has a few, and three more for each sum.
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _NAME = re.compile(r"(?P<decoder>[\w.]+)\.(?P<layer>\d{1,5})\.steering\.(?:vector|readout|mix)", re.ASCII)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 
 # Converted folders are float32 so that nothing is lost, or bfloat16 where float32 would pass this size.
 FLOAT32_LIMIT_BYTES = 2**30
@@ -158,10 +158,11 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model `name`, in eval mode.
 
-    `dtype` is "float32", "bfloat16", "float16", a torch dtype, or "auto" for the dtype it was saved in
-    (float32 for converted GGUF weights, bfloat16 for those over 1 GiB). `config._name_or_path` is `name` as
-    given. Raises SteerError as `model_path` does, and when the hub does not answer, when the model is not a
-    decoder-only language model, when the checkpoint lacks weights, or for a dtype that is not one of these.
+    `dtype` is "float32", "bfloat16", "float16", a torch dtype, "auto" for the dtype it was saved in (float32
+    for converted GGUF weights, bfloat16 for those over 1 GiB), or "fast" (`fast_dtype`).
+    `config._name_or_path` is `name` as given. Raises SteerError as `model_path` does, and when the hub does
+    not answer, when the model is not a decoder-only language model, when the checkpoint lacks weights, or for
+    a dtype that is not one of these.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -258,9 +259,29 @@ def _source(name: str, revision: str | None, tokenizer: bool = False) -> str:
     return str(model_path(name))
 
 
+def fast_dtype() -> str:
+    """
+    The precision in which this machine multiplies matrices fastest: bfloat16 on an accelerator and on a CPU
+    with instructions for it, else float32. A CPU without them takes up to a hundred times longer in bfloat16.
+    """
+    import torch
+
+    return "bfloat16" if torch.accelerator.is_available() else cpu_dtype()
+
+
+def cpu_dtype() -> str:
+    """The same for the CPU alone."""
+    import torch
+
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
 def _dtype(dtype: str | torch.dtype) -> Any:
     import torch
 
+    if dtype == "fast":
+        dtype = fast_dtype()
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     if isinstance(dtype, str) and dtype in DTYPES:

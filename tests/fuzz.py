@@ -6,10 +6,17 @@ readable but changes what it says.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
+
+
+def how_many(default: int) -> int:
+    """Files that a fuzz test damages: STEER_FUZZ where it is set (100,000 take minutes)."""
+    return int(os.environ.get("STEER_FUZZ", default))
+
 
 # JSON values that a reader may stumble over, as text: some are no JSON, some mean what Python cannot hold.
 ODD = [

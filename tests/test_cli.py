@@ -47,6 +47,17 @@ def test_generate_is_side_by_side_and_scale_zero_is_the_base(steered, capsys):
     assert base.removeprefix("base     ") == other.removeprefix("steered  ")
 
 
+def test_export_and_import_as_json(steered, tmp_path, capsys):
+    model, folder = (str(path) for path in steered)
+    out = str(tmp_path / "vectors.npz")
+    assert main(["export", folder, "--to", "npz", "--out", out, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"out": out, "format": "npz", "bytes": (tmp_path / "vectors.npz").stat().st_size}
+    back = str(tmp_path / "back")
+    assert main(["import", out, "--model", model, "--out", back, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": back, "kind": "constant", "layers": "0,2"}
+
+
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, capsys):
     assert main(["info", str(tmp_path / "nothing")]) == 1
     err = capsys.readouterr().err

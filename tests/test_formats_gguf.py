@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from foreign import DEPTH, WIDTH, damaged, made, rows, same
+from fuzz import how_many
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steering import message
@@ -393,5 +394,5 @@ def fuzz(model: PreTrainedModel, folder: Path, count: int, seed: int = 0) -> dic
 
 
 def test_damaged_files_are_refused_or_read_right(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
-    outcomes = fuzz(tiny_llama, tmp_path, 1000)
+    outcomes = fuzz(tiny_llama, tmp_path, how_many(1000))
     assert min(outcomes.values()) > 50

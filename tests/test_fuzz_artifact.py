@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzz import mutations
+from fuzz import how_many, mutations
 from safetensors.torch import save
 
 from steer import SteerError, SteeringConfig, artifact
 from steer.artifact import CONFIG_FILE, Artifact, expected_names
 
-COUNT = int(os.environ.get("STEER_FUZZ", "2000"))
+COUNT = how_many(2000)
 SEED = int(os.environ.get("STEER_FUZZ_SEED", "0"))
 # Lines of steer's code that reading one file may run: some hundred as a rule, more where the config claims
 # thousands of layers. What runs on is stopped by counting, so that no machine is too slow for the test.

@@ -178,9 +178,20 @@ def test_attention_implementation(folder):
     assert load_model(str(folder), attn_implementation="eager").config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("native", [False, True])
+def test_fast_dtype_is_what_the_machine_multiplies_in(folder, monkeypatch, native, accelerator):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    expected = torch.bfloat16 if native or accelerator else torch.float32
+    assert load_model(str(folder), dtype="fast").dtype == expected
+
+
 @pytest.mark.parametrize("dtype", ["float8", "int8", torch.int64])
 def test_unknown_dtype(folder, dtype):
-    assert "expected one of auto, float32, bfloat16, float16" in message(load_model, str(folder), dtype=dtype)
+    told = message(load_model, str(folder), dtype=dtype)
+    assert "expected one of auto, fast, float32, bfloat16, float16" in told
 
 
 def test_tokenizer_pads_left_with_eos(folder):

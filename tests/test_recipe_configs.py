@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from steer.models import BUNDLED
+from steer.models import BUNDLED, fast_dtype
 from steer.prompts import TEMPLATES
 from steer.rewards import REWARDS
 
@@ -123,12 +123,14 @@ def test_every_config_is_accounted_for():
 def test_config_parses_and_names_things_that_exist(config, parse):
     run, steering, training = parse(config)
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", run.model) or run.model in BUNDLED
-    assert run.model_dtype == "bfloat16"
+    wanted = yaml.safe_load(config.read_text())["model_dtype"]
+    assert wanted in ("bfloat16", "fast")
+    assert run.model_dtype == (fast_dtype() if wanted == "fast" else wanted)
     assert run.template in TEMPLATES
     assert set(run.rewards) <= set(REWARDS)
     assert {run.train_data, run.eval_data or "none", *run.exclude} <= SOURCES
     assert steering.dtype == "float32"
-    assert not training.bf16  # the base is bfloat16 already; autocast would only add casts
+    assert not training.bf16  # the base has its precision already; autocast would only add casts
     assert yaml.safe_load(config.read_text())["output_dir"] == f"runs/{config.stem}"
 
 

@@ -58,6 +58,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="llama.cpp's control vectors cannot steer block 0: refuse, drop that vector, fold it into block "
         "1 (not exact), or keep it, for EasySteer and repeng",
     )
+    export.add_argument("--json", action="store_true", help="print JSON")
     export.set_defaults(run=_export)
 
     load = commands.add_parser(
@@ -73,6 +74,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     load.add_argument("--format", choices=SOURCES, help="default: told by the file's name")
     load.add_argument("--layers", help="the layers that the rows of an array belong to; default: all")
     load.add_argument("--out", required=True, help="folder to write the artifact to")
+    load.add_argument("--json", action="store_true", help="print JSON")
     load.set_defaults(run=_import)
 
     transfer = commands.add_parser("transfer", help="bring vectors into another model")
@@ -134,7 +136,9 @@ def _export(args: argparse.Namespace) -> None:
             gguf_model.write(found, gguf_path(base), out)
     else:
         arrays.write(found, out)
-    print(f"{out}  ({_size(Path(out)):,} bytes)")
+    size = _size(Path(out))
+    told = {"out": out, "format": args.to, "bytes": size}
+    print(json.dumps(told) if args.json else f"{out}  ({size:,} bytes)")
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -151,7 +155,9 @@ def _import(args: argparse.Namespace) -> None:
             raise SteerError(f"--layers is for arrays; a {kind} file names its layers itself")
         found = {"peft": peft, "gguf": gguf, "lm-eval": lm_eval}[kind].read(args.source, model)
     artifact.write(args.out, found)
-    print(f"{args.out}  ({found.config.kind} vectors of layers {found.config.layers})")
+    told = {"out": args.out, "kind": found.config.kind, "layers": found.config.layers}
+    what = f"{told['kind']} vectors of layers {told['layers']}"
+    print(json.dumps(told) if args.json else f"{args.out}  ({what})")
 
 
 def _format(path: Path) -> str:

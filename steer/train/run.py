@@ -57,7 +57,11 @@ class RunConfig:
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of a hub model."})
     model_dtype: str = field(
-        default="auto", metadata={"help": "Precision of the frozen base: auto, float32, bfloat16 or float16."}
+        default="auto",
+        metadata={
+            "help": "Precision of the frozen base: float32, bfloat16, float16, auto (as it was saved) or "
+            "fast (bfloat16 where this machine has instructions for it, else float32)."
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers, e.g. sdpa or flash_attention_2."}
