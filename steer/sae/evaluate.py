@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from steer.errors import SteerError
 from steer.sae.activations import Window
+from steer.sae.intervene import changed
 from steer.sae.model import SAE, Active
 from steer.sae.sparse import Selection
-from steer.sites import find_decoder, find_sites
+from steer.sites import find_decoder
 
 
 @torch.no_grad()
@@ -139,7 +140,6 @@ def loss_recovered(
     decoder = find_decoder(model)
     if decoder.width != sae.cfg.d_in:
         raise SteerError(f"the SAE has d_in={sae.cfg.d_in}, the model a width of {decoder.width}")
-    place = find_sites(decoder, [layer % decoder.depth], site)[0]
     state: dict[str, Any] = {}
 
     def change(hidden: Tensor) -> Tensor:
@@ -153,20 +153,8 @@ def loss_recovered(
             out[keep] = reconstruct(sae, hidden[keep].to(sae.dtype), k).to(hidden.dtype)
         return out
 
-    def after(module: Any, args: tuple, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    if place.on_input:
-        handle = place.module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = place.module.register_forward_hook(after)
     sums, count = dict.fromkeys(("spliced",) if known else ("clean", "spliced", "zeroed"), 0.0), 0
-    try:
+    with changed(model, layer, site, change):
         for window in windows:
             ids = torch.tensor([window.ids], device=model.device)
             state["keep"] = torch.tensor([window.keep])
@@ -178,8 +166,6 @@ def loss_recovered(
                 state["mode"] = mode
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
                 sums[mode] += cross_entropy(logits[scored], ids[0, 1:][scored], reduction="sum").item()
-    finally:
-        handle.remove()
     if not count:
         raise SteerError("the windows hold no token whose successor could be predicted")
     found = {mode: value / count for mode, value in sums.items()}
