@@ -85,7 +85,8 @@ def tables(args: argparse.Namespace) -> None:
     spliced: list[Window] = known[:: max(1, len(known) // args.windows)][: args.windows]
     chosen = {run.name: run for run in runs(args.small, args.large)}
     results = _read(out / "tables.json")
-    facts = {"model": args.model, "layer": args.layer, "dtype": args.dtype, "stored_tokens": len(train)}
+    dtype = str(model.dtype).removeprefix("torch.")
+    facts = {"model": args.model, "layer": args.layer, "dtype": dtype, "stored_tokens": len(train)}
     facts |= {"tokens": args.tokens, "heldout_tokens": len(heldout), "texts": _names(args.texts)}
     if results.get("facts", facts) != facts:
         raise SteerError(
@@ -187,8 +188,7 @@ def markdown(results: dict[str, Any], small: int, large: int) -> str:
     lines = [
         f"{facts['model']}, layer {facts['layer']}, {facts['stored_tokens']:,} distinct tokens of "
         f"{' and '.join(facts['texts'])}, {facts['tokens']:,} tokens of training (KronSAE: as many as make "
-        f"equal "
-        f"FLOPs), measured on {facts['heldout_tokens']:,} held-out tokens.",
+        f"equal FLOPs), measured on {facts['heldout_tokens']:,} held-out tokens.",
         "",
         "| dictionary, l0 = 32 | encoder weights | tokens | explained variance | loss recovered | "
         "absorption | dead |",
@@ -264,7 +264,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["all", "tables", "speed", "diff"])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="(default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="of the language model (default: %(default)s)")
+    parser.add_argument("--dtype", default="fast", help="of the language model (default: %(default)s)")
     parser.add_argument("--layer", type=int, default=9, help="of the tables (default: %(default)s)")
     parser.add_argument("--texts", nargs="+", default=["openai/gsm8k:main:train"], help="training texts")
     parser.add_argument(
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=4096, help="dictionary (default: %(default)s)")
     parser.add_argument("--large", type=int, default=16384, help="dictionary (default: %(default)s)")
     parser.add_argument("--dead-after", type=int, default=250_000, help="(default: %(default)s)")
-    parser.add_argument("--precision", default="bfloat16", help="of encoders (default: %(default)s)")
+    parser.add_argument("--precision", default="fast", help="of encoders (default: %(default)s)")
     parser.add_argument(
         "--work", default="runs/sae-eval", help="caches and checkpoints (default: %(default)s)"
     )

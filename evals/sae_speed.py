@@ -203,7 +203,7 @@ def _encode(sae: SAE, x: Tensor, low: bool, gradient: bool = False) -> None:
 @torch.no_grad()
 def _product(sae: SAE, x: Tensor, low: bool) -> None:
     for part in x.split(256):
-        sae.compared(part, None, low)
+        sae.pre_activations(part, None, low)
 
 
 def training(args: argparse.Namespace, x: Tensor, k: int = 32) -> dict[str, Any]:
@@ -305,7 +305,8 @@ def markdown(found: dict[str, Any]) -> str:
     dense = found["encoders"]["float32"]["dense"]
     for name, row in found["encoders"]["float32"].items():
         gained = [
-            f"{dense[key] / row[key]:.2f} x" for key in ("pre_activations_ms", "forward_ms", "with_gradient_ms")
+            f"{dense[key] / row[key]:.2f} x"
+            for key in ("pre_activations_ms", "forward_ms", "with_gradient_ms")
         ]
         lines.append(f"| {name} | {row['promise']:.2f} x | " + " | ".join(gained) + " |")
     lines += ["", "| training, k = 32 | tokens/s |", "|---|---|"]
@@ -333,7 +334,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     lines.set_ylim(bottom=0)
     lines.legend()
     rows = found["encoders"]["float32"]
-    for key, mark, label in (("pre_activations_ms", "o", "pre-activations"), ("forward_ms", "s", "with top-k")):
+    for key, mark in (("pre_activations_ms", "o"), ("forward_ms", "s")):
+        label = "pre-activations" if mark == "o" else "with top-k"
         gained = [(row["promise"], rows["dense"][key] / row[key]) for row in rows.values()]
         points.plot(*zip(*gained, strict=True), mark + "-", label=label)
     promises = sorted(row["promise"] for row in rows.values())

@@ -104,8 +104,7 @@ class Reader:
         if not torch.isfinite(kept).all():
             raise SteerError(
                 f"activations at {self.site} of layer {self.layer} are not finite; load the model in "
-                f"float32 or "
-                "bfloat16, and check its weights and vectors"
+                "float32 or bfloat16, and check its weights and vectors"
             )
         return kept
 

@@ -160,7 +160,7 @@ def _strengths(sae: SAE, rows: Tensor, feature: int) -> list[float]:
 
 
 def difference_interval(hits: int, count: int, other_hits: int, other_count: int) -> tuple[float, float]:
-    """The 95 % interval of the difference of two shares (Newcombe 1998, method 10, from Wilson's intervals)."""
+    """95 % interval of the difference of two shares (Newcombe 1998, method 10, from Wilson's intervals)."""
     a, b = hits / count, other_hits / other_count
     (a_low, a_high), (b_low, b_high) = wilson(hits, count), wilson(other_hits, other_count)
     low = a - b - sqrt((a - a_low) ** 2 + (b_high - b) ** 2)

@@ -87,7 +87,8 @@ def answer_without(
         difference = (hidden.float() - base.pop()).flatten(0, 1)
         active = sae.active(difference.to(sae.device, sae.dtype))
         share = active.values * torch.isin(active.indices, off)
-        return hidden - active.where.gather(share, sae.W_dec).view(hidden.shape).to(hidden.device, hidden.dtype)
+        part = active.where.gather(share, sae.W_dec).view(hidden.shape)
+        return hidden - part.to(hidden.device, hidden.dtype)
 
     found: list[list[int]] = [[] for _ in prompts]
     by_length: dict[int, list[int]] = {}

@@ -86,8 +86,7 @@ def _from_hub(source: str) -> Iterator[str]:
         reason = " ".join(str(error).split())[:200]
         raise SteerError(
             f"cannot stream {source!r} from the hub ({type(error).__name__}: {reason}); check the name and "
-            f"the "
-            "network, or give a local .jsonl or .txt file"
+            "the network, or give a local .jsonl or .txt file"
         ) from error
 
 
