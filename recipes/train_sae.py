@@ -117,11 +117,11 @@ def open_stream(run: RunConfig, accelerator: Accelerator) -> ActivationStream | 
 
 
 def summary(line: dict[str, Any], names: list[str]) -> str:
-    """The live metrics of a step on one line: explained variance by l0, and the share of dead features."""
+    """The live metrics of a step on one line: explained variance by l0, the real l0, dead features' share."""
     parts = []
     for name in names:
         explained = " ".join(f"{n}:{v:.3f}" for n, v in line[name]["explained_variance"].items())
-        parts.append(f"{name} {explained} dead {line[name]['dead']:.2f}")
+        parts.append(f"{name} {explained} l0 {line[name]['l0']:.0f} dead {line[name]['dead']:.2f}")
     return "; ".join(parts)
 
 
