@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -38,14 +37,14 @@ from steer.sae import SAE, SAEConfig, load_sae, save_sae
 from steer.sae.activations import ActivationStream, Reader, Window, windows
 from steer.sae.cache import CachedActivations, write_cache
 from steer.sae.config import encoder_parameters, forward_flops
-from steer.sae.evaluate import loss_recovered, nearest_cosines, quality
+from steer.sae.evaluate import LossRecovered, loss_recovered, nearest_cosines, quality
 from steer.sae.letters import absorption, first_letters
 from steer.sae.texts import Texts
-from steer.sae.trainer import SAETrainer, TrainConfig
+from steer.sae.trainer import CHECKPOINT, SAETrainer, TrainConfig
 from steer.train.cpu import keep_freed_memory
 
 L0 = (8, 16, 32, 64, 128)
-BATCH = 2048
+BATCH = 1024
 
 
 class Run(NamedTuple):
@@ -57,17 +56,18 @@ class Run(NamedTuple):
 
 
 def runs(small: int, large: int) -> list[Run]:
-    """Every SAE of the tables, the small dictionary first."""
-    kron = {"encoder": "kron", "m": 2, "n": 4}
+    """Every SAE of the tables, in the order of training."""
+    kron: dict[str, Any] = {"encoder": "kron", "m": 2, "n": 4}
+    hierarchical = {"d_sae": small, "k": max(L0), "loss": "hierarchical"}
     found = [Run(f"topk-{small}-l0={k}", {"d_sae": small, "k": k}) for k in L0]
-    found += [
-        Run(f"hierarchical-{small}", {"d_sae": small, "k": max(L0), "loss": "hierarchical"}),
-        Run(f"kron-m2n4-{small}", {"d_sae": small, "k": 32, **kron}, f"topk-{small}-l0=32"),
-        Run(f"hierarchical-kron-{small}", {"d_sae": small, "k": max(L0), "loss": "hierarchical", **kron}),
-        Run(f"topk-{large}-l0=32", {"d_sae": large, "k": 32}),
-        Run(f"kron-m2n4-{large}", {"d_sae": large, "k": 32, **kron}, f"topk-{large}-l0=32"),
-        Run(f"kron-m4n4-{large}", {"d_sae": large, "k": 32, **kron, "m": 4}, f"topk-{large}-l0=32"),
-    ]
+    for size in (small, large):
+        dense = Run(f"topk-{size}-l0=32", {"d_sae": size, "k": 32})
+        if size != small:
+            found.append(dense)
+        for m, n in ((2, 4), (4, 4)):
+            found.append(Run(f"kron-m{m}n{n}-{size}", {**dense.settings, **kron, "m": m, "n": n}, dense.name))
+    found.append(Run(f"hierarchical-{small}", hierarchical))
+    found.append(Run(f"hierarchical-kron-{small}", {**hierarchical, **kron}))
     return found
 
 
@@ -80,11 +80,13 @@ def tables(args: argparse.Namespace) -> None:
     train = _stored(reader, tokenizer, args.texts, work / "train", args.cache_tokens)
     heldout = _stored(reader, tokenizer, args.heldout, work / "heldout", args.heldout_tokens)
     words = None
+    unchanged: LossRecovered | None = None
     known = [w for w in windows(Texts(args.heldout), tokenizer) if len(w.ids) > 32]
     spliced: list[Window] = known[:: max(1, len(known) // args.windows)][: args.windows]
     chosen = {run.name: run for run in runs(args.small, args.large)}
     results = _read(out / "tables.json")
-    facts = {"model": args.model, "layer": args.layer, "dtype": args.dtype, "stored_tokens": len(train)}
+    dtype = str(model.dtype).removeprefix("torch.")
+    facts = {"model": args.model, "layer": args.layer, "dtype": dtype, "stored_tokens": len(train)}
     facts |= {"tokens": args.tokens, "heldout_tokens": len(heldout), "texts": _names(args.texts)}
     if results.get("facts", facts) != facts:
         raise SteerError(
@@ -98,20 +100,22 @@ def tables(args: argparse.Namespace) -> None:
         if run.of is not None:
             budget = forward_flops(_config(reader, chosen[run.of])) * args.tokens
             tokens = budget // forward_flops(_config(reader, run))
-        sae, seconds = _train(run, tokens, train, work, args)
+        sae = _train(run, tokens, train, work, args)
         with torch.no_grad():
             l0 = [n for n in L0 if n <= sae.cfg.k] if sae.cfg.loss == "hierarchical" else [sae.cfg.k]
             measured = quality(sae, heldout.batches(BATCH), l0)
             if words is None:
                 words = first_letters(
-                    reader, tokenizer, list(islice(windows(Texts(args.texts), tokenizer), 250))
+                    reader, tokenizer, list(islice(windows(Texts(args.texts), tokenizer), 120))
                 )
-            recovered = {n: loss_recovered(sae, model, spliced, args.layer, k=n) for n in l0}
+            recovered: dict[int, LossRecovered] = {}
+            for n in l0:
+                recovered[n] = loss_recovered(sae, model, spliced, args.layer, k=n, known=unchanged)
+                unchanged = recovered[n]
         absorbed = absorption(sae, words)
         results.setdefault("saes", {})[run.name] = {
             "config": sae.cfg.to_dict(),
             "trained_tokens": tokens // BATCH * BATCH,
-            "training_seconds": round(seconds, 1),
             "encoder_parameters": encoder_parameters(sae.cfg),
             "forward_flops": forward_flops(sae.cfg),
             **measured.to_dict(),
@@ -148,37 +152,30 @@ def _stored(reader: Reader, tokenizer: Any, texts: list[str], folder: Path, limi
     return CachedActivations(folder, epochs)
 
 
-def _train(
-    run: Run, tokens: int, train: CachedActivations, work: Path, args: argparse.Namespace
-) -> tuple[SAE, float]:
-    """The trained SAE and the seconds this took, over all interruptions."""
-    folder, clock = work / run.name, work / run.name / "seconds.json"
-    if (folder / "sae").is_dir():
-        return load_sae(folder / "sae"), _read(clock)["seconds"]
+def _train(run: Run, tokens: int, train: CachedActivations, work: Path, args: argparse.Namespace) -> SAE:
+    """The trained SAE; a run that was stopped goes on, a finished one is read."""
+    folder = work / run.name
+    if (folder / "sae").is_dir() and not (folder / CHECKPOINT).exists():
+        return load_sae(folder / "sae")
     training = TrainConfig(
         tokens=tokens,
         batch_size=BATCH,
         dead_after=args.dead_after,
         precision=args.precision,
-        save_every=100,
+        save_every=50,
     )
     config = SAEConfig(d_in=train.width, **run.settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    before, began = _read(clock).get("seconds", 0.0), time.perf_counter()
     with tqdm(total=training.tokens, unit=" tokens", desc=run.name) as bar:
 
         def show(line: dict[str, Any]) -> None:
             bar.update(line["tokens"] - bar.n)
             last = list(line["sae"]["explained_variance"].values())[-1]
             bar.set_postfix_str(f"explained {last:.3f} dead {line['sae']['dead']:.2f}")
-            _write(clock, {"seconds": before + time.perf_counter() - began})
 
         sae = SAETrainer({"sae": config}, train, training, folder, on_log=show).train()["sae"]
-    seconds = before + time.perf_counter() - began
-    _write(clock, {"seconds": seconds})
     save_sae(sae, folder / "sae")
-    (folder / "checkpoint.pt").unlink()
-    return sae, seconds
+    (folder / CHECKPOINT).unlink()
+    return sae
 
 
 def _explained(row: dict[str, Any]) -> str:
@@ -191,8 +188,7 @@ def markdown(results: dict[str, Any], small: int, large: int) -> str:
     lines = [
         f"{facts['model']}, layer {facts['layer']}, {facts['stored_tokens']:,} distinct tokens of "
         f"{' and '.join(facts['texts'])}, {facts['tokens']:,} tokens of training (KronSAE: as many as make "
-        f"equal "
-        f"FLOPs), measured on {facts['heldout_tokens']:,} held-out tokens.",
+        f"equal FLOPs), measured on {facts['heldout_tokens']:,} held-out tokens.",
         "",
         "| dictionary, l0 = 32 | encoder weights | tokens | explained variance | loss recovered | "
         "absorption | dead |",
@@ -268,7 +264,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["all", "tables", "speed", "diff"])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="(default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="of the language model (default: %(default)s)")
+    parser.add_argument("--dtype", default="fast", help="of the language model (default: %(default)s)")
     parser.add_argument("--layer", type=int, default=9, help="of the tables (default: %(default)s)")
     parser.add_argument("--texts", nargs="+", default=["openai/gsm8k:main:train"], help="training texts")
     parser.add_argument(
@@ -281,7 +277,7 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=4096, help="dictionary (default: %(default)s)")
     parser.add_argument("--large", type=int, default=16384, help="dictionary (default: %(default)s)")
     parser.add_argument("--dead-after", type=int, default=250_000, help="(default: %(default)s)")
-    parser.add_argument("--precision", default="bfloat16", help="of encoders (default: %(default)s)")
+    parser.add_argument("--precision", default="fast", help="of encoders (default: %(default)s)")
     parser.add_argument(
         "--work", default="runs/sae-eval", help="caches and checkpoints (default: %(default)s)"
     )

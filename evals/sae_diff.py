@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ from steer.files import replace_file
 from steer.grading import Checker
 from steer.models import load_model, load_tokenizer
 from steer.prompts import render
-from steer.sae import SAEConfig, save_sae
+from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import Reader, read_all
 from steer.sae.browser import write_browser
 from steer.sae.cache import HeldActivations
 from steer.sae.evaluate import quality
-from steer.sae.features import Completion, analyse, shifted
+from steer.sae.features import Completion, Feature, analyse, wilson
+from steer.sae.intervene import answer_without, shifted
 from steer.sae.trainer import SAETrainer, TrainConfig
 from steer.train.cpu import grouped
-from steer.train.evaluation import answer_greedily, score
 from steer.train.rollout import Sampling, rollout, uniforms
 
 ROWS = 256  # completions sampled at once
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vectors", default="runs/demo/vectors", help="diff: artifact (default: %(default)s)"
     )
     parser.add_argument("--diff-layer", type=int, default=20, help="diff: layer (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=48, help="diff: completions of a problem")
+    parser.add_argument("--samples", type=int, default=32, help="diff: completions of a problem")
     parser.add_argument(
         "--diff-features", type=int, default=512, help="diff: dictionary (default: %(default)s)"
     )
@@ -50,134 +49,184 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sample, train, compare, intervene; write `diff.json`, `features.html` and the SAE."""
+    """Sample, train, compare, intervene; write `diff.json`, `diff.md`, `features.html` and the SAE."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer, model = load_tokenizer(args.model), load_model(args.model, dtype="float32")
-    vectors = steer.load(args.vectors, model, tokenizer=tokenizer)
-    trained: dict[str, Any] = (vectors.config.provenance or {}).get("run", {})
-
-    def frame(problem: str) -> str:
-        template = trained.get("template", "boxed_short")
-        return render(problem, tokenizer, template, trained.get("prefix", ""))
-
-    settings = {k: trained[k] for k in ("operators", "digits", "terms", "heldout") if k in trained}
-    length = (vectors.config.provenance or {}).get("training", {}).get("max_completion_length", 16)
-    eos = (tokenizer.eos_token_id,)
-    problems = {
-        split: load_problems("arithmetic", split, arithmetic=Arithmetic(**settings, problems=count)).to_list()
-        for split, count in (("train", trained.get("generated_problems", 87)), ("heldout", 75))
-    }
     with Checker() as checker:
-        completions = _sample(model, tokenizer, problems["train"], frame, checker, length, eos, args.samples)
-        reader = Reader(model, args.diff_layer, what="difference")
-        rows = read_all(reader, [c.window() for c in completions if c.ids])
+        subject = Subject(args.model, args.vectors, checker)
+        completions = subject.sample(args.samples)
         right = sum(c.correct for c in completions)
-        print(
-            f"{len(completions)} completions, {right} right, {len(rows)} differences at layer {reader.layer}"
-        )
-        source = {**reader.describe(), "vectors": str(args.vectors)}
-        stream = HeldActivations(rows, source, epochs=args.diff_epochs)
-        tokens = len(rows) // 512 * 512 * args.diff_epochs
-        training = TrainConfig(tokens=tokens, batch_size=512, dead_after=len(rows), lr=2e-3)
-        config = SAEConfig(rows.shape[1], args.diff_features, args.diff_k)
-        sae = SAETrainer({"diff": config}, stream, training).train()["diff"]
+        reader = Reader(subject.model, args.diff_layer, what="difference")
+        rows = read_all(reader, [c.window() for c in completions if c.ids])
+        print(f"{len(completions)} completions, {right} right, {len(rows)} differences")
+        sae = _train(args, reader, rows)
         explained = quality(sae, [rows])
         print(
             f"DiffSAE: explained variance {explained.explained[args.diff_k]:.4f}, dead {explained.dead:.3f}"
         )
-        features = analyse(sae, reader, tokenizer, completions)
-        best = next((f for f in features if f.difference > 0), features[0])
+        features = analyse(sae, reader, subject.tokenizer, completions)
         write_browser(
             out / "features.html",
             features,
             f"What the vectors change at layer {reader.layer}",
             f"{len(features)} features of a DiffSAE of {args.vectors} on {args.model}: firing in {right} "
-            f"right and "
-            f"{len(completions) - right} wrong completions, one-digit arithmetic, temperature 1.",
+            f"right and {len(completions) - right} wrong completions of {len(subject.problems)} problems, "
+            "temperature 1.",
         )
         save_sae(sae, out / "diff-sae")
-
-        def accuracy(direction: torch.Tensor | None, steered: bool, label: str) -> dict[str, Any]:
-            off = nullcontext() if steered else vectors.disabled()
-            change = nullcontext() if direction is None else shifted(model, args.diff_layer, direction)
-            with off, change:
-                answered = answer_greedily(
-                    model, tokenizer, problems["heldout"], frame, checker, length, eos, label
-                )
-            found = asdict(score(answered))
-            print(f"{label:44} {found['accuracy']:.3f} ({found['low']:.3f} to {found['high']:.3f})")
-            return found
-
-        effect = _effects(accuracy, sae.W_dec.detach(), best.index, best.mean, best.strongest, rows.mean(0))
-    summary = {k: v for k, v in asdict(best).items() if k != "snippets"}
+        top, wrong = _first(features, 1), _first(features, -1)
+        other = min(
+            [f for f in features if f.q > 0.5 and f.index not in (top.index, wrong.index)] or features[-1:],
+            key=lambda f: abs(f.right + f.wrong - top.right - top.wrong),
+        )
+        table, good = sae.W_dec.detach(), [f.index for f in features if f.q < 0.05 and f.difference > 0]
+        changes = {
+            "base": Change(steered=False),
+            "base + mean difference of this layer": Change(steered=False, added=rows.mean(0)),
+            "base + top feature, mean strength": Change(steered=False, added=top.mean * table[top.index]),
+            "base + top feature, largest strength": Change(
+                steered=False, added=top.strongest * table[top.index]
+            ),
+            "steered": Change(),
+            "steered, top feature ablated": Change(ablated=[top.index]),
+            "steered, top feature of wrong answers ablated": Change(ablated=[wrong.index]),
+            "steered, another as frequent feature ablated": Change(ablated=[other.index]),
+            f"steered, the {len(good)} features of right answers ablated": Change(ablated=good),
+            f"steered, all {len(table)} features ablated": Change(ablated=list(range(len(table)))),
+        }
+        accuracy: dict[str, dict[str, float]] = {}
+        for label, change in changes.items():
+            accuracy[label] = subject.accuracy(change, sae, reader)
+            print("{:52} {accuracy:.3f} ({low:.3f} to {high:.3f})".format(label, **accuracy[label]))
     content = {
         "vectors": str(args.vectors),
+        "model": args.model,
         "layer": reader.layer,
+        "problems": len(subject.problems),
         "completions": len(completions),
         "right": right,
         "differences": len(rows),
         "sae": {"features": args.diff_features, "k": args.diff_k, **explained.to_dict()},
         "tested_features": len(features),
         "significant": sum(f.q < 0.05 for f in features),
-        "top_feature": summary,
-        "accuracy": effect,
+        "top_feature": _facts(top),
+        "top_feature_of_wrong_answers": _facts(wrong),
+        "other_feature": _facts(other),
+        "heldout_problems": len(subject.heldout),
+        "accuracy": accuracy,
     }
     replace_file(out / "diff.json", (json.dumps(content, indent=1) + "\n").encode())
+    replace_file(out / "diff.md", markdown(content).encode())
     print(f"browser  {out / 'features.html'}\nresults  {out / 'diff.json'}")
 
 
-def _effects(
-    accuracy: Callable[[torch.Tensor | None, bool, str], dict[str, Any]],
-    table: torch.Tensor,
-    top: int,
-    mean: float,
-    strongest: float,
-    difference: torch.Tensor,
-) -> dict[str, Any]:
-    """
-    Greedy accuracy on held-out problems with the top feature added to the base or taken from the steered.
-    """
-    other = table[(top + 1) % len(table)]
-    changes: dict[str, tuple[torch.Tensor | None, bool]] = {
-        "base": (None, False),
-        "base + mean difference of this layer": (difference, False),
-        "base + top feature, mean strength": (mean * table[top], False),
-        "base + top feature, largest strength": (strongest * table[top], False),
-        "base + another feature, largest strength": (strongest * other, False),
-        "steered": (None, True),
-        "steered - top feature, mean strength": (-mean * table[top], True),
-        "steered - top feature, largest strength": (-strongest * table[top], True),
-        "steered - another feature, largest strength": (-strongest * other, True),
-    }
-    return {label: accuracy(direction, steered, label) for label, (direction, steered) in changes.items()}
+@dataclass(frozen=True)
+class Change:
+    """A model whose accuracy is measured: steered or not, with a direction added or features ablated."""
+
+    steered: bool = True
+    added: torch.Tensor | None = None
+    ablated: list[int] | None = None
 
 
-def _sample(
-    model: Any,
-    tokenizer: Any,
-    problems: list[dict[str, Any]],
-    frame: Callable[[str], str],
-    checker: Checker,
-    length: int,
-    eos: tuple[int, ...],
-    samples: int,
-) -> list[Completion]:
-    """`samples` graded completions of each problem by the steered model, at temperature 1."""
-    prompts = [tokenizer(frame(row["problem"]), add_special_tokens=False)["input_ids"] for row in problems]
-    asked = [
-        (prompt, row["answer"]) for prompt, row in zip(prompts, problems, strict=True) for _ in range(samples)
+class Subject:
+    """The model with its vectors, and the problems, prompts and limits that they were trained with."""
+
+    def __init__(self, model: str, vectors: str, checker: Checker):
+        self.tokenizer, self.model = load_tokenizer(model), load_model(model, dtype="float32")
+        self.vectors = steer.load(vectors, self.model, tokenizer=self.tokenizer)
+        self.checker = checker
+        provenance = self.vectors.config.provenance or {}
+        self.trained: dict[str, Any] = provenance.get("run", {})
+        self.length: int = provenance.get("training", {}).get("max_completion_length", 16)
+        self.eos = (self.tokenizer.eos_token_id,)
+        names = ("operators", "digits", "terms", "heldout")
+        settings = {k: self.trained[k] for k in names if k in self.trained}
+        self.problems, self.heldout = (
+            load_problems("arithmetic", split, arithmetic=Arithmetic(**settings, problems=count)).to_list()
+            for split, count in (("train", self.trained.get("generated_problems", 87)), ("heldout", 75))
+        )
+
+    def frame(self, problem: str) -> str:
+        template = self.trained.get("template", "boxed_short")
+        return render(problem, self.tokenizer, template, self.trained.get("prefix", ""))
+
+    def prompts(self, problems: list[dict[str, Any]]) -> list[list[int]]:
+        framed = [self.frame(row["problem"]) for row in problems]
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in framed]
+
+    def sample(self, samples: int) -> list[Completion]:
+        """`samples` graded completions of each training problem by the steered model, at temperature 1."""
+        asked = [
+            (prompt, row["answer"])
+            for prompt, row in zip(self.prompts(self.problems), self.problems, strict=True)
+            for _ in range(samples)
+        ]
+        found = []
+        with grouped(self.model):
+            for start in tqdm(range(0, len(asked), ROWS), desc="sampling", unit="batch"):
+                part = asked[start : start + ROWS]
+                noise = uniforms(range(start, start + len(part)), self.length, 0, 0)
+                sampling = Sampling(self.length, self.eos)
+                ids = rollout(self.model, [prompt for prompt, _ in part], sampling, noise).ids
+                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                verdicts = self.checker.check(texts, [answer for _, answer in part])
+                found += [
+                    Completion(list(prompt), list(tokens), verdict.correct)
+                    for (prompt, _), tokens, verdict in zip(part, ids, verdicts, strict=True)
+                ]
+        return found
+
+    def accuracy(self, change: Change, sae: SAE, reader: Reader) -> dict[str, float]:
+        """Greedy accuracy on the held-out problems, with its 95 % interval."""
+        if change.ablated is None:
+            off = nullcontext() if change.steered else self.vectors.disabled()
+            added = nullcontext() if change.added is None else shifted(self.model, reader.layer, change.added)
+            with off, added, grouped(self.model):
+                sampling = Sampling(self.length, self.eos, temperature=0.0)
+                ids = rollout(self.model, self.prompts(self.heldout), sampling).ids
+        else:
+            prompts = self.prompts(self.heldout)
+            ids = answer_without(sae, reader, change.ablated, prompts, self.length, self.eos)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        verdicts = self.checker.check(texts, [row["answer"] for row in self.heldout])
+        hits = sum(verdict.correct for verdict in verdicts)
+        low, high = wilson(hits, len(texts))
+        return {"accuracy": hits / len(texts), "low": low, "high": high}
+
+
+def _train(args: argparse.Namespace, reader: Reader, rows: torch.Tensor) -> SAE:
+    source = {**reader.describe(), "vectors": str(args.vectors)}
+    stream = HeldActivations(rows, source, epochs=args.diff_epochs)
+    tokens = len(rows) // 512 * 512 * args.diff_epochs
+    training = TrainConfig(tokens=tokens, batch_size=512, dead_after=len(rows), lr=2e-3)
+    config = SAEConfig(rows.shape[1], args.diff_features, args.diff_k)
+    return SAETrainer({"diff": config}, stream, training).train()["diff"]
+
+
+def _first(features: list[Feature], sign: int) -> Feature:
+    """The feature that fires most surely oftener in right (sign 1) or wrong (-1) completions."""
+    return next((f for f in features if sign * f.difference > 0), features[0])
+
+
+def _facts(feature: Feature) -> dict[str, Any]:
+    return {k: v for k, v in asdict(feature).items() if k != "snippets"}
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The table of the README."""
+    sae = content["sae"]
+    lines = [
+        f"{content['model']} with {content['vectors']}, layer {content['layer']}: "
+        f"{content['completions']:,} completions of {content['problems']} problems, "
+        f"{content['right']:,} right; "
+        f"{content['differences']:,} differences; DiffSAE of {sae['features']} features, l0 = {sae['k']}, "
+        f"explained variance {sae['explained'][sae['k']]:.3f}. {content['tested_features']} features tested, "
+        f"{content['significant']} with a corrected p below 0.05.",
+        "",
+        f"| greedy, {content['heldout_problems']} held-out problems | accuracy | 95 % interval |",
+        "|---|---|---|",
     ]
-    found = []
-    with grouped(model):
-        for start in tqdm(range(0, len(asked), ROWS), desc="sampling", unit="batch"):
-            part = asked[start : start + ROWS]
-            noise = uniforms(range(start, start + len(part)), length, 0, 0)
-            ids = rollout(model, [prompt for prompt, _ in part], Sampling(length, eos), noise).ids
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            verdicts = checker.check(texts, [answer for _, answer in part])
-            found += [
-                Completion(list(prompt), list(tokens), verdict.correct)
-                for (prompt, _), tokens, verdict in zip(part, ids, verdicts, strict=True)
-            ]
-    return found
+    for label, row in content["accuracy"].items():
+        lines.append(f"| {label} | {row['accuracy']:.3f} | {row['low']:.3f} to {row['high']:.3f} |")
+    return "\n".join(lines) + "\n"

@@ -2,8 +2,8 @@
 How fast SAEs train here: the hierarchical loss beside plain TopK, KronSAE's encoder beside a dense one, and a
 training step beside sparsify's and SAELens's where those are installed. Part of `evals/sae.py`.
 
-All sides of a comparison run in turn in one process, on the same batch, with as many threads; the least time
-of several rounds counts.
+All sides of a comparison run in turn in one process, on the same batch, with as many threads; the median of
+several rounds counts. With one thread that is CPU time, which other work on the machine hardly disturbs.
 """
 
 from __future__ import annotations
@@ -11,24 +11,28 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.files import replace_file
+from steer.models import cpu_dtype
 from steer.sae import SAE, SAEConfig
 from steer.sae.cache import HeldActivations
 from steer.sae.config import encoder_flops
 from steer.sae.losses import hierarchical_loss, reconstruction_loss
 from steer.sae.trainer import SAETrainer, TrainConfig
 
+MEMORY_K = (32, 64, 128)
 KRON = ((2, 4), (4, 4), (4, 8), (8, 8), (16, 16))
 
 
@@ -39,12 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--features", type=int, default=16384, help="speed: dictionary (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=7, help="speed: rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="speed: of torch (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print and write `speed.json`."""
+    """Measure, print, and write `speed.json`, `speed.md` and `speed.png`."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
     x = torch.randn(args.batch, args.width, generator=torch.Generator().manual_seed(0))
     found = {
         "threads": torch.get_num_threads(),
@@ -57,30 +63,38 @@ def run(args: argparse.Namespace) -> None:
         "training": training(args, x),
     }
     replace_file(out / "speed.json", (json.dumps(found, indent=1) + "\n").encode())
+    replace_file(out / "speed.md", markdown(found).encode())
+    plot(found, out / "speed.png")
     print(f"written to {out / 'speed.json'}")
 
 
-def least(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each side: the least of `rounds` turns, after one to warm up."""
+def precisions() -> list[str]:
+    """Of the encoder's product: float32, and bfloat16 on a machine with instructions for it."""
+    return list(dict.fromkeys(["float32", cpu_dtype()]))
+
+
+def medians(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Milliseconds of each side: the median of `rounds` turns, after one to warm up."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, side in sides.items():
-            began = time.perf_counter()
+            began = clock()
             side()
             if turn:
-                times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: min(values) for name, values in times.items()}
+                times[name].append(1e3 * (clock() - began))
+    return {name: median(values) for name, values in times.items()}
 
 
 def losses(args: argparse.Namespace, x: Tensor, k: int = 128) -> dict[str, Any]:
     """A whole training step (forward, backward, AdamW, unit norm) at K = 128, by loss and precision."""
     found: dict[str, Any] = {}
-    for precision in ("float32", "bfloat16"):
+    for precision in precisions():
         sides: dict[str, Callable[[], Any]] = {}
         for name in ("plain TopK", "hierarchical, chunked", "hierarchical, plain"):
             sides[name] = _step(args, x, k, name, precision == "bfloat16")
         # the plain form takes many times the memory and time: fewer rounds
-        times = least(sides, max(2, args.rounds // 2))
+        times = medians(sides, max(2, args.rounds // 2))
         found[precision] = {**times, "ratio": times["hierarchical, chunked"] / times["plain TopK"]}
         for name, value in times.items():
             print(
@@ -112,7 +126,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     """Megabytes that a hierarchical loss and its gradient add at their peak, each in a process of its own."""
     found = {}
     for implementation in ("chunked", "plain"):
-        for k in (32, 64, 128):
+        for k in MEMORY_K:
             command = [sys.executable, __file__, implementation, str(k), str(args.width), str(args.features)]
             done = subprocess.run([*command, "512"], capture_output=True, text=True, check=True)
             found[f"{implementation}, K={k}"] = float(done.stdout)
@@ -144,14 +158,14 @@ def encoders(args: argparse.Namespace, x: Tensor, k: int = 32) -> dict[str, Any]
     `within` is the FLOPs' promise over what was gained; below 1.5 it is kept.
     """
     found: dict[str, Any] = {}
-    for precision in ("float32", "bfloat16"):
+    for precision in precisions():
         low = precision == "bfloat16"
         configs = {"dense": SAEConfig(args.width, args.features, k)}
         for m, n in KRON:
             configs[f"m={m} n={n}"] = SAEConfig(args.width, args.features, k, encoder="kron", m=m, n=n)
         saes = {name: SAE(config) for name, config in configs.items()}
         product, forward, both = (
-            least({name: partial(side, sae, x, low) for name, sae in saes.items()}, args.rounds)
+            medians({name: partial(side, sae, x, low) for name, sae in saes.items()}, args.rounds)
             for side in (_product, _encode, partial(_encode, gradient=True))
         )
         rows = {}
@@ -189,7 +203,7 @@ def _encode(sae: SAE, x: Tensor, low: bool, gradient: bool = False) -> None:
 @torch.no_grad()
 def _product(sae: SAE, x: Tensor, low: bool) -> None:
     for part in x.split(256):
-        sae.compared(part, None, low)
+        sae.pre_activations(part, None, low)
 
 
 def training(args: argparse.Namespace, x: Tensor, k: int = 32) -> dict[str, Any]:
@@ -197,13 +211,13 @@ def training(args: argparse.Namespace, x: Tensor, k: int = 32) -> dict[str, Any]
     Tokens per second of whole training steps at k = 32, ours by `SAETrainer`, theirs by their own steps.
     """
     sides: dict[str, Callable[[], Any]] = {}
-    for precision in ("float32", "bfloat16"):
+    for precision in precisions():
         sides[f"steer, {precision}"] = _ours(args, x, k, precision)
     if _installed("sparsify"):
         sides["sparsify"] = _sparsify(args, x, k)
     if _installed("sae_lens"):
         sides["sae_lens"] = _sae_lens(args, x, k)
-    times = least(sides, args.rounds)
+    times = medians(sides, args.rounds)
     found = {name: args.batch / value * 1e3 for name, value in times.items()}
     for name, value in found.items():
         print(f"training, k={k}: {name:16} {value:9.0f} tokens/s")
@@ -232,6 +246,7 @@ def _ours(args: argparse.Namespace, x: Tensor, k: int, precision: str) -> Callab
 
 def _sparsify(args: argparse.Namespace, x: Tensor, k: int) -> Callable[[], None]:
     """The step of sparsify's trainer with Adam: forward, backward, the decoder's constraints."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes Triton where that is installed, GPU or not
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = SparseCoder(args.width, SparseCoderConfig(num_latents=args.features, k=k))
@@ -265,6 +280,72 @@ def _sae_lens(args: argparse.Namespace, x: Tensor, k: int) -> Callable[[], None]
         optimizer.zero_grad()
 
     return step
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The tables of the README."""
+    kind = "CPU time of one thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    lines = [
+        f"{found['batch']:,} activations of width {found['width']}, {found['features']:,} features, float32, "
+        f"{kind}, medians.",
+        "",
+        "| a training step at K = 128 | ms | of plain TopK | MB at K = 32 | 64 | 128 |",
+        "|---|---|---|---|---|---|",
+    ]
+    times, memory = found["losses"]["float32"], found["memory_mb"]
+    for name in ("plain TopK", "hierarchical, chunked", "hierarchical, plain"):
+        used = [memory.get(f"{name.removeprefix('hierarchical, ')}, K={k}") for k in MEMORY_K]
+        cells = " | ".join("" if value is None else f"{value:.0f}" for value in used)
+        lines.append(f"| {name} | {times[name]:.0f} | {times[name] / times['plain TopK']:.2f} | {cells} |")
+    lines += [
+        "",
+        "| encoder | FLOPs promise | pre-activations | with top-k | with gradient |",
+        "|---|---|---|---|---|",
+    ]
+    dense = found["encoders"]["float32"]["dense"]
+    for name, row in found["encoders"]["float32"].items():
+        gained = [
+            f"{dense[key] / row[key]:.2f} x"
+            for key in ("pre_activations_ms", "forward_ms", "with_gradient_ms")
+        ]
+        lines.append(f"| {name} | {row['promise']:.2f} x | " + " | ".join(gained) + " |")
+    lines += ["", "| training, k = 32 | tokens/s |", "|---|---|"]
+    lines += [f"| {name} | {value:,.0f} |" for name, value in found["training"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """A step's time by loss, its memory over K, and what KronSAE's encoders gain beside their promise."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (bars, lines, points) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    times = {name: value for name, value in found["losses"]["float32"].items() if name != "ratio"}
+    bars.barh(list(times), [value / times["plain TopK"] for value in times.values()])
+    bars.axvline(1.35, color="gray", linestyle="--")
+    bars.set_xlabel("time of a step at K = 128, of plain TopK")
+    for implementation in ("chunked", "plain"):
+        used = [found["memory_mb"][f"{implementation}, K={k}"] for k in MEMORY_K]
+        lines.plot(MEMORY_K, used, "o-", label=f"hierarchical, {implementation}")
+    lines.set_xlabel("K")
+    lines.set_ylabel("MB that the loss and its gradient add")
+    lines.set_ylim(bottom=0)
+    lines.legend()
+    rows = found["encoders"]["float32"]
+    for key, mark in (("pre_activations_ms", "o"), ("forward_ms", "s")):
+        label = "pre-activations" if mark == "o" else "with top-k"
+        gained = [(row["promise"], rows["dense"][key] / row[key]) for row in rows.values()]
+        points.plot(*zip(*gained, strict=True), mark + "-", label=label)
+    promises = sorted(row["promise"] for row in rows.values())
+    points.plot(promises, promises, color="gray", linestyle="--", label="promise")
+    points.fill_between(promises, [p / 1.5 for p in promises], promises, color="gray", alpha=0.15)
+    points.set_xlabel("encoder's FLOPs, dense over KronSAE")
+    points.set_ylabel("time, dense over KronSAE")
+    points.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 Train sparse autoencoders on the activations of any causal language model, steered or not.
 
     python recipes/train_sae.py --config recipes/configs/sae-demo.yaml
-    python recipes/train_sae.py --config recipes/configs/sae-demo.yaml layer=20 saes.topk.k=64
-    output_dir=runs/l20 accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/train_sae.py
-    --config FILE
+    python recipes/train_sae.py --config FILE layer=20 saes.topk.k=64 output_dir=runs/layer-20
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/train_sae.py --config FILE
 
 A config file is one run; `name=value` overrides one of its settings, with dots for nested ones. All SAEs of a
 run are trained on one stream. A run that was stopped goes on where it was when it is started again. The
@@ -118,11 +117,11 @@ def open_stream(run: RunConfig, accelerator: Accelerator) -> ActivationStream | 
 
 
 def summary(line: dict[str, Any], names: list[str]) -> str:
-    """The live metrics of a step on one line: explained variance by l0, and the share of dead features."""
+    """The live metrics of a step on one line: explained variance by l0, the real l0, dead features' share."""
     parts = []
     for name in names:
         explained = " ".join(f"{n}:{v:.3f}" for n, v in line[name]["explained_variance"].items())
-        parts.append(f"{name} {explained} dead {line[name]['dead']:.2f}")
+        parts.append(f"{name} {explained} l0 {line[name]['l0']:.0f} dead {line[name]['dead']:.2f}")
     return "; ".join(parts)
 
 

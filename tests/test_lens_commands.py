@@ -14,7 +14,7 @@ from training import model_folder
 
 import steer
 from steer import SteerError
-from steer.lens.commands import add_commands
+from steer.cli.lens import add_commands
 from steer.lens.findings import RULES
 
 RUN = {

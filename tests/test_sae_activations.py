@@ -215,7 +215,7 @@ def test_bad_caches_are_refused(stream, tmp_path):
 # --- texts
 
 
-def test_texts_come_from_lines_and_records(tmp_path):
+def test_texts_come_from_lines_and_records_of_each_source_in_turn(tmp_path):
     plain, records = tmp_path / "a.txt", tmp_path / "b.jsonl"
     plain.write_text("one\n\ntwo\n")
     rows = [
@@ -226,7 +226,7 @@ def test_texts_come_from_lines_and_records(tmp_path):
     ]
     records.write_text("\n".join(map(json.dumps, rows)))
     texts = Texts([str(plain), str(records)])
-    assert list(texts) == ["one", "two", "three", "2+2\n\nsum", "3+3\n\n6", "5?\n\nfive"]
+    assert list(texts) == ["one", "three", "two", "2+2\n\nsum", "3+3\n\n6", "5?\n\nfive"]
     assert list(texts) == list(texts)
 
 

@@ -75,6 +75,7 @@ def test_loss_recovered_is_that_of_a_model_cut_open(tiny_llama):
     """The same splice by replacing the layer's forward method."""
     sae = make()
     found = loss_recovered(sae, tiny_llama, windows(), 1)
+    assert loss_recovered(sae, tiny_llama, windows(), 1, known=found) == found
     layer = tiny_llama.model.layers[1]
     original, expected = layer.forward, {}
     for mode in ("clean", "spliced", "zeroed"):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from steering import fill, logits, message, tokens
 
 import steer
+from steer.cli import main
 from steer.errors import SteerError
 from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import Reader
@@ -25,10 +26,11 @@ from steer.sae.features import (
     Snippet,
     analyse,
     benjamini_hochberg,
-    compare,
+    difference_interval,
     logit_effects,
-    shifted,
+    within_prompts,
 )
+from steer.sae.intervene import answer_without, shifted
 
 
 @pytest.fixture
@@ -98,9 +100,11 @@ def test_one_sided_completions_are_refused(diff):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 30), st.integers(0, 20))
-def test_compare_is_the_chi_square_test_of_a_table(hits, others):
-    """The pooled z-test squared is Pearson's chi-square of the 2 x 2 table, with one degree of freedom."""
-    low, high, p = compare(hits, 30, others, 20)
+def test_with_one_prompt_the_test_is_the_chi_square_of_a_table(hits, others):
+    """Pearson's chi-square of the 2 x 2 table, times (n - 1) / n, with one degree of freedom."""
+    fires = torch.tensor([i < hits for i in range(30)] + [i < others for i in range(20)])[:, None]
+    correct = torch.arange(50) < 30
+    p = within_prompts(fires, correct, torch.zeros(50, dtype=torch.long)).item()
     observed = [[hits, 30 - hits], [others, 20 - others]]
     columns = [hits + others, 50 - hits - others]
     if 0 in columns:
@@ -108,15 +112,41 @@ def test_compare_is_the_chi_square_test_of_a_table(hits, others):
     else:
         expected = [[n * c / 50 for c in columns] for n in (30, 20)]
         chi2 = sum((observed[i][j] - expected[i][j]) ** 2 / expected[i][j] for i in (0, 1) for j in (0, 1))
-        assert p == pytest.approx(math.erfc(math.sqrt(chi2 / 2)), abs=1e-9)
-    assert -1 <= low <= hits / 30 - others / 20 <= high <= 1
+        assert p == pytest.approx(math.erfc(math.sqrt(chi2 * 49 / 50 / 2)), abs=1e-9)
+
+
+def test_p_values_are_those_of_shuffling_within_prompts():
+    """Right and wrong shuffled within each of 6 prompts, 4,000 times; p to 0.02."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.arange(6).repeat_interleave(20)
+    correct = torch.rand(120, generator=generator) < (0.2 + 0.1 * prompt)
+    fires = torch.rand(120, 5, generator=generator) < 0.3 + 0.1 * torch.arange(5) * correct[:, None]
+    found = within_prompts(fires, correct, prompt)
+    hits = torch.empty(4000, 5)
+    for i in range(4000):  # a random order whose prompts stay together
+        order = (torch.rand(120, generator=generator) + prompt).argsort()
+        hits[i] = fires[correct[order]].float().sum(0)
+    centre, seen = hits.mean(0), fires[correct].float().sum(0)
+    share = ((hits - centre).abs() >= (seen - centre).abs() - 0.5).float().mean(0)  # half a count: continuity
+    low = ((hits - centre).abs() >= (seen - centre).abs() + 0.5).float().mean(0)
+    assert ((low - 0.02 <= found) & (found <= share + 0.02)).all()
+    assert found[4] < 0.01
+
+
+def test_a_feature_that_only_knows_which_prompt_it_is_tells_nothing():
+    prompt = torch.arange(4).repeat_interleave(10)
+    fires = (prompt == 2)[:, None]
+    correct = torch.arange(40) % 10 < 2 + 2 * prompt
+    assert within_prompts(fires, correct, prompt).item() == 1
+    low, _ = difference_interval(int(fires[correct].sum()), int(correct.sum()), 0, 20)
+    assert low > 0  # all completions taken together, it seems to
 
 
 def test_newcombe_intervals_are_those_of_the_paper():
     """Newcombe 1998, Statistics in Medicine 17, table II: 56/70 - 48/80 and 9/10 - 3/10, method 10."""
-    low, high, _ = compare(56, 70, 48, 80)
+    low, high = difference_interval(56, 70, 48, 80)
     assert (low, high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
-    low, high, _ = compare(9, 10, 3, 10)
+    low, high = difference_interval(9, 10, 3, 10)
     assert (low, high) == (pytest.approx(0.1705, abs=1e-4), pytest.approx(0.8090, abs=1e-4))
 
 
@@ -162,6 +192,41 @@ def test_shifted_adds_like_a_steering_vector(tiny_llama):
     assert "width 32" in message(error)
 
 
+def greedily(model, prompts: list[list[int]], length: int) -> list[list[int]]:
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        for _ in range(length):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        found.append(ids[0, len(prompt) :].tolist())
+    return found
+
+
+@torch.no_grad()
+def test_without_the_feature_that_is_the_whole_difference_the_model_is_the_base(tiny_llama):
+    """Ablated token by token with caches, against plain passes over the whole text."""
+    prompts = [[1, 20, 21], [1, 30, 31], [1, 40, 41, 42]]
+    plain = greedily(tiny_llama, prompts, 6)
+    vectors = steer.attach(tiny_llama, steer.SteeringConfig(layers=1))
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    direction /= direction.norm()
+    vectors.set_tensors({name: 5 * direction for name in vectors.tensors()})
+    steered = greedily(tiny_llama, prompts, 6)
+    assert steered != plain
+    sae = SAE(SAEConfig(d_in=32, d_sae=8, k=1)).eval()  # feature 3 is the vector
+    sae.W_dec[3] = direction
+    sae.encoder.weight.mul_(1e-3)[3] = direction
+    reader = Reader(tiny_llama, 1, what="difference")
+    assert answer_without(sae, reader, [3], prompts, 6, []) == plain
+    assert answer_without(sae, reader, [4], prompts, 6, []) == steered
+    end = steered[0][2]
+    cut = steered[0][: steered[0].index(end) + 1]
+    assert answer_without(sae, reader, [], prompts[:1], 6, [end]) == [cut]
+    with pytest.raises(SteerError) as error:
+        answer_without(sae, Reader(tiny_llama, 1), [3], prompts, 6, [])
+    assert "what='difference'" in message(error)
+
+
 # --- the page
 
 
@@ -188,18 +253,20 @@ def test_the_page_holds_its_data_and_nothing_breaks_out(tmp_path):
 
 def test_sae_info_and_convert(tmp_path, capsys):
     sae = SAE(SAEConfig(d_in=8, d_sae=16, k=2, source={"model": "made", "layer": 3}))
-    save_sae(sae, tmp_path / "own")
-    import argparse
-
-    from steer.sae.commands import add_commands
-
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
-    args = parser.parse_args(["sae", "info", str(tmp_path / "own")])
-    args.run(args)
+    own, other = str(save_sae(sae, tmp_path / "own")), str(tmp_path / "lens")
+    assert main(["sae", "info", own]) == 0
     shown = capsys.readouterr().out
     assert "16 for activations of width 8, topk with k=2" in shown
     assert re.search(r"layer +3", shown)
-    args = parser.parse_args(["sae", "convert", str(tmp_path / "own"), str(tmp_path / "lens")])
-    args.run(args)
+    assert main(["sae", "convert", own, other]) == 0
     assert (tmp_path / "lens" / "sae_weights.safetensors").exists()
+    assert main(["sae", "convert", own, other, "--format", "numpy"]) == 1
+    assert "choose one of steer, saelens, sparsify, dictionary_learning" in message_of(capsys)
+    assert main(["sae", "info", str(tmp_path)]) == 1
+    assert "holds no SAE" in message_of(capsys)
+
+
+def message_of(capsys) -> str:
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    return line

@@ -53,7 +53,14 @@ def dense_top_k(z: torch.Tensor, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bias", ["tied", "free"])
 @pytest.mark.parametrize(
-    "shape", [{"encoder": "dense"}, {"encoder": "kron"}, {"encoder": "kron", "m": 3, "n": 4}]
+    "shape",
+    [
+        {"encoder": "dense"},
+        {"encoder": "kron"},
+        {"encoder": "kron", "m": 3, "n": 4},
+        {"encoder": "kron", "k": 20},  # more than there are P_i
+        {"encoder": "kron", "k": 48},
+    ],
 )
 def test_topk_features_and_gradients_are_those_of_the_formula(shape, bias):
     """float64; 1e-10 leaves five digits for the other order of summation."""

@@ -172,7 +172,7 @@ def test_another_width_is_refused():
     [
         ({"tokens": 100}, "less than one batch"),
         ({"lr": float("nan")}, "lr=nan"),
-        ({"precision": "float8"}, "float32 or bfloat16"),
+        ({"precision": "float8"}, "float32, bfloat16 or fast"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"warmup": 2.0}, "warmup=2.0"),
     ],

@@ -7,9 +7,8 @@ import os
 import sys
 import warnings
 
-from steer.cli import convert, generate, info, serve
+from steer.cli import convert, generate, info, lens, sae, serve
 from steer.errors import SteerError
-from steer.lens import commands as lens
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Training: accelerate launch recipes/grpo_steer.py --help",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (info, generate, convert, serve, lens):
+    for module in (info, generate, convert, serve, lens, sae):
         module.add_commands(commands)
     return parser
 

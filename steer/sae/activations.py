@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.config import SITES
 from steer.errors import SteerError
@@ -104,12 +104,20 @@ class Reader:
         if not torch.isfinite(kept).all():
             raise SteerError(
                 f"activations at {self.site} of layer {self.layer} are not finite; load the model in "
-                f"float32 or "
-                "bfloat16, and check its weights and vectors"
+                "float32 or bfloat16, and check its weights and vectors"
             )
         return kept
 
-    def _capture(self, inputs: dict[str, Tensor]) -> Tensor:
+    @torch.no_grad()
+    def base(self, ids: Tensor, cache: Cache) -> Tensor:
+        """
+        Activations (rows, columns, width) of `ids` with the vectors off; `cache` holds the tokens before.
+        """
+        assert self._vectors is not None
+        with self._vectors.disabled():
+            return self._capture({"input_ids": ids, "past_key_values": cache, "use_cache": True})
+
+    def _capture(self, inputs: dict[str, Any]) -> Tensor:
         """(rows, columns, width) in float32, from a pass that ends at the site."""
         taken: list[Tensor] = []
 
@@ -129,7 +137,7 @@ class Reader:
         was_training = self.model.training
         self.model.eval()
         try:
-            self.trunk(**inputs, use_cache=False)
+            self.trunk(**{"use_cache": False, **inputs})
         except _Stop:
             pass
         finally:

@@ -53,8 +53,9 @@ function card(f) {
   made.append(element("h2", "feature " + f.index));
   made.append(element("div", `fires in ${share(f.right)} of right and ${share(f.wrong)} of wrong completions;
     ` + `difference ${share(f.right - f.wrong)} (95 %: ${share(f.low)} to ${share(f.high)}), ` +
-    `p ${f.p.toPrecision(2)}, corrected ${f.q.toPrecision(2)}; mean strength ${f.mean.toPrecision(3)}`,
-  "facts")); made.append(words(f.promotes, "raises", "up"), words(f.suppresses, "lowers", "down"));
+    `p within prompts ${f.p.toPrecision(2)}, corrected ${f.q.toPrecision(2)}; ` +
+    `mean strength ${f.mean.toPrecision(3)}`, "facts"));
+  made.append(words(f.promotes, "raises", "up"), words(f.suppresses, "lowers", "down"));
   for (const s of f.snippets) {
     const line = element("div", undefined, "snippet"), top = Math.max(...s.strengths, 1e-9);
     line.dataset.mark = s.correct ? "right" : "wrong";

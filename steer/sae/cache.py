@@ -24,11 +24,9 @@ def write_cache(
     """
     Write the activations of `stream` (at most `tokens` of them) into `folder` and open them.
 
-    They are stored in float16, multiplied by one factor that gives them a mean norm of sqrt(width), block
-    after
-    block: a run that is stopped goes on at the block where it was. A finished cache of the same source is
-    opened as it is; SteerError when the folder holds another. `progress` is called with the number of tokens
-    so far.
+    They are stored in float16, multiplied by one factor that gives them a mean norm of sqrt(width). A run
+    that is stopped goes on at the block where it was. A finished cache of the same source is opened as it is;
+    SteerError when the folder holds another. `progress` is called with the number of tokens so far.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -59,8 +57,7 @@ def write_cache(
             if not torch.isfinite(half).all():
                 raise SteerError(
                     f"activations {found.abs().max():.0f} times as large as usual do not fit float16; leave "
-                    f"more "
-                    "first tokens out (skip) or train without a cache"
+                    "more first tokens out (skip) or train without a cache"
                 )
             file.write(half.numpy().tobytes())
             file.flush()

@@ -111,8 +111,7 @@ class SAEConfig:
         if self.heads is not None and self.heads != self.d_sae // size:
             raise SteerError(
                 f"kron: heads={self.heads} with m={self.m}, n={self.n} makes {self.heads * size} features, "
-                f"not "
-                f"d_sae={self.d_sae}; give heads={self.d_sae // size} or none"
+                f"not d_sae={self.d_sae}; give heads={self.d_sae // size} or none"
             )
         self.heads = self.d_sae // size
 

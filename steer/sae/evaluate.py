@@ -6,7 +6,7 @@ stream, and how alike its features are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from steer.errors import SteerError
 from steer.sae.activations import Window
+from steer.sae.intervene import changed
 from steer.sae.model import SAE, Active
 from steer.sae.sparse import Selection
-from steer.sites import find_decoder, find_sites
+from steer.sites import find_decoder
 
 
 @torch.no_grad()
@@ -129,15 +130,16 @@ def loss_recovered(
     layer: int,
     site: str = "resid_post",
     k: int | None = None,
+    known: LossRecovered | None = None,
 ) -> LossRecovered:
     """
     Cross-entropy of the next token over the kept tokens of `windows`, with the SAE's reconstruction in place
-    of the activations at the kept tokens. `k` keeps the k strongest features of a TopK SAE.
+    of the activations at the kept tokens. `k` keeps the k strongest features of a TopK SAE. `known`, measured
+    before on the same windows, spares the two passes that do not depend on the SAE.
     """
     decoder = find_decoder(model)
     if decoder.width != sae.cfg.d_in:
         raise SteerError(f"the SAE has d_in={sae.cfg.d_in}, the model a width of {decoder.width}")
-    place = find_sites(decoder, [layer % decoder.depth], site)[0]
     state: dict[str, Any] = {}
 
     def change(hidden: Tensor) -> Tensor:
@@ -151,20 +153,8 @@ def loss_recovered(
             out[keep] = reconstruct(sae, hidden[keep].to(sae.dtype), k).to(hidden.dtype)
         return out
 
-    def after(module: Any, args: tuple, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    if place.on_input:
-        handle = place.module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = place.module.register_forward_hook(after)
-    sums, count = dict.fromkeys(("clean", "spliced", "zeroed"), 0.0), 0
-    try:
+    sums, count = dict.fromkeys(("spliced",) if known else ("clean", "spliced", "zeroed"), 0.0), 0
+    with changed(model, layer, site, change):
         for window in windows:
             ids = torch.tensor([window.ids], device=model.device)
             state["keep"] = torch.tensor([window.keep])
@@ -176,11 +166,10 @@ def loss_recovered(
                 state["mode"] = mode
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
                 sums[mode] += cross_entropy(logits[scored], ids[0, 1:][scored], reduction="sum").item()
-    finally:
-        handle.remove()
     if not count:
         raise SteerError("the windows hold no token whose successor could be predicted")
-    return LossRecovered(*(sums[mode] / count for mode in ("clean", "spliced", "zeroed")))
+    found = {mode: value / count for mode, value in sums.items()}
+    return replace(known, **found) if known else LossRecovered(**found)
 
 
 def reconstruct(sae: SAE, x: Tensor, k: int | None = None) -> Tensor:

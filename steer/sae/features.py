@@ -1,17 +1,16 @@
 """
-Features of what steering changes: a DiffSAE's features compared between right and wrong completions, their
-effect on the logits, and the model with one of them added or taken away.
+Features of what steering changes: a DiffSAE's features compared between right and wrong completions, and
+their effect on the logits. `steer.sae.intervene` adds them to a model and takes them away.
 
-A completion is the unit of every test, not a token: tokens of one completion are not independent.
+A completion is the unit of every test, not a token: tokens of one completion are not independent. Nor are the
+completions of one prompt, so a test compares right and wrong ones of the same prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import erfc, sqrt
-from typing import Any
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steer.errors import SteerError
 from steer.sae.activations import Reader, Window, read_all
 from steer.sae.model import SAE
-from steer.sites import find_decoder, find_sites
+from steer.sites import find_decoder
 
 Z = 1.959964  # of a 95 % interval
 
@@ -51,8 +50,8 @@ class Snippet:
 class Feature:
     """
     One feature. `right` and `wrong` are the shares of the right and wrong completions in which it fires,
-    `low` and `high` the 95 % interval of their difference, `p` and `q` the test's p-value and the same
-    corrected for the number of features tested. `mean` is its mean strength over all written tokens.
+    `low` and `high` the 95 % interval of their difference, `p` the p-value of the test within prompts and `q`
+    the same corrected for the number of features tested. `mean` is its mean strength over all written tokens.
     """
 
     index: int
@@ -87,7 +86,8 @@ def analyse(
     Every feature that fires in at least `least` completions, the most different between right and wrong
     first.
 
-    reader: of the activations that the SAE was trained on. Raises SteerError unless there are right and wrong
+    reader: of the activations that the SAE was trained on. completions: several of each prompt, since right
+    and wrong ones of the same prompt are compared. Raises SteerError unless there are right and wrong
     completions, with tokens.
     """
     completions = [c for c in completions if c.ids]
@@ -117,23 +117,26 @@ def analyse(
     counts = fires[correct].sum(0), fires[~correct].sum(0)
     tested = ((counts[0] + counts[1]) >= least).nonzero().squeeze(1).tolist()
     sizes = int(correct.sum()), int((~correct).sum())
-    tests = {f: compare(int(counts[0][f]), sizes[0], int(counts[1][f]), sizes[1]) for f in tested}
-    corrected = dict(zip(tested, benjamini_hochberg([tests[f][2] for f in tested]), strict=True))
+    numbers: dict[tuple[int, ...], int] = {}
+    prompt = torch.tensor([numbers.setdefault(tuple(c.prompt), len(numbers)) for c in completions])
+    p = within_prompts(fires[:, tested], correct, prompt).tolist()
+    q = benjamini_hochberg(p)
     up, down = logit_effects(sae, reader.model, tokenizer, tested, words)
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     features = []
     for place_in_list, f in enumerate(tested):
-        low, high, p = tests[f]
+        hits = int(counts[0][f]), int(counts[1][f])
+        low, high = difference_interval(hits[0], sizes[0], hits[1], sizes[1])
         shown = [int(c) for c in peak[:, f].topk(min(snippets, len(completions))).indices if peak[c, f] > 0]
         features.append(
             Feature(
                 f,
-                int(counts[0][f]) / sizes[0],
-                int(counts[1][f]) / sizes[1],
+                hits[0] / sizes[0],
+                hits[1] / sizes[1],
                 low,
                 high,
-                p,
-                corrected[f],
+                p[place_in_list],
+                q[place_in_list],
                 mean[f].item(),
                 peak[:, f].max().item(),
                 up[place_in_list],
@@ -156,19 +159,33 @@ def _strengths(sae: SAE, rows: Tensor, feature: int) -> list[float]:
     return (found.values * (found.indices == feature)).sum(1).tolist()
 
 
-def compare(hits: int, count: int, other_hits: int, other_count: int) -> tuple[float, float, float]:
-    """
-    The 95 % interval of the difference of two shares (Newcombe 1998, method 10, from Wilson's intervals), and
-    the two-sided p-value of the pooled z-test that they are equal.
-    """
+def difference_interval(hits: int, count: int, other_hits: int, other_count: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares (Newcombe 1998, method 10, from Wilson's intervals)."""
     a, b = hits / count, other_hits / other_count
     (a_low, a_high), (b_low, b_high) = wilson(hits, count), wilson(other_hits, other_count)
     low = a - b - sqrt((a - a_low) ** 2 + (b_high - b) ** 2)
     high = a - b + sqrt((a_high - a) ** 2 + (b - b_low) ** 2)
-    pooled = (hits + other_hits) / (count + other_count)
-    spread = sqrt(pooled * (1 - pooled) * (1 / count + 1 / other_count))
-    p = erfc(abs(a - b) / spread / sqrt(2)) if spread else 1.0
-    return low, high, p
+    return low, high
+
+
+def within_prompts(fires: Tensor, correct: Tensor, prompt: Tensor) -> Tensor:
+    """
+    Two-sided p-values (features,) of "a feature fires in right and in wrong completions of a prompt alike":
+    the Cochran-Mantel-Haenszel test, prompts as strata. What a feature owes to easy prompts does not count.
+
+    fires: (completions, features), boolean; correct: (completions,), boolean; prompt: (completions,), the
+    number of each one's prompt. 1 where no prompt has right and wrong completions that differ in firing.
+    """
+    count = torch.bincount(prompt).double()
+    right = torch.bincount(prompt[correct], minlength=len(count)).double()
+    all_hits, hits = (torch.zeros(len(count), fires.shape[1], dtype=torch.float64) for _ in range(2))
+    all_hits.index_add_(0, prompt, fires.double())
+    hits.index_add_(0, prompt[correct], fires[correct].double())
+    excess = (hits - all_hits * (right / count)[:, None]).sum(0)
+    spread = right * (count - right) / (count.square() * (count - 1).clamp(min=1))
+    variance = (spread[:, None] * all_hits * (count[:, None] - all_hits)).sum(0)
+    p = torch.erfc(excess.abs() / variance.sqrt() / sqrt(2))
+    return torch.where(variance > 0, p, 1.0)
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -229,38 +246,3 @@ def _final_gain(model: PreTrainedModel) -> Tensor | None:
         return None
     gain = found[-1][1]
     return gain + 1 if model.config.get_text_config().model_type.startswith("gemma") else gain
-
-
-@contextmanager
-def shifted(
-    model: PreTrainedModel, layer: int, direction: Tensor, site: str = "resid_post"
-) -> Iterator[None]:
-    """
-    Inside, `direction` (width,) is added to the activations at the site, at every token. Adding a feature is
-    `strength * sae.W_dec[f]` in the base model; taking it away is minus its mean contribution in the steered
-    one.
-    """
-    decoder = find_decoder(model)
-    if direction.shape != (decoder.width,):
-        raise SteerError(f"direction of shape {tuple(direction.shape)} for a model of width {decoder.width}")
-    place = find_sites(decoder, [layer % decoder.depth], site)[0]
-
-    def add(hidden: Tensor) -> Tensor:
-        return hidden + direction.to(hidden.device, hidden.dtype)
-
-    def after(module: Any, args: tuple, output: Any) -> Any:
-        return (add(output[0]), *output[1:]) if isinstance(output, tuple) else add(output)
-
-    def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (add(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": add(kwargs["hidden_states"])}
-
-    if place.on_input:
-        handle = place.module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = place.module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()

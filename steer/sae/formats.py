@@ -3,14 +3,13 @@ SAE files: our own, and those of SAELens, sparsify and dictionary_learning, to r
 
     format               files
     steer                sae_config.json, model.safetensors: every variant
-    saelens              cfg.json, sae_weights.safetensors: TopK, and JumpReLU (BatchTopK is saved as
-    JumpReLU) sparsify             cfg.json, sae.safetensors: TopK
+    saelens              cfg.json, sae_weights.safetensors: TopK, JumpReLU, and BatchTopK as a JumpReLU
+    sparsify             cfg.json, sae.safetensors: TopK
     dictionary_learning  config.json, ae.pt: TopK, BatchTopK, JumpReLU
 
 Features and reconstructions are equal after either way. An SAE that a format cannot express is refused with
-the
-reason: the other three know dense encoders only, and a KronSAE equals one only where all p and q of each head
-read the same direction. Nothing that is read can execute code.
+the reason: the other three know dense encoders only, and a KronSAE equals one only where all p and q of each
+head read the same direction. Nothing that is read can execute code.
 """
 
 from __future__ import annotations
@@ -223,8 +222,7 @@ def _from_saelens(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[S
         "b_dec": tensors["b_dec"],
     }
     if kind == "topk" and config.get("rescale_acts_by_decoder_norm", True):
-        # activations are compared and stored in units of the decoder's rows, which are then taken as unit
-        # rows
+        # activations are in units of the decoder's rows, which then count as unit rows
         norms = table.norm(dim=1)
         state["encoder.weight"] = state["encoder.weight"] * norms[:, None]
         state["encoder.bias"], state["W_dec"] = state["encoder.bias"] * norms, table / norms[:, None]
@@ -237,8 +235,7 @@ def _from_saelens(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[S
     return found, state
 
 
-# --- sparsify: encoder.weight (d_sae, d_in), encoder.bias, W_dec (d_sae, d_in), b_dec; b_dec is always taken
-# off
+# --- sparsify: encoder.weight (d_sae, d_in), encoder.bias, W_dec (d_sae, d_in), b_dec, always taken off
 
 
 def _to_sparsify(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:

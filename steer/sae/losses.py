@@ -116,7 +116,7 @@ class _Chunked(torch.autograd.Function):
         target_grad = torch.empty_like(target)
         table_grad = torch.zeros_like(table)
         loss = target.new_zeros(())
-        rows = count if target.is_cuda else min(count, max(64, CHUNK // width))
+        rows = count if target.is_cuda else min(count, max(16, CHUNK // width))
         for start in range(0, count, rows):
             part = slice(start, start + rows)
             index, value = by_rank[:, part], values[part].T.contiguous()

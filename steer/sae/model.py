@@ -155,39 +155,42 @@ class SAE(nn.Module):
         Of each token the encoder's outputs for its k strongest features, the features, and the encoder's
         rows: (tokens, k) each, or for KronSAE outputs and rows (tokens, 2k), those of p before those of q.
         """
-        outputs, compared = self.compared(x, among, low_precision)
-        values, best = top_k(compared, k)
-        if among is not None:
-            best = among[best]
-        elif self.cfg.heads is not None:  # from (i, j, head), as compared, to (head, i, j)
-            size = self.cfg.m * self.cfg.n
-            best = best % self.cfg.heads * size + best // self.cfg.heads
         if self.cfg.encoder == "dense":
+            values, best = top_k(self.pre_activations(x, among, low_precision), k)
+            best = best if among is None else among[best]
             return values, best, best
-        rows = torch.cat(self._kron_rows(best), 1)
+        outputs = self.pre_activations(x, None, low_precision)
+        if among is None:
+            p_rows, q_rows = self._strongest_pairs(outputs.relu(), k)
+            best = self._kron_features(p_rows, q_rows)
+        else:
+            positive = outputs.relu()
+            p_row, q_row = self._kron_rows(among)
+            best = among[top_k(positive[:, p_row] * positive[:, q_row], k)[1]]
+            p_rows, q_rows = self._kron_rows(best)
+        rows = torch.cat([p_rows, q_rows], 1)
         return outputs.gather(1, rows), best, rows
 
-    def compared(self, x: Tensor, among: Tensor | None, low_precision: bool) -> tuple[Tensor, Tensor]:
+    def _strongest_pairs(self, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """
-        The encoder's outputs (tokens, rows) and what TopK compares (tokens, d_sae or len(among)): the outputs
-        themselves, or the products p q of KronSAE, in the order (i, j, head). Products compare as their roots
-        do, so roots are taken of the k chosen alone.
-        """
-        cfg = self.cfg
-        if cfg.encoder == "dense":
-            outputs = self._product(x, among, low_precision)
-            return outputs, outputs
-        outputs = self._product(x, None, low_precision)
-        positive = outputs.relu()
-        if among is not None:
-            p_row, q_row = self._kron_rows(among)
-            return outputs, positive[:, p_row] * positive[:, q_row]
-        places = positive.view(len(x), cfg.m + cfg.n, -1)  # heads last: the products run over long rows
-        products = places[:, : cfg.m, None] * places[:, None, cfg.m :]
-        return outputs, products.flatten(1)
+        The encoder's rows P_i and Q_j, (tokens, k) each, of the k largest products p_i q_j of one head.
 
-    def _product(self, x: Tensor, rows: Tensor | None, low_precision: bool) -> Tensor:
-        """The encoder's outputs (tokens, rows), of all of its rows or of `rows` (n,)."""
+        Products compare as their roots do. Only the k rows P_i with the largest p_i max_j q_j can be in one
+        of them, so of all products only k n are computed: exact, and nothing of size d_sae is held.
+        """
+        m, n = self.cfg.m, self.cfg.n
+        heads = self.cfg.d_sae // (m * n)
+        places = positive.view(len(positive), m + n, heads)
+        largest = (places[:, :m] * places[:, m:].amax(1, keepdim=True)).flatten(1)
+        p_rows = top_k(largest, min(k, m * heads))[1]
+        q_rows = p_rows[:, :, None] % heads + heads * torch.arange(m, m + n, device=positive.device)
+        q_rows = q_rows.flatten(1)
+        products = positive.gather(1, q_rows).unflatten(1, (-1, n)) * positive.gather(1, p_rows)[:, :, None]
+        best = products.flatten(1).topk(k).indices
+        return p_rows.gather(1, best // n), q_rows.gather(1, best)
+
+    def pre_activations(self, x: Tensor, rows: Tensor | None = None, low_precision: bool = False) -> Tensor:
+        """The encoder's outputs W (x - shift) + b, (tokens, rows), of all of its rows or of `rows` (n,)."""
         weight: Tensor = self.encoder.weight
         bias: Tensor = self.encoder.bias
         if rows is not None:
@@ -204,11 +207,14 @@ class SAE(nn.Module):
         head, i, j = features // (m * n), features % (m * n) // n, features % n
         return i * heads + head, (m + j) * heads + head
 
+    def _kron_features(self, p_rows: Tensor, q_rows: Tensor) -> Tensor:
+        """The inverse: the feature (i, j) whose P_i and Q_j stand in these rows."""
+        m, n = self.cfg.m, self.cfg.n
+        heads = self.cfg.d_sae // (m * n)
+        return p_rows % heads * (m * n) + p_rows // heads * n + q_rows // heads - m
+
     def kron_factors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Something of each row of the encoder, (rows, ...), by head: that of P (h, m, ...) and of Q (h, n,
-        ...).
-        """
+        """What each row of the encoder has, (rows, ...), by head: that of P (h, m, ...), of Q (h, n, ...)."""
         heads = rows.unflatten(0, (self.cfg.m + self.cfg.n, -1)).transpose(0, 1)
         return heads[:, : self.cfg.m], heads[:, self.cfg.m :]
 
@@ -236,7 +242,7 @@ class SAE(nn.Module):
         All features (tokens, d_sae) before the activation chooses, with gradients: W(x - shift) + b, or mAND
         of every pair of a head.
         """
-        outputs = self._product(x, None, False)
+        outputs = self.pre_activations(x)
         if self.cfg.encoder == "dense":
             return outputs
         p_row, q_row = self._kron_rows(torch.arange(self.cfg.d_sae, device=x.device))

@@ -1,4 +1,4 @@
-"""Texts for an SAE to read: lines of a file or rows of a data set on the hub, one after the other."""
+"""Texts for an SAE to read: lines of files and rows of data sets on the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIELDS = (("text",), ("problem", "solution"), ("question", "answer"), ("problem"
 
 class Texts:
     """
-    The texts of `sources`, in order, as often as it is iterated over.
+    The texts of `sources`, one of each in turn until all are read, as often as it is iterated over.
 
     A source is a `.txt` file (a text a line), a `.jsonl` file, or a data set on the hub (`owner/name`, or
     `owner/name:split`, or `owner/name:config:split`; streamed). Records hold `text`, or `problem` and
@@ -37,8 +37,14 @@ class Texts:
                 )
 
     def __iter__(self) -> Iterator[str]:
-        for source in self.sources:
-            yield from _lines(Path(source)) if _is_file(source) else _from_hub(source)
+        left = [_lines(Path(source)) if _is_file(source) else _from_hub(source) for source in self.sources]
+        while left:
+            for source in list(left):
+                text = next(source, None)
+                if text is None:
+                    left.remove(source)
+                else:
+                    yield text
 
 
 def _is_file(source: str) -> bool:
@@ -80,8 +86,7 @@ def _from_hub(source: str) -> Iterator[str]:
         reason = " ".join(str(error).split())[:200]
         raise SteerError(
             f"cannot stream {source!r} from the hub ({type(error).__name__}: {reason}); check the name and "
-            f"the "
-            "network, or give a local .jsonl or .txt file"
+            "the network, or give a local .jsonl or .txt file"
         ) from error
 
 

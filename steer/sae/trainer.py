@@ -21,6 +21,7 @@ from torch import Tensor
 
 from steer.errors import SteerError
 from steer.files import replace_file
+from steer.models import fast_dtype
 from steer.sae.config import SAEConfig, check_number
 from steer.sae.evaluate import explained_by_prefix
 from steer.sae.jumprelu import count_active, jump
@@ -63,7 +64,7 @@ class TrainConfig:
     )
     precision: str = field(
         default="float32",
-        metadata={"help": "Of the encoder's product: float32, or bfloat16 where it is faster."},
+        metadata={"help": "Of the encoder's product: float32, bfloat16, or fast: bfloat16 where that is."},
     )
     seed: int = field(default=0, metadata={"help": "Of the SAEs' first weights."})
     log_every: int = field(default=20, metadata={"help": "Steps between two lines of metrics."})
@@ -77,8 +78,10 @@ class TrainConfig:
         for name, high in (("lr", 10.0), ("final_lr", 10.0), ("warmup", 1.0), ("weight_decay", 1.0)):
             check_number(name, getattr(self, name), 0.0, high)
         check_number("auxiliary", self.auxiliary, 0.0)
+        if self.precision == "fast":
+            self.precision = fast_dtype()
         if self.precision not in ("float32", "bfloat16"):
-            raise SteerError(f"precision={self.precision!r} is unknown; choose float32 or bfloat16")
+            raise SteerError(f"precision={self.precision!r} is unknown; choose float32, bfloat16 or fast")
         if self.tokens < self.batch_size:
             raise SteerError(f"tokens={self.tokens} is less than one batch of batch_size={self.batch_size}")
 
@@ -169,8 +172,7 @@ class SAETrainer:
                 self.save()
                 raise SteerError(
                     f"batch {self.step} of the stream holds numbers that are not finite; what was learned "
-                    f"before "
-                    "it is saved: read the activations in float32 or bfloat16"
+                    "before is saved: read the activations in float32 or bfloat16"
                 )
             if self.scale is None:
                 self.scale = self._start(x)

@@ -1,13 +1,12 @@
-"""The command line's part for SAEs: `steer sae info` and `steer sae convert`."""
+"""`steer sae`: look into sparse autoencoders, and write them in another tool's format."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 
-def add_commands(commands: Any) -> None:
-    """Add `sae` to the subparsers of `steer`."""
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add `sae` and its two actions."""
     parser = commands.add_parser("sae", help="look into a sparse autoencoder, or write it in another format")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     info = actions.add_parser("info", help="what a folder holds: format, shape, cost, source")
