@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from evals.variants import Variant, adapter_rank
 from steer.errors import SteerError
-from steer.models import BUNDLED, model_path
+from steer.weights import BUNDLED, model_path
 
 ENGINES = ("hf", "vllm")
 

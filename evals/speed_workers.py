@@ -260,8 +260,9 @@ def vllm(steered: bool, dtype: str, model_name: str) -> dict[str, float]:
         os.environ["VLLM_PLUGINS"] = "none"
     from vllm import LLM, SamplingParams
 
-    from steer.models import load_tokenizer, model_path
+    from steer.models import load_tokenizer
     from steer.prompts import render
+    from steer.weights import model_path
 
     tokenizer = load_tokenizer(model_name)
     texts = [render(p, tokenizer, "boxed") for p in problems(BATCH)]

@@ -30,10 +30,11 @@ from steer.artifact import Artifact, from_vectors, read
 from steer.data import Arithmetic, load_problems
 from steer.files import replace_file
 from steer.grading import Checker
-from steer.models import cache_dir, load_model, load_tokenizer
+from steer.models import load_model, load_tokenizer
 from steer.prompts import render
 from steer.train.evaluation import answer_greedily, score
 from steer.transfers import transfer
+from steer.weights import cache_dir
 
 OTHER = "gemma-3-270m"
 # Gemma's base model has no chat template: the demo's words as plain text.

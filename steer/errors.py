@@ -19,3 +19,8 @@ class SteerError(ValueError):
 def shown(value: Any) -> str:
     """A value of whatever a file held, fit for a message: one line of plain text, cut where it is long."""
     return _REPR.repr(value)
+
+
+def one_line(error: Exception) -> str:
+    """Somebody else's error as part of a message: its words on one line, cut where they are long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

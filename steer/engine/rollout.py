@@ -31,8 +31,8 @@ from trl.trainer import grpo_trainer
 from steer.artifact import Artifact
 from steer.engine.client import Server, push
 from steer.errors import SteerError
-from steer.models import BUNDLED, model_path
 from steer.vectors import SteeringVectors
+from steer.weights import BUNDLED, model_path
 
 
 class VectorGeneration(VLLMGeneration):

@@ -34,7 +34,7 @@ from torch import nn
 from steer import artifact as artifacts
 from steer.artifact import MAX_BYTES, Artifact
 from steer.config import MAX_DEPTH, SteeringConfig
-from steer.errors import SteerError
+from steer.errors import SteerError, one_line
 from steer.files import json_object, replace_file, safetensors_header
 from steer.formats.architecture import check_everywhere
 from steer.sites import find_decoder
@@ -236,7 +236,7 @@ def _npy(content: bytes, where: object) -> dict[str, torch.Tensor]:
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, fortran, dtype = readers[version](stream)
     except Exception as error:  # it parses a Python literal: whatever that trips over
-        raise SteerError(f"{where} is not a whole NumPy array ({_line(error)})") from error
+        raise SteerError(f"{where} is not a whole NumPy array ({one_line(error)})") from error
     data = content[stream.tell() :]
     known = dtype.kind in "fi" and dtype.itemsize in (2, 4, 8)
     if not known or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
@@ -258,7 +258,7 @@ def _members(content: bytes, path: Path, compressed: bool) -> dict[str, Callable
         archive = zipfile.ZipFile(io.BytesIO(content))
         entries = archive.infolist()
     except Exception as error:
-        raise SteerError(f"{path} is not a whole zip archive ({_line(error)})") from error
+        raise SteerError(f"{path} is not a whole zip archive ({one_line(error)})") from error
     if sum(entry.file_size for entry in entries) > MAX_BYTES or len(entries) > MAX_DEPTH:
         raise SteerError(f"{path} unpacks to more than any set of steering vectors ({MAX_BYTES} bytes)")
     if not compressed and any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -270,7 +270,7 @@ def _members(content: bytes, path: Path, compressed: bool) -> dict[str, Callable
         try:
             return archive.read(entry)
         except Exception as error:  # a wrong checksum, an unknown or broken compression, a password
-            raise SteerError(f"{path}: {entry.filename[:80]!r} is damaged ({_line(error)})") from error
+            raise SteerError(f"{path}: {entry.filename[:80]!r} is damaged ({one_line(error)})") from error
 
     return {entry.filename: partial(member, entry) for entry in entries}
 
@@ -286,7 +286,7 @@ def _pt(content: bytes, path: Path) -> dict[str, torch.Tensor]:
             f"{path} holds Python objects, which could run code and were left alone: save the tensors only"
         ) from error
     except Exception as error:  # whatever a torn archive trips over
-        raise SteerError(f"{path} is a damaged file of torch.save ({_line(error)})") from error
+        raise SteerError(f"{path} is a damaged file of torch.save ({one_line(error)})") from error
     named = found if isinstance(found, dict) else {"": found}
     if any(isinstance(value, dict) and "steering_vector" in value for value in named.values()):
         raise SteerError(f"{path} is a file of lm-eval's steered models: import it as that")
@@ -307,7 +307,7 @@ def _safetensors(content: bytes, path: Path) -> dict[str, torch.Tensor]:
     try:
         arrays = load_safetensors(content)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise SteerError(f"{path} is not a readable safetensors file ({_line(error)})") from error
+        raise SteerError(f"{path} is not a readable safetensors file ({one_line(error)})") from error
     return arrays
 
 
@@ -326,10 +326,6 @@ def _svec(content: bytes, path: Path) -> dict[str, torch.Tensor]:
         arrays[name] = exact
     single = all(torch.equal(array.float().double(), array) for array in arrays.values())
     return {name: array.float() if single else array for name, array in arrays.items()}
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 _READERS: dict[str, Callable[[bytes, Path], dict[str, torch.Tensor]]] = {
