@@ -261,7 +261,8 @@ def read_numpy(source: str | os.PathLike[str], revision: str | None = None) -> A
             flat = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
         else:
             flat = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
-        arrays[name] = flat.reshape(shape).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is refused below, like any other
+            arrays[name] = flat.reshape(shape).astype(np.float64)
     found = Artifact(config, arrays)
     _check_numbers(config, arrays, str(path))
     return found

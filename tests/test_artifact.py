@@ -437,6 +437,22 @@ def test_a_full_disk_leaves_nothing_of_a_first_save(tiny_llama, tmp_path, monkey
     assert list(tmp_path.rglob("*.*")) == []
 
 
+def test_a_signalling_nan_is_refused_without_a_warning(tmp_path):
+    config = SteeringConfig(layers=0, width=2, depth=1, model_type="llama")
+    bits = torch.tensor([0x7F800001, 0], dtype=torch.int32).view(torch.float32)
+    whole = save(
+        {"model.layers.0.steering.vector": bits},
+        metadata={"steering_config": json.dumps(config.to_dict())},
+    )
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for reader in (artifact.read, artifact.read_numpy):
+            with pytest.raises(SteerError, match="holds NaN or Inf"):
+                reader(path)
+
+
 # --- fuzz
 
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
