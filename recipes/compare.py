@@ -324,7 +324,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="folder of results (default: the config's)")
     parser.add_argument("--report", action="store_true", help="only make tables and page of what is there")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         plan = read_plan(args.config)
         plan = replace(plan, seeds=tuple(args.seeds or plan.seeds), out=args.out or plan.out)
@@ -357,4 +356,5 @@ def _carry_out(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that runs is ended too
     sys.exit(main())
