@@ -60,8 +60,6 @@ ROWS = [
     Row("update, share of the matrix peak", ("steer", "update GFLOP/s"), ("steer", "peak GFLOP/s"), 0.3),
     Row("memory, against trl's full fine-tune", ("steer", "memory MB"), ("trl-full", "memory MB"), 4),
 ]
-# A measurement during which other programs used more than this many cores is taken again, TRIES times in all.
-OTHERS, TRIES = 0.2, 3
 # A variant that takes this many times as long as its best kin in the first round is not measured again.
 HOPELESS = 1.5
 
@@ -90,12 +88,8 @@ def main() -> None:
             if len(found[name]) > turn or (turn and hopeless(name, found)):
                 continue
             print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-            for _ in range(TRIES):
-                figures = _measure(name, args)
-                print(json.dumps(figures), file=sys.stderr, flush=True)
-                if figures["cores of others"] <= OTHERS:
-                    break
-            found[name].append(figures)
+            found[name].append(_measure(name, args))
+            print(json.dumps(found[name][-1]), file=sys.stderr, flush=True)
             if args.out:
                 write(args, found)
     if not torch.cuda.is_available() and args.only != "rollout" and args.out:
