@@ -18,9 +18,11 @@ import json
 import os
 import platform
 import re
+import resource
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -124,13 +126,25 @@ def write(args: argparse.Namespace, found: dict[str, list[dict[str, float]]]) ->
 
 
 def _measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """One worker process; its last line of output is JSON."""
+    """What a worker process prints, and how many cores other programs used meanwhile (0 where not told)."""
     command = [sys.executable, "-m", "evals.speed_workers", name, args.model, str(args.steps)]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    before, start = _others(), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=env)
+    others = (_others() - before) / (time.perf_counter() - start)
     if done.returncode:
         sys.exit(f"error: measuring {name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"cores of others": round(others, 2)}
+
+
+def _others() -> float:
+    """Seconds that the machine's cores have worked for others than this process's children."""
+    mine = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with suppress(OSError):
+        user, nice, system, _, _, irq, soft, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+        work = (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+        return work - mine.ru_utime - mine.ru_stime
+    return 0.0
 
 
 def hopeless(name: str, found: dict[str, list[dict[str, float]]]) -> bool:

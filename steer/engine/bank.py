@@ -144,8 +144,7 @@ class Bank:
         """
         if not NAME.fullmatch(name):
             raise SteerError(f"{name!r} cannot name vectors: use letters, digits and . _ - : / @ +")
-        for layer, vector in vectors.items():
-            self.check(layer, vector)
+        self.check(vectors)
         entry = self.entries.get(name)
         if entry is None:
             free = set(range(self.rows)) - {e.row for e in self.entries.values()} - {BASE_ROW}
@@ -166,7 +165,7 @@ class Bank:
 
     def set_default(self, layer: int, vector: torch.Tensor) -> None:
         """One layer of the default set, the others left as they are."""
-        self.check(layer, vector)
+        self.check({layer: vector})
         if layer in self.vectors:
             self.vectors[layer].bank[DEFAULT_ROW].copy_(vector.detach())
         self._stamp(DEFAULT, DEFAULT_ROW, self.entries[DEFAULT].positions)
@@ -187,17 +186,21 @@ class Bank:
         """By name, a number that changes with every push. No two sets ever share one, except 0: zeros."""
         return {name: entry.version for name, entry in self.entries.items()}
 
-    def check(self, layer: int, vector: torch.Tensor) -> None:
-        """SteerError unless this model has `layer` and `vector` is a finite one of its width."""
-        if not 0 <= layer < self.depth:
-            last = self.depth - 1
-            raise SteerError(f"layer {layer} does not exist: the engine's model has layers 0 to {last}")
-        if tuple(vector.shape) != (self.width,) or not vector.dtype.is_floating_point:
-            raise SteerError(
-                f"the vector of layer {layer} is {vector.dtype} of shape {tuple(vector.shape)}, the engine's "
-                f"model takes floats of shape ({self.width},); vectors only fit a model of their own width"
-            )
-        if not torch.isfinite(vector).all():
+    def check(self, vectors: dict[int, torch.Tensor]) -> None:
+        """SteerError unless this model has those layers, and each vector is a finite one of its width."""
+        for layer, vector in vectors.items():
+            if not 0 <= layer < self.depth:
+                raise SteerError(
+                    f"layer {layer} does not exist: the engine's model has layers 0 to {self.depth - 1}"
+                )
+            if tuple(vector.shape) != (self.width,) or not vector.dtype.is_floating_point:
+                raise SteerError(
+                    f"the vector of layer {layer} is {vector.dtype} of shape {tuple(vector.shape)}, the "
+                    f"engine's model takes floats of shape ({self.width},); vectors only fit a model of "
+                    "their own width"
+                )
+        if vectors and not torch.isfinite(torch.stack(list(vectors.values()))).all():
+            layer = next(layer for layer, vector in vectors.items() if not torch.isfinite(vector).all())
             raise SteerError(f"the vector of layer {layer} holds NaN or Inf; the engine keeps what it has")
 
     def _stamp(self, name: str, row: int, positions: str) -> None:
@@ -248,14 +251,24 @@ class Bank:
 
 
 def pack(vectors: dict[int, torch.Tensor]) -> str:
-    """Vectors by layer as text that any transport carries and nothing can execute: base64 of safetensors."""
-    data = save({str(layer): vector.detach().float().cpu().contiguous() for layer, vector in vectors.items()})
-    return base64.b64encode(data).decode()
+    """
+    Vectors by layer as text that any transport carries and nothing can execute: base64 of a safetensors file
+    with the layers, the sizes and all numbers in one row, since each tensor of its own costs as much as all.
+    """
+    numbers = [vector.detach().flatten() for vector in vectors.values()]
+    tensors = {
+        "layers": torch.tensor(list(vectors), dtype=torch.int64),
+        "sizes": torch.tensor([len(row) for row in numbers], dtype=torch.int64),
+        "numbers": torch.cat(numbers).float().cpu() if numbers else torch.empty(0),
+    }
+    return base64.b64encode(save(tensors)).decode()
 
 
 def unpack(text: str) -> dict[int, torch.Tensor]:
     """The inverse of `pack`; SteerError when it is not."""
     try:
-        return {int(layer): vector for layer, vector in load(base64.b64decode(text, validate=True)).items()}
-    except (SafetensorError, ValueError) as error:
+        found = load(base64.b64decode(text, validate=True))
+        rows = found["numbers"].split(found["sizes"].tolist())
+        return dict(zip(found["layers"].tolist(), rows, strict=True))
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise SteerError(f"what was pushed is not a set of vectors by layer ({error})") from error

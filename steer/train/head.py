@@ -6,7 +6,7 @@ the head is frozen the gradient is known as soon as the logits are: with p = sof
 
     d log p_y / d h = W_y - W^T p                                                      (tokens, width)
 
-so it is kept in place of nothing, and the backward pass is a product with the incoming gradient, row by row.
+is computed beside them and kept, and the backward pass multiplies its rows with the incoming gradient.
 """
 
 from __future__ import annotations
