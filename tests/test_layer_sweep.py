@@ -270,6 +270,7 @@ def test_four_processes_divide_the_members(whole: Path, base: Path) -> None:
         (("--population", "{name: ../x, layers: 1}"), "becomes a folder"),
         (("--population", "{layers: 1}", "{layers: 1}"), "two members"),
         (("--population", "{layers: 1, rewards: [correct01]}"), "change both together"),
+        (("--population", "{name: x, layers: null}"), "cannot be null"),
         (("--only", "layer-9"), "there are layer-0"),
         (("--loss_type", "vespo"), "dapo"),
         (("--num_iterations", "2"), "one update"),

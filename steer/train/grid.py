@@ -24,6 +24,7 @@ from steer.train.run import RunConfig, SteeringArguments
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 _STEERING = ("kind", "rank", "layers", "site", "positions", "scale", "dtype")
 _FIELDS = {*_STEERING, *OWN, "rewards"}
+_NULLABLE = {"lr_by_layer", "reward_weights"}
 SCORES = ("reward", "validation")
 
 
@@ -190,13 +191,15 @@ def _name(change: dict[str, Any]) -> str:
 
 def _settings(name: str, change: dict[str, Any], arguments: Sequence[str], depth: int) -> Settings:
     given = {key: value for key, value in change.items() if value is not None}
+    if wrong := sorted(change.keys() - given.keys() - _NULLABLE):
+        raise SteerError(f"member {name}: {', '.join(wrong)} cannot be null; leave it out")
     extra: list[str] = []
     for key, value in given.items():
         extra += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     parts = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
     try:
         run, steering, training, _ = recipe.parse(parts, None, "layer_sweep.py", [*arguments, *extra])
-        for key in change.keys() - given.keys():  # null: what the command line says of it is taken back
+        for key in change.keys() - given.keys():  # what the command line says of it is taken back
             setattr(training, key, None)
         config = SteeringConfig(**asdict(steering))
         training.layer_rates(config.resolve_layers(depth), depth)  # names no layer that is not there

@@ -76,7 +76,15 @@ class Member:
         self.vectors = vectors
         self.reward_funcs = [guard(f) for f in self.reward_funcs]
         self.metrics: dict[str, list[float]] = defaultdict(list)
-        self.prompts_a_step = args.generation_batch_size // args.num_generations
+        # A member's whole batch is on its process, however many there are.
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        group = args.num_generations
+        if not group or rows % group:
+            raise SteerError(
+                f"an update of a member has {rows} samples (per_device_train_batch_size x "
+                f"gradient_accumulation_steps), which is no multiple of num_generations={group}"
+            )
+        self.prompts_a_step = rows // group
         self.steps_an_epoch = problems // self.prompts_a_step
         if not self.steps_an_epoch:
             raise SteerError(

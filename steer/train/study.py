@@ -85,7 +85,9 @@ def claim(
     shares other settings, or when a member of the same name, among those to train `now`, has others.
     """
     shared = runs.settings(replace(run, rewards=[]), {"recipe": {"name": "layer_sweep"}}, training)
-    shared["training"] = {k: v for k, v in shared["training"].items() if k not in OWN}
+    # with more processes there are more rows at once, but not more rows of a member
+    skipped = OWN | {"generation_batch_size"}
+    shared["training"] = {k: v for k, v in shared["training"].items() if k not in skipped}
     runs.claim(folder, shared)
     path = folder / POPULATION_FILE
     have = json.loads(path.read_text()) if path.exists() else {}
@@ -261,8 +263,8 @@ def _write_answers(path: Path, answered: Sequence[Answered]) -> None:
 
 
 def _provenance(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
-    names = "learning_rate lr_by_layer advantage loss_type beta num_generations generation_batch_size "
-    names += "max_completion_length temperature max_steps seed"
+    names = "learning_rate lr_by_layer advantage loss_type beta num_generations per_device_train_batch_size "
+    names += "gradient_accumulation_steps max_completion_length temperature max_steps seed"
     return {
         "recipe": "layer_sweep",
         "member": settings.name,
