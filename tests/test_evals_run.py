@@ -154,6 +154,18 @@ def test_names_of_variants(base):
     assert [variant.scale for variant in found] == [1, 1, 1, 0.5, 1]
 
 
+def test_system_prompts_are_variants_and_the_base_can_be_left_out(base, tmp_path):
+    argv = [*arguments(base, tmp_path / "out"), "--template", "boxed_short", "--samples", "0"]
+    assert run.main([*argv, "--no-base", "--systems", "brief=Be brief.", "long=Say all you know."]) == 0
+    found = rows(tmp_path / "out")
+    assert {variant for variant, _, _ in found} == {"brief", "long"}
+    length = {(variant, problem): row["prompt_tokens"] for (variant, problem, _), row in found.items()}
+    apart = len("Say all you know.") - len("Be brief.")  # a token a character
+    problems = {problem for _, problem in length}
+    assert all(length["long", p] == length["brief", p] + apart for p in problems)
+    assert read_settings(tmp_path / "out")["variants"]["brief"]["system"] == "Be brief."
+
+
 def test_results_do_not_depend_on_the_batch_or_the_order(base, whole):
     out = base / "small-batches"
     assert run.main(arguments(base, out, "--batch-size", "4", "--vectors", f"s={base / 'vectors'}")) == 0
@@ -352,6 +364,9 @@ def test_vectors_of_another_model(base, build_tiny, tmp_path, capsys):
         (["--benchmarks", "gsm8k,gsm8k"], "benchmark 'gsm8k' is there twice"),
         (["--benchmarks", "gsm8k", "--data-dir", "{base}"], "no file .*gsm8k_test.jsonl"),
         (["--template", "boxed_long"], "unknown template 'boxed_long'"),
+        (["--no-base"], "--no-base leaves no variant"),
+        (["--systems", "Be brief."], "has no name; write NAME=TEXT"),
+        (["--systems", "brief=Be brief."], "'plain' has no turn for a system text"),
         (["--model", "{base}/nothing"], "no model"),
     ],
 )

@@ -36,6 +36,16 @@ def test_boxed_short_is_one_user_turn_and_keeps_default_system_texts_out():
     assert r"\boxed{answer}" in text and "Be nice" not in text
 
 
+def test_a_constant_system_text_comes_before_the_templates_own():
+    assert render("1+1?", make_tokenizer(CHAT), "boxed", system="Be brief.").startswith(
+        "<|system|>Be brief.\nPlease reason step by step"
+    )
+    short = render("1+1?", make_tokenizer(CHAT), "boxed_short", system="Be brief.")
+    assert short.startswith("<|system|>Be brief.\n<|user|>1+1? ")
+    with pytest.raises(SteerError, match="'plain' has no turn for a system text; use one of boxed, "):
+        render("1+1?", make_tokenizer(CHAT), "plain", system="Be brief.")
+
+
 def test_qwen_math_is_exactly_its_own_format():
     assert render("1+1?", make_tokenizer(), "qwen_math") == (
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
