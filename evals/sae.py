@@ -114,7 +114,7 @@ def tables(args: argparse.Namespace) -> None:
                 unchanged = recovered[n]
         absorbed = absorption(sae, words)
         results.setdefault("saes", {})[run.name] = {
-            "config": sae.cfg.to_dict(),
+            "config": {**sae.cfg.to_dict(), "source": None},
             "trained_tokens": tokens // BATCH * BATCH,
             "encoder_parameters": encoder_parameters(sae.cfg),
             "forward_flops": forward_flops(sae.cfg),

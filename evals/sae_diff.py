@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vectors", default="runs/demo/vectors", help="diff: artifact (default: %(default)s)"
     )
     parser.add_argument("--diff-layer", type=int, default=20, help="diff: layer (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=32, help="diff: completions of a problem")
+    parser.add_argument("--samples", type=int, default=16, help="diff: completions of a problem")
     parser.add_argument(
         "--diff-features", type=int, default=512, help="diff: dictionary (default: %(default)s)"
     )

@@ -64,7 +64,7 @@ class TrainConfig:
     )
     precision: str = field(
         default="float32",
-        metadata={"help": "Of the encoder's product: float32, bfloat16, or fast: bfloat16 where that is."},
+        metadata={"help": "Of the encoder's product: float32, bfloat16, or fast: the faster one here."},
     )
     seed: int = field(default=0, metadata={"help": "Of the SAEs' first weights."})
     log_every: int = field(default=20, metadata={"help": "Steps between two lines of metrics."})
