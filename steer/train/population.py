@@ -340,20 +340,23 @@ class PopulationTrainer:
         return scored.log_probs, scored.entropy.detach()
 
     def _apply(self, batch: _Batch) -> None:
-        """Clip and step, and write the log. A gradient that is not finite stops the member where it is."""
+        """Clip and step, and write the log. A number that is not finite stops the member where it was."""
         member, args = batch.member, batch.member.args
         parameters = member.vectors.parameters()
         limit = args.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
         log = member.metrics
         rate = member.scheduler.get_last_lr()[0]
+        before = member.vectors.tensors()
         if isfinite(norm):
             member.watch.on_pre_optimizer_step(args, None, None)
             member.optimizer.step()
             member.watch.on_optimizer_step(args, None, None)
             member.scheduler.step()
-        else:
-            member.stopped = f"diverged: the gradient of update {member.step + 1} is not finite"
+        if not isfinite(norm) or not all(bool(p.isfinite().all()) for p in parameters):
+            member.vectors.set_tensors(before)
+            what = "vectors" if isfinite(norm) else "gradient"
+            member.stopped = f"diverged: the {what} of update {member.step + 1} would not be finite"
         member.optimizer.zero_grad()
         member.step += 1
         tokens = max(batch.tokens, 1)
