@@ -22,11 +22,11 @@ from steer.grading import Checker
 from steer.models import load_model, load_tokenizer
 from steer.prompts import render
 from steer.sae import SAE, SAEConfig, save_sae
-from steer.sae.activations import Reader, read_all
+from steer.sae.activations import Reader
 from steer.sae.browser import write_browser
 from steer.sae.cache import HeldActivations
 from steer.sae.evaluate import quality
-from steer.sae.features import Completion, Feature, analyse, wilson
+from steer.sae.features import Completion, Feature, analyse, read_completions, wilson
 from steer.sae.intervene import answer_without, shifted
 from steer.sae.trainer import SAETrainer, TrainConfig
 from steer.train.cpu import grouped
@@ -57,14 +57,14 @@ def run(args: argparse.Namespace) -> None:
         completions = subject.sample(args.samples)
         right = sum(c.correct for c in completions)
         reader = Reader(subject.model, args.diff_layer, what="difference")
-        rows = read_all(reader, [c.window() for c in completions if c.ids])
+        rows = read_completions(reader, completions)
         print(f"{len(completions)} completions, {right} right, {len(rows)} differences")
         sae = _train(args, reader, rows)
         explained = quality(sae, [rows])
         print(
             f"DiffSAE: explained variance {explained.explained[args.diff_k]:.4f}, dead {explained.dead:.3f}"
         )
-        features = analyse(sae, reader, subject.tokenizer, completions)
+        features = analyse(sae, reader, subject.tokenizer, completions, rows=rows)
         write_browser(
             out / "features.html",
             features,

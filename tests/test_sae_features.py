@@ -18,7 +18,7 @@ import steer
 from steer.cli import main
 from steer.errors import SteerError
 from steer.sae import SAE, SAEConfig, save_sae
-from steer.sae.activations import Reader
+from steer.sae.activations import Reader, read_all
 from steer.sae.browser import write_browser
 from steer.sae.features import (
     Completion,
@@ -28,6 +28,7 @@ from steer.sae.features import (
     benjamini_hochberg,
     difference_interval,
     logit_effects,
+    read_completions,
     within_prompts,
 )
 from steer.sae.intervene import answer_without, shifted
@@ -44,8 +45,6 @@ def diff(tiny_llama, tiny_tokenizer):
         completions.append(Completion([1, 20, 21], ids, ids[0] % 2 == 0))
     reader = Reader(tiny_llama, 2, what="difference")
     sae = SAE(SAEConfig(d_in=32, d_sae=64, k=4))
-    from steer.sae.activations import read_all
-
     sae.start_from(read_all(reader, [c.window() for c in completions]))
     return sae.eval(), reader, tiny_tokenizer, completions
 
@@ -88,6 +87,20 @@ def _stream(model, ids):
     model(ids, use_cache=False)
     handle.remove()
     return kept[0]
+
+
+def test_equal_completions_are_read_once_and_shown_once(diff, monkeypatch):
+    sae, reader, tokenizer, completions = diff
+    for feature in analyse(sae, reader, tokenizer, [*completions, *completions], least=3):
+        shown = [tuple(snippet.tokens) for snippet in feature.snippets]
+        assert len(set(shown)) == len(shown)
+    repeated = [*completions[:4], *completions[:2], Completion([1], [], True)]
+    expected = read_all(reader, [c.window() for c in repeated[:6]])
+    windows: list = []
+    plain = type(reader).read
+    monkeypatch.setattr(type(reader), "read", lambda self, batch: windows.extend(batch) or plain(self, batch))
+    torch.testing.assert_close(read_completions(reader, repeated), expected)
+    assert len(windows) == 4
 
 
 def test_one_sided_completions_are_refused(diff):

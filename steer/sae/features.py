@@ -72,6 +72,15 @@ class Feature:
         return self.right - self.wrong
 
 
+def read_completions(reader: Reader, completions: Sequence[Completion]) -> Tensor:
+    """Activations (written tokens, width) of the completions, in their order; equal ones are read once."""
+    numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    which = [numbers.setdefault((tuple(c.prompt), tuple(c.ids)), len(numbers)) for c in completions if c.ids]
+    distinct = [Completion(list(prompt), list(ids), False) for prompt, ids in numbers]
+    parts = read_all(reader, [c.window() for c in distinct]).split([len(c.ids) for c in distinct])
+    return torch.cat([parts[number] for number in which])
+
+
 @torch.no_grad()
 def analyse(
     sae: SAE,
@@ -81,14 +90,16 @@ def analyse(
     snippets: int = 5,
     words: int = 8,
     least: int = 5,
+    rows: Tensor | None = None,
 ) -> list[Feature]:
     """
     Every feature that fires in at least `least` completions, the most different between right and wrong
     first.
 
     reader: of the activations that the SAE was trained on. completions: several of each prompt, since right
-    and wrong ones of the same prompt are compared. Raises SteerError unless there are right and wrong
-    completions, with tokens.
+    and wrong ones of the same prompt are compared; without tokens they do not count. rows: what
+    `read_completions` gives for them, where that is at hand. Raises SteerError unless there are right and
+    wrong completions, with tokens.
     """
     completions = [c for c in completions if c.ids]
     correct = torch.tensor([c.correct for c in completions], dtype=torch.bool)
@@ -98,7 +109,7 @@ def analyse(
             "wrong ones: sample more, at temperature 1, or choose other problems"
         )
     lengths = [len(c.ids) for c in completions]
-    rows = read_all(reader, [c.window() for c in completions]).to(sae.device, sae.dtype)
+    rows = (read_completions(reader, completions) if rows is None else rows).to(sae.device, sae.dtype)
     parts = rows.split(4096)
     active = [sae.active(part) for part in parts]
     owner = torch.arange(len(completions)).repeat_interleave(torch.tensor(lengths)).to(sae.device)
@@ -127,7 +138,11 @@ def analyse(
     for place_in_list, f in enumerate(tested):
         hits = int(counts[0][f]), int(counts[1][f])
         low, high = difference_interval(hits[0], sizes[0], hits[1], sizes[1])
-        shown = [int(c) for c in peak[:, f].topk(min(snippets, len(completions))).indices if peak[c, f] > 0]
+        shown: dict[tuple[int, ...], int] = {}  # of equal texts the first
+        for c in peak[:, f].argsort(descending=True, stable=True).tolist():
+            if len(shown) == snippets or peak[c, f] <= 0:
+                break
+            shown.setdefault((*completions[c].prompt, *completions[c].ids), c)
         features.append(
             Feature(
                 f,
@@ -147,7 +162,7 @@ def analyse(
                         _strengths(sae, rows[starts[c] : starts[c + 1]], f),
                         completions[c].correct,
                     )
-                    for c in shown
+                    for c in shown.values()
                 ],
             )
         )
