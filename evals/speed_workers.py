@@ -268,7 +268,7 @@ def vllm(steered: bool, dtype: str, model_name: str) -> dict[str, float]:
     tokenizer = load_tokenizer(model_name)
     texts = [render(p, tokenizer, "boxed") for p in problems(BATCH)]
     prompts: Any = [{"prompt_token_ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in texts]
-    llm: Any = LLM(str(model_path(model_name)), dtype=dtype, max_model_len=1024, seed=0)  # type: ignore[arg-type]
+    llm: Any = LLM(str(model_path(model_name)), dtype=dtype, max_model_len=1024, seed=0)
     result = _sync(llm, dtype, model_name) if steered else {}
 
     def run(tokens: int) -> float:

@@ -39,7 +39,7 @@ def token_weights(mask: torch.Tensor, args: SteeringGRPOConfig) -> torch.Tensor:
     if args.loss_type == "grpo":
         return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
     if args.loss_type == "dr_grpo":
-        return mask / (len(mask) * args.max_completion_length)  # type: ignore[operator]
+        return mask / (len(mask) * args.max_completion_length)
     parts = mask.split(args.per_device_train_batch_size)
     return torch.cat([part / part.sum().clamp(min=1) / len(parts) for part in parts])
 
