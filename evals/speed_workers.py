@@ -75,10 +75,10 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     model = load_model(model_name, dtype=dtype)
     if on_gpu:
         model.cuda()
+    texts = [render(p, tokenizer, "boxed") for p in problems(PROMPTS * steps)]
     # Nobody stops early, since the model has no logit for this token: all variants compute the same tokens.
     model.generation_config.eos_token_id = None
     tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
-    texts = [render(p, tokenizer, "boxed") for p in problems(PROMPTS * steps)]
     noise = torch.Generator().manual_seed(0)
 
     def reward(completions: list[str], **kwargs: Any) -> list[float]:

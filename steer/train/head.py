@@ -33,7 +33,7 @@ class FrozenHead(torch.autograd.Function):
         factor = logit_scale / temperature
         ctx.set_materialize_grads(False)
         log_probs, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
-        slope = torch.empty_like(hidden)
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         buffer = hidden.new_empty(min(TILE, len(hidden)), len(weight))
         for start in range(0, len(hidden), TILE):
             part = slice(start, start + TILE)
@@ -50,7 +50,8 @@ class FrozenHead(torch.autograd.Function):
             expected = torch.linalg.vecdot(exp, logits).unsqueeze(-1) / total
             log_probs[part] = (chosen - total.log()).squeeze(-1)
             entropy[part] = (total.log() - expected).squeeze(-1)
-            slope[part] = torch.mm(exp, weight).div_(-total).add_(weight[target.squeeze(-1)]).mul_(factor)
+            if slope is not None:
+                slope[part] = torch.mm(exp, weight).div_(-total).add_(weight[target.squeeze(-1)]).mul_(factor)
         ctx.save_for_backward(slope, hidden, weight)
         ctx.rest = rest
         return log_probs, entropy, None, None, None
@@ -76,8 +77,8 @@ class _Choose:
     def apply(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> tuple:
         softcap, wanted = rest[4], set(rest[6])
         fits = hidden.dtype == weight.dtype == torch.float32 and hidden.device.type == "cpu"
-        frozen = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
-        if fits and frozen and softcap is None and wanted <= {"log_probs", "entropy"}:
+        # Without a gradient too: a policy and its reference must not differ by the rounding of two ways.
+        if fits and not weight.requires_grad and softcap is None and wanted <= {"log_probs", "entropy"}:
             return FrozenHead.apply(hidden, weight, *rest)
         return ChunkedLogProbFunction.apply(hidden, weight, *rest)
 
