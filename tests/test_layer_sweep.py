@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from training import SPREAD, far, model_folder, same, write_problems
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -93,16 +94,23 @@ def command(base: Path, *changes: str) -> list[str]:
 
 @pytest.fixture
 def here(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
-    """The recipe run inside this process, to save the imports; the line it ends with, if it is refused."""
+    """
+    The recipe run inside this process, to save the imports, on one thread as `started` ones are: sums in the
+    same order. Gives the line it ends with, if it is refused.
+    """
 
     def run(*changes: str, script: Path = RECIPE, config: Path = base / "config.yaml") -> str | None:
         monkeypatch.setattr(sys, "argv", [str(script), "--config", str(config), *changes])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
             line = str(end.code)
             assert line.startswith("error: ") and "\n" not in line, line
             return line
+        finally:
+            torch.set_num_threads(threads)
         return None
 
     return run
@@ -240,6 +248,7 @@ def test_halving_stops_the_worse_half(base: Path, here) -> None:
     assert "Stopped early" in (folder / "sweep.md").read_text()
 
 
+@pytest.mark.slow
 def test_four_processes_divide_the_members(whole: Path, base: Path) -> None:
     processes = 4
     with socket.socket() as free:

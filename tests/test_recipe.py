@@ -243,6 +243,7 @@ def apart() -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "del", name], check=False, timeout=30)
 
 
+@pytest.mark.slow
 def test_a_machine_dies_and_the_run_goes_on_with_nothing_lost(
     whole: Path, base: Path, apart: list[list[str]]
 ) -> None:
