@@ -97,7 +97,7 @@ def test_trains_float32_vectors_on_a_bfloat16_base(run) -> None:
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_leaving_rows_without_advantage_out_changes_nothing(run, loss_type: str) -> None:
+def test_neither_rows_left_out_nor_an_update_in_parts_change_anything(run, loss_type: str) -> None:
     # SGD, because Adam's first steps are signs and would hide a wrong scale; four unequal micro-batches.
     settings: dict[str, Any] = {
         "loss_type": loss_type,
@@ -118,9 +118,19 @@ def test_leaving_rows_without_advantage_out_changes_nothing(run, loss_type: str)
         skipping = run(skip_zero_advantage=True, **settings)
         assert min(counts) < 8 and len(counts) == 4, "no row was left out: the test would prove nothing"
         whole = run(skip_zero_advantage=False, **settings)
-    assert counts[4:] == [8] * 4
+        assert counts[4:] == [8] * 4
+        parts = run(skip_zero_advantage=False, update_rows=3, **settings)
+        assert counts[8:] == [3, 3, 2] * 4
+        both = run(update_rows=3, **settings)
     # float32 sums over other shapes
-    assert far(vectors(skipping), vectors(whole)) < 1e-4
+    for other in (skipping, parts, both):
+        assert far(vectors(other), vectors(whole)) < 1e-4
+    assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4, abs=1e-6)
+
+
+def test_an_update_in_parts_with_a_reference_changes_nothing(run) -> None:
+    settings: dict[str, Any] = {"beta": 0.1, "max_steps": 3, "learning_rate": 0.1}
+    assert far(vectors(run(update_rows=3, **settings)), vectors(run(update_rows=0, **settings))) < 1e-4
 
 
 def test_a_batch_without_any_advantage_still_takes_part(run) -> None:

@@ -66,6 +66,13 @@ class SteeringGRPOConfig(GRPOConfig):
             "help": "Rows that fast_sampler draws at once on a device, whole groups; default: all of a step."
         },
     )
+    update_rows: int = field(
+        default=32,
+        metadata={
+            "help": "Rows whose activations an update holds at once; the others follow, and the gradient is "
+            "the same. 0: all of per_device_train_batch_size."
+        },
+    )
     share_prompts: bool = field(
         default=True,
         metadata={
@@ -124,6 +131,8 @@ class SteeringGRPOConfig(GRPOConfig):
                 f"scale_rewards={self.scale_rewards!r}; "
                 "set scale_rewards=none or advantage=group"
             )
+        if self.update_rows < 0:
+            raise SteerError(f"update_rows={self.update_rows}: give a number of rows, or 0 for all at once")
         if self.sync_ref_model:
             raise SteerError(
                 "sync_ref_model=true cannot work: the reference policy is the same model with its "

@@ -2,8 +2,8 @@
 `GroupGRPOTrainer`: trl's GRPOTrainer with a cheaper step, whatever is trained; subclasses say what that is.
 
 What differs from trl is in small overridden methods: the reference policy is the same model with what was
-trained put aside, prompts shared by a group are computed once, rows without an advantage are left out, and
-samples do not depend on how many processes drew them.
+trained put aside, prompts shared by a group are computed once, rows without an advantage are left out,
+activations are held for some rows at a time, and samples do not depend on how many processes drew them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -259,31 +260,54 @@ class GroupGRPOTrainer(GRPOTrainer):
         return scored.log_probs, scored.entropy if kwargs.get("compute_entropy") else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if not self._zero_advantage_is_zero_gradient():
-            return self._loss(model, inputs)
-        active = inputs["advantages"] != 0
-        # trl gathers a number for each row, so every process keeps as many rows as the one that needs most.
-        count = max(1, int(self.accelerator.gather(active.sum()).max()))
-        if count == len(active):
-            return self._loss(model, inputs)
-        kept = _rows(inputs, active.int().argsort(descending=True, stable=True)[:count])
-        loss = self._loss(model, kept)
-        # Means over the rows or tokens of the micro-batch; the others divide by the tokens of the whole step.
+        kept = inputs
+        if self._zero_advantage_is_zero_gradient():
+            active = inputs["advantages"] != 0
+            # trl gathers numbers row by row: every process keeps as many rows as the one that needs most.
+            count = max(1, int(self.accelerator.gather(active.sum()).max()))
+            if count < len(active):
+                kept = _rows(inputs, active.int().argsort(descending=True, stable=True)[:count])
+        *earlier, last = self._parts(kept)
+        done = torch.zeros((), device=self.accelerator.device)
+        for part in earlier:  # their graphs are gone before the next one's is made
+            with self.accelerator.no_sync(model):
+                loss = self._share(part, inputs) * self._loss(model, part)
+                with torch.autocast(loss.device.type, enabled=False):
+                    self.accelerator.backward(loss)
+            done += loss.detach()
+        return self._share(last, inputs) * self._loss(model, last) + done
+
+    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows in parts of about equal size, none above `update_rows`, where that changes no gradient."""
+        count = len(inputs["advantages"])
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # their backward passes come in step
+        if not (self.model.training and self.args.update_rows and self._one_by_one()) or sharded:
+            return [inputs]
+        size = ceil(count / ceil(count / self.args.update_rows))
+        return [_rows(inputs, slice(i, i + size)) for i in range(0, count, size)]
+
+    def _share(self, part: dict[str, Any], whole: dict[str, Any]) -> float | torch.Tensor:
+        """
+        The weight of a part's loss: trl's losses are means over the rows or tokens they are given, or divide
+        by the tokens of the whole step.
+        """
         if self.loss_type in ROW_LOSSES:
-            return loss * (len(kept["advantages"]) / len(active))
+            return len(part["advantages"]) / len(whole["advantages"])
         if self.loss_type in BATCH_TOKEN_LOSSES:
-            return loss * (kept["completion_mask"].sum() / inputs["completion_mask"].sum())
-        return loss
+            return part["completion_mask"].sum() / whole["completion_mask"].sum()
+        return 1.0
 
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         return super()._compute_loss(model, inputs)
 
     def _zero_advantage_is_zero_gradient(self) -> bool:
+        wanted = self.args.skip_zero_advantage and self.model.training
+        return wanted and self.beta == 0.0 and self._one_by_one()
+
+    def _one_by_one(self) -> bool:
+        """Whether a row's part of the loss does not depend on which other rows are computed with it."""
         return (
-            self.args.skip_zero_advantage
-            and self.model.training
-            and self.beta == 0.0
-            and not self._entropy_bonus_enabled
+            not self._entropy_bonus_enabled
             and not self.aux_loss_enabled
             and self.top_entropy_quantile == 1.0
         )
