@@ -8,11 +8,14 @@ Train steering vectors by reinforcement learning on math problems.
         --config recipes/configs/deepscaler-qwen2.5-math-7b.yaml
     accelerate launch recipes/grpo_steer.py --config recipes/configs/demo.yaml \\
         --max_steps 2 --output_dir runs/dry
+    accelerate launch recipes/grpo_steer.py --config recipes/configs/demo.yaml \\
+        --learning_rates 1e-3 3e-3 1e-2 --output_dir runs/rates
 
 Every setting of a config file can be overridden on the command line. `--lr_sweep` chooses the learning rate
 first, on problems split off the training set. A run that was stopped goes on where it was when it is started
 again with the same settings; a finished one says so. The output folder ends up with `vectors/` (the
-artifact), `results.json`, `training.png`, the graded answers and the checkpoints.
+artifact), `results.json`, `training.png`, the graded answers and the checkpoints. With any setting of the
+group `population` many sets of vectors are trained at once, as recipes/layer_sweep.py does and explains.
 """
 
 from __future__ import annotations
@@ -30,9 +33,11 @@ from accelerate import PartialState
 
 import steer
 from steer import artifact
+from steer.errors import SteerError
 from steer.train import recipe
 from steer.train import run as runs
 from steer.train.config import SteeringGRPOConfig
+from steer.train.grid import PopulationArguments
 from steer.train.recipe import Recipe
 from steer.train.run import RunConfig, SteeringArguments
 from steer.train.sweep import SweepArguments, choose
@@ -40,8 +45,17 @@ from steer.train.trainer import SteeringGRPOTrainer
 
 
 def main() -> None:
-    run, steering, training, sweep = parse()
+    run, steering, training, sweep, population = parse()
     recipe.begin(run, training)
+    if population.asked:
+        if sweep.lr_sweep:
+            raise SteerError(
+                "lr_sweep chooses one rate for one set of vectors; a population takes several at once as "
+                "learning_rates"
+            )
+        from layer_sweep import train_population  # beside this file
+
+        return train_population(run, training, population)
     chosen = vectors(run, steering)
     train, held_out = recipe.problems(run)
     if sweep.lr_sweep:
@@ -59,11 +73,13 @@ def main() -> None:
         )
 
 
-def parse() -> tuple[RunConfig, steer.SteeringConfig, SteeringGRPOConfig, SweepArguments]:
+def parse() -> tuple[
+    RunConfig, steer.SteeringConfig, SteeringGRPOConfig, SweepArguments, PopulationArguments
+]:
     """The parts of the settings, from --config and the command line."""
-    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig, SweepArguments)
-    run, chosen, training, sweep = recipe.parse(parts, __doc__, "grpo_steer.py")
-    return run, steer.SteeringConfig(**asdict(chosen)), training, sweep
+    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig, SweepArguments, PopulationArguments)
+    run, chosen, *others = recipe.parse(parts, __doc__, "grpo_steer.py")
+    return run, steer.SteeringConfig(**asdict(chosen)), *others
 
 
 def vectors(run: RunConfig, steering: steer.SteeringConfig) -> Recipe:

@@ -45,6 +45,11 @@ PARTS = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
 def main() -> None:
     run, _, training, asked = recipe.parse(PARTS, __doc__, "layer_sweep.py")
     recipe.begin(run, training)
+    train_population(run, training, asked)
+
+
+def train_population(run: RunConfig, training: SteeringGRPOConfig, asked: PopulationArguments) -> None:
+    """Train the members, or what is missing of them, and print the table; all share this command line."""
     folder = Path(training.output_dir)
     tokenizer = load_tokenizer(run.model, revision=run.model_revision)
     model = load_model(

@@ -128,6 +128,16 @@ def vectors(folder: Path) -> dict[str, Any]:
     return {p.parent.name: artifact.read(p).tensors for p in sorted(folder.glob("members/*/vectors"))}
 
 
+def test_the_recipe_for_one_set_trains_a_population_too(base: Path, whole: Path) -> None:
+    told = [sys.executable, str(SOLO), "--config", str(base / "config.yaml"), "--only", "layer-2"]
+    done = started([*told, "--output_dir", str(base / "other")], base)
+    assert done.returncode == 0, done.stderr
+    assert vectors(base / "other").keys() == {"layer-2"}
+    assert far(vectors(base / "other")["layer-2"], vectors(whole)["layer-2"]) < 1e-4  # other rows beside it
+    refused = started([*told, "--lr_sweep", "1e-2"], base)
+    assert refused.returncode == 1 and "learning_rates" in refused.stderr
+
+
 def test_a_whole_run_leaves_everything_behind(whole: Path) -> None:
     assert set(vectors(whole)) == set(NAMES)
     found = json.loads((whole / "sweep.json").read_text())

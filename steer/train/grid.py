@@ -82,6 +82,11 @@ class PopulationArguments:
         },
     )
 
+    @property
+    def asked(self) -> bool:
+        """Whether any members are asked for."""
+        return any((self.each_layer, self.learning_rates, self.seeds, self.population))
+
     def __post_init__(self) -> None:
         if self.halve_on not in SCORES:
             raise SteerError(f"halve_on={self.halve_on!r} is unknown; choose one of {', '.join(SCORES)}")
