@@ -272,12 +272,17 @@ def _training_table(trained: Sequence[dict[str, Any]]) -> str:
 
 
 def _curve(folder: Path) -> dict[str, list[float]]:
-    """Reward, accuracy and length of the samples, by update."""
+    """Reward, accuracy and length of the samples, by update; kept when the checkpoints are gone."""
+    kept = folder / "curve.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     rows = json.loads((last / "trainer_state.json").read_text())["log_history"]
     keys = {"reward": "reward", "accuracy": "accuracy", "length": "completions/mean_length"}
     rows = [row for row in rows if "reward" in row]
-    return {name: [round(row[key], 4) for row in rows if key in row] for name, key in keys.items()}
+    found = {name: [round(row[key], 4) for row in rows if key in row] for name, key in keys.items()}
+    replace_file(kept, json.dumps(found).encode())
+    return found
 
 
 def _hash(asked: dict[str, Any]) -> str:
@@ -321,14 +326,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="YAML file: recipes/configs/compare-*.yaml")
     parser.add_argument("--seeds", nargs="+", type=int, help="these seeds alone (default: the config's)")
+    parser.add_argument(
+        "--methods", nargs="+", help="train these methods alone, so that several processes share the work"
+    )
     parser.add_argument("--out", help="folder of results (default: the config's)")
     parser.add_argument("--report", action="store_true", help="only make tables and page of what is there")
     args = parser.parse_args(argv)
     try:
         plan = read_plan(args.config)
         plan = replace(plan, seeds=tuple(args.seeds or plan.seeds), out=args.out or plan.out)
+        if unknown := sorted(set(args.methods or []) - set(plan.methods)):
+            known = ", ".join(plan.methods)
+            raise SteerError(f"no method {', '.join(unknown)} in {args.config}: it has {known}")
         comparison = Comparison(plan)
-        failed = [] if args.report else _carry_out(comparison)
+        failed = [] if args.report else _carry_out(comparison, args.methods)
         comparison.report()
     except SteerError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -341,9 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _carry_out(comparison: Comparison) -> list[tuple[str, str]]:
-    """Every job in turn; those that failed, with the reason."""
-    jobs = list(comparison.jobs())
+def _carry_out(comparison: Comparison, methods: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Every job in turn, or those of `methods`; what failed, with the reason."""
+    jobs = [job for job in comparison.jobs() if methods is None or job[0].rpartition("-")[0] in methods]
     failed = []
     for number, (name, job) in enumerate(jobs, 1):
         print(f"\n[{number} of {len(jobs)}] {name}, {time.strftime('%H:%M:%S')}", flush=True)

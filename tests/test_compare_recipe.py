@@ -164,6 +164,14 @@ def test_what_fails_holds_up_no_other(recipe, plan, calls, place, capsys, monkey
     assert {path.stem for path in (place / "broken-out" / "runs").iterdir()} == {"base", "random-reward-0"}
 
 
+def test_methods_alone(recipe, plan, calls, place, capsys):
+    chosen = ["--config", str(plan), "--out", str(place / "alone"), "--seeds", "1", "--methods"]
+    assert recipe.main([*chosen, "random-reward"]) == 0
+    assert {path.stem for path in (place / "alone" / "runs").iterdir()} == {"random-reward-1"}
+    assert recipe.main([*chosen, "magic"]) == 1
+    assert "no method magic" in capsys.readouterr().err
+
+
 def test_results_of_other_settings_are_not_taken_for_these(recipe, plan, calls, place):
     comparison = recipe.Comparison(recipe.read_plan(str(plan)))
     comparison.untrained()
