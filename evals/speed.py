@@ -7,7 +7,8 @@ How fast is it? Every figure is a ratio of two things measured in turn, in one r
 
 Each measurement is a process of its own; the variants take turns for `--rounds` rounds and their medians are
 compared. The output folder gets `speed.json`, `speed.md` and `speed.png`, anew after every measurement; a run
-that was stopped goes on from there.
+that was stopped goes on from there. On a CPU `profile.json` then tells where the time of a rollout and of an
+update goes.
 """
 
 from __future__ import annotations
@@ -92,8 +93,13 @@ def main() -> None:
             print(json.dumps(found[name][-1]), file=sys.stderr, flush=True)
             if args.out:
                 write(args, found)
-    if not torch.cuda.is_available() and args.only != "rollout" and args.out:
-        shares = _measure(f"profile@{fast()}", args)
+    if args.out:
+        write(args, found)
+    if not torch.cuda.is_available() and args.out:
+        shares = {}
+        for part, worker in {"rollout": "vllm-profile", "step": "profile"}.items():
+            if args.only in (None, part):
+                shares["update" if part == "step" else part] = _measure(f"{worker}@{fast()}", args)
         (args.out / "profile.json").write_text(json.dumps(shares, indent=1) + "\n")
     print(markdown(table(found)))
 

@@ -251,16 +251,22 @@ def generate(cache: str | None, dtype: str, model_name: str) -> dict[str, float]
     return {"tokens/s": BATCH * LENGTH / (_now() - start)}
 
 
-def vllm(steered: bool, dtype: str, model_name: str) -> dict[str, float]:
-    """Tokens a second of a compiled engine, and what a sync of the vectors takes."""
+def vllm(method: str, dtype: str, model_name: str) -> dict[str, float]:
+    """
+    Tokens a second of a compiled engine, and what a sync of the vectors takes. For the method `vllm-profile`
+    the share of each kind of operation in a rollout of the steered engine.
+    """
+    steered = method != "vllm-plain"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
     if not steered:
         os.environ["VLLM_PLUGINS"] = "none"
+    from transformers import AutoConfig, AutoModelForCausalLM
     from vllm import LLM, SamplingParams
 
+    from steer import artifact, engine
     from steer.models import load_tokenizer
     from steer.prompts import render
     from steer.weights import model_path
@@ -269,7 +275,12 @@ def vllm(steered: bool, dtype: str, model_name: str) -> dict[str, float]:
     texts = [render(p, tokenizer, "boxed") for p in problems(BATCH)]
     prompts: Any = [{"prompt_token_ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in texts]
     llm: Any = LLM(str(model_path(model_name)), dtype=dtype, max_model_len=1024, seed=0)
-    result = _sync(llm, dtype, model_name) if steered else {}
+    with torch.device("meta"):
+        shape: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path(model_name)))
+    layers, width = shape.config.num_hidden_layers, shape.config.hidden_size
+    vectors = artifact.from_vectors({i: torch.full((width,), 1e-3) for i in range(layers)}, shape)
+    if steered:
+        engine.push(llm, vectors)
 
     def run(tokens: int) -> float:
         params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True)
@@ -278,38 +289,40 @@ def vllm(steered: bool, dtype: str, model_name: str) -> dict[str, float]:
         return _now() - start
 
     run(16)
-    return result | {"tokens/s": BATCH * LENGTH / statistics.median(run(LENGTH) for _ in range(2))}
+    if method == "vllm-profile":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            run(LENGTH // 4)
+        return shares(profiler)
+    result = {"tokens/s": BATCH * LENGTH / statistics.median(run(LENGTH) for _ in range(2))}
+    return result | _sync(llm, vectors, dtype, model_name) if steered else result
 
 
-def _sync(llm: Any, dtype: str, model_name: str) -> dict[str, float]:
+def _sync(llm: Any, vectors: Any, dtype: str, model_name: str) -> dict[str, float]:
     """
-    Push vectors in every layer into the running engine, which ends up steered. Beside it, what a full push
-    cannot do without: copying every weight once. (The CPU build of vLLM cannot take weights again at all.)
+    Seconds of a push of `vectors` (an artifact) into the running engine. Beside it, what a full push cannot
+    do without: copying every weight once. (The CPU build of vLLM cannot take weights again at all.)
     """
-    from steer import artifact, engine
+    from steer import engine
     from steer.models import load_model
 
-    base = load_model(model_name, dtype=dtype)
-    layers, width = base.config.num_hidden_layers, base.config.hidden_size
-    small = {i: torch.full((width,), 1e-3) for i in range(layers)}
-    vectors = artifact.from_vectors(small, base)
-    weights = list(base.named_parameters())
-    places = [torch.empty_like(weight) for _, weight in weights]
+    weights = list(load_model(model_name, dtype=dtype).parameters())
+    places = [torch.empty_like(weight) for weight in weights]
     engine.push(llm, vectors)
     times: dict[str, list[float]] = {"vector": [], "full": []}
+    sent = 0
     for _ in range(5):
         start = _now()
-        for place, (_, weight) in zip(places, weights, strict=True):
+        for place, weight in zip(places, weights, strict=True):
             place.copy_(weight.detach())
         times["full"].append(_now() - start)
         start = _now()
-        engine.push(llm, vectors)
+        sent = engine.push(llm, vectors)
         times["vector"].append(_now() - start)
     return {
         "sync s": statistics.median(times["vector"]),
         "full s": statistics.median(times["full"]),
-        "sync MB": sum(t.numel() * t.element_size() for t in vectors.tensors.values()) / 1e6,
-        "full MB": sum(p.numel() * p.element_size() for _, p in weights) / 1e6,
+        "sync MB": sent / 1e6,
+        "full MB": sum(p.numel() * p.element_size() for p in weights) / 1e6,
     }
 
 
@@ -318,7 +331,7 @@ def main() -> None:
     if name.startswith("generate"):
         result = generate("static" if name.endswith("static") else None, dtype, model)
     elif name.startswith("vllm"):
-        result = vllm(name == "vllm-steered", dtype, model)
+        result = vllm(name, dtype, model)
     else:
         result = step(name, dtype, model, steps)
     print(json.dumps(result))
