@@ -13,7 +13,7 @@ from steer.sae.features import Feature
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$TITLE</title><style>
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 1rem; color: #222 }
-input, select { font: inherit; padding: .3rem .5rem } input { width: 24rem }
+input, select { font: inherit; padding: .3rem .5rem } input { width: 30rem; max-width: 100% }
 article { border-top: 1px solid #ddd; padding: .7rem 0 } h2 { font-size: 1rem; margin: 0 }
 .facts { color: #555 } .words span { background: #eef; border-radius: 3px; margin-right: .3rem; padding: 0
 .25rem } .words.down span { background: #fee } .snippet { margin: .25rem 0; font-family: ui-monospace,
