@@ -14,8 +14,9 @@ Train steering vectors by reinforcement learning on math problems.
 Every setting of a config file can be overridden on the command line. `--lr_sweep` chooses the learning rate
 first, on problems split off the training set. A run that was stopped goes on where it was when it is started
 again with the same settings; a finished one says so. The output folder ends up with `vectors/` (the
-artifact), `results.json`, `training.png`, the graded answers and the checkpoints. With any setting of the
-group `population` many sets of vectors are trained at once, as recipes/layer_sweep.py does and explains.
+artifact), `results.json`, `training.png`, the graded answers and the checkpoints. With `population`,
+`each_layer`, `learning_rates` or `seeds` many sets of vectors are trained at once, as recipes/layer_sweep.py
+does and explains.
 """
 
 from __future__ import annotations

@@ -139,10 +139,13 @@ def test_a_batch_without_any_advantage_still_takes_part(run) -> None:
     assert all((t == 0).all() for t in vectors(trainer).values())
 
 
-def test_a_batch_of_truncated_samples_only_still_takes_part(run) -> None:
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
+def test_a_batch_of_truncated_samples_only_still_takes_part(run, loss_type: str) -> None:
     # every completion of three tokens is cut off, so every row is masked and nothing is left to score
-    trainer = run(mask_truncated_completions=True, max_completion_length=3, skip_zero_advantage=False)
+    settings: dict[str, Any] = {"max_completion_length": 3, "skip_zero_advantage": False, "update_rows": 3}
+    trainer = run(mask_truncated_completions=True, loss_type=loss_type, **settings)
     assert trainer.state.global_step == 2
+    assert all(torch.isfinite(t).all() for t in vectors(trainer).values())
     assert logged(trainer, "completions/clipped_ratio") == [1.0, 1.0]
     assert all((t == 0).all() for t in vectors(trainer).values())
 

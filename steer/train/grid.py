@@ -84,8 +84,9 @@ class PopulationArguments:
 
     @property
     def asked(self) -> bool:
-        """Whether any members are asked for."""
-        return any((self.each_layer, self.learning_rates, self.seeds, self.population))
+        """Whether any members are asked for, or chosen among."""
+        members = (self.each_layer, self.learning_rates, self.seeds, self.population)
+        return any((*members, self.only, self.halve_at))
 
     def __post_init__(self) -> None:
         if self.halve_on not in SCORES:

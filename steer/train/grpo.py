@@ -294,7 +294,7 @@ class GroupGRPOTrainer(GRPOTrainer):
         if self.loss_type in ROW_LOSSES:
             return len(part["advantages"]) / len(whole["advantages"])
         if self.loss_type in BATCH_TOKEN_LOSSES:
-            return part["completion_mask"].sum() / whole["completion_mask"].sum()
+            return part["completion_mask"].sum() / whole["completion_mask"].sum().clamp(min=1)
         return 1.0
 
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
