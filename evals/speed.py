@@ -93,7 +93,7 @@ def main() -> None:
             print(json.dumps(found[name][-1]), file=sys.stderr, flush=True)
             if args.out:
                 write(args, found)
-    if args.out:
+    if args.out:  # table and plot even where nothing was left to measure
         write(args, found)
     if not torch.cuda.is_available() and args.out:
         shares = {}
