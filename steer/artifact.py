@@ -30,32 +30,24 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer.artifact_file import CONFIG_FILE, TENSOR_FILE, digest, read_file
 from steer.card import MARK, card
 from steer.config import SteeringConfig
 from steer.errors import SteerError, shown
-from steer.files import replace_files, safetensors_header
+from steer.files import replace_files
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
 
-CONFIG_FILE = "steering_config.json"
-TENSOR_FILE = "steering.safetensors"
 CARD_FILE = "README.md"
-# A 405B model's vectors in float64 are 17 MB; anything far larger is not an artifact.
-MAX_BYTES = 1 << 28
-
-_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _NAME = re.compile(r"(?P<decoder>[\w.]+)\.(?P<layer>\d{1,5})\.steering\.(?:vector|readout|mix)", re.ASCII)
-_PLAIN = re.compile(r"[\w.]{1,200}\.(?:vector|readout|mix|directions)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -221,7 +213,7 @@ def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         data = {name: bytes(t.reshape(-1).view(torch.uint8).numpy()) for name, t in tensors.items()}
-        whole = save(tensors, metadata={"steering_config": text, "sha256": _digest(text, data)})
+        whole = save(tensors, metadata={"steering_config": text, "sha256": digest(text, data)})
         files = {folder / TENSOR_FILE: whole, folder / CONFIG_FILE: (text + "\n").encode()}
         page = folder / CARD_FILE
         if not page.exists() or MARK in page.read_text(errors="replace"):
@@ -241,7 +233,7 @@ def read(source: str | os.PathLike[str], revision: str | None = None) -> Artifac
     """
     import torch
 
-    path, config, entries = _read_file(source, revision)
+    path, config, entries = read_file(source, revision)
     tensors = {}
     for name, (dtype, shape, data) in entries.items():
         tensors[name] = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(shape)
@@ -254,7 +246,7 @@ def read_numpy(source: str | os.PathLike[str], revision: str | None = None) -> A
     """The same with float64 numpy arrays for tensors: starts without torch."""
     import numpy as np
 
-    path, config, entries = _read_file(source, revision)
+    path, config, entries = read_file(source, revision)
     arrays = {}
     for name, (dtype, shape, data) in entries.items():
         if dtype == "bfloat16":  # numpy has none: the upper half of a float32
@@ -378,13 +370,6 @@ def _check_same_base(one: SteeringConfig, other: SteeringConfig) -> None:
             )
 
 
-def _holds(sidecar: Path, config: SteeringConfig) -> bool:
-    try:
-        return SteeringConfig.from_json(sidecar.read_text(errors="replace"), sidecar) == config
-    except (SteerError, OSError):
-        return False
-
-
 def _text(config: SteeringConfig, path: Path) -> str:
     """The config as JSON that `read` takes back."""
     try:
@@ -396,84 +381,3 @@ def _text(config: SteeringConfig, path: Path) -> str:
         ) from error
     SteeringConfig.from_json(text, path)
     return text
-
-
-def _read_file(
-    source: str | os.PathLike[str], revision: str | None
-) -> tuple[Path, SteeringConfig, dict[str, tuple[str, list[int], bytes]]]:
-    """The config and, by name, each tensor's dtype, shape and little-endian bytes."""
-    from safetensors import SafetensorError, deserialize
-
-    path = _tensor_file(source, revision)
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise SteerError(f"{path} has {size} bytes, more than any set of steering vectors ({MAX_BYTES})")
-        content = path.read_bytes()
-        found = deserialize(content)  # checks offsets, lengths and dtypes
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, SteerError):
-            raise
-        raise SteerError(
-            f"{path} is not a readable safetensors file ({shown(str(error))}); was it cut short or altered?"
-        ) from error
-    header = safetensors_header(content, path)
-    text = (header.get("__metadata__") or {}).get("steering_config")
-    if text is None:
-        raise SteerError(f"{path} holds no steering config in its metadata; it was not written by steer")
-    entries = {}
-    for name, entry in sorted(found, key=lambda item: item[0]):
-        if not _PLAIN.fullmatch(name):
-            raise SteerError(
-                f"{path}: unexpected tensor {shown(name)}; names are like 'model.layers.12.steering.vector'"
-            )
-        if entry["dtype"] not in _DTYPES:
-            raise SteerError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
-        if not entry["data"]:
-            raise SteerError(f"{path}: {name} has shape {tuple(entry['shape'])}, which holds no numbers")
-        entries[name] = (_DTYPES[entry["dtype"]], entry["shape"], bytes(entry["data"]))
-    sums = {header["__metadata__"].get("sha256"), _digest(text, {n: e[2] for n, e in entries.items()})}
-    if len(sums - {None}) > 1:
-        raise SteerError(
-            f"{path}: its content does not have the checksum it was written with: fetch it again"
-        )
-    config = SteeringConfig.from_json(text, path)
-    for name, (dtype, shape, _) in entries.items():
-        if dtype != config.dtype:
-            raise SteerError(f"{path}: {name} is {dtype} of shape {tuple(shape)}, expected {config.dtype}")
-    sidecar = path.with_name(CONFIG_FILE)
-    if path.name == TENSOR_FILE and sidecar.exists() and not _holds(sidecar, config):
-        warnings.warn(
-            f"{sidecar} differs from the config inside {path.name}; the latter is used", stacklevel=4
-        )
-    return path, config, entries
-
-
-def _digest(text: str, data: Mapping[str, bytes]) -> str:
-    """sha256 of the config's text and every tensor's name and bytes, in the order of the names."""
-    digest = sha256(text.encode())
-    for name in sorted(data):
-        digest.update(name.encode() + data[name])
-    return digest.hexdigest()
-
-
-def _tensor_file(source: str | os.PathLike[str], revision: str | None) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        if not (path / TENSOR_FILE).exists():
-            raise SteerError(f"{path} holds no {TENSOR_FILE}: it is not a folder of steering vectors")
-        return path / TENSOR_FILE
-    if path.is_file():
-        return path
-    if path.suffix or path.is_absolute() or str(source).count("/") != 1:
-        raise SteerError(f"no steering vectors at {source}: there is no such file or folder")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(str(source), TENSOR_FILE, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: not an id
-        reason = str(error).splitlines()[0]
-        raise SteerError(
-            f"no folder {source}, and the hub did not give {TENSOR_FILE} of that id ({reason})"
-        ) from error

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import steer
 from steer import SteerError, SteeringConfig, SteeringVectors, artifact
 from steer.artifact import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Artifact
+from steer.artifact_file import MAX_BYTES
 
 Build = Callable[..., PreTrainedModel]
 
@@ -254,7 +255,7 @@ def test_other_bytes_are_refused(folder, data):
 
 
 def test_a_huge_file_is_refused_before_it_is_read(folder):
-    os.truncate(folder / TENSOR_FILE, artifact.MAX_BYTES + 1)  # sparse: takes no space
+    os.truncate(folder / TENSOR_FILE, MAX_BYTES + 1)  # sparse: takes no space
     with pytest.raises(SteerError, match="more than any set of steering vectors") as error:
         artifact.read(folder)
     message(error)

@@ -32,7 +32,8 @@ from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from steer import artifact as artifacts
-from steer.artifact import MAX_BYTES, Artifact
+from steer.artifact import Artifact
+from steer.artifact_file import MAX_BYTES
 from steer.config import MAX_DEPTH, SteeringConfig
 from steer.errors import SteerError, one_line
 from steer.files import json_object, replace_file, safetensors_header

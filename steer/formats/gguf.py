@@ -31,7 +31,8 @@ import torch
 from torch import nn
 
 from steer import artifact as artifacts
-from steer.artifact import MAX_BYTES, Artifact
+from steer.artifact import Artifact
+from steer.artifact_file import MAX_BYTES
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.files import replace_file

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from steer import artifact as artifacts
-from steer.artifact import MAX_BYTES, Artifact
+from steer.artifact import Artifact
+from steer.artifact_file import MAX_BYTES
 from steer.errors import SteerError, shown
 from steer.files import replace_file
 from steer.formats.architecture import bias_place, check_everywhere, layer_names

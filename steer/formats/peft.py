@@ -26,7 +26,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 from steer import artifact as artifacts
-from steer.artifact import MAX_BYTES, Artifact
+from steer.artifact import Artifact
+from steer.artifact_file import MAX_BYTES
 from steer.config import SteeringConfig, shown
 from steer.errors import SteerError
 from steer.files import json_object, replace_files, safetensors_header
