@@ -221,14 +221,14 @@ class Comparison:
         return file.exists()
 
     def call(self, words: list[str]) -> None:
-        """Run a process to its end; it writes to this terminal and dies with this process."""
-        process = subprocess.Popen(words)
+        """Run a process to its end; it writes to this terminal, and dies with this process, children too."""
+        process = subprocess.Popen(words, start_new_session=True)
         try:
             if process.wait():
                 raise Failed(f"exit code {process.returncode}: {' '.join(words)}")
         finally:
             if process.poll() is None:
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)  # a launcher leaves what it launched to itself
                 process.wait()
 
     def report(self) -> None:

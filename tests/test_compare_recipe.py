@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +22,7 @@ from training import write_problems
 
 from evals import run as evaluation
 from evals.pack import read_packed
+from evals.plan import read_plan
 from steer.data import load_problems
 from steer.errors import SteerError
 from steer.train import sweep
@@ -203,6 +206,28 @@ def test_the_best_system_prompt_is_chosen_on_validation_problems(
 
 
 # ---- the sweep
+
+
+def test_a_stopped_comparison_leaves_no_process_behind(recipe, plan, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    opened: list[Any] = []
+
+    class Interrupted(subprocess.Popen):
+        """As if Ctrl-C came once its child, a process of its own as a launcher's is, has begun."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if opened:
+                return super().wait(timeout)
+            opened.append((tmp_path / "fifo").open())
+            assert opened[0].readline() == "begun\n"
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    script = f"(echo begun; sleep 60; echo lives on) > {tmp_path}/fifo & wait"
+    with pytest.raises(KeyboardInterrupt):
+        recipe.Comparison(read_plan(plan)).call(["sh", "-c", script])
+    with opened[0] as fifo:
+        assert fifo.read() == "", "its end: no process has it open any more"
 
 
 def test_a_validation_split_keeps_like_problems_together():
