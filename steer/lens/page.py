@@ -9,7 +9,8 @@ from typing import Any
 from steer.lens import plots, prose
 from steer.lens.findings import NOT_SEEN, SEEN, Finding, words
 from steer.lens.prose import percent
-from steer.lens.report import SINGLE, Paths, Report
+from steer.lens.report import SINGLE, Report
+from steer.lens.report_results import Paths
 from steer.lens.scale_maps import ScaleMaps
 from steer.lens.token_shift import TextShift, TokenShift
 
