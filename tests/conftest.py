@@ -129,3 +129,30 @@ def smollm2() -> PreTrainedModel:
     from steer.models import load_model
 
     return load_model("smollm2-135m-instruct", dtype="float32")
+
+
+@pytest.fixture
+def run(build_tiny: Callable, tiny_tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
+    """`run(reward=..., steering=..., resume=..., **settings)`: the trainer of a tiny Llama, at its end."""
+    from training import SPREAD, config, make_trainer, parity
+
+    def start(
+        reward: Any = parity,
+        steering: Any = None,
+        data: Any = None,
+        resume: Path | None = None,
+        folder: str = "run",
+        dtype: torch.dtype = torch.float32,
+        callbacks: list[Any] | None = None,
+        train: bool = True,
+        model: PreTrainedModel | None = None,
+        **settings: Any,
+    ) -> Any:
+        model = model or build_tiny("llama", initializer_range=SPREAD).to(dtype)
+        args = config(tmp_path / folder, **settings)
+        trainer = make_trainer(model, tiny_tokenizer, args, reward, steering, data, callbacks=callbacks)
+        if train:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return trainer
+
+    return start
