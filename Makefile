@@ -18,8 +18,11 @@ control: $(VENV)/ready
 	$(LAUNCH) recipes/grpo_steer.py --config recipes/configs/demo.yaml \
 		--rewards $(REWARD) --reward_weights 1.0 --output_dir runs/control-$(REWARD)
 
+# A process a core, for two cores; a file's tests stay together, since they share what is slow to make.
+JOBS ?= 2
+
 test: $(VENV)/ready
-	$(RUN_ENV) $(BIN)/python -m pytest
+	$(RUN_ENV) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 all-tests: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu"
