@@ -45,7 +45,10 @@ class SweepArguments:
         },
     )
     sweep_steps: int | None = field(
-        default=None, metadata={"help": "Updates of each of these runs; default: as many as of the run."}
+        default=None,
+        metadata={
+            "help": "Updates of each of these runs; default: as many as of the run. Few favour larger rates."
+        },
     )
     sweep_only: bool = field(default=False, metadata={"help": "Stop once the rate is chosen."})
     validation: float = field(
