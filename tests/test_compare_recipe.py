@@ -205,9 +205,6 @@ def test_the_best_system_prompt_is_chosen_on_validation_problems(
     assert validation and not held_out & set(validation)
 
 
-# ---- the sweep
-
-
 def test_a_stopped_comparison_leaves_no_process_behind(recipe, plan, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
     opened: list[Any] = []
@@ -228,6 +225,9 @@ def test_a_stopped_comparison_leaves_no_process_behind(recipe, plan, tmp_path, m
         recipe.Comparison(read_plan(plan)).call(["sh", "-c", script])
     with opened[0] as fifo:
         assert fifo.read() == "", "its end: no process has it open any more"
+
+
+# ---- the sweep
 
 
 def test_a_validation_split_keeps_like_problems_together():
