@@ -4,9 +4,10 @@ Log-probabilities of a frozen LM head with two matrix products instead of three.
 trl's fused head computes the logits of a tile, forgets them, and computes them again for the gradient. While
 the head is frozen the gradient is known as soon as the logits are: with p = softmax(W h) and target y,
 
-    d log p_y / d h = W_y - W^T p                                                      (tokens, width)
+    d log p_y / d h = W^T (1_y - p)                                                    (tokens, width)
 
-is computed beside them and kept, and the backward pass multiplies its rows with the incoming gradient.
+is computed beside them and kept, and the backward pass multiplies its rows with the incoming gradient. In bfloat16
+the products are rounded where trl rounds them, logits and 1_y - p, and all between them is float32.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class FrozenHead(torch.autograd.Function):
         for start in range(0, len(hidden), TILE):
             part = slice(start, start + TILE)
             target = targets[part, None]
-            logits = torch.mm(hidden[part], weight.t(), out=buffer[: len(target)])
+            logits = torch.mm(hidden[part], weight.t(), out=buffer[: len(target)]).float()
             if bias is not None:
                 logits += bias
             logits *= factor
@@ -51,7 +52,8 @@ class FrozenHead(torch.autograd.Function):
             log_probs[part] = (chosen - total.log()).squeeze(-1)
             entropy[part] = (total.log() - expected).squeeze(-1)
             if slope is not None:
-                slope[part] = torch.mm(exp, weight).div_(-total).add_(weight[target.squeeze(-1)]).mul_(factor)
+                pull = exp.div_(-total).scatter_add_(-1, target, torch.ones_like(total))
+                slope[part] = torch.mm(pull.to(weight.dtype), weight) * factor
         ctx.save_for_backward(slope, hidden, weight)
         ctx.rest = rest
         return log_probs, entropy, None, None, None
@@ -61,7 +63,7 @@ class FrozenHead(torch.autograd.Function):
         slope, hidden, weight = ctx.saved_tensors
         gradient = torch.zeros_like(hidden)
         if grads[0] is not None:
-            gradient += grads[0].unsqueeze(-1) * slope
+            gradient += grads[0].unsqueeze(-1) * slope  # float32 times bfloat16 is float32
         if grads[1] is not None:  # of the entropy, which only an entropy bonus asks for: trl's way
             with torch.enable_grad():
                 again = hidden.detach().requires_grad_()
@@ -76,7 +78,7 @@ class _Choose:
     @staticmethod
     def apply(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> tuple:
         softcap, wanted = rest[4], set(rest[6])
-        fits = hidden.dtype == weight.dtype == torch.float32 and hidden.device.type == "cpu"
+        fits = hidden.dtype == weight.dtype and hidden.device.type == "cpu"
         # Without a gradient too: a policy and its reference must not differ by the rounding of two ways.
         if fits and not weight.requires_grad and softcap is None and wanted <= {"log_probs", "entropy"}:
             return FrozenHead.apply(hidden, weight, *rest)
@@ -85,6 +87,6 @@ class _Choose:
 
 @contextmanager
 def frozen_head() -> Iterator[None]:
-    """Inside, trl's fused LM head uses `FrozenHead` on a CPU in float32."""
+    """Inside, trl's fused LM head uses `FrozenHead` on a CPU."""
     with patch.object(utils, "_ChunkedLogProbFunction", _Choose):
         yield
