@@ -136,7 +136,9 @@ class Comparison:
             "results": results,
             "curve": _curve(folder),
         }
-        self.evaluate(job, model, asked, about)
+        # In the precision of its training: what a full fine-tune changed is less than bfloat16 tells apart.
+        dtype = self.plan.evaluation.get("dtype", settings.get("model_dtype", "auto"))
+        self.evaluate(job, [*model, "--dtype", dtype], asked, about)
         for checkpoint in folder.glob("checkpoint-*"):  # the run is finished, and these are its bulk
             shutil.rmtree(checkpoint, ignore_errors=True)
 

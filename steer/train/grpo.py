@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from math import ceil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from steer.rewards import guard
 from steer.train import cpu
 from steer.train.callbacks import ProgressBar, Seconds
 from steer.train.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
+from steer.train.policy_gradient import importance
 from steer.train.rollout import Sampling, rollout, uniforms
 from steer.train.step import add_group_scoring
 
@@ -56,6 +58,7 @@ class _Shuffle(Sampler):
             self.sampler.generator.manual_seed(self.sampler.seed + self.epoch())
         return iter(self.sampler)
 
+
 class GroupGRPOTrainer(GRPOTrainer):
     """
     Train a causal LM, or part of one, by group-based policy gradients (GRPO, arXiv 2402.03300; RLOO, arXiv
@@ -69,6 +72,7 @@ class GroupGRPOTrainer(GRPOTrainer):
     args: SteeringGRPOConfig
     optimizer: torch.optim.Optimizer | None
     _buffered_inputs: list[dict[str, Any]] | None
+    _unweighed: dict[str, Any] | None = None  # rows of another engine that the next scores weigh
 
     def __init__(self, model: nn.Module, reward_funcs: Any, args: SteeringGRPOConfig, **kwargs: Any):
         data = kwargs.get("train_dataset")
@@ -177,7 +181,10 @@ class GroupGRPOTrainer(GRPOTrainer):
             raise SteerError(
                 "a process got no prompts: the data set is smaller than one batch; lower the batch size"
             )
-        output = super()._generate_and_score_completions(inputs)
+        # To weigh what another engine drew, trl scores it in a pass of its own; the update's scores serve as well.
+        weighed = patch.object(self, "vllm_importance_sampling_correction", False)
+        with weighed if self._one_update() else nullcontext():
+            output = super()._generate_and_score_completions(inputs)
         group = self.num_generations if self.model.training else self.num_generations_eval
         if self.args.advantage == "loo" and group > 1:
             # r_i - mean of the others = (r_i - mean of all) * G / (G - 1)
@@ -187,11 +194,7 @@ class GroupGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         # trl shuffles a generation's rows before it cuts them into micro-batches. When all enter one update
         # the order means nothing, and rows of one prompt stay together so that they can share it.
-        update = (
-            self.args.steps_per_generation == self.args.gradient_accumulation_steps
-            and self.num_iterations == 1
-        )
-        if not (self.model.training and update):
+        if not self._one_update():
             return super()._prepare_inputs(generation_batch)
         if self._step % self.args.steps_per_generation == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
@@ -200,6 +203,11 @@ class GroupGRPOTrainer(GRPOTrainer):
                 _rows(batch, slice(i, i + size)) for i in range(0, len(batch["prompt_ids"]), size)
             ]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _one_update(self) -> bool:
+        """Whether a generation's rows all enter one update, the next."""
+        aligned = self.args.steps_per_generation == self.args.gradient_accumulation_steps
+        return self.model.training and aligned and self.num_iterations == 1
 
     # ---- scoring and loss
 
@@ -217,6 +225,10 @@ class GroupGRPOTrainer(GRPOTrainer):
                 return self._score(self.model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         scored = self._score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         self._scored = scored[0].detach()
+        if self._unweighed is not None:  # trl reads the ratio when it has scored
+            mask = self._unweighed["completion_mask"] * self._unweighed.get("tool_mask", 1)
+            difference = (self._scored - self._unweighed["sampling_per_token_logps"]) * mask
+            self._unweighed["importance_sampling_ratio"] = importance(difference, self.args)
         return scored
 
     def _score(
@@ -298,7 +310,12 @@ class GroupGRPOTrainer(GRPOTrainer):
         return 1.0
 
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        return super()._compute_loss(model, inputs)
+        if self.use_vllm and self.vllm_importance_sampling_correction and self._one_update():
+            self._unweighed = inputs = dict(inputs)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._unweighed = None
 
     def _zero_advantage_is_zero_gradient(self) -> bool:
         wanted = self.args.skip_zero_advantage and self.model.training
