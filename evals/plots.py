@@ -9,10 +9,9 @@ from typing import Any
 
 from evals.collect import Collection
 
-BASE_COLOUR, COLOURS = (
-    "#6b7280",
-    ["#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d"],
-)
+BASE_COLOUR = "#6b7280"
+COLOURS = ["#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d"]
+COLOURS += ["#b91c1c", "#78350f", "#1e3a8a", "#f472b6", "#0f172a"]
 
 Figures = dict[str, tuple[bytes, str]]
 

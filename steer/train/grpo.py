@@ -181,7 +181,7 @@ class GroupGRPOTrainer(GRPOTrainer):
             raise SteerError(
                 "a process got no prompts: the data set is smaller than one batch; lower the batch size"
             )
-        # To weigh what another engine drew, trl scores it in a pass of its own; the update's scores serve as well.
+        # To weigh what an engine drew, trl scores it in a pass of its own; the update's scores are the same.
         weighed = patch.object(self, "vllm_importance_sampling_correction", False)
         with weighed if self._one_update() else nullcontext():
             output = super()._generate_and_score_completions(inputs)

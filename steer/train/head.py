@@ -6,8 +6,8 @@ the head is frozen the gradient is known as soon as the logits are: with p = sof
 
     d log p_y / d h = W^T (1_y - p)                                                    (tokens, width)
 
-is computed beside them and kept, and the backward pass multiplies its rows with the incoming gradient. In bfloat16
-the products are rounded where trl rounds them, logits and 1_y - p, and all between them is float32.
+is computed beside them and kept, and the backward pass multiplies its rows with the incoming gradient. In
+bfloat16 the logits and 1_y - p are rounded, as trl rounds them, and all between them is float32.
 """
 
 from __future__ import annotations
