@@ -36,10 +36,11 @@ class FrozenHead(torch.autograd.Function):
         log_probs, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         buffer = hidden.new_empty(min(TILE, len(hidden)), len(weight))
+        wide = torch.promote_types(weight.dtype, torch.float32)
         for start in range(0, len(hidden), TILE):
             part = slice(start, start + TILE)
             target = targets[part, None]
-            logits = torch.mm(hidden[part], weight.t(), out=buffer[: len(target)]).float()
+            logits = torch.mm(hidden[part], weight.t(), out=buffer[: len(target)]).to(wide)
             if bias is not None:
                 logits += bias
             logits *= factor
@@ -63,7 +64,7 @@ class FrozenHead(torch.autograd.Function):
         slope, hidden, weight = ctx.saved_tensors
         gradient = torch.zeros_like(hidden)
         if grads[0] is not None:
-            gradient += grads[0].unsqueeze(-1) * slope  # float32 times bfloat16 is float32
+            gradient += grads[0].unsqueeze(-1) * slope
         if grads[1] is not None:  # of the entropy, which only an entropy bonus asks for: trl's way
             with torch.enable_grad():
                 again = hidden.detach().requires_grad_()
