@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from evals import scores
+from evals.plots import COLOURS
 from steer import artifact
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.train.run import read_results
 from steer.train.study import MEMBERS, POPULATION_FILE
-
-COLOURS = ["#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d"]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
