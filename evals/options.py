@@ -10,8 +10,9 @@ from typing import Any
 from evals import benchmarks
 from evals.engines import ENGINES
 
-# Answers sampled at once, and lost when the run is killed.
-BATCH = {"hf": 64, "vllm": 1024}
+# Answers sampled at once, and lost when the run is killed: minutes of work, so fewer where there is no GPU.
+BATCH = 64
+BATCH_VLLM_GPU = 1024
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -62,7 +63,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     how("--out", required=True, help="folder of the run; the same command goes on with it")
     how("--engine", choices=ENGINES, default="hf", help="what samples (default: hf)")
     how("--engine-args", type=_json, metavar="JSON", help="arguments of vLLM's LLM: '{\"max_num_seqs\": 64}'")
-    sizes = ", ".join(f"{size} with {name}" for name, size in BATCH.items())
+    sizes = f"{BATCH}; {BATCH_VLLM_GPU} with vllm on a GPU"
     how("--batch-size", type=_count, help=f"answers sampled at once (default: {sizes})")
     how("--workers", type=_count, default=1, help="processes that grade (default: 1)")
     return found

@@ -147,6 +147,7 @@ def _sample(
     tokenizer: Any,
     longest: int,
 ) -> None:
+    import torch
     from tqdm import tqdm
 
     from steer.grading import Checker
@@ -158,7 +159,8 @@ def _sample(
     else:
         kinds = list(dict.fromkeys(row.variant for row in rows))
         engine = VllmEngine(args.model, args.revision, args.dtype, longest, kinds, args.engine_args)
-    size = args.batch_size or options.BATCH[args.engine]
+    on_gpu = args.engine == "vllm" and torch.cuda.is_available()
+    size = args.batch_size or (options.BATCH_VLLM_GPU if on_gpu else options.BATCH)
     bar = tqdm(total=len(rows), initial=len(rows) - len(todo), unit="answer", smoothing=0.05)
     with bar, Checker(workers=args.workers) as checker:
         for variant, of_variant in groupby(todo, key=lambda row: row.variant):

@@ -184,6 +184,20 @@ def test_killed_between_steps_and_started_again_ends_with_the_same_vectors(whole
     assert (results["before"], results["after"]) == (expected["before"], expected["after"])
 
 
+def test_a_run_goes_on_with_another_schedule(base: Path, tmp_path: Path) -> None:
+    """Two updates at the whole rate, then the way to zero; the next rate was already set at the stop."""
+    out = tmp_path / "out"
+    for more in (("--max_steps", "2"), ("--max_steps", "4", "--lr_scheduler_type", "linear")):
+        done = started(command(base, "--output_dir", str(out), "--warmup_steps", "0", *more), base)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((out / "run.json").read_text())["training"]["lr_scheduler_type"] == "linear"
+    checkpoint = last_checkpoint(out)
+    assert checkpoint is not None
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert rates == pytest.approx([2e-2, 2e-2, 2e-2, 5e-3])
+
+
 def test_two_processes_give_the_vectors_of_one(whole: Path, base: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

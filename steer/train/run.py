@@ -43,6 +43,8 @@ _FREE += (
     "accelerator",
     "local_rank",
 )
+# Like the number of updates, the schedule may change when a run goes on: what was computed stays what it was.
+_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
 
 
 @dataclass
@@ -150,22 +152,23 @@ def settings(run: RunConfig, trained: dict[str, Any], training: Any) -> dict[str
     """
     chosen = {k: v for k, v in training.to_dict().items() if not k.startswith(_FREE)}
     chosen.pop("per_device_eval_batch_size", None)
-    return json.loads(
-        json.dumps({"run": asdict(run), **trained, "training": chosen}, default=str)
-    )
+    return json.loads(json.dumps({"run": asdict(run), **trained, "training": chosen}, default=str))
 
 
 def claim(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
     """
     Make `folder` the home of the run with these settings; SteerError when it holds another run or other
-    files.
+    files. A run that goes on may have another schedule of its learning rate.
     """
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = {file.name for file in path.iterdir()}
         if RUN_FILE in held and len(held) > 1:
-            _same(path, json.loads((path / RUN_FILE).read_text()), wanted)
+            have = json.loads((path / RUN_FILE).read_text())
+            _same(path, have, wanted)
+            if have != wanted:
+                replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
         elif held - {RUN_FILE}:
             raise SteerError(f"{path} holds files that are no run of steer; give another --output_dir")
         else:  # a run that stopped at a mistake in its settings has computed nothing yet
@@ -184,7 +187,7 @@ def _same(path: Path, have: dict[str, Any], wanted: dict[str, Any]) -> None:
         for part, new in wanted.items()
         for old in [have.get(part, {})]
         for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
+        if old.get(name) != new.get(name) and name not in _SCHEDULE
     ]
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
