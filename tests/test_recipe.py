@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -182,6 +183,19 @@ def test_killed_between_steps_and_started_again_ends_with_the_same_vectors(whole
     assert results["steps"] == STEPS and "after" in results
     expected = json.loads((whole / "results.json").read_text())
     assert (results["before"], results["after"]) == (expected["before"], expected["after"])
+
+
+def test_stopped_after_its_last_update_it_trains_no_further(whole: Path, base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "vectors")
+    results = json.loads((folder / "results.json").read_text())
+    del results["asked"], results["after"]
+    (folder / "results.json").write_text(json.dumps(results))
+    done = started(command(base, "--output_dir", str(folder)), base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((folder / "results.json").read_text())["steps"] == STEPS
+    assert same(artifact.read(folder / "vectors").tensors, artifact.read(whole / "vectors").tensors)
 
 
 def test_a_run_goes_on_with_another_schedule(base: Path, tmp_path: Path) -> None:

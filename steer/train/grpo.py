@@ -114,6 +114,12 @@ class GroupGRPOTrainer(GRPOTrainer):
         """Around each forward pass over rows whose first `prompt_length` columns are prompts."""
         return nullcontext()
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # it had been stopped after its last update
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     # ---- sampling
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
