@@ -128,8 +128,9 @@ def _figure(value: Any) -> str:
 
 def plot(found: Sequence[dict[str, Any]], before: dict[str, Any] | None, path: Path, title: str) -> None:
     """
-    A PNG: accuracy (reward, where nothing was held out) of single-layer members by layer with 95 % intervals,
-    members of several layers as lines across, and the training reward by layer beside it.
+    A PNG of single-layer members by layer: held-out accuracy with 95 % intervals, the training reward and,
+    where layers were trained at several rates, the rates. Members of several layers are lines across; those
+    that were stopped early are hollow, and have no place among the accuracies.
     """
     import matplotlib
 
@@ -138,36 +139,46 @@ def plot(found: Sequence[dict[str, Any]], before: dict[str, Any] | None, path: P
 
     single = [row for row in found if len(row["layers"]) == 1]
     several = [row for row in found if len(row["layers"]) > 1]
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6.5), layout="constrained", sharex=True)
+    rates = sorted({row["learning_rate"] for row in single if isinstance(row["learning_rate"], float)})
+    panels = 3 if len(rates) > 1 else 2
+    size = (8, 3.25 * panels)
+    figure, axes = pyplot.subplots(panels, 1, figsize=size, layout="constrained", sharex=True)
     figure.suptitle(title)
+    top, middle = axes[:2]
     colour: dict[str, str] = {}
-    for row in single:
+    for row in sorted(single, key=lambda row: _figure(row["learning_rate"])):
         key = _series(row, single)
-        name = key if key not in colour else None
         shade = colour.setdefault(key, COLOURS[len(colour) % len(COLOURS)])
-        x = row["layers"][0]
-        if e := row.get("accuracy"):
+        x, done = row["layers"][0], row["stopped"] is None
+        style = {"color": shade, "markerfacecolor": shade if done else "none", "markersize": 5 if done else 3}
+        if done and (e := row.get("accuracy")):
             error = [[e["value"] - e["low"]], [e["high"] - e["value"]]]
-            face = shade if row["stopped"] is None else "white"
-            style = {"color": shade, "markerfacecolor": face, "capsize": 2}
-            top.errorbar(x, e["value"], error, fmt="o", label=name, **style)
-        bottom.plot(x, row["reward"], "o", color=shade, label=name)
-    for n, row in enumerate(several):
+            top.errorbar(x, e["value"], error, fmt="o", capsize=2, **style)
+        middle.plot(x, row["reward"], "o", **style)
+        if panels == 3:
+            axes[2].plot(x, row["learning_rate"], "o", **style)
+    for n, row in enumerate(row for row in several if row["stopped"] is None):
         shade = COLOURS[(len(colour) + n) % len(COLOURS)]
         if e := row.get("accuracy"):
             top.axhline(e["value"], color=shade, linestyle="--", linewidth=1, label=row["member"])
             top.axhspan(e["low"], e["high"], color=shade, alpha=0.08, linewidth=0)
-        bottom.axhline(row["reward"], color=shade, linestyle="--", linewidth=1, label=row["member"])
+        middle.axhline(row["reward"], color=shade, linestyle="--", linewidth=1, label=row["member"])
     if before:
         top.axhline(before["accuracy"], color="#6b7280", linewidth=1, label="untrained")
+    for key, shade in colour.items():
+        for panel in (top, middle):
+            panel.plot([], [], "o", color=shade, label=key)
     top.set_ylabel("held-out accuracy, 95 % interval")
-    bottom.set_ylabel("training reward at the end")
-    bottom.set_xlabel("layer of the vector")
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-        handles, labels = axes.get_legend_handles_labels()
+    middle.set_ylabel("training reward at the end")
+    if panels == 3:
+        axes[2].set_yscale("log")
+        axes[2].set_ylabel("learning rate (hollow: stopped early)")
+    axes[-1].set_xlabel("layer of the vector")
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        handles, labels = panel.get_legend_handles_labels()
         if 0 < len(handles) <= 12:
-            axes.legend(handles, labels, fontsize=8, frameon=False, loc="best")
+            panel.legend(handles, labels, fontsize=8, frameon=False, loc="best")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

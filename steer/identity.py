@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from steer.sharded import gathered, shape
 from steer.sites import find_decoder
 
 # Rows of the embedding matrix that enter the checksum: enough that fine-tuning moves some, read in a moment.
@@ -39,23 +40,23 @@ def base_checksum(model: nn.Module) -> str | None:
     16 hex digits from the architecture's numbers and a sample of the weights in bfloat16: 256 rows of the
     embeddings, and the one-dimensional parameters of the last layer. The same in float32 and bfloat16, and
     for a quantised copy, which keeps those; another for a fine-tuned one. None where weights are not at hand
-    (meta, sharded).
+    (meta, sharded by FSDP2).
     """
     decoder = find_decoder(model)
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
     last = decoder.layers[-1].named_parameters()
-    sample = [embeddings, *(p for name, p in last if p.dim() == 1 and "steering" not in name)]
-    if any(p.is_meta or not p.numel() or hasattr(p, "full_tensor") for p in sample):
-        return None
-    last_row, count = len(embeddings) - 1, min(ROWS, len(embeddings))
-    rows = [i * last_row // max(count - 1, 1) for i in range(count)]
-    sample[0] = embeddings[torch.tensor(rows, device=embeddings.device)]
-    shape = [config.model_type, decoder.width, decoder.depth, len(embeddings)]
-    digest = hashlib.sha256(json.dumps(shape).encode())
-    for tensor in sample:
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    sample = [embeddings, *(p for name, p in last if len(shape(p)) == 1 and "steering" not in name)]
+    with gathered(sample):
+        if any(p.is_meta or not p.numel() or hasattr(p, "full_tensor") for p in sample):
+            return None
+        last_row, count = len(embeddings) - 1, min(ROWS, len(embeddings))
+        rows = [i * last_row // max(count - 1, 1) for i in range(count)]
+        sizes = [config.model_type, decoder.width, decoder.depth, len(embeddings)]
+        digest = hashlib.sha256(json.dumps(sizes).encode())
+        for tensor in (embeddings[torch.tensor(rows, device=embeddings.device)], *sample[1:]):
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def tokenizer_checksum(tokenizer: Any) -> str:

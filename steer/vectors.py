@@ -25,6 +25,7 @@ from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.identity import base_checksum, describe, tokenizer_checksum
 from steer.kinds import AdaptiveVector, Gate, SharedDirections, SharedVector, SteeringVector
+from steer.sharded import fill, gathered, shape, whole
 from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_sites
 
 AnyVector = SteeringVector | AdaptiveVector | SharedVector
@@ -93,10 +94,9 @@ class SteeringVectors:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Detached copies on the CPU by parameter name; sharded parameters are gathered."""
-        whole = {
-            n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in self.named_parameters().items()
-        }
-        return {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
+        named = self.named_parameters()
+        with gathered(named.values()):
+            return {name: whole(p).detach().to("cpu", copy=True) for name, p in named.items()}
 
     def effective(self) -> dict[int, torch.Tensor]:
         """
@@ -105,8 +105,8 @@ class SteeringVectors:
         """
         if self.config.kind == "constant":
             return dict(zip(self.layers, self.tensors().values(), strict=True))
-        with torch.no_grad():
-            found = [module.effective().detach().cpu() for module in self._modules.values()]
+        with torch.no_grad(), gathered(self.parameters()):
+            found = [whole(module.effective()).cpu() for module in self._modules.values()]
         return dict(zip(self.layers, found, strict=True))
 
     def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -117,15 +117,15 @@ class SteeringVectors:
             raise SteerError(
                 f"the vectors given are not those of this model's layers {self.config.layers}: {wrong}"
             )
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise SteerError(
-                    f"{name} has shape {tuple(tensors[name].shape)}, the model's "
-                    f"{tuple(parameter.shape)}; vectors only fit a model of their own width"
-                )
-        with torch.no_grad():
+        with gathered(parameters.values(), write=True):
             for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+                if tensors[name].shape != parameter.shape:
+                    raise SteerError(
+                        f"{name} has shape {tuple(tensors[name].shape)}, the model's "
+                        f"{tuple(parameter.shape)}; vectors only fit a model of their own width"
+                    )
+            for name, parameter in parameters.items():
+                fill(parameter, tensors[name])
 
     def norms(self) -> dict[int, float]:
         """Euclidean norm of what each layer adds, by layer index."""
@@ -163,9 +163,9 @@ class SteeringVectors:
         return artifact.write(folder, artifact.Artifact(self.config, self.tensors()))
 
     def __repr__(self) -> str:
-        count = sum(p.numel() for p in self.parameters())
-        shape = f"{len(self._modules)} layers, {count:,} numbers"
-        return f"SteeringVectors({self.config.kind}, {shape}, {self.config.site})"
+        count = sum(shape(p).numel() for p in self.parameters())
+        what = f"{len(self._modules)} layers, {count:,} numbers"
+        return f"SteeringVectors({self.config.kind}, {what}, {self.config.site})"
 
 
 def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVectors:

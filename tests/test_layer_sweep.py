@@ -6,7 +6,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from training import SPREAD, far, model_folder, same, write_problems
+from launching import LAUNCHERS, ROOT, environment, launcher, run_folder, started
+from training import far, same
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from steer import artifact
@@ -27,7 +27,6 @@ from steer.train.member import check_supported, read_states
 from steer.train.recipe import parse
 from steer.train.run import RunConfig, SteeringArguments
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPE, SOLO = ROOT / "recipes" / "layer_sweep.py", ROOT / "recipes" / "grpo_steer.py"
 STEPS = 6
 NAMES = ["layer-0", "layer-1", "layer-2", "together", "coin"]
@@ -43,49 +42,12 @@ def base(
     place: Path, build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
     """A folder with all that a population needs: `model/`, `train.jsonl`, `heldout.jsonl`, `config.yaml`."""
-    if not (place / "config.yaml").exists():
-        tiny_tokenizer.add_tokens([rf"\boxed{{{n}}}" for n in range(10)])
-        model = build_tiny("llama", initializer_range=SPREAD, vocab_size=len(tiny_tokenizer))
-        model_folder(place / "model", model, tiny_tokenizer)
-        for name, numbers in (("train", range(40)), ("heldout", range(40, 52))):
-            write_problems(place / f"{name}.jsonl", numbers, modulus=10)
-        settings = {
-            "model": str(place / "model"),
-            "train_data": str(place / "train.jsonl"),
-            "eval_data": str(place / "heldout.jsonl"),
-            "template": "plain",
-            "rewards": ["correct01", "format"],
-            "reward_weights": [1.0, 0.25],
-            "each_layer": "all",
-            "lr_by_layer": "0:0.02,1-2:0.05",
-            "population": [
-                {"name": "together", "layers": "all", "lr_by_layer": None, "learning_rate": "2e-2"},
-                {"name": "coin", "layers": "1", "rewards": ["random"], "reward_weights": [1.0]},
-            ],
-            "max_steps": STEPS,
-            "save_steps": 2,
-            "num_generations": 8,
-            "per_device_train_batch_size": 32,
-            "max_completion_length": 3,
-            "use_cpu": True,
-            "report_to": "none",
-            "output_dir": str(place / "whole"),
-        }
-        (place / "config.yaml").write_text(yaml.safe_dump(settings))
-    return place
-
-
-def environment() -> dict[str, str]:
-    left = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    }
-    return {**left, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-
-
-def started(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=500, check=False
-    )
+    members: list[dict[str, Any]] = [
+        {"name": "together", "layers": "all", "lr_by_layer": None, "learning_rate": "2e-2"},
+        {"name": "coin", "layers": "1", "rewards": ["random"], "reward_weights": [1.0]},
+    ]
+    settings = {"each_layer": "all", "lr_by_layer": "0:0.02,1-2:0.05", "population": members}
+    return run_folder(place, build_tiny, tiny_tokenizer, 12, **settings, max_steps=STEPS, use_cpu=True)
 
 
 def command(base: Path, *changes: str) -> list[str]:
@@ -258,16 +220,25 @@ def test_halving_stops_the_worse_half(base: Path, here) -> None:
     assert "Stopped early" in (folder / "sweep.md").read_text()
 
 
+def test_halving_among_layers_leaves_each_layer_its_best_rate(base: Path, here) -> None:
+    folder = base / "rates"
+    rates = ("--each_layer", "0,2", "--learning_rates", "0.01", "0.03", "0.1")
+    changes = ("--halve_among", "layers", "--halve_at", "4", "--keep", "0.3", "--winners", "0")
+    assert here("--output_dir", str(folder), *rates, *changes) is None
+    record = json.loads((folder / "halving.json").read_text())["4"]
+    leagues = [[n for n in record if n.startswith(f"layer-{layer}-")] for layer in (0, 2)]
+    assert [len(names) for names in leagues] == [3, 3] and len(record) == 8
+    for names in [*leagues, ["together"], ["coin"]]:
+        best = max(record[name]["score"] for name in names)
+        assert [record[name]["kept"] for name in names] == [record[name]["score"] == best for name in names]
+    assert not all(entry["kept"] for entry in record.values())
+
+
 @pytest.mark.slow
 def test_four_processes_divide_the_members(whole: Path, base: Path) -> None:
     processes = 4
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = base / "divided"
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu-2.yaml")]
-    launch += ["--num_processes", str(processes), "--main_process_port", str(port)]
+    launch = launcher(LAUNCHERS / "cpu-2.yaml", "--num_processes", str(processes))
     done = started([*launch, *command(base, "--output_dir", str(folder), "--halve_at", "4")[1:]], base)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {p.name for p in folder.glob("state-*.pt")} == {f"state-{i}.pt" for i in range(processes)}
@@ -296,6 +267,7 @@ def test_four_processes_divide_the_members(whole: Path, base: Path) -> None:
         (("--top_entropy_quantile", "0.2"), "top_entropy_quantile"),
         (("--keep", "1.5"), "between 0 and 1"),
         (("--halve_on", "luck"), "validation"),
+        (("--halve_among", "friends"), "layers"),
         (("--winners", "1"), "2 layers"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, tuple) else "",
@@ -310,10 +282,10 @@ def test_the_demo_config_is_every_layer_alone_and_all_together() -> None:
     parts = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
     _, _, training, asked = parse(parts, None, "layer_sweep.py", arguments)
     found = members(asked, training, 30, arguments)
-    assert [m.steering.layers for m in found] == [*map(str, range(30)), "all"]
+    layers = [str(layer) for layer in range(30) for _ in range(3)]
+    assert [m.steering.layers for m in found] == [*layers, "all", "all", "all"]
     rates = [m.training.learning_rate for m in found]
-    assert rates[0] == pytest.approx(3e-3) and rates[29] == pytest.approx(1e-1) and rates[30] == 3e-3
-    assert rates[:30] == sorted(rates[:30])
+    assert rates == [*[0.1, 0.3, 1.0] * 30, 5e-3, 1e-2, 2e-2]
     for member in found:
         check_supported(member.training)
 

@@ -8,7 +8,6 @@ import runpy
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,18 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from training import SPREAD, far, model_folder, same, write_problems
+from launching import LAUNCHERS, ROOT, environment, launcher, run_folder, started
+from training import far, same
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import steer
 from steer import artifact
 from steer.train.trainer import last_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "grpo_steer.py"
 STEPS = 12
-# Whole boxed answers as single tokens: a random model then writes one now and then, right ones among them.
-BOXED = [rf"\boxed{{{n}}}" for n in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -42,49 +39,13 @@ def base(
     place: Path, build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
     """A folder with everything a run needs: `model/`, `train.jsonl`, `heldout.jsonl` and `config.yaml`."""
-    if not (place / "config.yaml").exists():
-        tiny_tokenizer.add_tokens(BOXED)
-        model = build_tiny("llama", initializer_range=SPREAD, vocab_size=len(tiny_tokenizer))
-        model_folder(place / "model", model, tiny_tokenizer)
-        for name, numbers in (("train", range(40)), ("heldout", range(40, 46))):
-            write_problems(place / f"{name}.jsonl", numbers, modulus=10)
-        settings = {
-            "model": str(place / "model"),
-            "train_data": str(place / "train.jsonl"),
-            "eval_data": str(place / "heldout.jsonl"),
-            "template": "plain",
-            "rewards": ["correct01", "format"],
-            "reward_weights": [1.0, 0.25],
-            "learning_rate": "2e-2",  # YAML 1.1 reads an exponent without a point as text
-            "max_steps": STEPS,
-            "save_steps": 2,
-            "num_generations": 8,
-            "per_device_train_batch_size": 32,
-            "max_completion_length": 3,
-            "use_cpu": True,
-            "report_to": "none",
-            "output_dir": str(place / "whole"),
-        }
-        (place / "config.yaml").write_text(yaml.safe_dump(settings))
-    return place
+    # YAML 1.1 reads an exponent without a point as text
+    rate = {"learning_rate": "2e-2", "max_steps": STEPS, "use_cpu": True}
+    return run_folder(place, build_tiny, tiny_tokenizer, 6, **rate)
 
 
 def command(base: Path, *changes: str) -> list[str]:
     return [sys.executable, str(RECIPE), "--config", str(base / "config.yaml"), *changes]
-
-
-def environment() -> dict[str, str]:
-    # sums in a fixed order, whatever the machine; nothing of a launcher that may have started the tests
-    left = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    }
-    return {**left, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-
-
-def started(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 @pytest.fixture
@@ -213,12 +174,7 @@ def test_a_run_goes_on_with_another_schedule(base: Path, tmp_path: Path) -> None
 
 
 def test_two_processes_give_the_vectors_of_one(whole: Path, base: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu-2.yaml")]
-    launch += ["--main_process_port", str(port), *command(base)[1:]]
+    launch = [*launcher(LAUNCHERS / "cpu-2.yaml"), *command(base)[1:]]
     folder = base / "two"
     done = started([*launch, "--output_dir", str(folder), "--per_device_train_batch_size", "16"], base)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -230,10 +230,12 @@ def test_launcher_kinds():
         "fsdp2": ("FSDP", 8, 1),
         "multi-node-fsdp2": ("FSDP", 16, 2),
         "deepspeed-zero2": ("DEEPSPEED", 8, 1),
+        "deepspeed-zero3": ("DEEPSPEED", 8, 1),
     }
     assert {name for name, c in have.items() if c.use_cpu} == {"cpu", "cpu-2"}
     assert have["fsdp2"].fsdp_config["fsdp_version"] == 2
-    assert have["deepspeed-zero2"].deepspeed_config["zero_stage"] == 2
+    for stage in (2, 3):
+        assert have[f"deepspeed-zero{stage}"].deepspeed_config["zero_stage"] == stage
     for name in ("multi-node", "multi-node-fsdp2"):
         assert have[name].main_process_ip is None  # comes from the command line
 

@@ -142,9 +142,9 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
             self.adapted = peft.get_peft_model(model, peft_config(baseline, model))
             inner = self.adapted.get_base_model()
         super().__init__(inner, reward_funcs, args, **kwargs)
-        if self.adapted is not None and self.is_fsdp_enabled:
+        if self.sharded and (self.adapted is not None or self.is_deepspeed_enabled):
             raise SteerError(
-                f"method={baseline.method} cannot be sharded by FSDP here; launch with "
+                f"method={baseline.method} cannot be sharded by this launcher here; launch with "
                 "recipes/accelerate/ddp.yaml"
             )
 

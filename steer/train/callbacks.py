@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from steer.sharded import whole
 from steer.vectors import SteeringVectors
 
 
@@ -31,13 +32,15 @@ class VectorLog(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved = self.vectors.effective()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.before = self.vectors.effective()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # DeepSpeed has stepped by now, and keeps gradients to itself: none is logged
         squares: dict[int | None, float] = {}
         for layer, p in zip(self.vectors.parameter_layers(), self.vectors.parameters(), strict=True):
             if p.grad is not None:
-                gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-                squares[layer] = squares.get(layer, 0.0) + gradient.norm().item() ** 2
+                squares[layer] = squares.get(layer, 0.0) + whole(p.grad).norm().item() ** 2
         for layer, square in squares.items():
             name = "shared" if layer is None else f"layer/{layer}"
             self.metrics[f"{name}/grad_norm"].append(square**0.5)

@@ -139,11 +139,6 @@ class SteeringGRPOConfig(GRPOConfig):
                 "vectors off; "
                 "set sync_ref_model=false"
             )
-        if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
-            raise SteerError(
-                "DeepSpeed ZeRO-3 shards parameters inside hooks' reach; use ZeRO-2, or FSDP2 to shard "
-                "the base"
-            )
         if self.lr_by_layer is not None:
             self.lr_by_layer = str(self.lr_by_layer).replace(" ", "")
             if geometric := _GEOMETRIC.fullmatch(self.lr_by_layer):

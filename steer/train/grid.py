@@ -26,6 +26,7 @@ _STEERING = ("kind", "rank", "layers", "site", "positions", "scale", "dtype")
 _FIELDS = {*_STEERING, *OWN, "rewards"}
 _NULLABLE = {"lr_by_layer", "reward_weights"}
 SCORES = ("reward", "validation")
+RIVALS = ("all", "layers")
 
 
 @dataclass
@@ -72,6 +73,13 @@ class PopulationArguments:
             "= greedy accuracy on validation_problems. Held-out problems play no part."
         },
     )
+    halve_among: str = field(
+        default="all",
+        metadata={
+            "help": "Whom halve_at compares: all = all members with the same rewards; layers = those that "
+            "also steer the same layers, so that each layer keeps its best learning rates."
+        },
+    )
     validation_problems: int = field(
         default=64, metadata={"help": "Training problems on which halve_on=validation measures accuracy."}
     )
@@ -91,6 +99,10 @@ class PopulationArguments:
     def __post_init__(self) -> None:
         if self.halve_on not in SCORES:
             raise SteerError(f"halve_on={self.halve_on!r} is unknown; choose one of {', '.join(SCORES)}")
+        if self.halve_among not in RIVALS:
+            raise SteerError(
+                f"halve_among={self.halve_among!r} is unknown; choose one of {', '.join(RIVALS)}"
+            )
         if not 0 < self.keep < 1:
             raise SteerError(f"keep={self.keep} is not a share between 0 and 1")
         if self.winners == 1 or self.winners < 0:

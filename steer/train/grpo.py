@@ -114,6 +114,12 @@ class GroupGRPOTrainer(GRPOTrainer):
         """Around each forward pass over rows whose first `prompt_length` columns are prompts."""
         return nullcontext()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is in shards: every process must run as many forward passes as the others."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # it had been stopped after its last update
             self.control.should_training_stop = True
@@ -144,7 +150,6 @@ class GroupGRPOTrainer(GRPOTrainer):
             or self.repetition_penalty != 1.0
             or self.args.generation_kwargs
             or self.args.cache_implementation
-            or self.is_deepspeed_enabled
         )
         if special or not self.args.fast_sampler:
             with cpu.grouped(self.accelerator.unwrap_model(self.model)):
@@ -164,13 +169,15 @@ class GroupGRPOTrainer(GRPOTrainer):
         seed = self.args.seed if training else self.args.seed + (1 << 32)
         noise = uniforms(rows, self.max_completion_length, seed, self._step)
         with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation
+            ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),
             cpu.grouped(model),
         ):
             model.eval()
-            together = self._any_process if self.is_fsdp_enabled else None
+            together = self._any_process if self.sharded else None
             size = self.args.sample_rows or len(prompt_ids)
             ids: list[list[int]] = []
             for i in range(0, len(prompt_ids), size):
@@ -251,7 +258,7 @@ class GroupGRPOTrainer(GRPOTrainer):
         plain = (
             not self.args.share_prompts
             or base.is_gradient_checkpointing
-            or self.is_fsdp_enabled  # every process must run as many forward passes as the others
+            or self.sharded
             or kwargs.get("compute_aux_loss")
             or any(value is not None for name, value in kwargs.items() if name not in _PLAIN_ARGUMENTS)
         )
@@ -298,8 +305,8 @@ class GroupGRPOTrainer(GRPOTrainer):
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """The rows in parts of about equal size, none above `update_rows`, where that changes no gradient."""
         count = len(inputs["advantages"])
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # their backward passes come in step
-        if not (self.model.training and self.args.update_rows and self._one_by_one()) or sharded:
+        in_step = self.is_fsdp_enabled or self.is_deepspeed_enabled  # their backward passes
+        if not (self.model.training and self.args.update_rows and self._one_by_one()) or in_step:
             return [inputs]
         size = ceil(count / ceil(count / self.args.update_rows))
         return [_rows(inputs, slice(i, i + size)) for i in range(0, count, size)]

@@ -349,6 +349,7 @@ class PopulationTrainer:
         rate = member.scheduler.get_last_lr()[0]
         before = member.vectors.tensors()
         if isfinite(norm):
+            member.watch.on_step_begin(args, None, None)
             member.watch.on_pre_optimizer_step(args, None, None)
             member.optimizer.step()
             member.watch.on_optimizer_step(args, None, None)

@@ -33,6 +33,7 @@ from steer.files import replace_file
 from steer.models import fast_dtype, load_model, load_tokenizer
 from steer.prompts import render
 from steer.rewards import Checker, make_reward
+from steer.sharded import shape
 from steer.train import run as runs
 from steer.train.config import SteeringGRPOConfig
 from steer.train.evaluation import Answered, Score, answer, score
@@ -200,7 +201,7 @@ def conduct(
     with Checker() as checker:
         rewards = [make_reward(name, checker) for name in run.rewards]
         trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
-        if trainer.is_fsdp_enabled and held_out is not None:
+        if trainer.sharded and held_out is not None:
             raise SteerError(
                 "a sharded model is not evaluated in training; pass --eval_data none, score it later"
             )
@@ -274,9 +275,9 @@ def _train(trainer: GroupGRPOTrainer, recipe: Recipe, folder: Path, asked: list[
     results.update(
         asked=asked,
         steps=trainer.state.global_step,
-        training_seconds=round(each * sum(row.get("seconds/wall") or 0 for row in history), 1),
-        training_cpu_seconds=round(each * sum(row.get("seconds/cpu") or 0 for row in history), 1),
-        trained_numbers=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        training_seconds=round(each * sum(row.get("seconds/wall") or 0 for row in history), 3),
+        training_cpu_seconds=round(each * sum(row.get("seconds/cpu") or 0 for row in history), 3),
+        trained_numbers=sum(shape(p).numel() for p in trainer.model.parameters() if p.requires_grad),
         versions={name: version(name) for name in ("steer", "torch", "transformers", "trl", "peft")},
     )
     runs.write_results(folder, results)

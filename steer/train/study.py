@@ -169,11 +169,11 @@ def _halve(study: Study, trainer: PopulationTrainer, rung: int) -> None:
     decided: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     record = decided.get(str(rung), {})
     new = [m for m in trainer.members if m.step >= rung and m.stopped is None and m.name not in record]
-    mine = [(m.name, _rank_by(study, trainer, m, rung), _reward_names(m)) for m in new]
-    for name, value, rewards in sorted(gather_object(mine)):
-        record[name] = {"score": value, "rewards": rewards}
+    mine = [(m.name, _rank_by(study, trainer, m, rung), _league(study, trainer, m)) for m in new]
+    for name, value, league in sorted(gather_object(mine)):
+        record[name] = {"score": value, "among": league}
     for entry in record.values():
-        rivals = [e["score"] for e in record.values() if e["rewards"] == entry["rewards"]]
+        rivals = [e["score"] for e in record.values() if e["among"] == entry["among"]]
         places = ceil(study.asked.keep * len(rivals))
         better = sum(value > entry["score"] for value in rivals)
         entry.setdefault("kept", better < places)
@@ -202,9 +202,13 @@ def _rank_by(study: Study, trainer: PopulationTrainer, member: Member, rung: int
         return score(study.answer(trainer, problems, f"validating {member.name}")).accuracy
 
 
-def _reward_names(member: Member) -> list[str]:
-    names = [str(getattr(f, "__name__", f)) for f in member.reward_funcs]
-    return [*names, *map(str, member.args.reward_weights or [])]
+def _league(study: Study, trainer: PopulationTrainer, member: Member) -> list[str]:
+    """What members that are compared have in common."""
+    common = [str(getattr(f, "__name__", f)) for f in member.reward_funcs]
+    common += map(str, member.args.reward_weights or [])
+    if study.asked.halve_among == "layers":
+        common += [f"layer {i}" for i in member.steering.resolve_layers(trainer.population.depth)]
+    return common
 
 
 def mean_reward(log: Sequence[dict[str, Any]]) -> float:

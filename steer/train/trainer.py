@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
+import transformers.trainer
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer
@@ -135,8 +137,28 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
         if self.args.should_save and self.args.hub_strategy != "end":
             self._push(checkpoint_folder)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with _base_left_out():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple:
+        with _base_left_out() if self.is_deepspeed_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.vectors.set_tensors(artifact.read(resume_from_checkpoint).tensors)
+
+
+def _base_left_out() -> AbstractContextManager:
+    """
+    Inside, transformers' checkpoints under DeepSpeed (as for PEFT models) and FSDP do without the frozen
+    base; they would hold all of it each time.
+    """
+    return patch.multiple(
+        transformers.trainer,
+        _is_peft_model=lambda model: True,
+        save_fsdp_model=lambda *args, **kwargs: None,
+    )
 
 
 def make_optimizer(
