@@ -24,7 +24,7 @@ from steer import artifact
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.train.run import read_results
-from steer.train.study import MEMBERS, POPULATION_FILE
+from steer.train.study import HALVING_FILE, MEMBERS, POPULATION_FILE
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -33,6 +33,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise SteerError(f"{folder} holds no {POPULATION_FILE}: it is no run of recipes/layer_sweep.py")
     base = _right(folder / "samples_before.json")
+    halving = folder / HALVING_FILE
+    rungs = json.loads(halving.read_text()) if halving.exists() else {}
     found = []
     for name, own in json.loads(path.read_text()).items():
         place = folder / MEMBERS / name
@@ -52,6 +54,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             "updates": results["steps"],
             "stopped": results["stopped"],
             "reward": results["reward"],
+            "rungs": {rung: record[name]["score"] for rung, record in rungs.items() if name in record},
             "norm": float(sum(v.norm() ** 2 for v in vectors.by_layer().values()) ** 0.5)
             if vectors.config.kind != "adaptive"
             else None,
@@ -82,6 +85,7 @@ def report(folder: Path, title: str) -> str:
     if pairs.exists():
         record["pairs"] = json.loads(pairs.read_text())
     text = table(found, before)
+    text += rates_table(found)
     if "pairs" in record:
         text += "\n" + pairs_table(record["pairs"])
     replace_file(folder / "sweep.json", (json.dumps(record, indent=1) + "\n").encode())
@@ -107,6 +111,38 @@ def table(found: Sequence[dict[str, Any]], before: dict[str, Any] | None) -> str
     stopped = [f"{row['member']}: {row['stopped']}" for row in found if row["stopped"]]
     if stopped:
         lines += ["", "Stopped early:", "", *(f"- {line}" for line in stopped)]
+    return "\n".join(lines) + "\n"
+
+
+def rates_table(found: Sequence[dict[str, Any]]) -> str:
+    """
+    Markdown: the score of single layers of each third of the depth when they were halved first, by learning
+    rate, and what became of those that went on (of several in a layer the one with the best training reward);
+    empty where there is nothing to compare.
+    """
+    single = [r for r in found if len(r["layers"]) == 1 and r["rungs"]]
+    rates = sorted({r["learning_rate"] for r in single if isinstance(r["learning_rate"], float)})
+    if len(rates) < 2:
+        return ""
+    rung, depth = min(single[0]["rungs"], key=int), single[0]["depth"]
+    ended: dict[int, dict[str, Any]] = {}
+    for r in sorted(single, key=lambda r: r["reward"]):
+        if r["stopped"] is None and "accuracy" in r:
+            ended[r["layers"][0]] = r
+    lines = ["", f"Mean score at update {rung} by learning rate, and held-out accuracy of each layer's best:"]
+    head = ["layers", *(f"{rate:g}" for rate in rates), "median at the end", "best at the end"]
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for third in np.array_split(np.arange(depth), 3):
+        scores_of = [
+            [r["rungs"][rung] for r in single if r["layers"][0] in third and r["learning_rate"] == rate]
+            for rate in rates
+        ]
+        cells = [f"{np.mean(values):.3f}" if values else "" for values in scores_of]
+        last = {i: ended[i]["accuracy"]["value"] for i in third.tolist() if i in ended}
+        if last:
+            best = max(last, key=lambda i: last[i])
+            cells += [f"{np.median([*last.values()]):.3f}", f"{last[best]:.3f} (layer {best})"]
+        lines.append(f"| {third[0]} to {third[-1]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

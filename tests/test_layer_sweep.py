@@ -232,6 +232,11 @@ def test_halving_among_layers_leaves_each_layer_its_best_rate(base: Path, here) 
         best = max(record[name]["score"] for name in names)
         assert [record[name]["kept"] for name in names] == [record[name]["score"] == best for name in names]
     assert not all(entry["kept"] for entry in record.values())
+    lines = (folder / "sweep.md").read_text().splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| layers | 0.01 | 0.03 | 0.1 |"))
+    for line, layer in ((lines[head + 2], 0), (lines[head + 4], 2)):
+        means = [record[f"layer-{layer}-lr-{rate}"]["score"] for rate in (0.01, 0.03, 0.1)]
+        assert [float(cell) for cell in line.split("|")[2:5]] == pytest.approx(means, abs=1e-3)
 
 
 @pytest.mark.slow
