@@ -121,7 +121,7 @@ def rates_table(found: Sequence[dict[str, Any]]) -> str:
     empty where there is nothing to compare.
     """
     single = [r for r in found if len(r["layers"]) == 1 and r["rungs"]]
-    rates = sorted({r["learning_rate"] for r in single if isinstance(r["learning_rate"], float)})
+    rates = _rates(single)
     if len(rates) < 2:
         return ""
     rung, depth = min(single[0]["rungs"], key=int), single[0]["depth"]
@@ -133,11 +133,9 @@ def rates_table(found: Sequence[dict[str, Any]]) -> str:
     head = ["layers", *(f"{rate:g}" for rate in rates), "median at the end", "best at the end"]
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for third in np.array_split(np.arange(depth), 3):
-        scores_of = [
-            [r["rungs"][rung] for r in single if r["layers"][0] in third and r["learning_rate"] == rate]
-            for rate in rates
-        ]
-        cells = [f"{np.mean(values):.3f}" if values else "" for values in scores_of]
+        inside = [r for r in single if r["layers"][0] in third and rung in r["rungs"]]
+        by_rate = [[r["rungs"][rung] for r in inside if r["learning_rate"] == rate] for rate in rates]
+        cells = [f"{np.mean(values):.3f}" if values else "" for values in by_rate]
         last = {i: ended[i]["accuracy"]["value"] for i in third.tolist() if i in ended}
         if last:
             best = max(last, key=lambda i: last[i])
@@ -158,6 +156,11 @@ def pairs_table(pairs: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _rates(found: Sequence[dict[str, Any]]) -> list[float]:
+    """The learning rates of members that have one for all their layers, the lowest first."""
+    return sorted({row["learning_rate"] for row in found if isinstance(row["learning_rate"], float)})
+
+
 def _figure(value: Any) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
@@ -175,10 +178,10 @@ def plot(found: Sequence[dict[str, Any]], before: dict[str, Any] | None, path: P
 
     single = [row for row in found if len(row["layers"]) == 1]
     several = [row for row in found if len(row["layers"]) > 1]
-    rates = sorted({row["learning_rate"] for row in single if isinstance(row["learning_rate"], float)})
-    panels = 3 if len(rates) > 1 else 2
-    size = (8, 3.25 * panels)
-    figure, axes = pyplot.subplots(panels, 1, figsize=size, layout="constrained", sharex=True)
+    panels = 3 if len(_rates(single)) > 1 else 2
+    figure, axes = pyplot.subplots(
+        panels, 1, figsize=(8, 3.25 * panels), layout="constrained", sharex=True
+    )
     figure.suptitle(title)
     top, middle = axes[:2]
     colour: dict[str, str] = {}

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from steer import artifact
 
 STEPS = 4
-# The launcher, and the share of the model that each of two processes holds.
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
 )
+# The launcher, and the share of the model that each of two processes holds.
 CASES = [
     pytest.param("fsdp2", 0.5, id="fsdp2"),
     pytest.param("deepspeed-zero2", 1.0, id="zero2", marks=deepspeed),

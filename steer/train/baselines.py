@@ -144,7 +144,7 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
         super().__init__(inner, reward_funcs, args, **kwargs)
         if self.sharded and (self.adapted is not None or self.is_deepspeed_enabled):
             raise SteerError(
-                f"method={baseline.method} cannot be sharded by this launcher here; launch with "
+                f"method={baseline.method} cannot be sharded by this launcher; launch with "
                 "recipes/accelerate/ddp.yaml"
             )
 
