@@ -43,6 +43,7 @@ engine-test: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy steer recipes evals
 
 # torch first and by itself: another order lets pip choose a newer build with gigabytes of CUDA.

@@ -179,9 +179,7 @@ def plot(found: Sequence[dict[str, Any]], before: dict[str, Any] | None, path: P
     single = [row for row in found if len(row["layers"]) == 1]
     several = [row for row in found if len(row["layers"]) > 1]
     panels = 3 if len(_rates(single)) > 1 else 2
-    figure, axes = pyplot.subplots(
-        panels, 1, figsize=(8, 3.25 * panels), layout="constrained", sharex=True
-    )
+    figure, axes = pyplot.subplots(panels, 1, figsize=(8, 3.25 * panels), layout="constrained", sharex=True)
     figure.suptitle(title)
     top, middle = axes[:2]
     colour: dict[str, str] = {}

@@ -46,6 +46,7 @@ MAX_DEPTH = 1000
 
 _RANGE = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", re.ASCII)
 
+
 @dataclass
 class SteeringConfig:
     """

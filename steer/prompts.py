@@ -52,9 +52,7 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def render(
-    problem: str, tokenizer: Any, template: str = "boxed", prefix: str = "", system: str = ""
-) -> str:
+def render(problem: str, tokenizer: Any, template: str = "boxed", prefix: str = "", system: str = "") -> str:
     """The full prompt text, to be tokenized with `add_special_tokens=False`; ends where the model writes on.
 
     The text opens with the BOS token when `tokenizer` would put one before a text by itself. `prefix` is a

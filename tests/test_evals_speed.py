@@ -92,9 +92,7 @@ def test_prompt_tokens() -> None:
 
 
 @pytest.mark.parametrize("method", ["steer", "trl-lora", "trl-full", "profile"])
-def test_a_measured_step(
-    build_tiny, tiny_tokenizer: Any, tmp_path: Path, monkeypatch, method: str
-) -> None:
+def test_a_measured_step(build_tiny, tiny_tokenizer: Any, tmp_path: Path, monkeypatch, method: str) -> None:
     model = build_tiny("llama", max_position_embeddings=512)
     folder = model_folder(tmp_path / "model", model, tiny_tokenizer)
     for name, value in {"PROMPTS": 2, "SAMPLES": 2, "TOKENS": 3}.items():

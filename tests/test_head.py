@@ -93,9 +93,7 @@ def test_it_stands_in_only_where_it_computes_the_same(monkeypatch) -> None:
 
     def run(hidden=hidden, weight=weight, softcap=None, outputs=OUTPUTS) -> int:
         taken.clear()
-        utils._ChunkedLogProbFunction.apply(
-            hidden, weight, None, targets, 1.0, 32, softcap, 1.0, outputs
-        )
+        utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32, softcap, 1.0, outputs)
         return len(taken)
 
     assert run() == 0

@@ -60,8 +60,7 @@ HELP = {
         "Greedy accuracy with one layer's vector, with two, and with all. The score of a pair is (pair - "
         "best of the two) / (all - best of the two). All pairs of n layers are n(n+1)/2 runs: choose with "
         "--layers.",
-        "steer lens compose my-vectors --layers 0,8,16,24\n"
-        "    steer lens compose my-vectors --leave-one-out",
+        "steer lens compose my-vectors --layers 0,8,16,24\n    steer lens compose my-vectors --leave-one-out",
     ),
     "sweep": (
         "accuracy over the scale of the vectors",

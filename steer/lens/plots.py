@@ -202,9 +202,7 @@ def token_heatmap(
     figure, axes = _figure(1.6 + 0.95 * len(tokens[0]), 1.0 + 0.21 * len(tokens))
     numbers = _numbers(values)
     limit = float(np.abs(numbers).max()) or 1.0
-    image = axes.imshow(
-        numbers, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
-    )
+    image = axes.imshow(numbers, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     for (i, j), value in np.ndenumerate(numbers):
         shade = "white" if abs(value) > 0.65 * limit else "black"
         axes.text(j, i, text(tokens[i][j]), ha="center", va="center", fontsize=7, color=shade)

@@ -135,9 +135,7 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
             model.requires_grad_(True)
         else:
             if args.use_vllm:
-                raise SteerError(
-                    f"method={baseline.method} samples with steer's own sampler; drop use_vllm"
-                )
+                raise SteerError(f"method={baseline.method} samples with steer's own sampler; drop use_vllm")
             set_seed(args.seed)  # the adapter's random start belongs to the run
             self.adapted = peft.get_peft_model(model, peft_config(baseline, model))
             inner = self.adapted.get_base_model()

@@ -337,9 +337,7 @@ class GroupGRPOTrainer(GRPOTrainer):
     def _one_by_one(self) -> bool:
         """Whether a row's part of the loss does not depend on which other rows are computed with it."""
         return (
-            not self._entropy_bonus_enabled
-            and not self.aux_loss_enabled
-            and self.top_entropy_quantile == 1.0
+            not self._entropy_bonus_enabled and not self.aux_loss_enabled and self.top_entropy_quantile == 1.0
         )
 
     # ---- checkpoints

@@ -135,4 +135,3 @@ def choose(
         side, way = ("smallest", "smaller") if best == rates[0] else ("largest", "larger")
         log.info("the best rate is the %s that was tried: a %s one may be better still", side, way)
     return best
-

@@ -93,6 +93,7 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
         from steer.engine.rollout import vector_rollouts
 
         return vector_rollouts(self.vectors)
+
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         loss = super()._loss(model, inputs)
         if self.use_vllm:
