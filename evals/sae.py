@@ -23,7 +23,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from steer.threads import passive_waiting
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(passive_waiting())
 
 import torch
 from tqdm.auto import tqdm

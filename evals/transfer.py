@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import sys
 import time
@@ -20,6 +21,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+
+from steer.threads import passive_waiting
+
+os.environ.update(passive_waiting())
 
 import torch
 from tqdm.auto import tqdm

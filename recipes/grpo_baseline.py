@@ -23,7 +23,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from steer.threads import passive_waiting
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(passive_waiting())
 
 from accelerate import PartialState
 

@@ -28,7 +28,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from steer.threads import passive_waiting
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(passive_waiting())
 
 from accelerate import PartialState
 

@@ -24,7 +24,10 @@ import os
 import sys
 from pathlib import Path
 
+from steer.threads import passive_waiting
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(passive_waiting())
 
 from accelerate import PartialState
 

@@ -22,7 +22,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from steer.threads import passive_waiting
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(passive_waiting())
 
 import yaml
 from accelerate import Accelerator

@@ -9,6 +9,7 @@ import warnings
 
 from steer.cli import convert, generate, info, lens, sae, serve
 from steer.errors import SteerError
+from steer.threads import passive_waiting
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     the command line itself cannot be read).
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.update(passive_waiting())
     parser = _parser()
     args, more = parser.parse_known_args(argv)
     if more and "more" not in args:
