@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
-from steer.errors import SteerError
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension
+
+from steer.errors import SteerError, one_line, shown
+
+log = logging.getLogger("steer")
 
 _STEP_BY_STEP = r"Please reason step by step, and put your final answer within \boxed{}."
 _SLOT = "{problem}"
@@ -52,63 +62,232 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def render(problem: str, tokenizer: Any, template: str = "boxed", prefix: str = "", system: str = "") -> str:
-    """The full prompt text, to be tokenized with `add_special_tokens=False`; ends where the model writes on.
+@dataclass(frozen=True)
+class PromptSpec:
+    """
+    How problems are put to a model: all that decides the text of a prompt but the problem and the tokenizer.
 
-    The text opens with the BOS token when `tokenizer` would put one before a text by itself. `prefix` is a
-    forced opening of the model's own turn, such as "To" or "Step". `system` is a constant system text, before
-    the template's own where it has one.
-    Raises SteerError for an unknown template, a chat template asked of a tokenizer that has none, a system
-    text for a template that is no chat, and when the tokenizer's chat template refuses the turns (some have
-    no system role).
+    Args:
+        template: name of a prompt template, a key of `TEMPLATES`.
+        prefix: forced opening of the model's own turn, such as "To" or "Step".
+        system: a constant system text, before the template's own where it has one.
+        chat_template_kwargs: variables of the tokenizer's chat template: `{"enable_thinking": False}`.
+    """
+
+    template: str = "boxed"
+    prefix: str = ""
+    system: str = ""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of_training(cls, provenance: Mapping[str, Any] | None, template: str = "boxed") -> PromptSpec:
+        """
+        The prompts that vectors were trained with, as their artifact's provenance tells.
+
+        Args:
+            provenance: `config.provenance` of an artifact.
+            template: the template where the provenance names none.
+
+        Raises:
+            SteerError: the provenance describes no prompt, being altered or of another program.
+        """
+        run, training = (recorded(provenance, part) for part in ("run", "training"))
+        found = cls(
+            run.get("template") or template,
+            run.get("prefix") or "",
+            chat_template_kwargs=training.get("chat_template_kwargs") or None,
+        )
+        for name, value, kind in (
+            ("run.template", found.template, str),
+            ("run.prefix", found.prefix, str),
+            ("training.chat_template_kwargs", found.chat_template_kwargs or {}, dict),
+        ):
+            if not isinstance(value, kind):
+                raise SteerError(
+                    f"the artifact's provenance says {name} = {shown(value)}, which is no {kind.__name__}; "
+                    "correct its steering_config.json, or remove that entry"
+                )
+        return found
+
+    def render(self, problem: str, tokenizer: Any) -> str:
+        """The prompt of `problem`, as `render` makes it."""
+        return render(problem, tokenizer, self.template, self.prefix, self.system, self.chat_template_kwargs)
+
+    def frame(self, tokenizer: Any) -> Callable[[str], str]:
+        """`render` with this tokenizer."""
+        return lambda problem: self.render(problem, tokenizer)
+
+
+def recorded(provenance: Mapping[str, Any] | None, part: str) -> Mapping[str, Any]:
+    """One part of an artifact's provenance, such as "run"; empty where it has none."""
+    found = (provenance or {}).get(part)
+    return found if isinstance(found, dict) else {}
+
+
+def render(
+    problem: str,
+    tokenizer: Any,
+    template: str = "boxed",
+    prefix: str = "",
+    system: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """
+    The full prompt text, to be tokenized with `add_special_tokens=False`; ends where the model writes on.
+
+    The text opens with the BOS token when `tokenizer` would put one before a text by itself, or when its chat
+    template writes one. A chat template that refuses or drops the system turn gets the system text as the
+    opening of the user turn.
+
+    Args:
+        problem: the problem's text.
+        tokenizer: a tokenizer of transformers.
+        template, prefix, system, chat_template_kwargs: as in `PromptSpec`.
+
+    Raises:
+        SteerError: an unknown template; a chat template asked of a tokenizer that has none; a system text or
+            `chat_template_kwargs` for a template that is no chat; a variable that the chat template never
+            reads; a chat template that fails, or whose text lacks the problem or the instruction.
     """
     if template not in TEMPLATES:
         raise SteerError(f"unknown prompt template {template!r}; expected one of {', '.join(TEMPLATES)}")
     chosen = TEMPLATES[template]
+    chats = ", ".join(name for name, other in TEMPLATES.items() if other.chat)
     if system and not chosen.chat:
-        chats = ", ".join(name for name, other in TEMPLATES.items() if other.chat)
         raise SteerError(f"prompt template {template!r} has no turn for a system text; use one of {chats}")
+    if chat_template_kwargs and not chosen.chat:
+        raise SteerError(
+            f"chat_template_kwargs={shown(dict(chat_template_kwargs))} are for the tokenizer's chat "
+            f"template, and prompt template {template!r} is no chat; leave them out, or use one of {chats}"
+        )
     text = (
-        _chat_text(problem, tokenizer, template, system)
+        _chat_text(problem, tokenizer, template, system, chat_template_kwargs or {})
         if chosen.chat
         else chosen.instruction.replace(_SLOT, problem)
     )
-    bos = _own_bos(tokenizer)
-    # many chat templates write BOS themselves, and a second one is a prompt the model never saw
-    if not text.startswith(bos):
-        text = bos + text
+    # Many chat templates write BOS themselves, some after white space: the model knows one BOS, at the start.
+    if (bos := getattr(tokenizer, "bos_token", None)) and text.lstrip().startswith(bos):
+        text = text.lstrip()
+    else:
+        text = _own_bos(tokenizer) + text
     return text + prefix
 
 
-def _chat_text(problem: str, tokenizer: Any, template: str, constant: str) -> str:
+# What rendering a faulty template raises: jinja2's errors, and those of Python's operators and methods in it.
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+
+def _chat_text(
+    problem: str, tokenizer: Any, template: str, constant: str, variables: Mapping[str, Any]
+) -> str:
     without = ", ".join(name for name, other in TEMPLATES.items() if not other.chat)
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise SteerError(
             f"prompt template {template!r} needs a chat template and tokenizer {name!r} has none; "
             f"use one of {without}"
         )
+    if variables:
+        check_chat_template_kwargs(tokenizer, variables)
     instruction = TEMPLATES[template].instruction
     if _SLOT in instruction:
         # an empty system turn keeps the default text out that some chat templates put there
         system, user = constant, instruction.replace(_SLOT, problem)
     else:
         system, user = f"{constant}\n{instruction}".lstrip("\n"), problem
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    try:
+    in_user_turn = f"{system}\n\n{user}" if system else user
+    told = ""
+    for turns in (
+        [{"role": "system", "content": system}, {"role": "user", "content": user}],
+        [{"role": "user", "content": in_user_turn}],
+    ):
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception:  # a chat template without a system role does not miss an empty one
-            if system:
-                raise
-            text = tokenizer.apply_chat_template(turns[1:], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # jinja2's TemplateError and whatever a custom template raises
-        reason = " ".join(str(error).split())
-        raise SteerError(
-            f"the tokenizer's chat template refused prompt template {template!r} ({reason}); "
-            f"use boxed_short (no system turn) or one of {without}"
-        ) from error
-    return str(text)
+            text = str(
+                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables)
+            )
+        except _TEMPLATE_ERRORS as error:
+            told = told or one_line(error)
+            continue
+        lost = [part for part in (user, system) if not _holds(text, part)]
+        if not lost:
+            if len(turns) == 1 and system:
+                _tell(f"the chat template of {name} has no system turn: its text opens the user turn instead")
+            if "strftime_now" in tokenizer.get_chat_template() and not variables:
+                _tell(
+                    f"the chat template of {name} may write today's date into the prompts, which then "
+                    "differ from day to day; set the date in chat_template_kwargs where it has a variable"
+                )
+            return text
+        told = told or f"it leaves out {shown(lost[0])}"
+    raise SteerError(
+        f"the tokenizer's chat template refused prompt template {template!r} ({told}); correct the chat "
+        f"template, or use one of {without}"
+    )
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether `part` is in `text`, white space aside: templates strip and join what they are given."""
+    return " ".join(part.split()) in " ".join(text.split())
+
+
+@cache
+def _tell(message: str) -> None:
+    """Log `message`, once for all prompts it is true of."""
+    log.info("%s", message)
+
+
+def check_chat_template_kwargs(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """
+    Check that the tokenizer's chat template reads each of `variables`; one that it never reads would be
+    ignored.
+
+    Raises:
+        SteerError: names the first that it does not read, and those that it does.
+    """
+    known = chat_template_variables(tokenizer.get_chat_template())
+    for variable in variables:
+        if variable not in known:
+            reads = f"reads {', '.join(sorted(known))}" if known else "reads no settings at all"
+            raise SteerError(
+                f"chat_template_kwargs names {variable!r}, which the tokenizer's chat template never reads; "
+                f"it {reads}: leave {variable!r} out"
+            )
+
+
+class _Generation(Extension):
+    """The tag `generation` of transformers' chat templates, as the plain block that it is in a prompt."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@cache
+def chat_template_variables(template: str) -> frozenset[str]:
+    """
+    The variables that a chat template reads and that its user may set: not the turns, the special tokens and
+    what transformers provides.
+    """
+    environment = jinja2.Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    provided = ("raise_exception", "strftime_now", "messages", "add_generation_prompt")
+    try:
+        tree = environment.parse(template)
+    except jinja2.TemplateError as error:
+        raise SteerError(f"the tokenizer's chat template cannot be read: {one_line(error)}") from error
+    # A name that the template sets itself is the user's only where the template asks whether it was given.
+    asks: list[nodes.Test | nodes.Filter] = [
+        test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined", "none")
+    ]
+    asks += [use for use in tree.find_all(nodes.Filter) if use.name in ("default", "d")]
+    asked = {ask.node.name for ask in asks if isinstance(ask.node, nodes.Name)}
+    targets: list[nodes.Node] = [a.target for a in tree.find_all(nodes.Assign)]
+    targets += [block.target for block in tree.find_all(nodes.AssignBlock)]
+    targets += [argument for macro in tree.find_all(nodes.Macro) for argument in macro.args]
+    own = {target.name for target in targets if isinstance(target, nodes.Name)} - asked
+    found = meta.find_undeclared_variables(tree) - own
+    return frozenset(name for name in found if name not in provided and not name.endswith("_token"))
 
 
 def _own_bos(tokenizer: Any) -> str:

@@ -99,13 +99,3 @@ def test_tokenizer_without_chat_template():
     with pytest.raises(SteerError, match="has none; use one of qwen_math, plain, think") as caught:
         render("a", make_tokenizer())
     assert "\n" not in str(caught.value)
-
-
-def test_chat_template_without_a_system_role():
-    strict = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system\nrole') }}{% endif %}" + CHAT
-    )
-    with pytest.raises(SteerError, match=r"no system role.*use boxed_short") as caught:
-        render("a", make_tokenizer(strict))
-    assert "\n" not in str(caught.value)
-    assert render("a", make_tokenizer(strict), "boxed_short").startswith("<|user|>a")
