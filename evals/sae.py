@@ -290,7 +290,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging.set_verbosity_error()
-    keep_freed_memory()
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     if args.what in ("all", "speed"):
         sae_speed.run(args)
     if args.what in ("all", "diff"):

@@ -79,7 +79,8 @@ def main(arguments: list[str]) -> dict[str, SAE]:
     accelerator = Accelerator()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging.set_verbosity_error()
-    keep_freed_memory()
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     folder = Path(run.output_dir)
     stream = open_stream(run, accelerator)
     configs = {name: SAEConfig(**{"d_in": stream.width, **values}) for name, values in run.saes.items()}

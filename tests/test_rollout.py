@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES
 from training import SPREAD
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import FalconConfig, FalconForCausalLM, LogitsProcessorList, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import steer
 from steer.errors import SteerError
@@ -236,28 +240,31 @@ class Module(torch.nn.Module):
         self.is_causal = True
 
 
-def attention_inputs(groups: int, queries: int, keys: int, dtype: torch.dtype = torch.float32):
+def attention_inputs(groups: int, queries: int, keys: int, value_size: int = 8):
     torch.manual_seed(queries + keys)
     batch, heads, size = 3, 4, 8
-    query = torch.randn(batch, heads, queries, size, dtype=dtype)
-    key, value = (torch.randn(batch, groups, keys, size, dtype=dtype) for _ in range(2))
+    query = torch.randn(batch, heads, queries, size)
+    key, value = (torch.randn(batch, groups, keys, width) for width in (size, value_size))
     column = torch.arange(keys)
     causal = column[None, :] <= torch.arange(queries)[:, None] + keys - queries
     real = column[None, :] >= torch.tensor([0, 2, 3])[:, None]  # left padding
-    # a row of padding alone would be undefined: padded queries see themselves, as in transformers' masks
-    mask = causal & real[:, None, :] | (column[None, :] == torch.arange(queries)[:, None] + keys - queries)
+    mask = causal & real[:, None, :]  # a query at padding may see nothing at all
     return query, key, value, mask[:, None]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (6, 6), (3, 9)])
 @pytest.mark.parametrize("scaling", [None, 0.5])
-def test_grouped_attention_equals_sdpa(groups: int, queries: int, keys: int, scaling: float | None) -> None:
-    inputs = attention_inputs(groups, queries, keys)
+@pytest.mark.parametrize("size", [8, 5])
+def test_grouped_attention_equals_sdpa(
+    groups: int, queries: int, keys: int, scaling: float | None, size: int, monkeypatch
+) -> None:
+    inputs = attention_inputs(groups, queries, keys, size)
     module = Module(4 // groups)
     expected, _ = cpu.sdpa_attention_forward(module, *inputs, scaling=scaling)
+    fused = count(monkeypatch)
     got, weights = cpu.grouped_attention(module, *inputs, scaling=scaling)
-    assert got.shape == expected.shape == (3, queries, 4, 8) and weights is None
+    assert got.shape == expected.shape == (3, queries, 4, size) and weights is None and not fused
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -291,28 +298,81 @@ def test_long_or_unmasked_attention_goes_to_the_fused_kernel(monkeypatch: pytest
     assert len(asked) == 3
 
 
+def test_what_the_grouped_form_does_not_know_goes_to_the_fused_kernel(monkeypatch) -> None:
+    query, key, value, mask = attention_inputs(2, 4, 6)
+    added = torch.zeros(mask.shape).masked_fill(~mask, -1e9)  # a float mask is added to the scores
+    bias = torch.randn(1, 4, 4, 6)
+    cases = [(2, added, {}), (2, mask, {"position_bias": bias})]
+    for groups, given, options in cases:
+        expected, _ = cpu.sdpa_attention_forward(Module(groups), query, key, value, given, **options)
+        fused = count(monkeypatch)
+        got, _ = cpu.grouped_attention(Module(groups), query, key, value, given, **options)
+        assert fused and torch.equal(got, expected)
+
+
 @torch.no_grad()
-def test_grouped_models_compute_the_same(model: PreTrainedModel) -> None:
+def test_grouped_models_compute_the_same(model: PreTrainedModel, monkeypatch) -> None:
     ids, mask = pad_left(PROMPTS * 2, torch.device("cpu"))
-    assert model.config.get_text_config()._attn_implementation == "sdpa"
     plain = model(input_ids=ids, attention_mask=mask).logits
+    fused = count(monkeypatch)
     with cpu.grouped(model):
-        assert model.config.get_text_config()._attn_implementation == cpu.NAME
         grouped = model(input_ids=ids, attention_mask=mask).logits
+    assert not fused, "no layer used the grouped form"
     real = mask.bool()  # what stands at padding is never read
     # another order of the sums in float32: logits of size 10, three layers
     torch.testing.assert_close(grouped[real], plain[real], rtol=1e-4, atol=1e-4)
 
 
-def test_the_attention_setting_comes_back_even_after_an_exception(llama: PreTrainedModel) -> None:
+def count(monkeypatch) -> list[int]:
+    """Filled with one number for each call that the fused kernel gets from the grouped form."""
+    asked: list[int] = []
+    original = cpu.sdpa_attention_forward
+    monkeypatch.setattr(cpu, "sdpa_attention_forward", lambda *a, **k: asked.append(1) or original(*a, **k))
+    return asked
+
+
+def test_the_attention_function_comes_back_even_after_an_exception(llama: PreTrainedModel) -> None:
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with pytest.raises(SteerError), cpu.grouped(llama):
-        assert llama.config._attn_implementation == cpu.NAME
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is cpu.grouped_attention
+        with cpu.grouped(llama):
+            pass
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is cpu.grouped_attention
         raise SteerError("stop")
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
     assert llama.config._attn_implementation == "sdpa"
 
 
-def test_a_model_with_eager_attention_is_left_alone(build_tiny) -> None:
+def test_falcon_does_not_see_the_future() -> None:
+    # its own code reads the mask as a float where the attention is not called "sdpa"
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = FalconForCausalLM(FalconConfig(**shape, initializer_range=SPREAD)).eval()
+    ids, mask = pad_left(PROMPTS, torch.device("cpu"))
+    other = ids.clone()
+    other[:, -1] = 50
+    with torch.no_grad(), cpu.grouped(model):
+        one, two = (model(input_ids=row, attention_mask=mask).logits for row in (ids, other))
+    real = mask[:, :-1].bool()
+    assert (one[:, :-1][real] == two[:, :-1][real]).all()
+    assert not torch.allclose(one[:, -1], two[:, -1], atol=1e-2)
+
+
+def test_a_model_with_eager_attention_is_left_alone(build_tiny, monkeypatch) -> None:
     model = build_tiny("llama", attn_implementation="eager")
-    with cpu.grouped(model):
-        assert model.config._attn_implementation == "eager"
-    assert model.config._attn_implementation == "eager"
+    ids, mask = pad_left(PROMPTS, torch.device("cpu"))
+    monkeypatch.setattr(cpu, "_needs_fused", lambda *args: pytest.fail("the grouped form was asked"))
+    with cpu.grouped(model), torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+
+
+def test_nothing_is_registered_or_set_by_importing() -> None:
+    # runs on a GPU import this module too
+    code = (
+        "from transformers import AttentionInterface as A; before = dict(A._global_mapping);"
+        "from trl.kernels import chunked_logprob as c; tiles = c.TOKEN_CHUNK_SIZE;"
+        "import ctypes; ctypes.CDLL = None;"  # mallopt cannot be reached
+        "import steer.train.grpo, steer.train.population;"
+        "assert A._global_mapping == before and c.TOKEN_CHUNK_SIZE == tiles"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,16 +10,17 @@ without the copies. Scores are materialised, so long sequences still go to the f
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels import chunked_logprob
 
-NAME = "steer_grouped"
+log = logging.getLogger(__name__)
 # Largest number of scores (batch x heads x queries x keys) that is held at once.
 MAX_SCORES = 1 << 24
 # Tokens of the LM head's tiles.
@@ -37,13 +38,22 @@ def grouped_attention(
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """
-    softmax(q k^T * scaling + mask) v for `query` (batch, heads, queries, size) and `key`, `value` (batch,
-    groups, keys, size). `attention_mask` is boolean, True where attention is allowed. Returns (batch,
-    queries, heads, size).
+    softmax(q k^T * scaling + mask) v, as transformers' `sdpa_attention_forward` computes it.
+
+    Args:
+        module: The attention module; only `num_key_value_groups` is read.
+        query: (batch, heads, queries, size).
+        key: (batch, groups, keys, size).
+        value: (batch, groups, keys, value size); multi-head latent attention has another size here.
+        attention_mask: Boolean, True where attention is allowed. A query that may see nothing gets zeros.
+        scaling: Factor of the scores; None is size ** -0.5.
+        dropout: Of the weights.
+
+    Returns:
+        (batch, queries, heads, value size), and None for the weights. Whatever the two matrix products do not
+        cover (`_needs_fused`) is handed to `sdpa_attention_forward` unchanged.
     """
-    batch, heads, queries, size = query.shape
-    groups, keys = key.shape[1:3]
-    if attention_mask is None or dropout or batch * heads * queries * keys > MAX_SCORES:
+    if dropout or _needs_fused(module, query, key, value, attention_mask, kwargs):
         return sdpa_attention_forward(
             module,
             query,
@@ -54,32 +64,65 @@ def grouped_attention(
             scaling=scaling,
             **kwargs,
         )
+    assert attention_mask is not None
+    batch, heads, queries, size = query.shape
+    groups, keys = key.shape[1:3]
     folded = query.reshape(batch, groups, heads // groups * queries, size)
     scores = torch.matmul(folded, key.transpose(2, 3)).view(batch, heads, queries, keys)
     scores = scores.float() * (size**-0.5 if scaling is None else scaling)
     weights = scores.masked_fill(~attention_mask, torch.finfo(torch.float32).min).softmax(-1).to(query.dtype)
-    out = torch.matmul(weights.view(batch, groups, -1, keys), value).view(batch, heads, queries, size)
+    out = torch.matmul(weights.view(batch, groups, -1, keys), value).view(batch, heads, queries, -1)
+    out = out.masked_fill(~attention_mask.any(-1, keepdim=True), 0)
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, grouped_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def _needs_fused(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, object],
+) -> bool:
+    """Whether a call is outside what `grouped_attention` computes itself."""
+    batch, heads, queries, _ = query.shape
+    return (
+        mask is None
+        or mask.dtype != torch.bool  # a float mask is added to the scores
+        or query.device.type != "cpu"
+        or any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
+        or heads != key.shape[1] * getattr(module, "num_key_value_groups", 1)
+        or value.shape[:3] != key.shape[:3]
+        or batch * heads * queries * key.shape[2] > MAX_SCORES
+    )
 
 
 @contextmanager
 def grouped(model: PreTrainedModel) -> Iterator[None]:
     """
-    Inside, a model on the CPU that uses `sdpa` attention uses the grouped form; any other is left alone.
+    Inside, modules of a model on the CPU that call transformers' `sdpa` attention get the grouped form.
+
+    The function behind the name is replaced, not the name in the model's config: models that compute their
+    own attention where the name is "sdpa" (Falcon) keep that branch, and the masks stay as they are.
     """
-    config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or model.device.type != "cpu":
+    if model.device.type != "cpu":
         yield
         return
-    config._attn_implementation = NAME
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionInterface.register("sdpa", grouped_attention)
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        AttentionInterface.register("sdpa", before)
+
+
+def prepare() -> None:
+    """
+    Settings of this process that make training on a CPU faster and smaller; not for runs on an accelerator.
+    """
+    log.info("on the CPU: glibc keeps freed memory (mallopt), LM head tiles of %d tokens", HEAD_TILE)
+    keep_freed_memory()
+    small_head_tiles()
 
 
 def small_head_tiles() -> None:

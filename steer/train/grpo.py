@@ -84,7 +84,6 @@ class GroupGRPOTrainer(GRPOTrainer):
             )
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         functions = [f if isinstance(f, (nn.Module, str)) else guard(f) for f in functions]
-        cpu.keep_freed_memory()
         # trl loads a second base model when beta != 0; ours is the same one without what was trained.
         beta, args.beta = args.beta, 0.0
         try:
@@ -95,7 +94,7 @@ class GroupGRPOTrainer(GRPOTrainer):
         if beta != 0.0:
             self.ref_model = _Reference()
         if self.accelerator.device.type == "cpu":
-            cpu.small_head_tiles()
+            cpu.prepare()
         self.model_accepts_loss_kwargs = False
         add_group_scoring(self.model)
         self.remove_callback(PrinterCallback)

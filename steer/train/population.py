@@ -84,9 +84,8 @@ class PopulationTrainer:
             check_supported(member.args)
         if model.is_gradient_checkpointing:
             raise SteerError("a population cannot be trained with gradient checkpointing; switch it off")
-        cpu.keep_freed_memory()
         if model.device.type == "cpu":
-            cpu.small_head_tiles()
+            cpu.prepare()
         add_fused_lm_head(model, temperature=self.args.temperature, outputs=("log_probs", "entropy"))
         add_group_scoring(model)
         model.eval()
