@@ -174,5 +174,9 @@ def _select(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
     """
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
+    for layer in chosen.layers:
+        # Not `keys[rows]`: on a CPU its backward pass adds rows with atomic operations, in the order in which
+        # the threads come. That of index_select adds them one after the other, and takes a fifth of the time.
+        if layer.get_seq_length() > 0:
+            layer.keys, layer.values = (x.index_select(0, rows) for x in (layer.keys, layer.values))
     return chosen
