@@ -23,6 +23,7 @@ from evals.plots import COLOURS
 from steer import artifact
 from steer.errors import SteerError
 from steer.files import replace_file
+from steer.prompts import PromptSpec
 from steer.train.run import read_results
 from steer.train.study import HALVING_FILE, MEMBERS, POPULATION_FILE
 
@@ -252,8 +253,7 @@ def compose_pairs(
     tokenizer: Any,
     checker: Any,
     problems: list[dict[str, Any]],
-    template: str,
-    prefix: str,
+    prompts: PromptSpec,
     tokens: int,
 ) -> None:
     """
@@ -274,7 +274,14 @@ def compose_pairs(
         total = total + part
     vectors = steer.load(total, model)
     try:
-        subject = Subject(vectors, tokenizer, template, prefix, max_new_tokens=tokens)
+        subject = Subject(
+            vectors,
+            tokenizer,
+            prompts.template,
+            prompts.prefix,
+            max_new_tokens=tokens,
+            chat_template_kwargs=prompts.chat_template_kwargs,
+        )
         found = compose(subject, problems, checker, label="best layers in pairs")
     finally:
         steer.detach(model)

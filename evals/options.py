@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import Any
 
 from evals import benchmarks
 from evals.engines import ENGINES
+from steer.cli.arguments import count, finite, json_object, whole
 
 # Answers sampled at once, and lost when the run is killed: minutes of work, so fewer where there is no GPU.
 BATCH = 64
@@ -33,7 +33,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     many: dict[str, Any] = {"nargs": "+", "default": []}
     model("--vectors", **many, metavar="[NAME=]PATH", help="folders, files or hub ids of vectors")
     model(
-        "--scales", nargs="+", type=float, default=[1.0], help="factors on the vectors as saved (default: 1)"
+        "--scales", nargs="+", type=finite, default=[1.0], help="factors on the vectors as saved (default: 1)"
     )
     model("--adapter", **many, metavar="[NAME=]PATH", help="folders or hub ids of peft adapters")
     model("--prefixes", **many, help="forced openings of the base's answers, e.g. To Step (controls)")
@@ -51,35 +51,27 @@ def parser(description: str) -> argparse.ArgumentParser:
     asked(
         "--data-dir", default=local, help="folder of files to read instead of the hub (default: $STEER_DATA)"
     )
-    asked("--samples", type=int, help="sampled answers per problem (default: the benchmark's own)")
+    asked("--samples", type=whole, help="sampled answers per problem (default: the benchmark's own)")
     asked("--greedy", action=yes, default=True, help="one greedy answer per problem too (default: yes)")
-    asked("--temperature", type=float, default=1.0, help="of the sampled answers (default: 1)")
-    asked("--top-p", type=float, default=1.0, help="of the sampled answers (default: 1)")
-    asked("--max-new-tokens", type=int, help="longest answer (default: the benchmark's own)")
+    asked("--temperature", type=finite, default=1.0, help="of the sampled answers (default: 1)")
+    asked("--top-p", type=finite, default=1.0, help="of the sampled answers (default: 1)")
+    asked("--max-new-tokens", type=count, help="longest answer (default: the benchmark's own)")
     asked("--template", help="prompt template (default: the benchmark's own)")
-    asked("--limit", type=int, help="most problems of each benchmark: a seeded choice (default: all)")
+    asked(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="variables of the chat template, e.g. '{\"enable_thinking\": false}' (default: those that the "
+        "vectors were trained with)",
+    )
+    asked("--limit", type=count, help="most problems of each benchmark: a seeded choice (default: all)")
     asked("--seed", type=int, default=0, help="of the sampled answers (default: 0)")
     how = found.add_argument_group("how it runs").add_argument
     how("--out", required=True, help="folder of the run; the same command goes on with it")
     how("--engine", choices=ENGINES, default="hf", help="what samples (default: hf)")
-    how("--engine-args", type=_json, metavar="JSON", help="arguments of vLLM's LLM: '{\"max_num_seqs\": 64}'")
+    engine = "arguments of vLLM's LLM: '{\"max_num_seqs\": 64}'"
+    how("--engine-args", type=json_object, metavar="JSON", help=engine)
     sizes = f"{BATCH}; {BATCH_VLLM_GPU} with vllm on a GPU"
-    how("--batch-size", type=_count, help=f"answers sampled at once (default: {sizes})")
-    how("--workers", type=_count, default=1, help="processes that grade (default: 1)")
-    return found
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError("expected a JSON object")
+    how("--batch-size", type=count, help=f"answers sampled at once (default: {sizes})")
+    how("--workers", type=count, default=1, help="processes that grade (default: 1)")
     return found

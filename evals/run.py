@@ -38,6 +38,7 @@ from evals.engines import Decoding, Engine, HfEngine, VllmEngine, row_seed, sour
 from evals.store import FIXED, GREEDY, Store
 from evals.variants import Variant
 from steer.errors import SteerError
+from steer.prompts import TEMPLATES, PromptSpec
 
 log = logging.getLogger("steer")
 
@@ -92,8 +93,10 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     if not compared:
         raise SteerError("--no-base leaves no variant; give --vectors, --adapter, --prefixes or --systems")
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
-    _mention_templates(compared, chosen)
-    rows = _rows(args, compared, chosen, {name: found for name, (found, _) in problems.items()}, tokenizer)
+    variables = _chat_template_kwargs(args, compared, chosen)
+    rows = _rows(
+        args, compared, chosen, {name: found for name, (found, _) in problems.items()}, tokenizer, variables
+    )
     longest = _check_lengths(rows, bones, args.model)
     session = {
         "command": shlex.join(["python", "-m", "evals.run", *command]),
@@ -108,6 +111,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
             b.name: {
                 "digest": problems[b.name][1],
                 "template": b.template,
+                "chat_template_kwargs": (variables or None) if TEMPLATES[b.template].chat else None,
                 "max_new_tokens": b.max_new_tokens,
                 "answer": b.answer,
             }
@@ -255,21 +259,45 @@ def _base(args: argparse.Namespace, bones: Any) -> Variant:
     )
 
 
-def _mention_templates(compared: Sequence[Variant], chosen: Sequence[Benchmark]) -> None:
+def _chat_template_kwargs(
+    args: argparse.Namespace, compared: Sequence[Variant], chosen: Sequence[Benchmark]
+) -> dict[str, Any]:
+    """
+    The variables of the chat template that every variant is asked with: those given, else those that the
+    vectors were trained with. Tells where vectors were trained with another template.
+    """
     from steer import artifact
 
-    for path in dict.fromkeys(variant.path for variant in compared if variant.kind == "vectors"):
-        trained = (artifact.read(path).config.provenance or {}).get("run")
-        template = trained.get("template") if isinstance(trained, dict) else None
+    trained = {
+        path: PromptSpec.of_training(artifact.read(path).config.provenance, "")
+        for path in dict.fromkeys(variant.path for variant in compared if variant.kind == "vectors")
+    }
+    for path, prompts in trained.items():
         for b in chosen:
-            if template and template != b.template:
+            if prompts.template and prompts.template != b.template:
                 log.info(
                     "note: %s was trained with template %s, %s asks with %s",
                     path,
-                    template,
+                    prompts.template,
                     b.name,
                     b.template,
                 )
+    if args.chat_template_kwargs is not None:
+        if args.chat_template_kwargs and not any(TEMPLATES[b.template].chat for b in chosen):
+            raise SteerError("--chat-template-kwargs are for a chat template, and no benchmark asks with one")
+        return args.chat_template_kwargs
+    made = {path: dict(prompts.chat_template_kwargs or {}) for path, prompts in trained.items()}
+    different = [path for path in made if made[path] != next(iter(made.values()))]
+    if different:
+        first = next(iter(made))
+        raise SteerError(
+            f"{first} was trained with chat_template_kwargs {made[first]}, {different[0]} with "
+            f"{made[different[0]]}, and all are to be asked the same; give --chat-template-kwargs"
+        )
+    found = next(iter(made.values()), {})
+    if found and any(TEMPLATES[b.template].chat for b in chosen):
+        log.info("chat_template_kwargs %s, as in training", found)
+    return found
 
 
 def _rows(
@@ -278,20 +306,18 @@ def _rows(
     chosen: Sequence[Benchmark],
     problems: dict[str, list[Problem]],
     tokenizer: Any,
+    variables: dict[str, Any],
 ) -> list[Row]:
     """
     Every completion of the run, in the order they are made: longest prompts first, so that memory fails
     early.
     """
-    from steer.prompts import render
-
     rows = []
     for variant in compared:
         for b in chosen:
-            texts = [
-                render(p.problem, tokenizer, b.template, variant.prefix, variant.system)
-                for p in problems[b.name]
-            ]
+            kwargs = variables if TEMPLATES[b.template].chat else None
+            frame = PromptSpec(b.template, variant.prefix, variant.system, kwargs).frame(tokenizer)
+            texts = [frame(p.problem) for p in problems[b.name]]
             prompts = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
             asked = sorted(zip(problems[b.name], prompts, strict=True), key=lambda pair: -len(pair[1]))
             for samples in ([GREEDY] if args.greedy else [], range(b.samples)):

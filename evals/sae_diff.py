@@ -20,7 +20,7 @@ from steer.data import Arithmetic, load_problems
 from steer.files import replace_file
 from steer.grading import Checker
 from steer.models import load_model, load_tokenizer
-from steer.prompts import render
+from steer.prompts import PromptSpec, recorded
 from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import Reader
 from steer.sae.browser import write_browser
@@ -136,9 +136,10 @@ class Subject:
         self.tokenizer, self.model = load_tokenizer(model), load_model(model, dtype="float32")
         self.vectors = steer.load(vectors, self.model, tokenizer=self.tokenizer)
         self.checker = checker
-        provenance = self.vectors.config.provenance or {}
-        self.trained: dict[str, Any] = provenance.get("run", {})
-        self.length: int = provenance.get("training", {}).get("max_completion_length", 16)
+        provenance = self.vectors.config.provenance
+        self.trained = recorded(provenance, "run")
+        self.length: int = recorded(provenance, "training").get("max_completion_length", 16)
+        self.frame = PromptSpec.of_training(provenance, "boxed_short").frame(self.tokenizer)
         self.eos = (self.tokenizer.eos_token_id,)
         names = ("operators", "digits", "terms", "heldout")
         settings = {k: self.trained[k] for k in names if k in self.trained}
@@ -146,10 +147,6 @@ class Subject:
             load_problems("arithmetic", split, arithmetic=Arithmetic(**settings, problems=count)).to_list()
             for split, count in (("train", self.trained.get("generated_problems", 87)), ("heldout", 75))
         )
-
-    def frame(self, problem: str) -> str:
-        template = self.trained.get("template", "boxed_short")
-        return render(problem, self.tokenizer, template, self.trained.get("prefix", ""))
 
     def prompts(self, problems: list[dict[str, Any]]) -> list[list[int]]:
         framed = [self.frame(row["problem"]) for row in problems]

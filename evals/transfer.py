@@ -36,7 +36,7 @@ from steer.data import Arithmetic, load_problems
 from steer.files import replace_file
 from steer.grading import Checker
 from steer.models import load_model, load_tokenizer
-from steer.prompts import render
+from steer.prompts import PromptSpec
 from steer.train.evaluation import answer_greedily, score
 from steer.transfers import transfer
 from steer.weights import cache_dir
@@ -199,8 +199,7 @@ def conditions(
             "examples": examples,
         }
 
-    def chat(problem: str) -> str:
-        return render(problem, donor_tokenizer, run["template"], run["prefix"])
+    chat = PromptSpec.of_training(source.config.provenance).frame(donor_tokenizer)
 
     own = (donor, donor_tokenizer, donor_name)
     yield measure(*own, source, "its own", chat), None

@@ -194,12 +194,14 @@ class Comparison:
             "dtype": shared.get("model_dtype", "auto"),
             "samples": 8,
         }
+        if shared.get("chat_template_kwargs"):
+            from_training["chat_template_kwargs"] = json.dumps(shared["chat_template_kwargs"])
         return {**from_training, **self.plan.evaluation}
 
     def evals(self, out: Path) -> list[str]:
         asked = self.asked()
         words = [sys.executable, "-m", "evals.run", "--out", str(out)]
-        for name in ("template", "max_new_tokens", "dtype", "engine"):
+        for name in ("template", "max_new_tokens", "dtype", "engine", "chat_template_kwargs"):
             words += [f"--{name.replace('_', '-')}", str(asked[name])] if name in asked else []
         return words
 

@@ -100,7 +100,7 @@ def vectors(run: RunConfig, steering: steer.SteeringConfig) -> Recipe:
 def provenance(run: RunConfig, training: SteeringGRPOConfig) -> dict[str, Any]:
     """What the artifact says of its making."""
     names = "learning_rate lr_by_layer advantage loss_type beta num_generations generation_batch_size "
-    names += "max_completion_length temperature max_steps seed"
+    names += "max_completion_length temperature max_steps seed chat_template_kwargs"
     return {
         "recipe": "grpo_steer",
         "run": asdict(run),

@@ -33,10 +33,10 @@ from accelerate import PartialState
 
 from evals import layer_study
 from steer.models import load_model, load_tokenizer
-from steer.prompts import render
 from steer.rewards import Checker
 from steer.sites import find_decoder
 from steer.train import grid, recipe
+from steer.train import run as runs
 from steer.train.config import SteeringGRPOConfig
 from steer.train.grid import PopulationArguments
 from steer.train.run import RunConfig, SteeringArguments
@@ -64,7 +64,8 @@ def train_population(run: RunConfig, training: SteeringGRPOConfig, asked: Popula
     everyone = grid.members(asked, training, find_decoder(model).depth, sys.argv[1:])
     now = grid.chosen(everyone, asked.only)
     train, held_out = recipe.problems(run)
-    frame = lambda problem: render(problem, tokenizer, run.template, run.prefix)  # noqa: E731
+    prompts = runs.prompts(run, training)
+    frame = prompts.frame(tokenizer)
     train = train.map(lambda row: {"prompt": frame(row["problem"])}, desc="framing prompts")
     main_process = PartialState().is_main_process
     if main_process:
@@ -77,9 +78,7 @@ def train_population(run: RunConfig, training: SteeringGRPOConfig, asked: Popula
         best = layer_study.best_layers(layer_study.rows(folder), asked.winners) if asked.winners else []
         if len(best) > 1 and held_out is not None:
             tokens = training.max_completion_length
-            layer_study.compose_pairs(
-                folder, best, model, tokenizer, checker, held_out, run.template, run.prefix, tokens
-            )
+            layer_study.compose_pairs(folder, best, model, tokenizer, checker, held_out, prompts, tokens)
     print(f"\n{layer_study.report(folder, f'{run.model} on {run.train_data}')}")
     print(f"table     {folder / 'sweep.md'}, {folder / 'sweep.json'}\nplot      {folder / 'sweep.png'}")
     print(f"vectors   {folder / 'members'}/NAME/vectors\n")

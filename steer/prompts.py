@@ -109,6 +109,23 @@ class PromptSpec:
                 )
         return found
 
+    def but(
+        self,
+        template: str | None = None,
+        prefix: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> PromptSpec:
+        """
+        The same with what is given here; None keeps what there is. A plain template leaves out the
+        `chat_template_kwargs` of a chat.
+        """
+        chosen = self.template if template is None else template
+        if chat_template_kwargs is None and chosen in TEMPLATES and TEMPLATES[chosen].chat:
+            chat_template_kwargs = self.chat_template_kwargs
+        return PromptSpec(
+            chosen, self.prefix if prefix is None else prefix, self.system, chat_template_kwargs
+        )
+
     def render(self, problem: str, tokenizer: Any) -> str:
         """The prompt of `problem`, as `render` makes it."""
         return render(problem, tokenizer, self.template, self.prefix, self.system, self.chat_template_kwargs)
@@ -250,7 +267,7 @@ def check_chat_template_kwargs(tokenizer: Any, variables: Mapping[str, Any]) -> 
             reads = f"reads {', '.join(sorted(known))}" if known else "reads no settings at all"
             raise SteerError(
                 f"chat_template_kwargs names {variable!r}, which the tokenizer's chat template never reads; "
-                f"it {reads}: leave {variable!r} out"
+                f"it {reads}: leave {variable!r} out ('{{}}' for none)"
             )
 
 

@@ -207,10 +207,10 @@ def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any)
     import steer
     from steer.data import Arithmetic, load_problems
     from steer.grading import Checker
-    from steer.prompts import render
+    from steer.prompts import PromptSpec, recorded
     from steer.train.evaluation import answer_greedily, score
 
-    run = (made.config.provenance or {}).get("run", {})
+    run = recorded(made.config.provenance, "run")
     names = ("operators", "digits", "terms", "heldout")
     settings = {name: run[name] for name in names if args.check == "arithmetic" and name in run}
     problems = load_problems(
@@ -222,9 +222,7 @@ def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any)
     vectors = steer.load(made, model, tokenizer=tokenizer)
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [tokenizer.eos_token_id if stops is None else stops]
-
-    def frame(problem: str) -> str:
-        return render(problem, tokenizer, run.get("template", "boxed"), run.get("prefix", ""))
+    frame = PromptSpec.of_training(made.config.provenance).frame(tokenizer)
 
     def measure(label: str) -> dict[str, Any]:
         with Checker() as checker:

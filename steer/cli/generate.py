@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from steer.cli.arguments import count, finite, json_object
+
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser(
@@ -16,8 +18,16 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     generate.add_argument(
         "--template", help="prompt template; default: the one the vectors were trained with"
     )
-    generate.add_argument("--scale", type=float, help="factor on the vectors; default: as saved")
-    generate.add_argument("--max-new-tokens", type=int, default=64, help="length of the answer (default: 64)")
+    generate.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="variables of the chat template, e.g. '{\"enable_thinking\": false}'; default: as in training",
+    )
+    generate.add_argument("--scale", type=finite, help="factor on the vectors; default: as saved")
+    generate.add_argument(
+        "--max-new-tokens", type=count, default=64, help="length of the answer (default: 64)"
+    )
     generate.add_argument("--dtype", default="auto", help="precision of the base model (default: auto)")
     generate.add_argument("--json", action="store_true", help="print JSON")
     generate.set_defaults(run=_generate)
@@ -26,16 +36,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _generate(args: argparse.Namespace) -> None:
     import steer
     from steer.models import load_model, load_tokenizer
-    from steer.prompts import render
+    from steer.prompts import PromptSpec
 
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, dtype=args.dtype)
     vectors = steer.load(args.vectors, model, tokenizer=tokenizer)
     if args.scale is not None:
         vectors.scale = args.scale
-    trained = (vectors.config.provenance or {}).get("run", {})
-    template = args.template or trained.get("template", "boxed")
-    text = render(args.prompt, tokenizer, template, trained.get("prefix", ""))
+    trained = PromptSpec.of_training(vectors.config.provenance)
+    text = trained.but(args.template, None, args.chat_template_kwargs).render(args.prompt, tokenizer)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
 
     def answer() -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from steer.cli.arguments import count, json_object
+
 CONTROLS = ("random", "shuffled", "mean-difference")
 
 ABOUT = """\
@@ -231,16 +233,24 @@ def _input(parser: argparse.ArgumentParser, problems: int = 32) -> None:
     )
     parser.add_argument("--split", default="test", help="split of the data (default: test)")
     parser.add_argument(
-        "--problems", type=int, default=problems, help=f"problems to use (default: {problems})"
+        "--problems", type=count, default=problems, help=f"problems to use (default: {problems})"
     )
     parser.add_argument("--template", help="prompt template; default: the one the vectors were trained with")
     parser.add_argument(
         "--prefix", help="opening of the answer; default: the one the vectors were trained with"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, help="length of an answer; default: as in training, else 256"
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="variables of the chat template; default: those of training",
     )
-    parser.add_argument("--batch-size", type=int, default=128, help="sequences a forward pass (default: 128)")
+    parser.add_argument(
+        "--max-new-tokens", type=count, help="length of an answer; default: as in training, else 256"
+    )
+    parser.add_argument(
+        "--batch-size", type=count, default=128, help="sequences a forward pass (default: 128)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of controls (default: 0)")
 
 

@@ -157,7 +157,8 @@ class _Study:
                 report.notes.append(f"Control left out: {name} ({error}).")
                 continue
             self._score(name, graded(subject, written, self.problems, self.checker))
-        other = replace(subject, template="plain" if subject.template != "plain" else "qwen_math", prefix="")
+        plain = "plain" if subject.template != "plain" else "qwen_math"
+        other = replace(subject, template=plain, prefix="", chat_template_kwargs=None)
         both = complete(other, other.rows(self.problems), [BASE, steered(other)], label="another template")
         for name, some in zip(("base", "steered"), both, strict=True):
             title = f"{name}, template {other.template} instead of {subject.template}"

@@ -38,6 +38,7 @@ from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
 from steer.models import load_model, load_tokenizer
+from steer.prompts import PromptSpec, recorded
 
 Records = list[dict[str, Any]]
 
@@ -54,15 +55,17 @@ def _subject(args: argparse.Namespace) -> Subject:
 
 
 def _frame(args: argparse.Namespace, provenance: dict[str, Any] | None) -> dict[str, Any]:
-    run, training = ((provenance or {}).get(part) or {} for part in ("run", "training"))
-
-    def told(name: str, value: Any) -> Any:
+    def told(name: str, value: Any = None) -> Any:
         given = getattr(args, name, None)
         return value if given is None else given
 
+    trained = PromptSpec.of_training(provenance)
+    prompts = trained.but(told("template"), told("prefix"), told("chat_template_kwargs"))
+    training = recorded(provenance, "training")
     return {
-        "template": told("template", run.get("template") or "boxed"),
-        "prefix": told("prefix", run.get("prefix") or ""),
+        "template": prompts.template,
+        "prefix": prompts.prefix,
+        "chat_template_kwargs": prompts.chat_template_kwargs,
         "max_new_tokens": told("max_new_tokens", training.get("max_completion_length") or 256),
         "batch_size": told("batch_size", 128),
     }
@@ -70,7 +73,7 @@ def _frame(args: argparse.Namespace, provenance: dict[str, Any] | None) -> dict[
 
 def _problems(args: argparse.Namespace, provenance: dict[str, Any] | None) -> Records:
     """`args.problems` problems; those of generated arithmetic are of the kind the vectors were trained on."""
-    run = (provenance or {}).get("run") or {}
+    run = recorded(provenance, "run")
     source = args.data or run.get("eval_data") or run.get("train_data")
     if not source:
         raise SteerError("the artifact does not say what it was trained on; give --data, such as gsm8k")
@@ -324,7 +327,8 @@ def transfer(args: argparse.Namespace) -> None:
             raise SteerError(f"{source} does not name its base model, which the matrix needs")
         frame = _frame(args, found.config.provenance)
         model = load_model(name, dtype="float32")
-        entries.append(Entry(name, model, load_tokenizer(name), found, frame["template"], frame["prefix"]))
+        asked = (frame[part] for part in ("template", "prefix", "chat_template_kwargs"))
+        entries.append(Entry(name, model, load_tokenizer(name), found, *asked))
     problems = _problems(args, entries[0].artifact.config.provenance)
     with Checker() as checker:
         options = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,6 +54,7 @@ class Subject:
     max_new_tokens: int = 64
     batch_size: int = 128
     padding_side: str = "left"
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
@@ -82,7 +83,13 @@ class Subject:
 
     def row(self, problem: str, forced: str | Sequence[int] = "") -> Row:
         """The prompt of one problem; `forced` (text or token ids) is a completion's opening that is given."""
-        text = render(problem, self.tokenizer, self.template, self.prefix)
+        text = render(
+            problem,
+            self.tokenizer,
+            self.template,
+            self.prefix,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
         ids = self.encode(text)
         opening = self.encode(forced) if isinstance(forced, str) else list(forced)
         return Row((*ids, *opening), len(ids))

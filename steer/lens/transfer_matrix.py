@@ -5,7 +5,7 @@ transfer).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class Entry:
     artifact: Artifact
     template: str = "boxed"
     prefix: str = ""
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -117,7 +118,15 @@ def transfer_matrix(
                 continue
             vectors = steer.load(carried, to.model)
             try:
-                subject = Subject(vectors, to.tokenizer, to.template, to.prefix, max_new_tokens, batch_size)
+                subject = Subject(
+                    vectors,
+                    to.tokenizer,
+                    to.template,
+                    to.prefix,
+                    max_new_tokens,
+                    batch_size,
+                    chat_template_kwargs=to.chat_template_kwargs,
+                )
                 text = label and f"{label}: {of.name} in {to.name}"
                 lanes = [steered(subject), *([BASE] if i == j else [])]
                 found = accuracies(subject, problems, lanes, checker, text)

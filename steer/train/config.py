@@ -125,6 +125,11 @@ class SteeringGRPOConfig(GRPOConfig):
             raise SteerError(
                 f"advantage={self.advantage!r} is unknown; choose one of {', '.join(ADVANTAGES)}"
             )
+        if not isinstance(self.chat_template_kwargs, (dict, type(None))):
+            raise SteerError(
+                f"chat_template_kwargs={self.chat_template_kwargs!r} is no mapping; give variables of the "
+                "chat template, such as {enable_thinking: false} (on the command line as JSON)"
+            )
         if self.advantage == "loo" and self.scale_rewards != "none":
             raise SteerError(
                 "advantage=loo does not divide by a standard deviation, but "

@@ -31,7 +31,6 @@ from steer.data import load_problems
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.models import fast_dtype, load_model, load_tokenizer
-from steer.prompts import render
 from steer.rewards import Checker, make_reward
 from steer.sharded import shape
 from steer.train import run as runs
@@ -190,14 +189,14 @@ def conduct(
         return done
 
     tokenizer = load_tokenizer(run.model, revision=run.model_revision)
+    frame = runs.prompts(run, training).frame(tokenizer)
+    data = train.map(lambda row: {"prompt": frame(row["problem"])}, desc="framing prompts")
     model = load_model(
         run.model,
         revision=run.model_revision,
         dtype=recipe.dtype,
         attn_implementation=run.attn_implementation,
     )
-    frame = lambda problem: render(problem, tokenizer, run.template, run.prefix)  # noqa: E731
-    data = train.map(lambda row: {"prompt": frame(row["problem"])}, desc="framing prompts")
     with Checker() as checker:
         rewards = [make_reward(name, checker) for name in run.rewards]
         trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)

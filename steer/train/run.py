@@ -13,7 +13,7 @@ from steer.config import SteeringConfig
 from steer.data import Arithmetic
 from steer.errors import SteerError
 from steer.files import replace_file
-from steer.prompts import TEMPLATES
+from steer.prompts import TEMPLATES, PromptSpec
 from steer.rewards import REWARDS
 
 RUN_FILE = "run.json"
@@ -153,6 +153,11 @@ def settings(run: RunConfig, trained: dict[str, Any], training: Any) -> dict[str
     chosen = {k: v for k, v in training.to_dict().items() if not k.startswith(_FREE)}
     chosen.pop("per_device_eval_batch_size", None)
     return json.loads(json.dumps({"run": asdict(run), **trained, "training": chosen}, default=str))
+
+
+def prompts(run: RunConfig, training: Any) -> PromptSpec:
+    """How the run puts its problems to the model."""
+    return PromptSpec(run.template, run.prefix, chat_template_kwargs=training.chat_template_kwargs)
 
 
 def claim(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> None:

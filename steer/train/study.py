@@ -268,7 +268,8 @@ def _write_answers(path: Path, answered: Sequence[Answered]) -> None:
 
 def _provenance(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
     names = "learning_rate lr_by_layer advantage loss_type beta num_generations per_device_train_batch_size "
-    names += "gradient_accumulation_steps max_completion_length temperature max_steps seed"
+    names += "gradient_accumulation_steps max_completion_length temperature max_steps seed "
+    names += "chat_template_kwargs"
     return {
         "recipe": "layer_sweep",
         "member": settings.name,

@@ -1,0 +1,55 @@
+"""Types of command-line arguments: what cannot work is refused while the command line is read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def whole(text: str, least: int = 0) -> int:
+    """A whole number from 0."""
+    if not (text.isascii() and text.isdecimal()) or len(text) > 18 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    return whole(text, 1)
+
+
+def finite(text: str) -> float:
+    """A number that is neither NaN nor infinite."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
+
+
+def at_least(least: float) -> Callable[[str], float]:
+    """A finite number, not below `least`."""
+
+    def read(text: str) -> float:
+        number = finite(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g}")
+        return number
+
+    return read
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, such as '{"enable_thinking": false}'."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; expected '{{\"name\": value}}'")
+    return found
