@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
@@ -244,9 +244,15 @@ class Checker:
         with self._lock:
             self._drop_pool()
 
-    def check(self, completions: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+    def check(
+        self,
+        completions: Sequence[str],
+        answers: Sequence[str],
+        extract: Callable[[str], str | None] = extract_boxed,
+    ) -> list[Verdict]:
         """One verdict per completion, against the reference answer at the same place.
 
+        `extract` takes the answer out of a completion: `extract_boxed`, or `steer.lenient.extract_lenient`.
         Answers that time out or crash a worker count as wrong, with one warning per call. Raises SteerError
         for lists of different lengths and when workers cannot start at all.
         """
@@ -255,7 +261,7 @@ class Checker:
                 f"{len(completions)} completions and {len(answers)} reference answers; "
                 "expected one answer each"
             )
-        extracted = [extract_boxed(completion) for completion in completions]
+        extracted = [extract(completion) for completion in completions]
         verdicts = [self._cheap(str(gold), found) for gold, found in zip(answers, extracted, strict=True)]
         pairs = [(str(gold), found or "") for gold, found in zip(answers, extracted, strict=True)]
         open_pairs = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None}
