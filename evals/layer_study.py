@@ -22,7 +22,7 @@ from evals import scores
 from evals.plots import COLOURS
 from steer import artifact
 from steer.errors import SteerError
-from steer.files import replace_file
+from steer.files import read_json, replace_file
 from steer.prompts import PromptSpec
 from steer.train.run import read_results
 from steer.train.study import HALVING_FILE, MEMBERS, POPULATION_FILE
@@ -35,9 +35,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         raise SteerError(f"{folder} holds no {POPULATION_FILE}: it is no run of recipes/layer_sweep.py")
     base = _right(folder / "samples_before.json")
     halving = folder / HALVING_FILE
-    rungs = json.loads(halving.read_text()) if halving.exists() else {}
+    rungs = read_json(halving) if halving.exists() else {}
     found = []
-    for name, own in json.loads(path.read_text()).items():
+    for name, own in read_json(path).items():
         place = folder / MEMBERS / name
         results = read_results(place)
         if not results:
@@ -74,7 +74,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def _right(path: Path) -> Any:
     if not path.exists():
         return None
-    return np.array([answer["correct"] for answer in json.loads(path.read_text())], dtype=float)
+    return np.array([answer["correct"] for answer in read_json(path)], dtype=float)
 
 
 def report(folder: Path, title: str) -> str:
@@ -84,7 +84,7 @@ def report(folder: Path, title: str) -> str:
     record: dict[str, Any] = {"title": title, "untrained": before, "members": found}
     pairs = folder / "pairs.json"
     if pairs.exists():
-        record["pairs"] = json.loads(pairs.read_text())
+        record["pairs"] = read_json(pairs)
     text = table(found, before)
     text += rates_table(found)
     if "pairs" in record:
@@ -266,7 +266,7 @@ def compose_pairs(
 
     path = folder / "pairs.json"
     tried = {row["member"]: row["norm"] for row in best}
-    if path.exists() and json.loads(path.read_text())["norms"] == tried:
+    if path.exists() and read_json(path)["norms"] == tried:
         return
     parts = [artifact.read(folder / MEMBERS / name / "vectors") for name in tried]
     total = parts[0]
@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--title", help="of the table and the plot (default: as it was)")
     args = parser.parse_args()
     before = args.folder / "sweep.json"
-    known = json.loads(before.read_text())["title"] if before.exists() else args.folder.name
+    known = read_json(before)["title"] if before.exists() else args.folder.name
     try:
         print(report(args.folder, args.title or known))
     except SteerError as error:

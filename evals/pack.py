@@ -12,7 +12,7 @@ from typing import Any
 
 from evals.store import COLUMNS, GREEDY, read_completions, read_problems, read_settings
 from steer.errors import SteerError
-from steer.files import replace_file
+from steer.files import read_json, replace_file
 
 # Texts are most of a run; of the sampled answers these many are kept, as many as a page shows.
 TEXTS = 2
@@ -62,10 +62,7 @@ def read_run(path: str | Path, columns: Iterable[str] = tuple(COLUMNS)) -> Run:
 
 def read_packed(path: str | Path) -> dict[str, Any]:
     """The whole content of a packed file; `about` is what `pack` was given."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise SteerError(f"{path} cannot be read ({error}); give a folder or a file of a run") from error
+    found = read_json(path)
     if not isinstance(found, dict) or "completions" not in found:
         raise SteerError(f"{path} is no packed run of evals: it has no completions")
     return found

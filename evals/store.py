@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import SteerError
-from steer.files import replace_file
+from steer.files import read_json, replace_file
 
 RUN_FILE, PROBLEMS_FILE = "run.json", "problems.parquet"
 GREEDY = -1
@@ -111,7 +111,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise SteerError(f"no run in {folder}: there is no {RUN_FILE}; give a folder that evals.run wrote")
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if not isinstance(found, dict) or not {"variants", "benchmarks", *FIXED} <= set(found):
             raise ValueError("it is not what evals.run writes")
     except (ValueError, OSError) as error:

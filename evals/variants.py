@@ -7,7 +7,6 @@ what tells it from another of the same name.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from steer import artifact
 from steer.errors import SteerError
+from steer.files import read_json
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -141,7 +141,7 @@ def adapter_folder(source: str) -> Path:
 def adapter_rank(folder: str | Path) -> int:
     """The largest LoRA rank in an adapter; 0 for other methods."""
     try:
-        config = json.loads((Path(folder) / ADAPTER_FILES[0]).read_text())
+        config = read_json(Path(folder) / ADAPTER_FILES[0])
         if config["peft_type"] != "LORA":
             return 0
         return max([config["r"], *(config.get("rank_pattern") or {}).values()])

@@ -6,16 +6,18 @@ They come from a generator of arithmetic, known data sets on the hub, or a local
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from steer.errors import SteerError
+from steer.errors import SteerError, one_line
+from steer.files import json_lines, parse_json, read_text
 
 if TYPE_CHECKING:
     import datasets
@@ -282,37 +284,21 @@ def _from_hub(hub: str, config: str | None, split: str) -> list[Record]:
 
 
 def _from_file(path: Path) -> list[Any]:
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
 
-            return list(pyarrow.parquet.read_table(path).to_pylist())
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise SteerError(f"cannot read {str(path)!r}: {' '.join(str(error).split())}") from error
-    if path.suffix == ".json":
         try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise SteerError(
-                f"{path.name} is not JSON: {error}; for one record per line use .jsonl"
-            ) from error
-        if not isinstance(rows, list):
-            raise SteerError(
-                f"{path.name} holds a {type(rows).__name__}; expected a list of records with {_RECORD_FORM}"
-            )
-        return rows
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise SteerError(
-                    f"{path.name}, line {number}: not JSON ({error}); expected one record a line"
-                ) from error
-        else:
-            rows.append(None)  # keeps record numbers equal to line numbers
+            return list(pyarrow.parquet.read_table(path).to_pylist())
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise SteerError(f"cannot read {str(path)!r}: {one_line(error)}") from error
+    if path.suffix == ".jsonl":
+        # an empty line is None, so that record numbers are line numbers
+        return json_lines(path, literal_numbers=True)
+    rows = parse_json(read_text(path), f"{path.name} (one record per line is .jsonl)", literal_numbers=True)
+    if not isinstance(rows, list):
+        raise SteerError(
+            f"{path.name} holds a {type(rows).__name__}; expected a list of records with {_RECORD_FORM}"
+        )
     return rows
 
 
@@ -328,6 +314,11 @@ def _records(rows: Iterable[Any], source: str) -> list[Record]:
             )
         record: Record = {"source": str(row.get("source") or source), "level": _level(row.get("level"))}
         for name in ("problem", "answer"):
+            if isinstance(row.get(name), float) and not math.isfinite(row[name]):
+                raise SteerError(
+                    f"{source}, record {number}: {name!r} is {row[name]}, which is no number; correct the "
+                    "record or leave it out"
+                )
             value = _text(row.get(name))
             if value is None:
                 seen = ", ".join(map(str, row))
@@ -343,9 +334,11 @@ def _records(rows: Iterable[Any], source: str) -> list[Record]:
 
 
 def _text(value: Any) -> str | None:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
+    if isinstance(value, float) and math.isfinite(value):
+        # of a typed column, where its text is not known: written out, as 1e-07 is nobody's answer
+        digits = Decimal(repr(value))
+        value = format(digits.to_integral_value() if value.is_integer() else digits, "f")
+    if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
         return str(value)
     return None
 

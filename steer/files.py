@@ -9,9 +9,9 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from steer.errors import SteerError, shown
+from steer.errors import SteerError, one_line, shown
 
 # Deeper JSON is nobody's config, and some parsers and printers of it recurse.
 MAX_NESTING = 200
@@ -42,30 +42,71 @@ def replace_files(contents: dict[Path, bytes]) -> None:
         raise
 
 
-def json_object(text: str | bytes, where: str | os.PathLike[str]) -> dict[str, Any]:
+def parse_json(text: str | bytes, where: str | os.PathLike[str], literal_numbers: bool = False) -> Any:
     """
-    The JSON object in `text`, which came from `where`. SteerError when it is not one, and when it names a key
-    twice, which could mean two things.
+    The JSON value in `text`.
+
+    Args:
+        text: the whole of one JSON value.
+        where: where it came from, for the message: a file, or a file and a line.
+        literal_numbers: give numbers as strings, written as they are in `text`, and refuse NaN and Infinity,
+            which are none. As floats 0.10 would become 0.1 and 1e-7 would become 1e-07.
+
+    Raises:
+        SteerError: no JSON; a key that is there twice, which could mean two things; half a surrogate pair,
+            which can be neither shown nor saved; more than `MAX_NESTING` levels.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name in values:
-                raise ValueError(f"the key {name!r} is there twice")
+                raise ValueError(f"the key {shown(name)} is there twice")
             values[name] = value
         return values
 
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number in JSON")
+
+    numbers: dict[str, Any] = {}
+    if literal_numbers:
+        numbers = {"parse_int": str, "parse_float": str, "parse_constant": refuse}
     try:
-        values = json.loads(text, object_pairs_hook=once)
+        values = json.loads(text, object_pairs_hook=once, **numbers)
         _check_nesting(values)
-        json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair cannot be shown or saved
-    except (ValueError, RecursionError) as error:  # not JSON, too long a number, too deep a nesting
-        reason = shown(str(error))
-        raise SteerError(f"{where} is not JSON ({reason}); was it cut short or altered?") from error
+        json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair
+    except (ValueError, RecursionError) as error:  # no JSON, too long a number, too deep a nesting
+        raise SteerError(f"{where} is not JSON ({one_line(error)}); was it cut short or altered?") from error
+    return values
+
+
+def json_object(text: str | bytes, where: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in `text`, from `where`; SteerError as `parse_json`, and for another type of value."""
+    values = parse_json(text, where)
     if not isinstance(values, dict):
         raise SteerError(f"{where} is a JSON {type(values).__name__}, expected an object")
     return values
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark; SteerError when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise SteerError(f"cannot read {str(path)!r}: {one_line(error)}") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The JSON value in a file; SteerError as `read_text` and `parse_json`."""
+    return parse_json(read_text(path), path)
+
+
+def json_lines(path: Path, literal_numbers: bool = False) -> list[Any]:
+    """The JSON value of each line of a file, None for an empty line; SteerError names file and line."""
+    return [
+        parse_json(line, f"{path.name}, line {number}", literal_numbers) if line.strip() else None
+        for number, line in enumerate(read_text(path).split("\n"), 1)
+    ]
 
 
 def _check_nesting(values: Any) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -187,7 +188,7 @@ def test_limit_shuffles_only_when_it_cuts(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.jsonl", '{"problem": "a", "answer": "1"}\n\n{"problem": ', r"p.jsonl, line 3: not JSON"),
+        ("p.jsonl", '{"problem": "a", "answer": "1"}\n\n{"problem": ', r"p.jsonl, line 3 is not JSON"),
         (
             "p.jsonl",
             '{"problem": "a", "answer": "1"}\n\n{"question": "b", "answer": "1"}',
@@ -197,7 +198,7 @@ def test_limit_shuffles_only_when_it_cuts(tmp_path):
         ("p.jsonl", '{"problem": "a", "answer": ["1"]}', "record 1: no 'answer'"),
         ("p.jsonl", "[1]", "record 1: a list; expected fields"),
         ("p.jsonl", "", r"no problems left from .*0 read"),
-        ("p.json", "{", "p.json is not JSON"),
+        ("p.json", "{", r"p.json \(.*\) is not JSON"),
         ("p.json", "{}", "p.json holds a dict; expected a list"),
         ("p.parquet", "no parquet", "cannot read"),
         ("p.csv", "problem,answer", "unknown source.*expected arithmetic, gsm8k"),
@@ -317,3 +318,82 @@ def test_real_files(name, least):
     assert len(data) >= least
     if name.startswith("math"):
         assert set(data["level"]) <= {0, 1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize(
+    "number",
+    ["1e-7", "0.10", "1.0", "-0", "1234567890123456789012", "9" * 5000, "1E+2", "3.14159265358979323"],
+)
+def test_numbers_keep_the_text_that_the_file_has(tmp_path, suffix, number):
+    record = f'{{"problem": "p", "answer": {number}, "level": 5}}'
+    path = tmp_path / f"p{suffix}"
+    path.write_text(record if suffix == ".jsonl" else f"[{record}]")
+    (row,) = load_problems(str(path))
+    assert row["answer"] == number and row["level"] == 5
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ("NaN", "NaN is no number"),
+        ("-Infinity", "-Infinity is no number"),
+        (r'"\ud800"', "surrogate"),
+        ("[" * 300 + "]" * 300, "nested"),
+        ("[" * 100_000 + "]" * 100_000, "recursion|nested"),
+        ('"1", "answer": "2"', "'answer' is there twice"),
+    ],
+)
+def test_json_that_means_nothing_is_one_line_with_its_place(tmp_path, suffix, value, named):
+    record = f'{{"problem": "p", "answer": {value}}}'
+    path = tmp_path / f"p{suffix}"
+    good = '{"problem": "q", "answer": "1"}'
+    path.write_text(f"{good}\n{record}\n" if suffix == ".jsonl" else f"[{good}, {record}]")
+    place = "p.jsonl, line 2" if suffix == ".jsonl" else r"p.json \(.*\)"
+    with pytest.raises(SteerError, match=rf"^{place} is not JSON \(.*({named})") as caught:
+        load_problems(str(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(7.0, "7"), (0.5, "0.5"), (1e-7, "0.0000001"), (1e22, "1" + "0" * 22), (-2.5e-8, "-0.000000025")],
+)
+def test_floats_of_a_typed_column_are_written_out(tmp_path, number, text):
+    path = str(tmp_path / "p.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["p"], "answer": [number]}), path)
+    assert load_problems(path)[0]["answer"] == text
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_float_that_is_no_number_is_refused(tmp_path, number):
+    path = str(tmp_path / "p.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["p"], "answer": [number]}), path)
+    with pytest.raises(SteerError, match=f"record 1: 'answer' is {number}"):
+        load_problems(path)
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "problem": st.text(min_size=1),
+                "answer": st.one_of(st.integers(), st.floats(), st.text("ab1"), st.none()),
+            }
+        ),
+        max_size=3,
+    ),
+    st.binary(max_size=20),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, records, noise):
+    path = tmp_path_factory.mktemp("fuzz") / "p.jsonl"
+    lines = [json.dumps(record).encode() for record in records]
+    path.write_bytes(b"\n".join([*lines, noise]))
+    try:
+        rows = load_problems(str(path))
+    except SteerError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(row["answer"] not in ("nan", "inf", "-inf", "NaN", "Infinity") for row in rows)

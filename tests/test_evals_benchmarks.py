@@ -92,7 +92,7 @@ def test_ids_tell_problems_apart_and_not_spacing(tmp_path):
 def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "gsm8k_test.jsonl"
     path.write_text('{"problem": "1+1", "answer": "2"}\n\n{"problem": "2+2", "ans\n')
-    with pytest.raises(SteerError, match=r"gsm8k_test.jsonl, line 3: not JSON") as error:
+    with pytest.raises(SteerError, match=r"gsm8k_test.jsonl, line 3 is not JSON") as error:
         benchmarks.load(benchmarks.parse("gsm8k"), tmp_path)
     message(error)
     path.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "2+2"}\n')

@@ -382,7 +382,7 @@ def test_a_broken_line_is_named(base, tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2", "answer"\n')
     line = refused(capsys, arguments(base, tmp_path / "out", "--benchmarks", str(path)))
-    assert "bad.jsonl, line 2: not JSON" in line
+    assert "bad.jsonl, line 2 is not JSON" in line
 
 
 def test_vllm_that_is_not_there(base, tmp_path, capsys, monkeypatch):

@@ -233,7 +233,7 @@ def test_texts_come_from_lines_and_records_of_each_source_in_turn(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("a.jsonl", '{"text": "a"}\n{', "line 2: not JSON"),
+        ("a.jsonl", '{"text": "a"}\n{', "line 2 is not JSON"),
         ("a.jsonl", '{"prompt": "a"}', "no text in prompt"),
         ("a.jsonl", "[1]", "line 1: no text in list"),
         ("a.txt", None, "no file"),

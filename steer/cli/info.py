@@ -12,6 +12,7 @@ from steer import artifact
 from steer.artifact import Artifact
 from steer.card import is_score
 from steer.errors import SteerError
+from steer.files import read_json
 
 ARTIFACT = "folder, .safetensors file or hub id"
 BAR = 40
@@ -109,7 +110,7 @@ def _control(text: str) -> tuple[str, dict[str, Any]]:
     path = Path(place)
     path = path / "results.json" if path.is_dir() else path
     try:
-        score = json.loads(path.read_text())["after"]
+        score = read_json(path)["after"]
         return name, {key: score[key] for key in ("accuracy", "low", "high", "problems")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SteerError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import SteerError
-from steer.files import replace_file
+from steer.files import read_json, replace_file
 from steer.sae.activations import ActivationStream, read_all
 
 META_FILE, DATA_FILE = "cache.json", "activations.f16"
@@ -137,7 +137,7 @@ class CachedActivations(HeldActivations):
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
-        meta = json.loads((folder / META_FILE).read_text())
+        meta = read_json(folder / META_FILE)
         if not isinstance(meta["width"], int) or not isinstance(meta["tokens"], int):
             raise TypeError("width and tokens are not whole numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:

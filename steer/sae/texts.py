@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from steer.errors import SteerError
+from steer.files import parse_json
 
 # The fields of a record that make its text, joined by a blank line: the first group of which all but the last
 # field is present.
@@ -60,12 +60,7 @@ def _lines(path: Path) -> Iterator[str]:
                 if path.suffix == ".txt":
                     yield line.rstrip("\n")
                     continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise SteerError(
-                        f"{path.name}, line {number}: not JSON ({error}); expected one record a line"
-                    ) from error
+                record = parse_json(line, f"{path.name}, line {number}")
                 yield text_of(record, f"{path.name}, line {number}")
     except (OSError, UnicodeDecodeError) as error:
         raise SteerError(f"cannot read texts {str(path)!r}: {' '.join(str(error).split())}") from error

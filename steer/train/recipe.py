@@ -29,7 +29,7 @@ from trl import TrlParser
 
 from steer.data import load_problems
 from steer.errors import SteerError
-from steer.files import replace_file
+from steer.files import read_json, replace_file
 from steer.models import fast_dtype, load_model, load_tokenizer
 from steer.rewards import Checker, make_reward
 from steer.sharded import shape
@@ -287,12 +287,11 @@ def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:
     results = runs.read_results(folder)
     checkpoint = newest_checkpoint(folder, recipe.readable)
     if checkpoint is not None:
-        history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        history = read_json(checkpoint / "trainer_state.json")["log_history"]
         plot_training(history, folder / "training.png", f"{run.model} on {run.train_data}")
     if "before" in results and "after" in results:
         before, after = (
-            [Answered(**row) for row in json.loads((folder / f"samples_{s}.json").read_text())]
-            for s in ("before", "after")
+            [Answered(**row) for row in read_json(folder / f"samples_{s}.json")] for s in ("before", "after")
         )
         print(f"\n{sample_answers(before, after, run.samples_shown, recipe.name)}\n")
         print(score_table(Score(**results["before"]), Score(**results["after"]), recipe.name))

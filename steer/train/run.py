@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from steer.config import SteeringConfig
 from steer.data import Arithmetic
 from steer.errors import SteerError
-from steer.files import replace_file
+from steer.files import read_json, replace_file
 from steer.prompts import TEMPLATES, PromptSpec
 from steer.rewards import REWARDS
 
@@ -170,7 +170,7 @@ def claim(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
         path.mkdir(parents=True, exist_ok=True)
         held = {file.name for file in path.iterdir()}
         if RUN_FILE in held and len(held) > 1:
-            have = json.loads((path / RUN_FILE).read_text())
+            have = read_json(path / RUN_FILE)
             _same(path, have, wanted)
             if have != wanted:
                 replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
@@ -178,8 +178,6 @@ def claim(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
             raise SteerError(f"{path} holds files that are no run of steer; give another --output_dir")
         else:  # a run that stopped at a mistake in its settings has computed nothing yet
             replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
-    except json.JSONDecodeError as error:
-        raise SteerError(f"{path / RUN_FILE} is not JSON ({error}); give another --output_dir") from error
     except OSError as error:
         raise SteerError(
             f"cannot use {path} for this run: {error.strerror}; give another --output_dir"
@@ -205,7 +203,7 @@ def _same(path: Path, have: dict[str, Any], wanted: dict[str, Any]) -> None:
 def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The results so far; empty when there are none."""
     path = Path(folder) / RESULTS_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def write_results(folder: str | os.PathLike[str], results: dict[str, Any]) -> None:

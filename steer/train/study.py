@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer import artifact
 from steer.errors import SteerError
-from steer.files import replace_file
+from steer.files import read_json, replace_file
 from steer.rewards import Checker, make_reward
 from steer.train import run as runs
 from steer.train.config import SteeringGRPOConfig
@@ -90,7 +90,7 @@ def claim(
     shared["training"] = {k: v for k, v in shared["training"].items() if k not in skipped}
     runs.claim(folder, shared)
     path = folder / POPULATION_FILE
-    have = json.loads(path.read_text()) if path.exists() else {}
+    have = read_json(path) if path.exists() else {}
     wanted = json.loads(json.dumps({m.name: m.own() for m in members}))
     for name in sorted(now & set(have)):
         changed = [
@@ -166,7 +166,7 @@ def conduct(study: Study, members: Sequence[Settings]) -> None:
 def _halve(study: Study, trainer: PopulationTrainer, rung: int) -> None:
     """Stop the members that are not among the best at `rung`; who was kept or stopped before stays so."""
     state, path = PartialState(), study.folder / HALVING_FILE
-    decided: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    decided: dict[str, Any] = read_json(path) if path.exists() else {}
     record = decided.get(str(rung), {})
     new = [m for m in trainer.members if m.step >= rung and m.stopped is None and m.name not in record]
     mine = [(m.name, _rank_by(study, trainer, m, rung), _league(study, trainer, m)) for m in new]

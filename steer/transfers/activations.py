@@ -7,7 +7,6 @@ same character: both have then read exactly the same text.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.data import Arithmetic
 from steer.errors import SteerError
+from steer.files import json_lines, read_text
 from steer.sites import Decoder
 
 # The longest piece of a text that is read at once, in characters, and where a piece is cut in tokens.
@@ -222,22 +222,12 @@ def _streams(
 def _from_file(path: Path) -> list[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise SteerError(f"texts {str(path)!r}: expected a .txt file (one text a line) or a .jsonl file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise SteerError(f"cannot read texts {str(path)!r}: {' '.join(str(error).split())}") from error
     if path.suffix == ".txt":
-        return lines
+        return read_text(path).split("\n")
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, record in enumerate(json_lines(path), 1):
+        if record is None:
             continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise SteerError(
-                f"{path.name}, line {number}: not JSON ({error}); expected one record a line"
-            ) from error
         parts = [record.get("text") or record.get("problem")] if isinstance(record, dict) else [None]
         if not isinstance(parts[0], str):
             raise SteerError(f"{path.name}, line {number}: expected a record with 'text' or 'problem'")
