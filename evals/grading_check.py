@@ -3,12 +3,16 @@ Is the grading right? The same completions graded again by others, with every di
 
     python -m evals.grading_check runs/eval --sample 300
     python -m evals.grading_check samples_gsm8k_2026-01-01T00-00-00.jsonl
+    python -m evals.grading_check labelled.jsonl
 
 A run is graded again by math-verify as its own README uses it (`verify(parse(reference),
 parse(completion))`), and where the answers are numbers by the extraction of lm-eval's GSM8K task:
 "flexible", the last number anywhere, and "strict", the number behind "####". A file that lm-eval wrote with
 `--log_samples` holds lm-eval's own verdicts; they are compared with this package's. Exit code 1 when a
 difference has no explanation.
+
+A file with `{"gold": ..., "answer": ..., "correct": ...}` on each line holds a person's verdicts on boxed
+answers: the agreement is printed with every disagreement. Exit code 1 when it is below 98 %.
 """
 
 from __future__ import annotations
@@ -177,6 +181,51 @@ def check_samples(path: str, sample: int, seed: int) -> list[Graded]:
     ]
 
 
+def agreement(path: str) -> tuple[int, list[tuple[str, str, Verdict]]]:
+    """The grader against a file of labelled pairs.
+
+    Returns:
+        the number of pairs, and gold, answer and verdict of every pair that the label contradicts.
+    """
+    rows, number = [], 0
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            number += 1
+            row = json.loads(line)
+            if not isinstance(row["correct"], bool):
+                raise TypeError("'correct' must be true or false")
+            rows.append((str(row["gold"]), str(row["answer"]), row["correct"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SteerError(
+            f'{path}, line {number}: expected {{"gold": ..., "answer": ..., "correct": true or false}} '
+            f"({type(error).__name__}: {error})"
+        ) from error
+    with Checker() as checker:
+        verdicts = checker.check(
+            [f"\\boxed{{{answer}}}" for _, answer, _ in rows], [gold for gold, _, _ in rows]
+        )
+    pairs = zip(rows, verdicts, strict=True)
+    return len(rows), [(gold, answer, v) for (gold, answer, correct), v in pairs if v.correct != correct]
+
+
+def _is_labelled(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return set(json.loads(next(lines, "null")) or ()) >= {"gold", "answer", "correct"}
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _print_agreement(path: str) -> int:
+    count, disagreements = agreement(path)
+    for gold, answer, verdict in disagreements:
+        ours = "right" if verdict.correct else "wrong"
+        print(f"  {ours} here ({verdict.how}), not by the label: answer {answer!r} for {gold!r}")
+    share = 1 - len(disagreements) / count
+    print(f"the same verdict on {count - len(disagreements)} of {count} labelled answers ({share:.1%})")
+    return int(share < 0.98)
+
+
 def summary(graded: Sequence[Graded], shown: int) -> tuple[str, int]:
     """The report as text, and how many differences have no explanation."""
     lines, unexplained = [], 0
@@ -209,7 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="a folder that evals.run wrote, or a .jsonl of lm-eval's samples")
+    parser.add_argument(
+        "source", help="a folder that evals.run wrote, or a .jsonl of lm-eval's samples or of labels"
+    )
     parser.add_argument(
         "--sample", type=int, default=300, help="most completions graded again (default: 300)"
     )
@@ -219,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
+        if _is_labelled(Path(args.source)):
+            return _print_agreement(args.source)
         check: Any = check_samples if Path(args.source).is_file() else check_run
         graded = check(args.source, args.sample, args.seed)
         if not graded:

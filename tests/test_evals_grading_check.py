@@ -134,3 +134,20 @@ def test_lm_evals_own_samples(tmp_path, capsys):
     path.write_text(path.read_text() + '{"resps": []}\n')
     assert grading_check.main([str(path)]) == 1
     assert "line 3: not what lm-eval writes" in capsys.readouterr().err
+
+
+def test_labelled_pairs(tmp_path, capsys):
+    path = tmp_path / "labelled.jsonl"
+    rows = [
+        {"gold": "12", "answer": r"12\text{ cm}^2", "correct": True},
+        {"gold": "12", "answer": "13", "correct": False},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert grading_check.main([str(path)]) == 0
+    assert "the same verdict on 2 of 2 labelled answers (100.0%)" in capsys.readouterr().out
+    path.write_text(path.read_text() + '{"gold": "5", "answer": "6", "correct": true}\n')
+    assert grading_check.main([str(path)]) == 1
+    assert "wrong here (exact), not by the label: answer '6' for '5'" in capsys.readouterr().out
+    path.write_text(path.read_text() + '{"gold": "5", "answer": "6", "correct": "yes"}\n')
+    assert grading_check.main([str(path)]) == 1
+    assert "line 4: expected" in capsys.readouterr().err

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import threading
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SteerError
-from steer.grading import Checker, Verdict, _compare, _math_verify, extract_boxed
+from steer.grading import Checker, Verdict, extract_boxed
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
@@ -83,87 +82,6 @@ def test_extraction_of_megabytes_is_linear(unit):
     assert extract_boxed(text) in (None, "", "1")
 
 
-# --- cheap comparison
-
-
-@pytest.mark.parametrize(
-    ("gold", "answer", "equal"),
-    [
-        ("1000", "1,000", True),
-        ("1000", "10,00", None),
-        ("10000", r"10{,}000", True),
-        ("5", "5.", True),
-        ("5", "+5", True),
-        ("5", "-5", False),
-        ("5", "05.00", True),
-        ("0", "-0.0", True),
-        ("0.5", ".50", True),
-        ("12", "1 2", None),
-        ("1/2", r"\frac12", True),
-        ("1/2", r"\dfrac{1}{2}", True),
-        ("-1/2", r"\frac{-1}{2}", True),
-        ("2/4", r"\tfrac{1}{2}", True),
-        ("1/2", "1/0", None),
-        ("1/3", "0.333333", True),
-        ("1/3", "0.33", False),
-        ("2", "2.0000001", False),
-        ("0.0000001", "0.0000002", False),
-        ("50", r"50\%", True),
-        (r"50\%", "50%", True),
-        (r"50\%", "60%", False),
-        ("0.5", r"50\%", None),
-        ("30", r"30^\circ", True),
-        (r"30^{\circ}", "30°", True),
-        (r"30^{\circ}", "30%", None),
-        ("5", r"\$5", True),
-        (r"\text{Evelyn}", "Evelyn", True),
-        ("(1, 2)", r"\left(1,\,2\right)", True),
-        (r"\leftarrow", "arrow", None),
-        (r"\pi r", r"\pir", None),
-        ("3", "٣", False),
-        ("٣", "٣", True),
-        ("3", "３", False),
-        ("3", "3\x00", False),
-        ("7", ".", None),
-        ("7", "-", None),
-        ("9" * 5000, "9" * 5000, True),
-        ("9" * 900, "9" * 899 + "8", False),
-    ],
-)
-def test_cheap_comparison(gold, answer, equal):
-    assert _compare(gold, answer) is equal
-
-
-def written(value, places):
-    """Ways to write a number that both sides of the comparison know."""
-    fraction = Fraction(value, 10**places)
-    forms = [
-        str(fraction),
-        f"{'-' if fraction < 0 else ''}\\frac{{{abs(fraction.numerator)}}}{{{fraction.denominator}}}",
-    ]
-    if places:
-        digits = f"{abs(value):0{places + 1}d}"
-        forms.append(f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}")
-    return st.sampled_from(forms)
-
-
-numbers = st.tuples(st.integers(-2000, 2000), st.integers(0, 3)).flatmap(lambda n: written(*n))
-
-
-@given(numbers, numbers)
-@settings(max_examples=150, deadline=None)
-def test_cheap_numbers_agree_with_math_verify(gold, answer):
-    assert _compare(gold, answer) is _math_verify(gold, answer)
-
-
-@given(st.integers(-999, 999), st.integers(0, 3), st.data())
-@settings(max_examples=80, deadline=None)
-def test_equal_numbers_written_differently_agree_with_math_verify(value, places, data):
-    gold, answer = data.draw(written(value, places)), data.draw(written(value, places))
-    assert _compare(gold, answer) is True
-    assert _math_verify(gold, answer) is True
-
-
 # --- the checker
 
 
@@ -206,25 +124,19 @@ def test_a_number_must_be_worked_out(checker, gold, answer, correct):
     assert checker.check([box(answer)], [gold])[0].correct == correct
 
 
-def test_math_verify_decides_the_rest(checker):
+def test_sympy_decides_the_rest(checker):
     cases = [
         ("x^2+2x+1", "(x+1)^2", True),
         (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt 2}", True),
-        ("0.5", r"50\%", True),
-        (r"\{1,2\}", r"\{2, 1\}", True),
+        (r"\{x+1,2\}", r"\{2, 1+x\}", True),
         ("x+1", "x+2", False),
-        ("5", "the answer is 6 or 5", False),
-        (r"\frac{x}{2}", r"\oops( \frac{x}{2} ^", False),
-        (r"\text{(A)}", "(B)", False),
+        ("5", "4+1=5", True),
+        ("5", "4+2=5", False),
+        (r"\frac{x}{2}", r"\oops \frac{x}{2}", False),
     ]
     verdicts = checker.check([box(answer) for _, answer, _ in cases], [gold for gold, _, _ in cases])
     assert [v.correct for v in verdicts] == [correct for _, _, correct in cases]
-    assert {v.how for v in verdicts} == {"math_verify"}
-
-
-def test_the_gold_side_is_the_gold_side(checker):
-    assert judge(checker, "0<x<1", "(0,1)").correct
-    assert not judge(checker, "(0,1)", "0<x<1").correct
+    assert {v.how for v in verdicts} == {"symbolic"}
 
 
 HOSTILE = {
@@ -276,14 +188,14 @@ def test_nesting_that_does_reach_the_parser_is_stopped(answer):
 
 def test_repeated_timeouts_cost_one(caplog):
     with Checker(timeout=0.5) as checker:
-        verdicts = checker.check([box("9!!!!!!")] * 64, ["x+7"] * 64)
+        verdicts = checker.check([box("x+9!!!!!!")] * 64, ["x+7!"] * 64)
         assert {v.how for v in verdicts} == {"timeout"}
         assert [r.getMessage() for r in caplog.records] == [
             "1 of 1 answers count as wrong unchecked (1 timeouts, 0 crashes; first: timeout)"
         ]
         calls = []
         checker._attempt = lambda *a: calls.append(a)  # a cached pair asks no worker
-        assert judge(checker, "x+7", "9!!!!!!").how == "timeout"
+        assert judge(checker, "x+7!", "x+9!!!!!!").how == "timeout"
         assert not calls
 
 
@@ -308,7 +220,7 @@ def test_works_off_the_main_thread(checker):
     thread = threading.Thread(target=lambda: verdicts.append(judge(checker, "y+1", "1+y")))
     thread.start()
     thread.join(120)
-    assert verdicts == [Verdict(True, "1+y", "math_verify")]
+    assert verdicts == [Verdict(True, "1+y", "symbolic")]
 
 
 def test_survives_a_killed_worker():
@@ -316,7 +228,7 @@ def test_survives_a_killed_worker():
         assert judge(checker, "x+1", "1+x").correct
         for worker in list(checker._pool._pool_manager.worker_manager.workers):
             os.kill(worker, signal.SIGKILL)
-        assert judge(checker, "x+2", "2+x") == Verdict(True, "2+x", "math_verify")
+        assert judge(checker, "x+2", "2+x") == Verdict(True, "2+x", "symbolic")
 
 
 def die(gold, answer):
@@ -327,14 +239,14 @@ def test_a_worker_that_dies_on_an_answer_is_a_crash(monkeypatch, caplog):
     with Checker() as checker:
         assert judge(checker, "x+1", "1+x").correct
         with monkeypatch.context() as patch:
-            patch.setattr("steer.grading._math_verify", die)
+            patch.setattr("steer.grading._symbolic", die)
             assert judge(checker, "x", "y+1") == Verdict(False, "y+1", "crash")
         assert "0 timeouts, 1 crashes; first: ProcessExpired" in caplog.text
         assert judge(checker, "x+2", "2+x").correct
 
 
 def test_an_error_in_a_worker_is_a_crash(monkeypatch, caplog):
-    monkeypatch.setattr("steer.grading._math_verify", os.fspath)  # raises TypeError for two arguments
+    monkeypatch.setattr("steer.grading._symbolic", os.fspath)  # raises TypeError for two arguments
     with Checker() as checker:
         verdicts = checker.check([box("y+1"), box("y+2"), box("3")], ["x", "x", "3"])
     assert [v.how for v in verdicts] == ["crash", "crash", "exact"]
