@@ -76,7 +76,7 @@ SET_ANYWAY = re.compile(
 )
 # Factors that are 1 by default and something else in published checkpoints: a fault there must show.
 FACTOR = re.compile(r"(?!depthwise).*_multiplier|.*_(alpha|beta)_factor|logits_scaling")
-NOISE = re.compile(r".*(dropout|drop|pdrop|jitter_noise|jitter_eps)|(dropout|layerdrop|summary_.*dropout).*")
+NOISE = re.compile(r".*(drop|jitter).*")
 
 # What cannot be told from a field's name.
 _QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}

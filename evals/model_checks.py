@@ -1,0 +1,379 @@
+"""
+What steering does on one tiny model, capability by capability, against `evals.model_oracle`.
+
+Each check returns None where everything is right, or an outcome with a remark, such as why a fast path was
+replaced by the plain one; it raises `Wrong` for a result that differs from the oracle's. `SteerError` means
+that the model is refused for a named reason; any other exception is a crash.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import steer
+from evals import model_oracle as oracle
+from evals.architectures import tiny
+from evals.model_training import scored, updated
+from steer import SteerError, SteeringConfig, SteeringVectors
+from steer.train import cpu
+from steer.train.rollout import Sampling, pad_left, rollout
+
+# Relative to the largest logit, of float32 sums in another order: 1e-6 to 1e-5. A wrong position, mask or
+# vector is 1e-3 or more.
+TOLERANCE = 1e-4
+# Of a gradient through all layers, whose sums cancel.
+GRADIENT_TOLERANCE = 2e-3
+ROW = torch.tensor([5, 17, 40, 9, 33, 61, 22, 8, 70, 12, 45, 3])
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+STATES = ("works", "plain path", "refused", "not built", "wrong", "crash")
+
+
+class Wrong(Exception):
+    """A result that differs from the oracle's."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one check: one of `STATES`, and why where it is not "works"."""
+
+    state: str
+    why: str = ""
+
+
+Check = Callable[[str], Outcome | None]
+
+
+def check(model_type: str) -> dict[str, Outcome]:
+    """All checks of one model type by name, in the order of `CHECKS`."""
+    try:
+        tiny(model_type)
+    except Exception as error:  # whatever transformers raises: the model is not there to be checked
+        return dict.fromkeys(CHECKS, Outcome("not built", f"{type(error).__name__}: {_line(error)}"))
+    outcomes: dict[str, Outcome] = {}
+    for name, run in CHECKS.items():
+        outcomes[name] = _outcome(run, model_type)
+        if name == "attach" and outcomes[name].state == "refused":
+            return dict.fromkeys(CHECKS, outcomes[name])
+    return outcomes
+
+
+def _outcome(run: Check, model_type: str) -> Outcome:
+    try:
+        return run(model_type) or Outcome("works")
+    except SteerError as error:
+        return Outcome("refused", _line(error))
+    except Wrong as error:
+        return Outcome("wrong", _line(error))
+    except Exception:  # what a user would see as a traceback is what this table looks for
+        return Outcome("crash", traceback.format_exc())
+
+
+# ---- vectors in the model
+
+
+def _attached(model: PreTrainedModel, zero: bool = False, **config: Any) -> SteeringVectors:
+    """Vectors of random values, or of zeros."""
+    vectors = steer.attach(model, SteeringConfig(**config))
+    if not zero:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in vectors.parameters():
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return vectors
+
+
+def _blocks(vectors: SteeringVectors) -> list[Any]:
+    """The decoder layers, by the names that the vectors say they have."""
+    names = [name for name in vectors.named_parameters() if name.endswith(".steering.vector")]
+    return [vectors.model.get_submodule(name.removesuffix(".steering.vector")) for name in names]
+
+
+def _attach(model_type: str) -> None:
+    model = tiny(model_type)
+    vectors = steer.attach(model)
+    layers = model.config.get_text_config().num_hidden_layers
+    if vectors.depth != layers:
+        raise Wrong(f"vectors in {vectors.depth} layers of a model of {layers}")
+    if any(p.requires_grad for n, p in model.named_parameters() if ".steering." not in n):
+        raise Wrong("the base is not frozen")
+
+
+@torch.no_grad()
+def _zeros(model_type: str) -> None:
+    model = tiny(model_type)
+    base = oracle.logits(model, ROW)
+    vectors = _attached(model, zero=True)
+    if not torch.equal(oracle.logits(model, ROW), base):
+        raise Wrong("zero vectors change the logits")
+    for parameter in vectors.parameters():
+        parameter.add_(0.5)
+    if torch.equal(oracle.logits(model, ROW), base):
+        raise Wrong("vectors change nothing")
+    with vectors.disabled():
+        if not torch.equal(oracle.logits(model, ROW), base):
+            raise Wrong("the base inside disabled() differs")
+    steer.detach(model)
+    if not torch.equal(oracle.logits(model, ROW), base):
+        raise Wrong("the model after detach() differs")
+
+
+@torch.no_grad()
+def _site(model_type: str, site: str) -> None:
+    model = tiny(model_type)
+    base = oracle.logits(model, ROW)
+    vectors = _attached(model, site=site)
+    steered = oracle.logits(model, ROW)
+    blocks, s = _blocks(vectors), [p.detach().clone() for p in vectors.parameters()]
+    for layer in range(vectors.depth):
+        vectors.set_tensors({n: s[i] * (i == layer) for i, n in enumerate(vectors.named_parameters())})
+        if _far(oracle.logits(model, ROW), base) < TOLERANCE:
+            raise Wrong(f"the vector of layer {layer} changes nothing")
+    steer.detach(model)
+    if site == "resid_mid":
+        return _moves_mid_stream(model_type, s)
+    modules: list[Any] = (
+        blocks if site.startswith("resid") else [oracle.sublayer(block, site) for block in blocks]
+    )
+    if None in modules:
+        raise Wrong(f"{site} is steered, but not every layer has one such module")
+    with oracle.added(modules, s, before=site == "resid_pre"):
+        expected = oracle.logits(model, ROW)
+    _same(steered, expected, f"logits steered at {site}")
+
+
+def _moves_mid_stream(model_type: str, s: list[torch.Tensor]) -> None:
+    """What the module after the attention reads moves by s, in each layer alone."""
+    model = tiny(model_type)
+    vectors = _attached(model, site="resid_mid", zero=True)
+    for layer, block in enumerate(_blocks(vectors)):
+        reader = oracle.mid_reader(model, block, ROW)
+        if reader is None:
+            raise Wrong(f"resid_mid is steered, but no module of layer {layer} reads the stream between")
+        seen: list[torch.Tensor] = []
+        with oracle.recorded(reader, seen, inputs=True):
+            oracle.logits(model, ROW)
+            vectors.set_tensors({n: s[i] * (i == layer) for i, n in enumerate(vectors.named_parameters())})
+            oracle.logits(model, ROW)
+            vectors.set_tensors({n: torch.zeros_like(t) for n, t in vectors.tensors().items()})
+        _same(
+            seen[1] - seen[0], s[layer].expand_as(seen[0]), f"movement of the middle stream of layer {layer}"
+        )
+
+
+@torch.no_grad()
+def _adaptive(model_type: str) -> None:
+    model = tiny(model_type)
+    base = oracle.logits(model, ROW)
+    vectors = _attached(model, kind="adaptive")
+    steered = oracle.logits(model, ROW)
+    blocks, tensors = _blocks(vectors), vectors.tensors()
+    steer.detach(model)
+    for block, name in zip(blocks, list(tensors)[::2], strict=True):
+        down = oracle.down_projection(block, len(tensors[name]))
+        if down is None:
+            raise Wrong("adaptive vectors where no layer's MLP ends in a linear module")
+        write, read = tensors[name], tensors[name.removesuffix("vector") + "readout"]
+        change = torch.outer(write, read)  # W x + (a . x) b = (W + b a^T) x
+        weight: Any = down.weight
+        weight += change if weight.shape == change.shape else change.T
+    _same(steered, oracle.logits(model, ROW), "logits of adaptive vectors")
+    if _far(steered, base) < TOLERANCE:
+        raise Wrong("adaptive vectors change nothing")
+
+
+@torch.no_grad()
+def _shared(model_type: str) -> None:
+    model = tiny(model_type)
+    vectors = _attached(model, kind="shared", rank=2)
+    steered = oracle.logits(model, ROW)
+    tensors = vectors.tensors()
+    (directions,) = [t for n, t in tensors.items() if n.endswith("directions")]
+    s = [t @ directions for n, t in tensors.items() if n.endswith("mix")]
+    steer.detach(model)
+    blocks = _blocks(_attached(model, zero=True))
+    with oracle.added(blocks, s):
+        _same(steered, oracle.logits(model, ROW), "logits of shared vectors")
+
+
+# ---- positions, files
+
+COLUMNS: dict[str, Callable[[int], slice]] = {
+    "prompt": lambda n: slice(0, n),
+    "last_prompt": lambda n: slice(n - 1, n),
+    "completion": lambda n: slice(n, None),
+    "first_completion": lambda n: slice(n, n + 1),
+}
+NEW = 5
+PROMPTS = [[5, 17, 40, 9, 33, 61, 22], [8, 70, 12], [5, 17, 40, 9, 33, 61, 22], [45, 3, 9, 77]]
+
+
+@torch.no_grad()
+def _positions(model_type: str) -> None:
+    """Each of `COLUMNS` in one pass with `prompt_length`."""
+    model = tiny(model_type)
+    blocks = _blocks(_attached(model, zero=True))
+    steer.detach(model)
+    n = len(PROMPTS[0])
+    for positions, columns in COLUMNS.items():
+        vectors = _attached(model, positions=positions)
+        s = [p.detach().clone() for p in vectors.parameters()]
+        with vectors.prompt_length(n):
+            steered = oracle.logits(model, ROW)
+        steer.detach(model)
+        with oracle.added(blocks, s, only=columns(n)):
+            _same(steered, oracle.logits(model, ROW), f"logits with positions={positions}")
+
+
+@torch.no_grad()
+def _generating(model_type: str) -> Outcome | None:
+    """Each of `COLUMNS` in generate(), with its cache: a left-padded batch, where the base can do that."""
+    model = tiny(model_type)
+    blocks = _blocks(_attached(model, zero=True))
+    steer.detach(model)
+    batches = [PROMPTS[:2], PROMPTS[:1]]
+    prompts = next((rows for rows in batches if _as_the_oracle(model, rows)), None)
+    for positions, columns in COLUMNS.items():
+        vectors = _attached(model, positions=positions)
+        s = [p.detach().clone() for p in vectors.parameters()]
+        steered, ids = _generate(model, prompts or PROMPTS[:1])
+        steer.detach(model)
+        what = f"logits of generate() with positions={positions}"
+        if prompts is None:
+            with oracle.added(blocks, s, only=columns(len(PROMPTS[0])), counting=True):
+                _same(steered, _generate(model, PROMPTS[:1])[0], what)
+        for row, prompt in enumerate(prompts or []):
+            whole = torch.tensor([*prompt, *ids[row]])
+            with oracle.added(blocks, s, only=columns(len(prompt))):
+                expected = oracle.logits(model, whole)[len(prompt) - 1 : -1]
+            _same(steered[row], expected, what)
+    if prompts is None:
+        return Outcome("works", "generate() of the model itself differs from a pass over the whole sequence")
+    return None
+
+
+def _as_the_oracle(model: PreTrainedModel, prompts: list[list[int]]) -> bool:
+    """Whether generate() of the model as it is computes what whole passes over single rows do."""
+    made, ids = _generate(model, prompts)
+    rows = zip(made, ids, prompts, strict=True)
+    return all(
+        _far(logits, oracle.logits(model, torch.tensor([*p, *new]))[len(p) - 1 : -1]) <= TOLERANCE
+        for logits, new, p in rows
+    )
+
+
+def _generate(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[torch.Tensor, list[list[int]]]:
+    """Logits (rows, NEW, vocabulary) that greedy generate() chose by, and the tokens chosen."""
+    ids, mask = pad_left(prompts, torch.device("cpu"))
+    made = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(made.logits, 1), made.sequences[:, -NEW:].tolist()
+
+
+@torch.no_grad()
+def _files(model_type: str) -> None:
+    model = tiny(model_type)
+    vectors = _attached(model)
+    steered = oracle.logits(model, ROW)
+    with tempfile.TemporaryDirectory() as folder:
+        vectors.save(folder)
+        fresh = tiny(model_type)
+        steer.load(folder, fresh)
+    if not torch.equal(oracle.logits(fresh, ROW), steered):
+        raise Wrong("loaded vectors give other logits")
+
+
+# ---- training
+
+
+@torch.no_grad()
+def _sampling(model_type: str) -> None:
+    """Greedy completions of a padded batch with a repeated prompt, as evaluation and training draw them."""
+    model = tiny(model_type)
+    _attached(model)
+    with cpu.grouped(model):
+        drawn = rollout(model, PROMPTS, Sampling(NEW, (), temperature=0.0))
+    for prompt, ids, logps in zip(PROMPTS, drawn.ids, drawn.logps, strict=True):
+        row = torch.tensor([*prompt, *ids])
+        scores = torch.log_softmax(oracle.logits(model, row), -1)[len(prompt) - 1 : -1]
+        chosen = scores.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+        if len(ids) != NEW or (scores.amax(-1) - chosen).max() > TOLERANCE:
+            raise Wrong(f"sampled {ids}, the most likely are {oracle.greedy(model, prompt, NEW)}")
+        _same(torch.tensor(logps), chosen, "log-probabilities of sampled tokens")
+
+
+def _scoring(model_type: str) -> None:
+    model = tiny(model_type)
+    _attached(model)
+    completions = [[9, 4, 77], [30, 31, 32, 33, 34], [60, 9], [11, 12, 13, 14]]
+    got = scored(model, PROMPTS, completions)
+    with torch.no_grad():
+        for values, prompt, completion in zip(got, PROMPTS, completions, strict=True):
+            expected = oracle.log_probs(model, prompt, completion)
+            _same(values[: len(completion)], expected, "log-probabilities of completions")
+
+
+def _update(model_type: str) -> None:
+    """One update by plain gradient descent: what every vector moved by is the gradient of the naive loss."""
+    for plainly in (False, True):
+        model = tiny(model_type)
+        vectors = _attached(model)
+        before = vectors.tensors()
+        step = updated(model, plainly)
+        moved = [before[n] - t for n, t in vectors.tensors().items()]
+        vectors.set_tensors(before)
+        tokens = sum(len(row.completion) for row in step)
+        loss = torch.zeros(())
+        for row in step:
+            loss = loss - row.advantage * oracle.log_probs(model, row.prompt, row.completion).sum() / tokens
+        expected = torch.autograd.grad(loss, vectors.parameters())
+        what = "the update on the plain path" if plainly else "the update"
+        _same(torch.cat(moved), torch.cat(expected), what, GRADIENT_TOLERANCE)
+        if not torch.cat(expected).abs().max() > 0:
+            raise Wrong("the gradient is zero")
+
+
+def _far(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value expected."""
+    if not torch.isfinite(actual).all():
+        return float("inf")
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+def _same(actual: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    far = _far(actual, expected)
+    if not far <= tolerance:
+        raise Wrong(f"{what} differ from the oracle's by {far:.2g} of the largest")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+CHECKS: dict[str, Check] = {
+    "attach": _attach,
+    "zeros": _zeros,
+    **{site: partial(_site, site=site) for site in SITES},
+    "adaptive": _adaptive,
+    "shared": _shared,
+    "positions": _positions,
+    "generate": _generating,
+    "files": _files,
+    "sampling": _sampling,
+    "scoring": _scoring,
+    "update": _update,
+}
