@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from steer import SteerError, SteeringConfig
 from steer.population import Population
 from steer.rewards import RandomReward
 from steer.train import step
-from steer.train.member import Member, read_states
+from steer.train.config import SteeringGRPOConfig
+from steer.train.member import IDLE, OWN, SHARED, Member, check_supported, read_states
 from steer.train.population import PopulationTrainer
 
 # (steering, settings, reward) of each member of a mixed population
@@ -83,6 +85,36 @@ def test_every_member_equals_its_run_alone(build_tiny, tiny_tokenizer, tmp_path,
         for key in ("reward", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length"):
             mine = [row[key] for row in member.log]
             assert mine == pytest.approx(logged(alone, key), rel=2e-3, abs=2e-5), (name, key)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_member_with_a_kl_term_equals_its_run_alone(
+    build_tiny, tiny_tokenizer, tmp_path, solo, beta: float, corrected: bool, level: str
+) -> None:
+    """Twenty updates at a rate that takes the policy far from the base, so that the term has weight."""
+    changes = {
+        "beta": beta,
+        "use_bias_correction_kl": corrected,
+        "importance_sampling_level": level,
+        "max_steps": 20,
+    }
+    spec = ({"layers": "all"}, changes, parity)
+    together = population(
+        build_tiny("llama", initializer_range=0.3),
+        tiny_tokenizer,
+        tmp_path,
+        {"kl": spec, "other": MIXED["last, other seed"]},
+    )
+    together.train()
+    (member,) = [m for m in together.members if m.name == "kl"]
+    alone = solo(tiny_tokenizer, *spec)
+    kl = logged(alone, "kl")
+    assert max(kl) > 0.01
+    assert [row["kl"] for row in member.log] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    # float32 sums in another order, over 20 updates of Adam
+    assert far(member.vectors.tensors(), alone.vectors.tensors()) < 1e-4
 
 
 def test_a_common_beginning_is_read_once_for_each_member(
@@ -205,14 +237,162 @@ def test_a_member_that_diverges_stops_alone(build_tiny, tiny_tokenizer, tmp_path
     assert far(calm.vectors.tensors(), alone.members[0].vectors.tensors()) < 1e-4
 
 
+# What a population does not implement. A field of trl or transformers that is new is in none of the sets.
+REFUSED = frozenset(
+    {
+        "accelerator_config", "auto_find_batch_size", "average_tokens_across_devices",
+        "batch_eval_metrics", "bf16", "bf16_full_eval", "cache_implementation",
+        "cast_lm_head_to_fp32", "chat_template_kwargs", "data_seed", "dataloader_drop_last",
+        "dataloader_in_order", "dataloader_multiprocessing_context",
+        "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_backend",
+        "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
+        "ddp_static_graph", "debug", "deepspeed", "do_eval", "do_predict", "do_train",
+        "ds3_gather_for_generation", "enable_jit_checkpoint", "entropy_coef", "entropy_coef_delta",
+        "entropy_coef_max", "entropy_coef_min", "entropy_target", "eval_accumulation_steps",
+        "eval_delay", "eval_do_concat_batches", "eval_on_start", "eval_steps", "eval_strategy",
+        "eval_use_gather_object", "fast_sampler", "fp16", "fp16_full_eval", "fsdp", "fsdp_config",
+        "full_determinism", "generation_kwargs", "gradient_checkpointing",
+        "gradient_checkpointing_kwargs", "greater_is_better", "hub_always_push", "hub_model_id",
+        "hub_private_repo", "hub_revision", "hub_strategy", "hub_token", "ignore_data_skip",
+        "include_for_metrics", "include_num_input_tokens_seen", "label_names",
+        "label_smoothing_factor", "length_column_name", "liger_kernel_config",
+        "load_best_model_at_end", "local_rank", "log_completions", "log_completions_hub_repo",
+        "log_level_replica", "log_multimodal", "log_unique_prompts", "logging_nan_inf_filter",
+        "max_tool_calling_iterations", "metric_for_best_model", "model_init_kwargs",
+        "multi_objective_aggregation", "neftune_noise_alpha", "num_completions_to_print",
+        "num_generations_eval", "num_iterations", "off_policy_mask_threshold",
+        "optim_target_modules", "pad_to_multiple_of", "parallelism_config", "prediction_loss_only",
+        "project", "push_to_hub", "ref_model_mixup_alpha", "ref_model_sync_steps",
+        "remove_unused_columns", "repetition_penalty", "report_to",
+        "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "sapo_temperature_neg",
+        "sapo_temperature_pos", "save_on_each_node", "save_only_model", "share_prompts",
+        "skip_memory_metrics", "sync_ref_model", "tf32", "top_entropy_quantile", "torch_compile",
+        "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps",
+        "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+        "train_sampling_strategy", "transformers_continuous_batching_config", "trust_remote_code",
+        "update_rows", "use_adaptive_entropy", "use_cache", "use_liger_kernel",
+        "use_transformers_continuous_batching", "use_transformers_paged", "vespo_k_neg",
+        "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos", "vllm_enable_sleep_mode",
+        "vllm_group_port", "vllm_importance_sampling_cap", "vllm_model_impl",
+        "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+        "vllm_structured_outputs_regex",
+    }
+)  # fmt: skip
+
+
+def test_every_setting_is_honoured_irrelevant_or_refused(tmp_path: Path) -> None:
+    parts = (OWN, SHARED, IDLE, REFUSED)
+    names = {f.name for f in fields(SteeringGRPOConfig)}
+    assert sum(map(len, parts)) == len(set().union(*parts)), "in two of the sets"
+    assert set().union(*parts) == names
+    args = config(tmp_path)
+    check_supported(args)
+    for name in REFUSED:
+        kept = getattr(args, name)
+        setattr(args, name, "changed")
+        with pytest.raises(SteerError, match=name):
+            check_supported(args)
+        setattr(args, name, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"loss_type": "cispo"}, "loss_type='cispo' is not for a population"),
+        ({"steps_per_generation": 4}, "one update"),
+        ({"num_iterations": 2}, "num_iterations at 1"),
+        ({"reward_weights": [1.0, 2.0]}, "2 reward_weights for 1 reward functions"),
+        ({"reward_weights": []}, "0 reward_weights for 1 reward functions"),
+    ],
+)
+def test_settings_that_members_cannot_have_are_refused(
+    build_tiny, tiny_tokenizer, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(SteerError, match=named):
+        population(build_tiny("llama"), tiny_tokenizer, tmp_path, {"one": ({}, change, parity)})
+
+
+@pytest.mark.parametrize(
+    ("reward", "named"),
+    [(torch.nn.Linear(1, 1), "not reward models"), ("some/model", "not reward models")],
+    ids=["module", "name"],
+)
+def test_reward_models_are_refused(build_tiny, tiny_tokenizer, tmp_path, reward: Any, named: str) -> None:
+    with pytest.raises(SteerError, match=named):
+        population(build_tiny("llama"), tiny_tokenizer, tmp_path, {"one": ({}, {}, reward)})
+
+
+def test_async_rewards_are_refused(build_tiny, tiny_tokenizer, tmp_path: Path) -> None:
+    async def later(completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    with pytest.raises(SteerError, match="'later' is async"):
+        population(build_tiny("llama"), tiny_tokenizer, tmp_path, {"one": ({}, {}, later)})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape", "cure"),
+    [
+        ("gpt2", {"resid_pdrop": 0.1}, {"disable_dropout": True}),
+        ("llama", {"attention_dropout": 0.1}, None),
+        ("mixtral", {}, {"router_aux_loss_coef": 0.0}),
+    ],
+)
+def test_a_model_that_trains_otherwise_alone_is_refused(
+    build_tiny, tiny_tokenizer, tmp_path: Path, architecture: str, shape: dict, cure: dict | None
+) -> None:
+    specs = {"one": ({}, {}, parity)}
+    with pytest.raises(SteerError, match=r"dropout of 0\.1|router_aux_loss_coef=0"):
+        population(build_tiny(architecture, **shape), tiny_tokenizer, tmp_path, specs)
+    if cure is not None:
+        cured = {"one": ({}, {**cure, "max_steps": 1}, parity)}
+        population(build_tiny(architecture, **shape), tiny_tokenizer, tmp_path, cured).train()
+
+
+def test_rewards_are_given_what_trl_gives_them(build_tiny, tiny_tokenizer, tmp_path: Path, solo) -> None:
+    def watch(seen: list) -> Any:
+        def reward(completion_ids: list, trainer_state: Any, log_extra: Any, **columns: Any) -> list[float]:
+            log_extra("length", [len(ids) for ids in completion_ids])
+            seen.append((trainer_state.global_step, trainer_state.max_steps, sorted(columns)))
+            return [float(len(ids)) for ids in completion_ids]
+
+        return reward
+
+    seen: tuple[list, list] = [], []
+    spec = ({}, {"max_steps": 2})
+    solo(tiny_tokenizer, *spec, watch(seen[0]))
+    specs = {"one": (*spec, watch(seen[1]))}
+    population(build_tiny("llama"), tiny_tokenizer, tmp_path, specs).train()
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("advantage", ["loo", "group"])
+def test_a_member_with_unscored_samples_equals_its_run_alone(
+    build_tiny, tiny_tokenizer, tmp_path: Path, solo, advantage: str
+) -> None:
+    def sparse(completion_ids: list, number: list, **columns: Any) -> list[float | None]:
+        # a group of none, one of a single sample, and others
+        known = [i > 4 and (i < 6 or i > 7) and sum(ids) % 3 > 0 for i, ids in enumerate(completion_ids)]
+        scores = parity(completion_ids, number)
+        return [score if k else None for k, score in zip(known, scores, strict=True)]
+
+    shape = {"per_device_train_batch_size": 16, "advantage": advantage}
+    spec = ({"layers": "1"}, shape, sparse)
+    alone = solo(tiny_tokenizer, *spec)
+    model = build_tiny("llama", initializer_range=0.3)
+    together = population(model, tiny_tokenizer, tmp_path, {"one": spec})
+    together.train()
+    got, expected = together.members[0].vectors.tensors(), alone.vectors.tensors()
+    assert max(t.norm() for t in expected.values()) > 0
+    assert far(got, expected) < 1e-4
+    for key in ("reward", "reward_std", "frac_reward_zero_std"):
+        assert [row[key] for row in together.members[0].log] == pytest.approx(logged(alone, key)), key
+
+
 def test_members_must_share_what_is_shared(build_tiny, tiny_tokenizer, tmp_path: Path) -> None:
     specs = {"one": ({}, {}, parity), "two": ({}, {"max_completion_length": 4}, parity)}
     with pytest.raises(SteerError, match="max_completion_length is 4 and 8"):
         population(build_tiny("llama"), tiny_tokenizer, tmp_path, specs)
-    for change, named in (({"importance_sampling_level": "sequence"}, "importance_sampling_level"),
-                          ({"steps_per_generation": 4}, "one update")):  # fmt: skip
-        with pytest.raises(SteerError, match=named):
-            population(build_tiny("llama"), tiny_tokenizer, tmp_path, {"one": ({}, change, parity)})
     (tmp_path / "state-0.pt").write_bytes(b"no state")
     with pytest.raises(SteerError, match="no state of a population"):
         read_states(tmp_path)

@@ -136,6 +136,12 @@ class SteeringGRPOConfig(GRPOConfig):
                 f"scale_rewards={self.scale_rewards!r}; "
                 "set scale_rewards=none or advantage=group"
             )
+        if self.advantage == "loo" and self.multi_objective_aggregation != "sum_then_normalize":
+            raise SteerError(
+                "advantage=loo does not divide by a standard deviation, but "
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} does; set it to "
+                "sum_then_normalize, or advantage=group"
+            )
         if self.update_rows < 0:
             raise SteerError(f"update_rows={self.update_rows}: give a number of rows, or 0 for all at once")
         if self.sync_ref_model:

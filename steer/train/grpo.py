@@ -29,7 +29,7 @@ from steer.rewards import guard
 from steer.train import cpu
 from steer.train.callbacks import ProgressBar, Seconds
 from steer.train.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
-from steer.train.policy_gradient import importance
+from steer.train.loss import group_advantages, importance_weights, total_rewards
 from steer.train.rollout import Sampling, rollout, uniforms
 from steer.train.step import add_group_scoring
 
@@ -197,11 +197,21 @@ class GroupGRPOTrainer(GRPOTrainer):
         weighed = patch.object(self, "vllm_importance_sampling_correction", False)
         with weighed if self._one_update() else nullcontext():
             output = super()._generate_and_score_completions(inputs)
-        group = self.num_generations if self.model.training else self.num_generations_eval
-        if self.args.advantage == "loo" and group > 1:
-            # r_i - mean of the others = (r_i - mean of all) * G / (G - 1)
-            output["advantages"] = output["advantages"] * (group / (group - 1))
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            rewards = total_rewards(self._scores, self.reward_weights.to(self._scores.device))
+            group = self.num_generations if self.model.training else self.num_generations_eval
+            found = group_advantages(rewards, group, self.args)
+            own = self.accelerator.process_index * len(inputs)
+            output["advantages"] = found[own : own + len(inputs)]
+            logged = self._logs["advantages"]  # as long as a generation: what does not fit has left it
+            for _ in range(min(len(found), len(logged))):
+                logged.pop()
+            logged.extend(found.tolist())
         return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._scores = super()._calculate_rewards(*args, **kwargs)  # (rows of all processes, functions)
+        return self._scores
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         # trl shuffles a generation's rows before it cuts them into micro-batches. When all enter one update
@@ -238,9 +248,13 @@ class GroupGRPOTrainer(GRPOTrainer):
         scored = self._score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         self._scored = scored[0].detach()
         if self._unweighed is not None:  # trl reads the ratio when it has scored
-            mask = self._unweighed["completion_mask"] * self._unweighed.get("tool_mask", 1)
-            difference = (self._scored - self._unweighed["sampling_per_token_logps"]) * mask
-            self._unweighed["importance_sampling_ratio"] = importance(difference, self.args)
+            weights, _ = importance_weights(
+                self._scored,
+                self._unweighed["sampling_per_token_logps"],
+                loss_mask(self._unweighed),
+                self.args,
+            )
+            self._unweighed["importance_sampling_ratio"] = weights
         return scored
 
     def _score(
@@ -399,6 +413,11 @@ def newest_checkpoint(folder: str | os.PathLike[str], read: Callable[[Path], obj
             continue
         return path
     return None
+
+
+def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
+    """(rows, tokens), 1 at the completion tokens that count in the loss."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
 def _rows(batch: dict[str, Any], rows: slice | torch.Tensor) -> dict[str, Any]:

@@ -4,6 +4,7 @@ One member of a population: an independent run, with what it needs to go on afte
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import get_scheduler
+from torch import nn
+from transformers import PreTrainedModel, get_scheduler
 
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.rewards import RewardFunction, guard
 from steer.train.callbacks import VectorLog
 from steer.train.config import SteeringGRPOConfig
+from steer.train.loss import LOSSES
 from steer.train.trainer import make_optimizer
 from steer.vectors import SteeringVectors
 
@@ -30,7 +33,8 @@ OWN = frozenset(
         "seed", "learning_rate", "lr_by_layer", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
         "max_steps", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
         "max_grad_norm", "advantage", "scale_rewards", "loss_type", "beta", "reward_weights",
-        "mask_truncated_completions", "shuffle_dataset", "skip_zero_advantage",
+        "mask_truncated_completions", "shuffle_dataset", "skip_zero_advantage", "use_bias_correction_kl",
+        "importance_sampling_level", "epsilon", "epsilon_high", "delta",
     }
 )  # fmt: skip
 SHARED = frozenset(
@@ -42,18 +46,17 @@ SHARED = frozenset(
         "use_cpu", "output_dir", "use_vllm", "vllm_mode", "vllm_gpu_memory_utilization",
         "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
         "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_min",
-        "vllm_importance_sampling_clip_max",
+        "vllm_importance_sampling_clip_max", "disable_dropout", "router_aux_loss_coef",
     }
 )  # fmt: skip
 # They say how a run is watched or started; here they change nothing.
 IDLE = frozenset(
     {
-        "logging_steps", "logging_first_step", "logging_strategy", "logging_dir", "log_level",
+        "logging_steps", "logging_first_step", "logging_strategy", "log_level",
         "log_on_each_node", "save_total_limit", "dataloader_pin_memory", "dataloader_num_workers",
         "ddp_timeout", "run_name", "per_device_eval_batch_size",
     }
 )  # fmt: skip
-LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
 
 
 @dataclass
@@ -75,7 +78,14 @@ class Member:
         """Optimizer, schedule and random numbers, as a run over that many problems begins with them."""
         args = self.args
         self.vectors = vectors
-        self.reward_funcs = [guard(f) for f in self.reward_funcs]
+        self.reward_funcs = [_reward(f) for f in self.reward_funcs]
+        weights = args.reward_weights
+        if weights is not None and len(weights) != len(self.reward_funcs):
+            raise SteerError(
+                f"member {self.name}: {len(weights)} reward_weights for {len(self.reward_funcs)} reward "
+                "functions; give one each"
+            )
+        self.reward_weights = torch.tensor(weights or [1.0] * len(self.reward_funcs))
         self.metrics: dict[str, list[float]] = defaultdict(list)
         # A member's whole batch is on its process, however many there are.
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -143,6 +153,44 @@ class Member:
         self.scheduler.load_state_dict(state["scheduler"])
         self.random = state["random"]
         self.step, self.log, self.stopped = state["step"], state["log"], state["stopped"]
+
+
+def _reward(function: Any) -> RewardFunction:
+    """`function`, checked at every call; SteerError for the kinds of reward that trl alone can call."""
+    if isinstance(function, str | nn.Module):
+        raise SteerError(
+            "a population takes reward functions, not reward models; train with recipes/grpo_steer.py"
+        )
+    if inspect.iscoroutinefunction(checked := guard(function)):
+        raise SteerError(
+            f"reward function {checked.__name__!r} is async, which a population does not call; give a plain "
+            "function"
+        )
+    return checked
+
+
+def check_model(model: PreTrainedModel, args: SteeringGRPOConfig) -> None:
+    """SteerError for a model that a run alone trains with a term or noise that a population does not have."""
+    if model.is_gradient_checkpointing:
+        raise SteerError("a population cannot be trained with gradient checkpointing; switch it off")
+    config = model.config.get_text_config()
+    weight = args.router_aux_loss_coef
+    if weight is None and hasattr(config, "output_router_logits"):
+        weight = getattr(config, "router_aux_loss_coef", 0.0)
+    if weight:
+        raise SteerError(
+            f"a population has no router loss of mixtures of experts, whose weight is {weight} here; set "
+            "router_aux_loss_coef=0"
+        )
+    for name, module in model.named_modules():
+        rate = 0.0 if args.disable_dropout or not isinstance(module, nn.Dropout) else module.p
+        if isinstance(own := getattr(module, "attention_dropout", None), float):
+            rate = rate or own
+        if rate:
+            raise SteerError(
+                f"{name} has a dropout of {rate}, which a population does not apply; set "
+                "disable_dropout=true, and attention_dropout=0 in the model's config where it has one"
+            )
 
 
 def check_supported(args: SteeringGRPOConfig) -> None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import io
 import random
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +24,22 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.utils import add_fused_lm_head
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from trl.trainer.utils import add_fused_lm_head, nanstd
 
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.identity import tokenizer_checksum
 from steer.population import BASE, Population
 from steer.train import cpu
-from steer.train.member import Member, agreed, check_supported
-from steer.train.policy_gradient import advantages, importance, token_weights
+from steer.train.loss import (
+    group_advantages,
+    importance_weights,
+    token_losses,
+    token_weights,
+    total_rewards,
+)
+from steer.train.member import Member, agreed, check_model, check_supported
 from steer.train.rollout import Sampling, pad_left, rollout, uniforms
 from steer.train.step import add_group_scoring
 
@@ -56,8 +64,7 @@ class _Batch:
     kept: list[int]  # the rows that have a gradient
     drawn: list[list[float]] | None  # log-probabilities of an engine that sampled
 
-    def totals(self) -> None:
-        self.loss = self.entropy = self.tokens = self.kl = self.mismatch = 0.0
+    totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sums over its kept rows
 
 
 class PopulationTrainer:
@@ -82,8 +89,7 @@ class PopulationTrainer:
         self.args = agreed([member.args for member in members])
         for member in members:
             check_supported(member.args)
-        if model.is_gradient_checkpointing:
-            raise SteerError("a population cannot be trained with gradient checkpointing; switch it off")
+        check_model(model, self.args)
         if model.device.type == "cpu":
             cpu.prepare()
         add_fused_lm_head(model, temperature=self.args.temperature, outputs=("log_probs", "entropy"))
@@ -240,7 +246,9 @@ class PopulationTrainer:
                     prompts=columns["prompt"],
                     completions=texts,
                     completion_ids=ids,
+                    trainer_state=TrainerState(global_step=member.step, max_steps=member.steps),
                     log_metric=lambda name, value: log[name].append(value),
+                    log_extra=lambda column, values: None,  # there is no table of completions
                     **given,
                 )
                 scored[:, i] = torch.tensor([torch.nan if v is None else v for v in values])
@@ -248,18 +256,17 @@ class PopulationTrainer:
             member.random = random.getstate()
         finally:
             random.setstate(before)
-        weight = torch.tensor(args.reward_weights or [1.0] * len(member.reward_funcs))
-        rewards = (scored * weight).nansum(1)
-        rewards[scored.isnan().all(1)] = torch.nan
+        rewards = total_rewards(scored, member.reward_weights)
         mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
         if args.mask_truncated_completions:
             mask = mask & ended[:, None]
-        found = advantages(rewards, args)
+        group = args.num_generations or 1
+        found = group_advantages(rewards, group, args)
         every = args.beta != 0 or not args.skip_zero_advantage
-        groups = rewards.view(-1, args.num_generations or 1)
+        spread = nanstd(rewards) if args.scale_rewards == "batch" else nanstd(rewards.view(-1, group), dim=1)
         log["reward"] = [torch.nanmean(rewards).item()]
-        log["reward_std"] = [rewards[~rewards.isnan()].std().item()]
-        log["frac_reward_zero_std"] = [(groups == groups[:, :1]).all(1).float().mean().item()]
+        log["reward_std"] = [nanstd(rewards).item()]
+        log["frac_reward_zero_std"] = [torch.isclose(spread, torch.zeros(())).float().mean().item()]
         log["completions/mean_length"] = [lengths.mean().item()]
         log["completions/clipped_ratio"] = [1 - ended.float().mean().item()]
         # One row at least, as alone: a step without a gradient is still a step, and its entropy is logged.
@@ -274,7 +281,6 @@ class PopulationTrainer:
         parameter but its own, so the losses are added up. Rows come by the lowest layer that is trained.
         """
         for batch in batches:
-            batch.totals()
             for parameter in batch.member.vectors.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         every = [(batch, row) for batch in batches for row in batch.kept]
@@ -288,7 +294,6 @@ class PopulationTrainer:
         longest = max(map(len, completions))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in completions], device=device)
         weight = torch.stack([_fit(b.weights[i], longest) for b, i in rows]).to(device)
-        advantage = torch.stack([b.advantages[i] for b, i in rows]).to(device)
         owner = torch.tensor([self._number[b.member.name] for b, _ in rows])
         inputs = {
             "prompt_ids": prompt_ids,
@@ -297,34 +302,51 @@ class PopulationTrainer:
             "completion_mask": (weight > 0).long(),
         }
         logp, entropy = self._score(owner, inputs)
-        loss = -(advantage[:, None] * torch.exp(logp - logp.detach()))
-        away = torch.zeros(len(rows))
-        if rows[0][0].drawn is not None:
-            told = [_fit(torch.tensor(b.drawn[i]), longest) for b, i in rows if b.drawn is not None]
-            difference = (logp.detach() - torch.stack(told).to(device)) * (weight > 0)
-            loss = loss * importance(difference, self.args)
-            away = difference.abs().sum(1)
-        beta = torch.tensor([b.member.args.beta for b, _ in rows], device=device)
-        kl = None
-        if beta.any():
+        reference = None
+        if any(batch.member.args.beta for batch, _ in rows):
             with torch.no_grad():
                 reference, _ = self._score(torch.full_like(owner, BASE), inputs)
-            kl = torch.exp(reference - logp) - (reference - logp) - 1
-            loss = loss + beta[:, None] * kl
-        loss = (loss * weight).sum(1)
+        losses = []
+        start = 0
+        for _, run in groupby(rows, key=lambda row: id(row[0])):
+            mine = [*run]
+            part = slice(start, start := start + len(mine))
+            known = None if reference is None else reference[part]
+            losses.append(self._loss(mine, logp[part], entropy[part], weight[part], known))
+        loss = torch.stack(losses).sum()
         if loss.requires_grad:  # not when every token of these rows is masked out
-            loss.sum().backward()
-        seen = weight > 0
-        sums = torch.stack([loss.detach(), (entropy * seen).sum(1), seen.sum(1).float()], 1)
-        divergence = torch.zeros(len(rows)) if kl is None else (kl.detach() * seen).sum(1)
-        for (batch, _), (lost, spread, tokens), kl_sum, off in zip(
-            rows, sums.tolist(), divergence.tolist(), away.tolist(), strict=True
-        ):
-            batch.loss += lost
-            batch.entropy += spread
-            batch.tokens += tokens
-            batch.kl += kl_sum
-            batch.mismatch += off
+            loss.backward()
+
+    def _loss(
+        self,
+        rows: Sequence[tuple[_Batch, int]],
+        logp: torch.Tensor,
+        entropy: torch.Tensor,
+        weight: torch.Tensor,
+        reference: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The loss of some rows of one member, from (rows, tokens); what is logged of them is added up."""
+        batch, args, totals = rows[0][0], rows[0][0].member.args, rows[0][0].totals
+        seen = (weight > 0).float()
+        advantages = torch.stack([batch.advantages[i] for _, i in rows]).to(logp.device)
+        weights = None
+        if batch.drawn is not None:
+            told = torch.stack([_fit(torch.tensor(batch.drawn[i]), logp.shape[1]) for _, i in rows])
+            told = told.to(logp.device)
+            totals["engine/mean"] += ((logp.detach() - told) * seen).abs().nansum().item()
+            if args.vllm_importance_sampling_correction:
+                weights, limited = importance_weights(logp.detach(), told, seen, args)
+                totals["engine/limited_tokens"] += limited.sum().item()
+                totals["engine/limited_sequences"] += limited.any(1).sum().item()
+        terms = token_losses(logp, advantages, seen, args, reference=reference, weights=weights)
+        loss = (terms.loss * weight).sum()
+        totals["rows"] += seen.any(1).sum().item()
+        totals["tokens"] += seen.sum().item()
+        totals["loss"] += loss.item()
+        totals["entropy"] += (entropy * seen).sum().item()
+        if terms.kl is not None:
+            totals["kl"] += (terms.kl.detach() * seen).sum().item()
+        return loss
 
     def _score(
         self, owner: torch.Tensor, inputs: dict[str, torch.Tensor]
@@ -359,14 +381,13 @@ class PopulationTrainer:
             member.stopped = f"diverged: the {what} of update {member.step + 1} would not be finite"
         member.optimizer.zero_grad()
         member.step += 1
-        tokens = max(batch.tokens, 1)
-        log["entropy"] = [batch.entropy / tokens]
-        if batch.drawn is not None:
-            log["engine/mean"] = [batch.mismatch / tokens]
-        if args.beta:
-            log["kl"] = [batch.kl / tokens]
+        totals = batch.totals
+        for name in ("entropy", "kl", "engine/mean", "engine/limited_tokens", "engine/limited_sequences"):
+            if name in totals:
+                of = totals["rows" if name.endswith("sequences") else "tokens"]
+                log[name] = [totals[name] / max(of, 1)]
         known = {name: sum(values) / len(values) for name, values in log.items()}
-        numbers = {"loss": batch.loss, "grad_norm": norm, "learning_rate": rate, **known}
+        numbers = {"loss": totals["loss"], "grad_norm": norm, "learning_rate": rate, **known}
         member.log.append(
             {"step": member.step, **{k: v if isfinite(v) else None for k, v in numbers.items()}}
         )
