@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from steer.errors import SteerError
+from steer.errors import SteerError, shown
 from steer.grading import Checker, Verdict, extract_boxed
 
 __all__ = [
@@ -187,13 +186,22 @@ def guard(reward_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(name: str, rewards: Any, expected: int) -> list[float | None]:
+    # Not what iterates over something else than one value a completion, in their order.
+    shape = tuple(getattr(rewards, "shape", ()) or ())
+    unordered = isinstance(rewards, Mapping | Set | str | bytes | bytearray)
+    if unordered or len(shape) > 1 or not isinstance(rewards, Iterable):
+        kind = type(rewards).__name__ + (f" of shape {shape}" if shape else "")
+        text = " ".join(shown(rewards).split())
+        raise SteerError(
+            f"reward function {name!r} returned {kind}, {text}; expected a list of {expected} numbers"
+        )
     try:
         values = list(rewards)
-    except TypeError:
+    except TypeError as error:  # a tensor without dimensions
         raise SteerError(
-            f"reward function {name!r} returned {type(rewards).__name__}; "
-            f"expected a list of {expected} numbers"
-        ) from None
+            f"reward function {name!r} returned {type(rewards).__name__}, {shown(rewards)}, which is one "
+            f"value; expected a list of {expected} numbers"
+        ) from error
     if len(values) != expected:
         raise SteerError(
             f"reward function {name!r} returned {len(values)} rewards for {expected} completions; "
@@ -214,15 +222,21 @@ def _checked(name: str, rewards: Any, expected: int) -> list[float | None]:
     return numbers
 
 
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32
+
+
 def _finite(value: Any) -> float | None:
-    """The value as a float; None when it is not a finite number. Takes numpy and torch scalars."""
-    if value is None or isinstance(value, str | bytes):
+    """
+    The value as a float; None when it is not a finite number of float32, in which rewards are added up. Takes
+    numpy and torch scalars.
+    """
+    if value is None or isinstance(value, str | bytes) or getattr(value, "shape", None):
         return None
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= _LARGEST else None
 
 
 def _text(completion: Any) -> str:

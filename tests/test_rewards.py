@@ -1,8 +1,11 @@
 import asyncio
 import random
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steer.errors import SteerError
 from steer.rewards import (
@@ -111,8 +114,8 @@ def returning(value):
 
 @pytest.mark.parametrize(
     "value",
-    [[1.0, None, 0], (True, torch.tensor(0.5), 1), torch.tensor([1.0, 2.0, 3.0])],
-    ids=["list", "mixed", "tensor"],
+    [[1.0, None, 0], (True, torch.tensor(0.5), 1), torch.tensor([1.0, 2.0, 3.0]), np.arange(3)],
+    ids=["list", "mixed", "tensor", "array"],
 )
 def test_guard_lets_good_rewards_through(value):
     guarded = guard(returning(value))
@@ -128,18 +131,53 @@ def test_guard_lets_good_rewards_through(value):
     ("value", "message"),
     [
         ([1.0, 2.0], "'mine' returned 2 rewards for 3 completions"),
-        (1.0, "'mine' returned float; expected a list of 3"),
+        (1.0, "'mine' returned float, 1.0; expected a list of 3"),
         (None, "'mine' returned NoneType"),
         ([1.0, float("nan"), float("inf")], "returned 2 of 3 rewards that are not finite.*'nan' at index 1"),
         ([1.0, 1.0, float("-inf")], "'-inf' at index 2"),
         (["1", 1.0, 1.0], "'1' at index 0"),
         ([1.0, [2.0], 10**400], r"'\[2.0\]' at index 1"),
+        ({"a": 1.0, "b": 2.0, "c": 3.0}, "'mine' returned dict, .*'a': 1.0.*; expected a list of 3 numbers"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, "'mine' returned dict"),  # its keys would do as rewards
+        ({1.0, 2.0, 3.0}, "'mine' returned set"),
+        ({1.0: 0, 2.0: 0, 3.0: 0}.keys(), "'mine' returned dict_keys"),
+        ("123", "'mine' returned str, '123'"),
+        (b"123", "'mine' returned bytes"),
+        (torch.ones(3, 1), r"'mine' returned Tensor of shape \(3, 1\)"),
+        (np.ones((1, 3)), r"'mine' returned ndarray of shape \(1, 3\)"),
+        (torch.tensor(1.0), "'mine' returned Tensor, .* one value"),
+        ([torch.ones(1), 1.0, 1.0], "at index 0"),
+        ([np.ones((1, 1)), 1.0, 1.0], "at index 0"),
+        ([1.0, 1e39, 1.0], r"'1e\+39' at index 1"),  # infinite in float32
+        ([1.0, 1j, 1.0], "'1j' at index 1"),
     ],
 )
 def test_guard_stops_bad_rewards(value, message):
     with pytest.raises(SteerError, match=message) as caught:
         guard(returning(value))(["p"] * 3, ["c"] * 3)
     assert "\n" not in str(caught.value)
+
+
+_SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=3)
+)
+_VALUES = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.integers(0, 3), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@given(_VALUES)
+def test_guard_returns_finite_numbers_or_refuses(value):
+    try:
+        found = guard(returning(value))(["p"] * 3, ["c"] * 3)
+    except SteerError as error:
+        assert "'mine'" in str(error) and "\n" not in str(error)
+    else:
+        assert isinstance(value, list) and len(found) == 3
+        assert [x is None for x in found] == [x is None for x in value]
+        assert all(x is None or torch.tensor(x).isfinite() for x in found)
 
 
 def test_guard_keeps_async_functions_async():
