@@ -242,7 +242,7 @@ REFUSED = frozenset(
     {
         "accelerator_config", "auto_find_batch_size", "average_tokens_across_devices",
         "batch_eval_metrics", "bf16", "bf16_full_eval", "cache_implementation",
-        "cast_lm_head_to_fp32", "chat_template_kwargs", "data_seed", "dataloader_drop_last",
+        "cast_lm_head_to_fp32", "data_seed", "dataloader_drop_last",
         "dataloader_in_order", "dataloader_multiprocessing_context",
         "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_backend",
         "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
