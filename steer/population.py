@@ -24,8 +24,10 @@ from torch import nn
 
 from steer.config import SteeringConfig
 from steer.errors import SteerError
-from steer.sites import find_decoder
-from steer.vectors import AnyVector, SteeringVectors, build, hook, watch_prompt
+from steer.hooks import hook
+from steer.probe import verify
+from steer.sites import Site, find_decoder
+from steer.vectors import AnyVector, SteeringVectors, build, watch_prompt
 
 BASE = -1
 
@@ -60,9 +62,12 @@ class Population:
         """A fresh set. SteerError for a name that is taken and for a layer the model does not have."""
         if name in self.sets:
             raise SteerError(f"the population already has a set {name!r}; give each a name of its own")
-        vectors, places = build(self.model, config)
+        with self.prompt_length(1):  # of the other sets, which change no row meanwhile
+            vectors, places = build(self.model, config)
+            new = {i: p for i, p in zip(vectors.layers, places, strict=True) if _key(p) not in self._places}
+            verify(find_decoder(self.model), list(new), config.kind, config.site, list(new.values()))
         for module, site in zip(vectors._modules.values(), places, strict=True):
-            key = (id(site.module), site.on_input)
+            key = _key(site)
             if key not in self._places:
                 self._places[key] = _Place(self._blocks)
                 self._handles.append(hook(self._places[key], site))
@@ -119,6 +124,10 @@ class Population:
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         self.sets, self._places, self._handles = {}, {}, []
+
+
+def _key(site: Site) -> tuple[int, bool]:
+    return id(site.module), site.on_input
 
 
 class _Place:

@@ -3,20 +3,25 @@ Where a vector can stand: finds the decoder layers of a causal language model, a
 site.
 
 Layers are found by structure: the list of modules that each hold an attention module and that lives next to
-the input embeddings. Within a layer, `resid_mid` is found by running one token through the first block and
+the input embeddings. Within a layer, `resid_mid` is found by running three tokens through the model and
 watching which module's output is added to the residual stream, so sandwich norms (Gemma, OLMo2) and parallel
-blocks (GPT-NeoX) need no table of architectures.
+blocks (GPT-NeoX) need no table of architectures. What is found is checked by `steer.probe`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from steer.errors import SteerError
+from steer.hooks import hidden_in, hidden_out
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,13 @@ def find_decoder(model: nn.Module) -> Decoder:
             f"seen: {seen or 'no module lists'}; top-level modules: {children or 'none'}"
         )
     name, layers = stacks[0]
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    return Decoder(_parent(model, name), layers, name, config.hidden_size)
+    width = getattr(model.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
+    if width is None:
+        raise SteerError(
+            f"the config of {type(model).__name__} has no hidden_size: it is made of several models of "
+            "different widths; attach to the one that holds the layers"
+        )
+    return Decoder(_parent(model, name), layers, name, width)
 
 
 def _is_encoder(model: nn.Module) -> bool:
@@ -100,8 +110,8 @@ def find_sites(decoder: Decoder, layers: list[int], site: str) -> list[Site]:
             seen = ", ".join(name for name, _ in block.named_children())
             raise SteerError(f"site={site!r} needs one such module in layer {index}; its modules are {seen}")
     if site == "resid_mid":
-        added = _added_to_residual(decoder, layers[0], names[0][0])
-        return [Site(block.get_submodule(added)) for block in blocks]
+        added = _added_to_residual(decoder, layers, [found[0] for found in names])
+        return [Site(block.get_submodule(name)) for block, name in zip(blocks, added, strict=True)]
     return [Site(block.get_submodule(found[0])) for block, found in zip(blocks, names, strict=True)]
 
 
@@ -145,65 +155,94 @@ def _parent(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-class _Stop(Exception):
-    """Ends the probing forward pass after the block that was watched."""
-
-
-def _added_to_residual(decoder: Decoder, index: int, attention: str) -> str:
+@contextmanager
+def probing(trunk: nn.Module) -> Iterator[torch.Tensor]:
     """
-    Name of the child whose output the block adds to the residual stream after attention: the attention
-    module, or the norm that follows it in a sandwich block. Both are recognised by tensor identity in a
-    one-token forward pass.
+    Inside, a forward pass of `trunk` over the token ids that are given, (1, 3), leaves no trace in the model:
+    no dropout, no gradients, no compiled graph, the random state and the modules' modes as they were.
     """
-    block = decoder.layers[index]
-    reads: dict[str, torch.Tensor] = {}
-    writes: dict[str, torch.Tensor] = {}
-    block_input: list[torch.Tensor] = []
-    whole: list[str] = []
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        block_input.append(args[0] if args else kwargs["hidden_states"])
-
-    def watch(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-            given = args[0] if args else kwargs.get("hidden_states")
-            made = output[0] if isinstance(output, tuple) else output
-            if isinstance(given, torch.Tensor) and isinstance(made, torch.Tensor):
-                reads[name], writes[name] = given, made
-            if any(value is block_input[0] for value in args[1:]):  # Bloom's: it adds the stream itself
-                whole.append(name)
-
-        return hook
-
-    def leave(module: nn.Module, args: tuple, output: object) -> None:
-        raise _Stop
-
-    handles = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
-    handles += [m.register_forward_hook(watch(n), with_kwargs=True) for n, m in block.named_children()]
-    embeddings = decoder.trunk.get_input_embeddings()  # type: ignore[operator]
-    token = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
+    if not hasattr(trunk, "get_input_embeddings"):
+        raise SteerError(
+            f"the decoder layers lie in a {type(trunk).__name__}, which takes no token ids; steering vectors "
+            "need a model whose layers lie in the module that embeds the tokens"
+        )
+    embeddings: Any = trunk.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.arange(1, 4, device=embeddings.weight.device)[None]  # 0 is often padding
+    training = [module for module in trunk.modules() if module.training]
+    devices = {p.device for p in trunk.parameters() if p.device.type == "cuda"}
     try:
-        with torch.no_grad():
-            decoder.trunk(token, use_cache=False)
-    except _Stop:
-        pass
+        with torch.random.fork_rng(list(devices)), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            trunk.eval()
+            yield ids
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _added_to_residual(decoder: Decoder, layers: list[int], attention: list[str]) -> list[str]:
+    """
+    By layer, the name of the child whose output the block adds to the residual stream after `attention`: the
+    attention module, or the norm that follows it in a sandwich block. Both are recognised by tensor identity
+    in one forward pass.
+    """
+    blocks = [_Block(decoder.layers[index], name) for index, name in zip(layers, attention, strict=True)]
+    handles = [handle for block in blocks for handle in block.watch()]
+    try:
+        with probing(decoder.trunk) as ids:
+            decoder.trunk(ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    mlp = next((name for name in _children(block, _MLP) if name in reads), None)
-    before_mlp = [n for n in writes if mlp and reads[mlp] is writes[n]]
-    mlp_reads = reads[before_mlp[0]] if before_mlp else reads.get(mlp) if mlp else None
-    if attention in whole:
-        raise SteerError(
-            f"site='resid_mid' does not exist in {type(block).__name__}: its attention adds the residual "
-            "stream itself; use resid_post"
-        )
-    if mlp_reads is None or mlp_reads is block_input[0] or mlp_reads is reads[attention]:
-        raise SteerError(
-            f"site='resid_mid' does not exist in {type(block).__name__}: attention and MLP read the "
-            "same residual "
-            "stream in parallel; use resid_post or attn_out"
-        )
-    # A module fed with exactly the attention's output (a post-norm) is what the residual addition sees
-    # instead.
-    return next((n for n in reads if n != attention and reads[n] is writes[attention]), attention)
+    return [block.added(index) for index, block in zip(layers, blocks, strict=True)]
+
+
+class _Block:
+    """One decoder layer in a forward pass: what each of its modules read and wrote."""
+
+    def __init__(self, block: nn.Module, attention: str):
+        self.block, self.attention = block, attention
+        self.input: Any = None
+        self.reads: dict[str, torch.Tensor] = {}
+        self.writes: dict[str, torch.Tensor] = {}
+        self.whole = False  # the attention is given the stream as well, to add it itself: Bloom
+
+    def watch(self) -> list[Any]:
+        handles = [self.block.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        for name, module in self.block.named_children():
+            handles.append(module.register_forward_hook(partial(self._note, name), with_kwargs=True))
+        return handles
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.input = hidden_in(args, kwargs)
+
+    def _note(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        given, made = hidden_in(args, kwargs), hidden_out(output)
+        if isinstance(given, torch.Tensor) and isinstance(made, torch.Tensor):
+            self.reads[name], self.writes[name] = given, made
+        if name == self.attention and any(value is self.input for value in args[1:]):
+            self.whole = True
+
+    def added(self, index: int) -> str:
+        kind = f"site='resid_mid' does not exist in layer {index}, a {type(self.block).__name__}"
+        if self.attention not in self.reads:
+            raise SteerError(
+                f"{kind}: a forward pass does not call its {self.attention} with hidden states; use "
+                "resid_post"
+            )
+        if self.whole:
+            raise SteerError(f"{kind}: its attention adds the residual stream itself; use resid_post")
+        reads, writes = self.reads, self.writes
+        mlp = next((name for name in _children(self.block, _MLP) if name in reads), None)
+        if mlp is None:
+            raise SteerError(f"{kind}: no one module of it is the MLP; use resid_post")
+        before_mlp = [name for name in writes if reads[mlp] is writes[name]]
+        mlp_reads = reads[before_mlp[0]] if before_mlp else reads[mlp]
+        if mlp_reads is self.input or mlp_reads is reads[self.attention]:
+            raise SteerError(
+                f"{kind}: attention and MLP read the same residual stream in parallel; use resid_post or "
+                "attn_out"
+            )
+        # A module fed with exactly the attention's output (a post-norm) is what the residual addition sees
+        # instead.
+        after = (name for name in reads if name != self.attention and reads[name] is writes[self.attention])
+        return next(after, self.attention)

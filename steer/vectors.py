@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,14 +23,14 @@ from torch import nn
 from steer import artifact
 from steer.config import SteeringConfig
 from steer.errors import SteerError
+from steer.hooks import hook
 from steer.identity import base_checksum, describe, tokenizer_checksum
 from steer.kinds import AdaptiveVector, Gate, SharedDirections, SharedVector, SteeringVector
+from steer.probe import verify
 from steer.sharded import fill, gathered, shape, whole
 from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_sites
 
 AnyVector = SteeringVector | AdaptiveVector | SharedVector
-# Hidden states (batch, tokens, width), at a down-projection its input too, to steered hidden states
-Steer = Callable[..., torch.Tensor]
 
 
 class SteeringVectors:
@@ -179,6 +179,7 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
     if "steering_vectors" in model.__dict__:
         raise SteerError("the model already has steering vectors; call steer.detach(model) first")
     vectors, places = build(model, config)
+    verify(find_decoder(model), vectors.layers, config.kind, config.site, places)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     for (name, module), place in zip(vectors._modules.items(), places, strict=True):
@@ -306,21 +307,6 @@ def _make(
     return None, [SteeringVector(decoder.width, gate, dtype, device) for device in devices], sites
 
 
-def hook(vector: Steer, site: Site) -> Any:
-    """
-    Let `vector` change the hidden states at `site`: it is called with them, at a down-projection also with
-    its input. Returns the handle.
-    """
-    # `partial` rather than a closure, so that a deep copy of the model steers with its own vectors.
-    # `prepend`, because transformers captures hidden states with hooks of its own, installed at first use.
-    if site.on_input:
-        return site.module.register_forward_pre_hook(
-            partial(_steer_input, vector), prepend=True, with_kwargs=True
-        )
-    steer = _steer_adaptively if site.with_input else _steer_output
-    return site.module.register_forward_hook(partial(steer, vector), prepend=True)
-
-
 def watch_prompt(model: nn.Module, vectors: SteeringVectors) -> Any:
     """Let `vectors` know before each forward pass which of its tokens they steer. Returns the handle."""
     place = partial(_place, vectors._gate)
@@ -340,21 +326,6 @@ def _device(block: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(block.parameters()).device
-
-
-def _steer_adaptively(vector: Steer, down: nn.Module, args: tuple, output: Any) -> Any:
-    return vector(output, args[0])
-
-
-def _steer_output(vector: Steer, module: nn.Module, args: tuple, output: Any) -> Any:
-    # transformers 5 returns a bare tensor from decoder layers, earlier releases and attention modules a tuple
-    return (vector(output[0]), *output[1:]) if isinstance(output, tuple) else vector(output)
-
-
-def _steer_input(vector: Steer, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    if args:
-        return (vector(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": vector(kwargs["hidden_states"])}
 
 
 def _place(gate: Gate, trunk: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -1,0 +1,70 @@
+"""
+Hooks on modules of transformers: read or replace the hidden states that a module is given or returns.
+
+transformers 5 passes hidden states as the first argument or as `hidden_states=`, and returns a bare tensor,
+or a tuple (in OpenAI GPT a list) that begins with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from steer.sites import Site
+
+# Hidden states (batch, tokens, width), at a down-projection its input too, to steered hidden states
+Steer = Callable[..., torch.Tensor]
+
+
+def hidden_in(args: tuple, kwargs: dict) -> Any:
+    """The hidden states that a module is called with; None where there are none."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def replace_in(args: tuple, kwargs: dict, hidden: torch.Tensor) -> tuple[tuple, dict]:
+    """The same arguments with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def hidden_out(output: Any) -> Any:
+    """The hidden states in what a module returned."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def replace_out(output: Any, hidden: torch.Tensor) -> Any:
+    """The same output with other hidden states."""
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def hook(vector: Steer, site: Site) -> Any:
+    """
+    Let `vector` change the hidden states at `site`: it is called with them, at a down-projection also with
+    its input. Returns the handle.
+    """
+    # `partial` rather than a closure, so that a deep copy of the model steers with its own vectors.
+    # `prepend`, because transformers captures hidden states with hooks of its own, installed at first use.
+    if site.on_input:
+        return site.module.register_forward_pre_hook(
+            partial(_steer_input, vector), prepend=True, with_kwargs=True
+        )
+    steer = _steer_adaptively if site.with_input else _steer_output
+    return site.module.register_forward_hook(partial(steer, vector), prepend=True)
+
+
+def _steer_adaptively(vector: Steer, down: nn.Module, args: tuple, output: Any) -> Any:
+    return vector(output, args[0])
+
+
+def _steer_output(vector: Steer, module: nn.Module, args: tuple, output: Any) -> Any:
+    return replace_out(output, vector(hidden_out(output)))
+
+
+def _steer_input(vector: Steer, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return replace_in(args, kwargs, vector(hidden_in(args, kwargs)))
