@@ -15,11 +15,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from steer.errors import SteerError
-from steer.files import read_json, replace_file
+from steer.files import held, read_json, replace_file
 
 RUN_FILE, PROBLEMS_FILE = "run.json", "problems.parquet"
 GREEDY = -1
@@ -51,7 +52,7 @@ class Store:
         self.folder = Path(folder)
         self.settings: dict[str, Any] = {}
         self._next = 0
-        self._lock: Any = None
+        self._hold = ExitStack()
 
     def open(self, settings: Mapping[str, Any], problems: Sequence[Mapping[str, Any]]) -> set[Key]:
         """
@@ -59,21 +60,13 @@ class Store:
         folder holds a run of other settings or other files, when another process writes to it, and when it
         cannot be written.
         """
-        from filelock import FileLock, Timeout
-
+        self._hold.enter_context(held(self.folder, "--out"))
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             others = [f.name for f in self.folder.iterdir() if not f.name.startswith(".")]
             if set(others) - {PROBLEMS_FILE} and RUN_FILE not in others:
                 raise SteerError(
                     f"{self.folder} holds {others[0]}, which is no run of evals; give another --out"
                 )
-            self._lock = FileLock(self.folder / ".lock")
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise SteerError(
-                f"another process writes to {self.folder}; wait for it, or give another --out"
-            ) from error
         except OSError as error:
             raise _disk(self.folder, error) from error
         before = read_settings(self.folder) if RUN_FILE in others else {}
@@ -95,8 +88,7 @@ class Store:
         self._next += 1
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        self._hold.close()
 
     def _write(self, name: str, content: bytes) -> None:
         try:

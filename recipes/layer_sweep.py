@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from steer.threads import passive_waiting
@@ -32,6 +33,7 @@ os.environ.update(passive_waiting())
 from accelerate import PartialState
 
 from evals import layer_study
+from steer.files import held
 from steer.models import load_model, load_tokenizer
 from steer.rewards import Checker
 from steer.sites import find_decoder
@@ -54,6 +56,13 @@ def main() -> None:
 def train_population(run: RunConfig, training: SteeringGRPOConfig, asked: PopulationArguments) -> None:
     """Train the members, or what is missing of them, and print the table; all share this command line."""
     folder = Path(training.output_dir)
+    with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
+        _train_population(folder, run, training, asked)
+
+
+def _train_population(
+    folder: Path, run: RunConfig, training: SteeringGRPOConfig, asked: PopulationArguments
+) -> None:
     tokenizer = load_tokenizer(run.model, revision=run.model_revision)
     model = load_model(
         run.model,

@@ -17,7 +17,7 @@ import argparse
 import logging
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 import steer
 from steer.errors import SteerError
+from steer.files import held
 from steer.models import load_model, load_tokenizer
 from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import ActivationStream, Reader
@@ -82,6 +83,12 @@ def main(arguments: list[str]) -> dict[str, SAE]:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     folder = Path(run.output_dir)
+    with held(folder, "output_dir") if accelerator.is_main_process else nullcontext():
+        return train(folder, run, training, accelerator)
+
+
+def train(folder: Path, run: RunConfig, training: TrainConfig, accelerator: Accelerator) -> dict[str, SAE]:
+    """Train the SAEs in `folder`, or what is missing of them."""
     stream = open_stream(run, accelerator)
     configs = {name: SAEConfig(**{"d_in": stream.width, **values}) for name, values in run.saes.items()}
     with tqdm(total=training.tokens, unit=" tokens", disable=not accelerator.is_main_process) as bar:

@@ -1,17 +1,25 @@
 """
-Files that are whole or not there, written beside their target and renamed over it; and JSON that means one
-thing.
+Files that are whole or not there, written beside their target and renamed over it; folders that one process
+at a time writes to; and JSON that means one thing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from filelock import FileLock, Timeout
+
 from steer.errors import SteerError, one_line, shown
+
+# In a folder that a process holds: what the operating system locks, and who the process is.
+LOCK_FILE, HOLDER_FILE = ".lock", ".held-by"
 
 # Deeper JSON is nobody's config, and some parsers and printers of it recurse.
 MAX_NESTING = 200
@@ -40,6 +48,39 @@ def replace_files(contents: dict[Path, bytes]) -> None:
         for temporary in written:
             Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def held(folder: str | os.PathLike[str], option: str) -> Iterator[None]:
+    """
+    Inside, no other process holds `folder`, which is made where it is not there. The operating system lets go
+    of it when the process ends, however it ends.
+
+    Args:
+        folder: the folder of a run, for the main process of the run alone: the others share its hold.
+        option: the option that names another folder, for the message, such as "--output_dir".
+
+    Raises:
+        SteerError: another process holds it (named by its number and its host), or it cannot be written.
+    """
+    path = Path(folder)
+    lock, holder = FileLock(path / LOCK_FILE), path / HOLDER_FILE
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        replace_file(holder, f"process {os.getpid()} on {platform.node()}".encode())
+    except Timeout as error:
+        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise SteerError(
+            f"{path} is in use: {who} writes to it; wait until that ends or stop it, or give another {option}"
+        ) from error
+    except OSError as error:
+        raise SteerError(f"cannot write to {path}: {error.strerror}; give another {option}") from error
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def parse_json(text: str | bytes, where: str | os.PathLike[str], literal_numbers: bool = False) -> Any:

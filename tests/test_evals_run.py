@@ -24,6 +24,7 @@ import steer
 from evals import run, store
 from evals.engines import HfEngine, row_seed
 from evals.store import GREEDY, read_completions, read_settings
+from steer.files import held
 from steer.grading import Checker
 from steer.prompts import render
 from steer.train.evaluation import answer_greedily
@@ -304,10 +305,9 @@ def test_a_run_killed_while_it_begins(base, tmp_path, monkeypatch):
 
 
 def test_only_one_process_writes(base, whole, capsys):
-    from filelock import FileLock
-
-    with FileLock(whole / ".lock"):
-        assert "another process writes to" in refused(capsys, everything(base, whole))
+    with held(whole, "--out"):
+        line = refused(capsys, everything(base, whole))
+    assert f"{whole} is in use: process {os.getpid()} on " in line and "another --out" in line
 
 
 def test_a_damaged_part_is_named(base, whole, tmp_path, capsys):

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import steer
 from steer import artifact
+from steer.files import held
 from steer.train.trainer import last_checkpoint
 
 RECIPE = ROOT / "recipes" / "grpo_steer.py"
@@ -369,6 +370,12 @@ def test_a_folder_with_another_run_or_other_files_is_one_line(refused, whole: Pa
     assert "--output_dir" in refused("--output_dir", str(tmp_path / "thesis"))
     (tmp_path / "file").write_text("")
     assert "--output_dir" in refused("--output_dir", str(tmp_path / "file"))
+
+
+def test_a_folder_that_another_run_writes_to_is_one_line(refused, tmp_path: Path) -> None:
+    with held(tmp_path / "out", "--output_dir"):
+        line = refused()
+    assert f"is in use: process {os.getpid()} on " in line and "another --output_dir" in line
 
 
 def test_a_mistake_found_late_does_not_claim_the_folder(refused, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import zip_longest
@@ -29,7 +30,7 @@ from trl import TrlParser
 
 from steer.data import load_problems
 from steer.errors import SteerError
-from steer.files import read_json, replace_file
+from steer.files import held, read_json, replace_file
 from steer.models import fast_dtype, load_model, load_tokenizer
 from steer.rewards import Checker, make_reward
 from steer.sharded import shape
@@ -178,6 +179,20 @@ def conduct(
     run.
     """
     folder = Path(training.output_dir)
+    with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
+        return _conduct(folder, run, training, recipe, train, held_out, stages, samples)
+
+
+def _conduct(
+    folder: Path,
+    run: RunConfig,
+    training: SteeringGRPOConfig,
+    recipe: Recipe,
+    train: Dataset,
+    held_out: Problems | None,
+    stages: Sequence[str],
+    samples: int,
+) -> dict[str, Any]:
     state = PartialState()
     if state.is_main_process:
         runs.claim(folder, runs.settings(run, recipe.settings, training))

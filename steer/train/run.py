@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from steer.config import SteeringConfig
 from steer.data import Arithmetic
 from steer.errors import SteerError
-from steer.files import read_json, replace_file
+from steer.files import HOLDER_FILE, LOCK_FILE, read_json, replace_file
 from steer.prompts import TEMPLATES, PromptSpec
 from steer.rewards import REWARDS
 
@@ -168,7 +168,7 @@ def claim(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        held = {file.name for file in path.iterdir()}
+        held = {file.name for file in path.iterdir()} - {LOCK_FILE, HOLDER_FILE}
         if RUN_FILE in held and len(held) > 1:
             have = read_json(path / RUN_FILE)
             _same(path, have, wanted)
