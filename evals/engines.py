@@ -117,7 +117,6 @@ class HfEngine:
     ) -> list[Completion]:
         import torch
 
-        from steer.train import cpu
         from steer.train.rollout import Sampling, rollout, uniforms
 
         sampling = Sampling(
@@ -127,8 +126,7 @@ class HfEngine:
         if decoding.temperature:
             noise = torch.cat([uniforms([0], decoding.max_new_tokens, seed, 0) for seed in seeds])
         try:
-            with cpu.grouped(self.model):
-                found = rollout(self.model, prompts, sampling, noise)
+            found = rollout(self.model, prompts, sampling, noise)
         except torch.OutOfMemoryError as error:
             raise SteerError(
                 f"out of memory with {len(prompts)} answers of up to {decoding.max_new_tokens} tokens at "

@@ -24,7 +24,8 @@ from evals.architectures import tiny
 from evals.model_training import scored, updated
 from steer import SteerError, SteeringConfig, SteeringVectors
 from steer.train import cpu
-from steer.train.rollout import Sampling, pad_left, rollout
+from steer.train.decoding import pad_left
+from steer.train.rollout import Sampling, rollout
 
 # Relative to the largest logit, of float32 sums in another order: 1e-6 to 1e-5. A wrong position, mask or
 # vector is 1e-3 or more.

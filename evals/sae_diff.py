@@ -29,7 +29,6 @@ from steer.sae.evaluate import quality
 from steer.sae.features import Completion, Feature, analyse, read_completions, wilson
 from steer.sae.intervene import answer_without, shifted
 from steer.sae.trainer import SAETrainer, TrainConfig
-from steer.train.cpu import grouped
 from steer.train.rollout import Sampling, rollout, uniforms
 
 ROWS = 256  # completions sampled at once
@@ -160,18 +159,17 @@ class Subject:
             for _ in range(samples)
         ]
         found = []
-        with grouped(self.model):
-            for start in tqdm(range(0, len(asked), ROWS), desc="sampling", unit="batch"):
-                part = asked[start : start + ROWS]
-                noise = uniforms(range(start, start + len(part)), self.length, 0, 0)
-                sampling = Sampling(self.length, self.eos)
-                ids = rollout(self.model, [prompt for prompt, _ in part], sampling, noise).ids
-                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-                verdicts = self.checker.check(texts, [answer for _, answer in part])
-                found += [
-                    Completion(list(prompt), list(tokens), verdict.correct)
-                    for (prompt, _), tokens, verdict in zip(part, ids, verdicts, strict=True)
-                ]
+        for start in tqdm(range(0, len(asked), ROWS), desc="sampling", unit="batch"):
+            part = asked[start : start + ROWS]
+            noise = uniforms(range(start, start + len(part)), self.length, 0, 0)
+            sampling = Sampling(self.length, self.eos)
+            ids = rollout(self.model, [prompt for prompt, _ in part], sampling, noise).ids
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            verdicts = self.checker.check(texts, [answer for _, answer in part])
+            found += [
+                Completion(list(prompt), list(tokens), verdict.correct)
+                for (prompt, _), tokens, verdict in zip(part, ids, verdicts, strict=True)
+            ]
         return found
 
     def accuracy(self, change: Change, sae: SAE, reader: Reader) -> dict[str, float]:
@@ -179,7 +177,7 @@ class Subject:
         if change.ablated is None:
             off = nullcontext() if change.steered else self.vectors.disabled()
             added = nullcontext() if change.added is None else shifted(self.model, reader.layer, change.added)
-            with off, added, grouped(self.model):
+            with off, added:
                 sampling = Sampling(self.length, self.eos, temperature=0.0)
                 ids = rollout(self.model, self.prompts(self.heldout), sampling).ids
         else:

@@ -16,7 +16,7 @@ and no graph reaches below the lowest layer that a row of the batch is steered a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +33,14 @@ BASE = -1
 
 
 class Owners(NamedTuple):
-    """Which set steers each row, (rows,) ascending, and how the model is told before a forward pass."""
+    """
+    Which set steers each row, (rows,) ascending, how the model is told before a forward pass, and
+    `Population.prompt_length`.
+    """
 
     of: torch.Tensor
     tell: Callable[[torch.Tensor], None]
+    prompt_length: Callable[[int | torch.Tensor], AbstractContextManager]
 
     def choose(self, rows: torch.Tensor) -> None:
         """The coming forward passes have those of the rows, ascending."""
@@ -95,7 +99,7 @@ class Population:
             raise SteerError("rows of one set must stand together, in the order of the sets")
         self.tell(owner)
         try:
-            yield Owners(owner, self.tell)
+            yield Owners(owner, self.tell, self.prompt_length)
         finally:
             self._blocks.clear()
 
@@ -110,7 +114,7 @@ class Population:
             self._blocks.clear()
 
     @contextmanager
-    def prompt_length(self, columns: int) -> Iterator[None]:
+    def prompt_length(self, columns: int | torch.Tensor) -> Iterator[None]:
         """`SteeringVectors.prompt_length` of all sets."""
         with ExitStack() as stack:
             for vectors in self.sets.values():

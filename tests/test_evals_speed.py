@@ -13,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import steer
 from evals import speed, speed_workers
-from steer.train.rollout import pad_left
+from steer.train.decoding import pad_left
 from steer.train.step import add_group_scoring
 
 # of one variant, in two rounds

@@ -16,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import steer
 from steer.errors import SteerError
 from steer.train import cpu, rollout
-from steer.train.rollout import Sampling, _sample, pad_left, uniforms
+from steer.train.decoding import pad_left
+from steer.train.rollout import Sampling, _sample, uniforms
 
 PROMPTS = [[5, 9, 33], [7], [11, 3, 4, 80, 21, 60, 9], [42, 42, 8, 17]]
 NEVER = 96  # no prompt holds it; as an end-of-sequence id it is used only where it is known not to be drawn

@@ -19,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import steer
 from steer.train import cpu, step
-from steer.train.rollout import pad_left
+from steer.train.decoding import pad_left
 from steer.train.step import FILL, add_group_scoring, common_prefix, length_batches
 
 TEMPERATURE = 0.7

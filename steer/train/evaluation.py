@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.grading import Checker
-from steer.train import cpu
 from steer.train.rollout import Sampling, rollout, uniforms
 
 BATCH = 64
@@ -88,8 +87,7 @@ def answer(
                 tokenizer(frame(row["problem"]), add_special_tokens=False)["input_ids"] for row in batch
             ]
             noise = uniforms(numbers[start : start + BATCH], max_new_tokens, 0, 0) if temperature else None
-            with cpu.grouped(model):
-                ids = rollout(model, prompts, sampling, noise).ids
+            ids = rollout(model, prompts, sampling, noise).ids
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             verdicts = checker.check(texts, [row["answer"] for row in batch])
             for row, text, verdict, tokens in zip(batch, texts, verdicts, ids, strict=True):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from steer.rewards import guard
 from steer.train import cpu
 from steer.train.callbacks import ProgressBar, Seconds
 from steer.train.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
+from steer.train.decoding import inputs
 from steer.train.loss import group_advantages, importance_weights, total_rewards
 from steer.train.rollout import Sampling, rollout, uniforms
-from steer.train.step import add_group_scoring
+from steer.train.step import Scored, add_group_scoring
+from steer.train.verify import fast_attention, fast_paths
 
 ROLLOUT_FILE = "rollouts.pt"
 
@@ -96,7 +99,7 @@ class GroupGRPOTrainer(GRPOTrainer):
         if self.accelerator.device.type == "cpu":
             cpu.prepare()
         self.model_accepts_loss_kwargs = False
-        add_group_scoring(self.model)
+        add_group_scoring(self.model, self.temperature)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(Seconds(self._metrics["train"]))
@@ -109,8 +112,11 @@ class GroupGRPOTrainer(GRPOTrainer):
         """Inside, the model is the one that training began with."""
         raise NotImplementedError
 
-    def scoring(self, prompt_length: int) -> AbstractContextManager:
-        """Around each forward pass over rows whose first `prompt_length` columns are prompts."""
+    def scoring(self, prompt_length: int | torch.Tensor) -> AbstractContextManager:
+        """
+        Around each forward pass over rows whose first `prompt_length` columns, of all or of each (rows,), are
+        prompts.
+        """
         return nullcontext()
 
     @property
@@ -151,7 +157,10 @@ class GroupGRPOTrainer(GRPOTrainer):
             or self.args.cache_implementation
         )
         if special or not self.args.fast_sampler:
-            with cpu.grouped(self.accelerator.unwrap_model(self.model)):
+            base = self.accelerator.unwrap_model(self.model)
+            if not (self.use_vllm or self.use_transformers_continuous_batching):
+                _check_padding(base, [len(ids) for ids in prompt_ids])
+            with fast_attention(base):
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         sampling = Sampling(
             self.max_completion_length,
@@ -173,7 +182,6 @@ class GroupGRPOTrainer(GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),
-            cpu.grouped(model),
         ):
             model.eval()
             together = self._any_process if self.sharded else None
@@ -268,34 +276,52 @@ class GroupGRPOTrainer(GRPOTrainer):
     ) -> tuple:
         prompt = input_ids.shape[1] - logits_to_keep
         base = self.accelerator.unwrap_model(self.model)
-        plain = (
-            not self.args.share_prompts
-            or base.is_gradient_checkpointing
-            or self.sharded
-            or kwargs.get("compute_aux_loss")
-            or any(value is not None for name, value in kwargs.items() if name not in _PLAIN_ARGUMENTS)
-        )
-        if not plain:
-            # Columns of padding that all these prompts share do nothing.
-            spare = prompt - int(attention_mask[:, :prompt].sum(1).max())
-            input_ids, attention_mask = input_ids[:, spare:], attention_mask[:, spare:]
-            prompt -= spare
+        options = fast_paths(base).scoring()
+        others = {k for k, v in kwargs.items() if v is not None and k not in _PLAIN_ARGUMENTS}
         # Under checkpointing the backward pass runs the layers again, outside of this block.
-        attention = nullcontext() if base.is_gradient_checkpointing else cpu.grouped(base)
-        with self.scoring(prompt), attention:
-            if plain:
-                return super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        with nullcontext() if base.is_gradient_checkpointing else fast_attention(base):
+            if others or kwargs.get("compute_aux_loss"):  # images, a router's loss: trl's own way
+                _check_padding(base, attention_mask[:, :prompt].sum(1).tolist())
+                with self.scoring(prompt):
+                    return super()._get_per_token_logps_and_entropies(
+                        model if others else partial(_placed, base, model),
+                        input_ids,
+                        attention_mask,
+                        logits_to_keep,
+                        *args,
+                        **kwargs,
+                    )
+            options["share"] &= self.args.share_prompts
+            options["share"] &= not base.is_gradient_checkpointing and not self.sharded
+            size = None if options["share"] else kwargs.get("batch_size")
+            parts = [
+                self._score_rows(model, ids, mask, prompt, options)
+                for ids, mask in zip(
+                    input_ids.split(size or len(input_ids)),
+                    attention_mask.split(size or len(input_ids)),
+                    strict=True,
                 )
-            with self.accelerator.autocast():
-                scored = model(
-                    score_group=True,
-                    prompt_ids=input_ids[:, :prompt],
-                    prompt_mask=attention_mask[:, :prompt],
-                    completion_ids=input_ids[:, prompt:],
-                    completion_mask=attention_mask[:, prompt:],
-                )
-        return scored.log_probs, scored.entropy if kwargs.get("compute_entropy") else None, None
+            ]
+        entropy = torch.cat([part.entropy for part in parts]) if kwargs.get("compute_entropy") else None
+        return torch.cat([part.log_probs for part in parts]), entropy, None
+
+    def _score_rows(
+        self, model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt: int, options: dict[str, bool]
+    ) -> Scored:
+        lengths = mask[:, :prompt].sum(1)
+        # Columns of padding that all these prompts share do nothing.
+        spare = prompt - int(lengths.max())
+        ids, mask, prompt = ids[:, spare:], mask[:, spare:], prompt - spare
+        # Rows that are read whole are padded on the right.
+        with self.scoring(prompt if options["share"] else lengths), self.accelerator.autocast():
+            return model(
+                score_group=True,
+                prompt_ids=ids[:, :prompt],
+                prompt_mask=mask[:, :prompt],
+                completion_ids=ids[:, prompt:],
+                completion_mask=mask[:, prompt:],
+                **options,
+            )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         kept = inputs
@@ -397,6 +423,22 @@ class GroupGRPOTrainer(GRPOTrainer):
 
 
 _PLAIN_ARGUMENTS = ("batch_size", "compute_entropy", "compute_aux_loss")
+
+
+def _placed(base: Any, model: Any, **batch: Any) -> Any:
+    """`model`'s forward pass with the positions that trl does not pass, which count no padding."""
+    return model(**inputs(base, batch.pop("input_ids"), batch.pop("attention_mask")), **batch)
+
+
+def _check_padding(model: Any, lengths: Sequence[int]) -> None:
+    """SteerError where padding prompts of these lengths on the left would change what `model` says."""
+    reason = fast_paths(model).padding
+    if reason and len(set(lengths)) > 1:
+        raise SteerError(
+            f"{type(model).__name__}: {reason}, and these prompts are of unequal length ({min(lengths)} to "
+            f"{max(lengths)} tokens); use steer's own sampler and scorer, which pad on the right: leave "
+            "fast_sampler on, and generation_kwargs, repetition_penalty, tools, images and router losses out"
+        )
 
 
 def newest_checkpoint(folder: str | os.PathLike[str], read: Callable[[Path], object]) -> Path | None:

@@ -32,6 +32,7 @@ from steer.files import replace_file
 from steer.identity import tokenizer_checksum
 from steer.population import BASE, Population
 from steer.train import cpu
+from steer.train.decoding import pad_left
 from steer.train.loss import (
     group_advantages,
     importance_weights,
@@ -40,8 +41,9 @@ from steer.train.loss import (
     total_rewards,
 )
 from steer.train.member import Member, agreed, check_model, check_supported
-from steer.train.rollout import Sampling, pad_left, rollout, uniforms
+from steer.train.rollout import Sampling, rollout, uniforms
 from steer.train.step import add_group_scoring
+from steer.train.verify import fast_attention, fast_paths
 
 if TYPE_CHECKING:
     from steer.engine.population import EngineSampler
@@ -93,8 +95,9 @@ class PopulationTrainer:
         if model.device.type == "cpu":
             cpu.prepare()
         add_fused_lm_head(model, temperature=self.args.temperature, outputs=("log_probs", "entropy"))
-        add_group_scoring(model)
+        add_group_scoring(model, self.args.temperature)
         model.eval()
+        self._paths = fast_paths(model)
         self.population = Population(model)
         depth = self.population.depth
         # Neighbours in depth share a batch, and with it the layer at which its graph begins.
@@ -214,7 +217,7 @@ class PopulationTrainer:
         size = args.sample_rows or max(len(prompts[0]), SAMPLE_ROWS)
         drawn: list[list[int]] = []
         for part in _parts(len(flat), size):
-            with cpu.grouped(self.model), self.population.rows(owner[part]) as owners:
+            with self.population.rows(owner[part]) as owners:
                 drawn += rollout(self.model, flat[part], sampling, noise[part], owners=owners).ids
         return _grouped(drawn, [len(ids) for ids in prompts]), [None] * len(prompts)
 
@@ -351,13 +354,16 @@ class PopulationTrainer:
     def _score(
         self, owner: torch.Tensor, inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        width = inputs["prompt_ids"].shape[1]
+        options = self._paths.scoring()
+        # Rows that are read whole are padded on the right.
+        lengths = inputs["prompt_mask"].sum(1)
+        columns = inputs["prompt_ids"].shape[1] if options["share"] else lengths
         with (
-            cpu.grouped(self.model),
-            self.population.prompt_length(width),
+            fast_attention(self.model),
+            self.population.prompt_length(columns),
             self.population.rows(owner) as owners,
         ):
-            scored = self.model(score_group=True, owners=owners, **inputs)
+            scored = self.model(score_group=True, owners=owners, **options, **inputs)
         return scored.log_probs, scored.entropy.detach()
 
     def _apply(self, batch: _Batch) -> None:

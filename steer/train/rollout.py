@@ -3,18 +3,19 @@ Sampling completions from a Hugging Face model for a group-based policy gradient
 
 What makes it cheaper: a prompt shared by a group is read once; rows that have ended leave the batch; one
 random number a token. Each row draws from a stream of its own, keyed by (seed, step, row), so a sample
-depends neither on the number of processes nor on what else is in the batch.
+depends neither on the number of processes nor on what else is in the batch. A model whose cache cannot do
+this (`steer.train.verify`) reads every row again for each token: the same samples, slowly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import (
-    DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -23,6 +24,8 @@ from transformers import (
 )
 
 from steer.population import Owners
+from steer.train.decoding import CachedRows, PlainRows, Rows
+from steer.train.verify import fast_attention, fast_paths
 
 # Below this share of unfinished rows the batch is compacted; each compaction copies what remains of the KV
 # cache.
@@ -88,28 +91,33 @@ def rollout(
     needed when the model is sharded, since then every process must run every forward pass. `owners` tells
     which of several sets of vectors steers each row. Rows come back in order.
     """
+    if owners:
+        with owners.prompt_length(0):
+            owners.tell(owners.of[:0])  # no set steers while the model is tried
+            fast_paths(model)
+    with fast_attention(model):
+        return _rollout(model, prompts, sampling, noise, any_process, owners)
+
+
+def _rollout(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    noise: torch.Tensor | None,
+    any_process: Callable[[bool], bool] | None,
+    owners: Owners | None,
+) -> Completions:
     device = model.get_input_embeddings().weight.device
     whose = owners.of.tolist() if owners else [0] * len(prompts)
     keys = [(*prompt, owner) for prompt, owner in zip(prompts, whose, strict=True)]
     unique = list(dict.fromkeys(keys))
     index = {key: i for i, key in enumerate(unique)}
     group = torch.tensor([index[key] for key in keys], device=device)  # (rows,) which unique prompt
-    ids, mask = pad_left([key[:-1] for key in unique], device)
+    reader = _reader(model, owners)
     if owners:
         owners.tell(torch.tensor([key[-1] for key in unique]))
-    cache = DynamicCache(config=model.config.get_text_config())
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-
-    def last_logits(ids: torch.Tensor) -> torch.Tensor:
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-        # By index, which copies: given a view, torch's bfloat16 product on a CPU copies a frozen LM head for
-        # every row, 20 GB for a vocabulary of 262,144.
-        last = torch.tensor([ids.shape[1] - 1], device=device)
-        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[:, -1]
-
-    logits = last_logits(ids)
-    logits, mask, position = logits[group], mask[group], position[group, -1:]
-    cache.batch_select_indices(group)
+    logits = reader.read([key[:-1] for key in unique])[group]
+    reader.select(group)
     if owners:
         owners.tell(owners.of)
 
@@ -134,13 +142,11 @@ def rollout(
             break
         if is_open and alive.float().mean() < COMPACT_AT:
             keep = alive.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, mask, position, token = rows[keep], mask[keep], position[keep], token[keep]
+            reader.select(keep)
+            rows, token = rows[keep], token[keep]
             if owners:
                 owners.choose(rows)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position = position + 1
-        logits = last_logits(token[:, None])
+        logits = reader.step(token)
     ends = length.tolist()
     return Completions(
         [row[:n] for row, n in zip(tokens.tolist(), ends, strict=True)],
@@ -148,12 +154,12 @@ def rollout(
     )
 
 
-def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, each (rows, longest), padded on the left with id 0."""
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+def _reader(model: PreTrainedModel, owners: Owners | None) -> Rows:
+    """How `model` reads rows: with a cache where that was found right."""
+    if not fast_paths(model).sampler:
+        return CachedRows(model)
+    told = owners or model.__dict__.get("steering_vectors")
+    return PlainRows(model, told.prompt_length if told else lambda columns: nullcontext())
 
 
 def _sample(

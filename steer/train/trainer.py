@@ -81,7 +81,7 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
         """Inside, the vectors are off."""
         return self.vectors.disabled()
 
-    def scoring(self, prompt_length: int) -> AbstractContextManager:
+    def scoring(self, prompt_length: int | torch.Tensor) -> AbstractContextManager:
         return self.vectors.prompt_length(prompt_length)
 
     # ---- an engine that is sent the vectors alone
