@@ -4,8 +4,10 @@ Methods side by side: a table with intervals, plots, and one page that a person 
     python -m evals.compare runs/eval runs/eval-full --reference full --out runs/page
 
 Writes `table.md`, `scores.json`, `accuracy.png`, `parameters.png`, `lengths.png` and `index.html`, which
-holds everything and needs nothing else. Every method is paired with `--base`, problem by problem; "better"
-and "worse" are written only when the 95 % interval of the difference and an exact test both say so.
+holds everything and needs nothing else. Every method is paired with `--base`, problem by problem, and all
+trained methods with one another; "better" and "worse" are written only when the 95 % interval of the
+difference and its test both say so. What was trained with one seed is one run: its intervals are over
+problems only, and the verdict is on that run, not on the method.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from evals.collect import Cell, Collection, collect
 from evals.scores import Estimate
 from steer.errors import SteerError
 from steer.files import replace_file
+from steer.stats import benjamini_hochberg
 
 
 def score(collection: Collection, base: str, reference: str | None = None) -> list[dict[str, Any]]:
@@ -71,9 +75,10 @@ def _row(
         row["pass"] = {str(k): float(scores.pass_at_k(flat, k).mean()) for k in ks}
         answers = cell.array("answer").reshape(seeds * problems, samples)
         row["majority"] = float(scores.maj_at_k(flat, answers.tolist()).mean())
+    row["one_seed"] = _one_seed(cell)
     if base is not None and base is not cell:
-        found = scores.compare(cell.values, base.values)
-        row["gain"] = asdict(found)
+        row["gain"] = asdict(scores.compare(cell.values, base.values))
+        row["one_seed"] = _one_seed(cell) or _one_seed(base)
         difference = cell.values.mean(0) - base.values.mean(0)
         row["gained"], row["lost"] = int((difference > 0).sum()), int((difference < 0).sum())
         if reference is not None and reference is not cell:
@@ -81,6 +86,41 @@ def _row(
             row["gain_share"] = asdict(share) if share else None
             row["reference"] = reference.method.name
     return row
+
+
+def _one_seed(cell: Cell) -> bool:
+    """Whether this is a single run of training, so that nothing is known of other seeds."""
+    return cell.method.parameters > 0 and len(cell.values) == 1
+
+
+def pairs(collection: Collection) -> list[dict[str, Any]]:
+    """
+    Every two trained methods against each other, paired over the problems (`scores.compare`): one dict for
+    each benchmark, way of decoding and pair, as `scores.json` holds them. `corrected_p` is corrected for the
+    number of pairs of that benchmark and decoding (Benjamini and Hochberg), and the verdict goes by it.
+    """
+    rows: list[dict[str, Any]] = []
+    for benchmark in collection.benchmarks():
+        for greedy in (True, False):
+            cells = [cell for cell in collection.cells(benchmark, greedy) if cell.method.parameters]
+            both = list(combinations(cells, 2))
+            found = [scores.compare(one.values, other.values) for one, other in both]
+            corrected = benjamini_hochberg([c.p for c in found])
+            for (one, other), c, p in zip(both, found, corrected, strict=True):
+                rows.append(
+                    {
+                        "benchmark": benchmark,
+                        "decoding": "greedy" if greedy else "sampled",
+                        "method": one.method.name,
+                        "other": other.method.name,
+                        "seeds": [len(one.values), len(other.values)],
+                        "one_seed": _one_seed(one) or _one_seed(other),
+                        **asdict(c),
+                        "corrected_p": p,
+                        "verdict": scores.verdict(c.difference.low, c.difference.high, p),
+                    }
+                )
+    return rows
 
 
 # ---- as text
@@ -154,8 +194,32 @@ def gain(row: dict[str, Any]) -> str:
     """The paired difference to the base, with its interval and verdict; "" for the base itself."""
     if "gain" not in row:
         return ""
-    d = row["gain"]["difference"]
-    return f"{d['value']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f}) {row['gain']['verdict']}"
+    return f"{difference(row['gain']['difference'])} {told(row['gain']['verdict'], row)}"
+
+
+def difference(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:+.3f} ({estimate['low']:+.3f} to {estimate['high']:+.3f})"
+
+
+def told(verdict: str, row: dict[str, Any]) -> str:
+    """A verdict with what it is a verdict on, where that is one run of training."""
+    return f"{verdict} (one seed)" if row["one_seed"] and verdict != scores.UNDECIDED else verdict
+
+
+def pairs_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Trained methods against each other, as Markdown; empty where there are no two."""
+    if not rows:
+        return ""
+    lines = ["**Trained methods against each other**, paired over the problems", ""]
+    lines.append("| benchmark | decoding | method | minus | difference | p, corrected | |")
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        names = " | ".join(row[key] for key in ("benchmark", "decoding", "method", "other"))
+        lines.append(
+            f"| {names} | {difference(row['difference'])} | {row['corrected_p']:.2g} | "
+            f"{told(row['verdict'], row)} |"
+        )
+    return "\n".join(lines)
 
 
 def sentences(rows: Sequence[dict[str, Any]], base: str) -> list[str]:
@@ -166,7 +230,9 @@ def sentences(rows: Sequence[dict[str, Any]], base: str) -> list[str]:
             continue
         d, verdict = row["gain"]["difference"], row["gain"]["verdict"]
         how = "greedily" if row["decoding"] == "greedy" else f"at temperature {row['temperature']:g}"
-        said = f"not shown to differ from {base}" if verdict == scores.UNDECIDED else f"{verdict} than {base}"
+        said = f"{'this run is ' if row['one_seed'] else ''}{verdict} than {base}"
+        if verdict == scores.UNDECIDED:
+            said = f"not shown to differ from {base}"
         text = (
             f"{row['method']} on {row['benchmark']}, {how}: {said} ({d['value']:+.3f}, 95 % interval "
             f"{d['low']:+.3f} to {d['high']:+.3f}; {row['gained']} problems gained, {row['lost']} lost)"
@@ -192,6 +258,17 @@ def brevity(rows: Sequence[dict[str, Any]], base: str) -> list[str]:
                 "with a larger --max-new-tokens would show"
             )
     return notes
+
+
+def single_runs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A note on the methods that were trained with one seed."""
+    names = dict.fromkeys(row["method"] for row in rows if row["seeds"] == 1 and row["parameters"])
+    if not names:
+        return []
+    return [
+        f"one seed of training: {', '.join(names)}. Their intervals are over problems only; another seed of "
+        "the same method may differ by more than they say, and no method is shown to be better than another"
+    ]
 
 
 def caution(rows: Sequence[dict[str, Any]]) -> str:
@@ -221,8 +298,11 @@ def report(
     if base not in [m.name for m in collection.methods] and base == "base":
         base = collection.methods[0].name
     rows = score(collection, base, reference)
-    collection.notes += brevity(rows, base)
+    against = pairs(collection)
+    collection.notes += brevity(rows, base) + single_runs(rows)
     print(f"\n{table(rows)}\n")
+    if against:
+        print(f"{pairs_table(against)}\n")
     for text in [*sentences(rows, base), caution(rows), *collection.notes]:
         if text:
             print(text)
@@ -230,6 +310,7 @@ def report(
         "base": base,
         "reference": reference,
         "rows": rows,
+        "pairs": against,
         "notes": collection.notes,
         "sessions": collection.sessions,
     }
@@ -239,7 +320,8 @@ def report(
         from evals import page, plots
 
         figures = plots.draw(collection, rows)
-        files["table.md"] = (table(rows) + "\n").encode()
+        blocks = [table(rows), pairs_table(against)]
+        files["table.md"] = ("\n\n".join(block for block in blocks if block) + "\n").encode()
         files |= {f"{name}.png": png for name, (png, _) in figures.items()}
         files["index.html"] = page.render(
             collection, rows, base, {name: svg for name, (_, svg) in figures.items()}

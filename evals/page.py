@@ -130,14 +130,14 @@ def _gain(row: dict[str, Any]) -> str:
     if share:
         of = escape(row["reference"])
         small.append(f"{share['value']:.0%} of {of}'s ({share['low']:.0%} to {share['high']:.0%})")
-    return f"{d['value']:+.3f} {_badge(row['gain']['verdict'])}" + "".join(
+    return f"{d['value']:+.3f} {_badge(row['gain']['verdict'], row['one_seed'])}" + "".join(
         f"<small>{t}</small>" for t in small
     )
 
 
-def _badge(verdict: str) -> str:
+def _badge(verdict: str, one_seed: bool) -> str:
     kind = {scores.BETTER: " good", scores.WORSE: " bad"}.get(verdict, "")
-    text = "no difference shown" if verdict == scores.UNDECIDED else verdict
+    text = f"{verdict}, one seed" if kind and one_seed else verdict
     return f'<span class="badge{kind}">{text}</span>'
 
 
@@ -178,9 +178,10 @@ def _plots(rows: Sequence[dict[str, Any]], figures: Mapping[str, str]) -> str:
 
 def _how_to_read(rows: Sequence[dict[str, Any]]) -> str:
     text = (
-        "Small print under a number is its 95 % interval over problems (Wilson's for single greedy answers, "
-        "the bootstrap's elsewhere). A method is called better or worse when the interval of the paired "
-        "difference leaves out zero and a paired test agrees. "
+        "Small print under a number is its 95 % interval: over problems and training seeds where a method "
+        "has several seeds (Student's t), over problems only where it has one (Wilson's for single greedy "
+        "answers). A method is called better or worse when the interval of the paired difference leaves out "
+        "zero and a paired test agrees; with one seed that is a verdict on one run, not on the method. "
     )
     if any(row["decoding"] == "sampled" for row in rows):
         text += (

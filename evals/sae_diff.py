@@ -26,9 +26,10 @@ from steer.sae.activations import Reader
 from steer.sae.browser import write_browser
 from steer.sae.cache import HeldActivations
 from steer.sae.evaluate import quality
-from steer.sae.features import Completion, Feature, analyse, read_completions, wilson
+from steer.sae.features import Completion, Feature, analyse, read_completions
 from steer.sae.intervene import answer_without, shifted
 from steer.sae.trainer import SAETrainer, TrainConfig
+from steer.stats import wilson
 from steer.train.rollout import Sampling, rollout, uniforms
 
 ROWS = 256  # completions sampled at once

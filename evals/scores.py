@@ -1,9 +1,20 @@
 """
 Scores and how sure they are. Arrays only: nothing here knows of models, files or pages.
 
-`correct` is boolean of shape (problems, samples). Uncertainty is over problems, which are resampled whole
-with all their samples, so that it holds for other problems of the same kind; where a method was trained
-with several seeds, those are resampled too, independently of the problems.
+`correct` is boolean of shape (problems, samples). Intervals hold for other problems of the same kind and, for
+a method that was trained with several seeds, for other seeds: both are random effects. With one seed an
+interval is over problems alone, and says nothing of what another seed of the same method would give.
+
+The interval of a mean of S seeds and P problems is
+
+    mean +- sqrt(t(S - 1)^2 V_seeds / S + t(P - 1)^2 V_problems / P)
+
+where V_seeds is the variance of the seeds' means, V_problems that of the problems' means, and t(n) the 97.5 %
+point of Student's t with n degrees of freedom. Each variance has its own quantile: S - 1 degrees of freedom
+for the seeds, P - 1 for the problems. For normally distributed means the coverage is at least 95 % whatever
+the two variances (Banerjee 1960, "Approximate confidence interval for linear functions of means of k
+populations when the population variances are not equal", Sankhya 22). The interaction of seeds and problems
+is in both variances, which makes the interval wider, never narrower.
 """
 
 from __future__ import annotations
@@ -17,15 +28,16 @@ from typing import Any
 
 import numpy as np
 
+from steer.stats import LEVEL, mcnemar, t_quantile
+from steer.stats import wilson as wilson_ends
+
 Array = np.ndarray[Any, Any]
 
 RESAMPLES = 10_000
-LEVEL = 0.05
 # Resampled at once: bounds the memory at a few tens of megabytes for a thousand problems.
 _CHUNK = 1000
 # Up to this many differences other than zero, every assignment of signs is gone through.
 _EXACT = 14
-_Z = 1.959963984540054  # of the normal distribution, two-sided 95 %
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Estimate:
 @dataclass(frozen=True)
 class Comparison:
     """
-    A paired difference to the base: `verdict` is "better" or "worse" only when interval and test say so.
+    A paired difference of two methods: `verdict` is "better" or "worse" only when interval and test say so.
     """
 
     difference: Estimate
@@ -107,55 +119,71 @@ def canonical(answer: str) -> str | Fraction:
     return text
 
 
-# ---- over problems
+# ---- over problems and seeds
 
 
 def wilson(right: float, n: int) -> Estimate:
-    """Share with its score interval (Wilson 1927)."""
-    p = right / n
-    centre = (p + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
-    half = _Z * math.sqrt(p * (1 - p) / n + _Z * _Z / (4 * n * n)) / (1 + _Z * _Z / n)
-    # min and max with p, because rounding leaves an end that should be 0 or 1 beside it
-    return Estimate(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
+    """A share with Wilson's interval: see `steer.stats.wilson`."""
+    low, high = wilson_ends(right, n)
+    # with the share, since rounding leaves an end that should be 0 or 1 beside it
+    return Estimate(right / n, min(low, right / n), max(high, right / n))
 
 
-def bootstrap(values: Array, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """
-    Means of `values` (seeds, problems) under resampling of both, (resamples,). The same `seed` draws the same
-    problems whatever the number of training seeds, so the results for two methods are paired.
-    """
-    seeds, problems = values.shape
-    of_problems, of_seeds = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
-    means = []
-    for start in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - start)
-        weights = of_problems.multinomial(problems, np.full(problems, 1 / problems), size)
-        rows = of_seeds.multinomial(seeds, np.full(seeds, 1 / seeds), size) @ values
-        means.append((rows * weights).sum(1) / (seeds * problems))
-    return np.concatenate(means)
+# A part of the variance of a mean, with its degrees of freedom.
+Part = tuple[float, int]
+
+
+def _of_seeds(values: Array) -> list[Part]:
+    """What training seeds add to the variance of the mean of `values` (seeds, problems); nothing for one."""
+    seeds = len(values)
+    return [(float(values.mean(1).var(ddof=1)) / seeds, seeds - 1)] if seeds > 1 else []
+
+
+def _of_problems(means: Array) -> list[Part]:
+    """What problems add to the variance of the mean of `means` (problems,); unknown for one problem."""
+    problems = len(means)
+    return [(float(means.var(ddof=1)) / problems if problems > 1 else math.inf, max(1, problems - 1))]
+
+
+def _half_width(parts: Sequence[Part], level: float = LEVEL) -> float:
+    """Half of the interval of a mean with these parts of variance."""
+    return math.sqrt(sum(t_quantile(df, level) ** 2 * variance for variance, df in parts))
+
+
+def _p_value(mean: float, parts: Sequence[Part]) -> float:
+    """The level at which the interval of `mean` ends at zero: the test that belongs to the interval."""
+
+    def reach(level: float) -> float:
+        return _half_width(parts, level) - abs(mean)
+
+    if mean == 0 or not math.isfinite(_half_width(parts)):
+        return 1.0
+    least = 1e-12
+    if reach(least) <= 0:
+        return least
+    low, high = least, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reach(middle) > 0 else (low, middle)
+    return (low + high) / 2
 
 
 def estimate(values: Array) -> Estimate:
     """
-    Mean of `values` (seeds, problems), each in [0, 1]. One right-or-wrong answer a problem gets Wilson's
-    interval; all else the bootstrap's percentiles, unless every value is the same: resampling sees no spread
-    there, and the interval is again Wilson's, over problems.
+    Mean of `values` with its interval.
+
+    Args:
+        values: (seeds, problems), each in [0, 1].
+
+    Returns:
+        The interval above, cut to [0, 1]; over problems alone for one seed. One right-or-wrong answer a
+        problem gets Wilson's interval, and so do values that are all the same, which show no variance.
     """
     value, problems = float(values.mean()), values.shape[1]
     if (len(values) == 1 and np.isin(values, (0.0, 1.0)).all()) or np.ptp(values) == 0:
         return wilson(value * problems, problems)
-    low, high = np.percentile(bootstrap(values), (50 * LEVEL, 100 - 50 * LEVEL))
-    return Estimate(value, float(low), float(high))
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """
-    Exact two-sided p-value that gains and losses among paired right-or-wrong answers are equally likely
-    (McNemar 1947): the binomial distribution of the smaller count at one half.
-    """
-    n = gained + lost
-    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1))
-    return min(1.0, float(Fraction(2 * tail, 2**n)))
+    half = _half_width(_of_seeds(values) + _of_problems(values.mean(0)))
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half))
 
 
 def sign_flip(differences: Array, seed: int = 0) -> float:
@@ -181,38 +209,82 @@ def sign_flip(differences: Array, seed: int = 0) -> float:
 
 def compare(values: Array, base: Array) -> Comparison:
     """
-    `values` (seeds, problems) against `base` (base seeds, problems) on the same problems in the same order.
+    Two methods on the same problems in the same order: `values` minus `base`, paired over the problems.
 
-    The interval is the paired bootstrap's; the p-value McNemar's exact one for single right-or-wrong answers
-    and the sign flip test's elsewhere. Both must clear 5 % for a verdict: an interval from a handful of
-    problems is too narrow, and the test is not fooled by that.
+    Args:
+        values: (seeds, problems), each in [0, 1].
+        base: (base seeds, problems). Seeds of the two are independent, whatever their numbers.
+
+    Returns:
+        The difference with its interval, cut to [-1, 1], a p-value and a verdict. With several seeds on
+        either side the interval is over seeds and problems, and the p-value is the level at which it ends at
+        zero. With one seed on each side both are over problems alone; the p-value is McNemar's exact one for
+        single right-or-wrong answers and the sign flip test's elsewhere. For a verdict interval and
+        p-value must both clear 5 %.
     """
-    d = values - base.mean(0, keepdims=True)
-    low, high = np.percentile(bootstrap(d), (50 * LEVEL, 100 - 50 * LEVEL))
-    if np.ptp(d) == 0:
-        # resampling sees no spread: let the share of problems that Wilson allows be as different as can be
-        spread = wilson(0, d.shape[1]).high
-        low, high = d.mean() + spread * np.array([-1 - d.mean(), 1 - d.mean()])
-    single = len(values) == len(base) == 1 and np.isin(values, (0, 1)).all() and np.isin(base, (0, 1)).all()
-    p = mcnemar(int((d > 0).sum()), int((d < 0).sum())) if single else sign_flip(d.mean(0))
-    verdict = UNDECIDED
+    d = values.mean(0) - base.mean(0)
+    mean = float(d.mean())
+    seeds = _of_seeds(values) + _of_seeds(base)
+    parts = seeds + _of_problems(d)
+    half = _half_width(parts)
+    low, high = max(-1.0, mean - half), min(1.0, mean + half)
+    if half == 0:  # no variance to see: the share of problems that Wilson allows may differ as far as can be
+        spread = wilson(0, len(d)).high
+        low, high = mean + spread * (-1 - mean), mean + spread * (1 - mean)
+    if half == 0 or not seeds:
+        binary = len(values) == len(base) == 1 and np.isin([values, base], (0, 1)).all()
+        p = mcnemar(int((d > 0).sum()), int((d < 0).sum())) if binary else sign_flip(d)
+    else:
+        p = _p_value(mean, parts)
+    return Comparison(Estimate(mean, low, high), p, verdict(low, high, p))
+
+
+def verdict(low: float, high: float, p: float) -> str:
+    """What an interval of a difference and its p-value, corrected or not, say together."""
     if p < LEVEL:
-        verdict = BETTER if low > 0 else WORSE if high < 0 else UNDECIDED
-    return Comparison(Estimate(float(d.mean()), float(low), float(high)), p, verdict)
+        return BETTER if low > 0 else WORSE if high < 0 else UNDECIDED
+    return UNDECIDED
 
 
 def gain_share(values: Array, base: Array, reference: Array) -> Estimate | None:
     """
-    What share of the reference's gain over the base `values` get, all (seeds, problems) on the same problems.
-    The interval is a paired bootstrap's; None when the reference is not shown to be better than the base.
+    The share of the reference's gain over the base that another method gets: (values - base) / (reference -
+    base).
+
+    Args:
+        values, base, reference: (seeds, problems) each, on the same problems in the same order.
+
+    Returns:
+        The share with its interval by Fieller's theorem (1954): all shares r for which the interval of
+        values - base - r (reference - base) holds zero, with the variances of `compare`. None when the
+        reference is not shown to be better than the base, since the interval is then unbounded.
     """
     if compare(reference, base).verdict != BETTER:
         return None
-    ours, theirs = values - base.mean(0, keepdims=True), reference - base.mean(0, keepdims=True)
-    bottom = bootstrap(theirs)
-    ratios = bootstrap(ours) / np.where(bottom > 0, bottom, np.nan)
-    low, high = np.nanpercentile(ratios, (50 * LEVEL, 100 - 50 * LEVEL))
-    if np.ptp(ours) == 0:  # no spread to resample: see `compare`
+    ours, theirs = values.mean(0) - base.mean(0), reference.mean(0) - base.mean(0)
+    top, bottom = float(ours.mean()), float(theirs.mean())
+    # coefficients of r^2, -2 r and 1 in the square of the mean less that of the interval's half width
+    square, mixed, constant = bottom**2, top * bottom, top**2
+
+    def take(parts: list[Part], of_square: float, of_mixed: float, of_constant: float) -> None:
+        nonlocal square, mixed, constant
+        for variance, df in parts:
+            allowed = t_quantile(df) ** 2 * variance
+            square -= allowed * of_square
+            mixed -= allowed * of_mixed
+            constant -= allowed * of_constant
+
+    take(_of_seeds(values), 0, 0, 1)
+    take(_of_seeds(reference), 1, 0, 0)
+    take(_of_seeds(base), 1, 1, 1)
+    problems = len(ours)
+    covariance = np.cov(ours, theirs) / problems
+    take([(1.0, problems - 1)], covariance[1, 1], covariance[0, 1], covariance[0, 0])
+    if square <= 0:
+        return None
+    root = math.sqrt(max(0.0, mixed**2 - square * constant))
+    low, high = (mixed - root) / square, (mixed + root) / square
+    if np.ptp(ours) == 0 and len(values) == 1:  # no variance to see: see `compare`
         gain = compare(values, base).difference
-        low, high = gain.low / theirs.mean(), gain.high / theirs.mean()
-    return Estimate(float(ours.mean() / theirs.mean()), float(low), float(high))
+        low, high = gain.low / bottom, gain.high / bottom
+    return Estimate(top / bottom, low, high)

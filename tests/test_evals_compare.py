@@ -87,6 +87,46 @@ def test_table_is_markdown_with_every_method(one):
     assert "0.750 (0.598 to 0.858)" in lines[5]
 
 
+def test_a_verdict_on_one_seed_is_a_verdict_on_one_run(one, capsys):
+    """`good` was trained once: nothing is said of the method."""
+    compare.report([one], out=one / "page")
+    printed = capsys.readouterr().out
+    assert "good on sums, greedily: this run is better than base" in printed
+    assert "good is better" not in printed and "good on sums, greedily: better" not in printed
+    assert "one seed of training: good, same, noisy. Their intervals are over problems only" in printed
+    rows = by_key(compare.score(collect([one]), "base"))
+    assert rows["good", "greedy"]["one_seed"] and not rows["base", "greedy"]["one_seed"]
+    assert compare.gain(rows["good", "greedy"]).endswith("better (one seed)")
+    assert "better, one seed" in (one / "page" / "index.html").read_text()
+
+
+def test_seeds_that_agree_make_it_a_verdict_on_the_method(tmp_path):
+    seeds = {f"steering#{k}": [n % 4 == 0 or n % 10 != k for n in range(N)] for k in (1, 2, 3)}
+    folder = make_run(tmp_path / "r", {n: verdicts(r) for n, r in {"base": BASE, **seeds}.items()})
+    rows = compare.score(collect([folder]), "base")
+    assert "steering on sums, greedily: better than base" in compare.sentences(rows, "base")[0]
+    assert not compare.single_runs(rows)
+
+
+def test_trained_methods_are_paired_with_one_another(one, tmp_path, capsys):
+    found = {
+        (row["method"], row["other"]): row
+        for row in compare.pairs(collect([one]))
+        if row["decoding"] == "greedy"
+    }
+    assert set(found) == {("good", "same"), ("good", "noisy"), ("same", "noisy")}
+    row = found["good", "noisy"]  # 20 problems right with `good` alone, none with `noisy` alone
+    assert row["difference"]["value"] == pytest.approx(0.5)
+    assert row["p"] == pytest.approx(2 / 2**20)
+    assert row["corrected_p"] == pytest.approx(3 / 2 * row["p"])  # the smallest of three, twice
+    assert (row["verdict"], row["one_seed"]) == ("better", True)
+    assert found["same", "noisy"]["verdict"] == "no difference shown"
+    compare.report([one], out=tmp_path / "page")
+    assert "| sums | greedy | good | noisy | +0.500 (" in capsys.readouterr().out
+    assert "| better (one seed) |" in (tmp_path / "page" / "table.md").read_text()
+    assert len(json.loads((tmp_path / "page" / "scores.json").read_text())["pairs"]) == 6
+
+
 def test_seeds_are_one_method(tmp_path):
     seeds = {f"steering#{k}": [n % 4 == 0 or n % 5 == k for n in range(N)] for k in (1, 2, 3)}
     folder = make_run(tmp_path / "r", {n: verdicts(r) for n, r in {"base": BASE, **seeds}.items()})

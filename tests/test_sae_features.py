@@ -25,7 +25,6 @@ from steer.sae.features import (
     Feature,
     Snippet,
     analyse,
-    benjamini_hochberg,
     difference_interval,
     logit_effects,
     read_completions,
@@ -161,19 +160,6 @@ def test_newcombe_intervals_are_those_of_the_paper():
     assert (low, high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
     low, high = difference_interval(9, 10, 3, 10)
     assert (low, high) == (pytest.approx(0.1705, abs=1e-4), pytest.approx(0.8090, abs=1e-4))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_benjamini_hochberg_rejects_what_the_step_up_rule_does(p):
-    corrected = benjamini_hochberg(p)
-    for level in (0.01, 0.05, 0.3):
-        ranked = sorted(p)
-        passing = [rank for rank, value in enumerate(ranked, 1) if value <= rank / len(p) * level]
-        limit = ranked[max(passing) - 1] if passing else -1
-        for value, q in zip(p, corrected, strict=True):
-            if abs(q - level) > 1e-12:
-                assert (q <= level) == (value <= limit)
 
 
 def test_logit_effects_are_those_of_the_unembedding(diff):

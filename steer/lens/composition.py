@@ -16,9 +16,10 @@ from steer.errors import SteerError
 from steer.grading import Checker
 from steer.lens.lanes import BASE, Lane, steered
 from steer.lens.passes import passes
-from steer.lens.results import Result, wilson
+from steer.lens.results import Result
 from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject, chunks
+from steer.stats import wilson
 
 
 @dataclass
@@ -178,7 +179,7 @@ class ScaleSweep(Result):
         """Accuracy over the scale, with 95 % Wilson intervals."""
         from steer.lens import plots
 
-        intervals = [wilson(value, self.problems) for value in self.accuracy.tolist()]
+        intervals = [wilson(value * self.problems, self.problems) for value in self.accuracy.tolist()]
         return plots.lines(
             {"accuracy": self.accuracy},
             x=self.scales,

@@ -30,12 +30,13 @@ from steer.lens.logit_lens import logit_lens
 from steer.lens.patching import ROUTES, by_layer, frozen_routes, group_routes, head_routes, patch
 from steer.lens.persistence import persistence
 from steer.lens.report_results import Frozen, Paths, PathsByLayer, SingleLayers
-from steer.lens.results import Result, plain, spread, wilson
+from steer.lens.results import Result, plain, spread
 from steer.lens.sampling import complete, graded
 from steer.lens.scale_maps import scale_maps
 from steer.lens.scripts import count_scripts
 from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import common_opening, prefix_substitution, token_shift
+from steer.stats import wilson
 
 Record = dict[str, Any]
 ADDED = "added to the base run"
@@ -355,8 +356,8 @@ class _Study:
                 self._note(**{f"{name}adaptive_spread": _mean(found.std / found.mean.abs().clamp(min=1e-12))})
 
     def _score(self, name: str, right: torch.Tensor) -> None:
-        share = right.double().mean().item()
-        self.report.accuracy[name] = (share, *wilson(share, len(right)))
+        hits = int(right.sum())
+        self.report.accuracy[name] = (hits / len(right), *wilson(hits, len(right)))
 
     def _note(self, **numbers: float | None) -> None:
         self.report.numbers.update(numbers)

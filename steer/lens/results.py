@@ -54,11 +54,3 @@ def spread(items: Sequence[int], count: int) -> list[int]:
     if len(items) <= count:
         return list(items)
     return [items[round(n * (len(items) - 1) / (count - 1))] for n in range(count)]
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % score interval of a share of `count` trials (Wilson 1927)."""
-    z = 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, centre - half), min(1.0, centre + half)

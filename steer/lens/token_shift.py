@@ -17,9 +17,10 @@ from steer.errors import SteerError
 from steer.grading import Checker
 from steer.lens.lanes import BASE, Lane
 from steer.lens.passes import passes
-from steer.lens.results import Result, wilson
+from steer.lens.results import Result
 from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject
+from steer.stats import wilson
 
 
 @dataclass
@@ -183,7 +184,7 @@ class PrefixSubstitution(Result):
         return plots.bars(
             names,
             values,
-            intervals=[wilson(value, self.problems) for value in values],
+            intervals=[wilson(value * self.problems, self.problems) for value in values],
             ylabel=f"accuracy on {self.problems} problems",
             title="What a forced opening gives without any vector",
         )

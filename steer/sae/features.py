@@ -20,8 +20,7 @@ from steer.errors import SteerError
 from steer.sae.activations import Reader, Window, read_all
 from steer.sae.model import SAE
 from steer.sites import find_decoder
-
-Z = 1.959964  # of a 95 % interval
+from steer.stats import benjamini_hochberg, wilson
 
 
 @dataclass(frozen=True)
@@ -201,27 +200,6 @@ def within_prompts(fires: Tensor, correct: Tensor, prompt: Tensor) -> Tensor:
     variance = (spread[:, None] * all_hits * (count[:, None] - all_hits)).sum(0)
     p = torch.erfc(excess.abs() / variance.sqrt() / sqrt(2))
     return torch.where(variance > 0, p, 1.0)
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    share = hits / count
-    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
-    half = Z * sqrt(share * (1 - share) / count + Z * Z / (4 * count**2)) / (1 + Z * Z / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def benjamini_hochberg(p: Sequence[float]) -> list[float]:
-    """
-    Each p-value corrected for the number of tests: calling those below 0.05 true is wrong in 5 % of them.
-    """
-    order = sorted(range(len(p)), key=lambda index: p[index])
-    corrected, least = [0.0] * len(p), 1.0
-    for rank in range(len(p), 0, -1):
-        index = order[rank - 1]
-        least = min(least, p[index] * len(p) / rank)
-        corrected[index] = least
-    return corrected
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ Accuracy on held-out problems, for a before/after table and for sweeps. Benchmar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.grading import Checker
+from steer.stats import wilson
 from steer.train.rollout import Sampling, rollout, uniforms
 
 BATCH = 64
@@ -111,14 +111,12 @@ def answer(
 def score(answered: Sequence[Answered]) -> Score:
     """Accuracy over the problems, with the Wilson score interval (Wilson 1927) at 95 %."""
     n = len(answered)
-    p = sum(a.correct for a in answered) / n
-    z = 1.959964
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    right = sum(a.correct for a in answered)
+    low, high = wilson(right, n)
     return Score(
-        accuracy=p,
-        low=round(max(0.0, centre - half), 6),
-        high=round(min(1.0, centre + half), 6),
+        accuracy=right / n,
+        low=round(low, 6),
+        high=round(high, 6),
         problems=n,
         answered=sum(a.given is not None for a in answered) / n,
         finished=sum(a.finished for a in answered) / n,
