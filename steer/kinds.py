@@ -35,14 +35,7 @@ class Gate:
         seen = past.get_seq_length() if past is not None else 0
         length = self.prompt_length
         if length is None:
-            if past is not None and seen == 0:  # kept on the cache: several generations may take turns
-                past.steering_prompt_length = tokens
-            length = getattr(past, "steering_prompt_length", None)
-            if length is None:
-                raise SteerError(
-                    f"positions={self.positions!r} must know where the prompt ends: wrap this call in "
-                    "`with vectors.prompt_length(n):` (generate() needs nothing)"
-                )
+            length = self._prompt_on(past, int(seen), tokens)
         column = torch.arange(tokens, device=device) + seen  # (tokens,)
         if isinstance(length, torch.Tensor) and length.dim():
             column, length = column[None, :], length.to(device)[:, None]
@@ -53,6 +46,26 @@ class Gate:
             "first_completion": column == length,
         }
         self.mask = rule[self.positions].unsqueeze(-1)
+
+    def _prompt_on(self, past: Any, seen: int, tokens: int) -> int:
+        """
+        Length of the prompt where nobody tells: the pass over an empty cache reads it, and each pass after that
+        one generated token. The cache keeps it, so that several generations may take turns.
+        """
+        if past is not None and seen == 0:
+            past.steering_prompt_length = tokens
+        length = getattr(past, "steering_prompt_length", None)
+        fix = (
+            "wrap this call in `with vectors.prompt_length(n):`, n the columns of the prompt with its padding"
+        )
+        if length is None:
+            raise SteerError(f"positions={self.positions!r} must know where the prompt ends: {fix}")
+        if seen and (tokens > 1 or seen < length):
+            raise SteerError(
+                f"positions={self.positions!r} cannot tell prompt from completion in a pass that adds {tokens} "
+                f"tokens to a cache of {seen}, the first pass having read {length}: {fix}"
+            )
+        return length
 
     def add(self, hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         """`hidden` (batch, tokens, width) plus `change` (broadcast to it) at the steered tokens."""

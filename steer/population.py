@@ -27,7 +27,7 @@ from steer.errors import SteerError
 from steer.hooks import hook
 from steer.probe import verify
 from steer.sites import Site, find_decoder
-from steer.vectors import AnyVector, SteeringVectors, build, watch_prompt
+from steer.vectors import AnyVector, PromptWatch, SteeringVectors, build
 
 BASE = -1
 
@@ -77,7 +77,7 @@ class Population:
                 self._handles.append(hook(self._places[key], site))
             self._places[key].vectors[name] = module
         if config.positions != "all":
-            self._handles.append(watch_prompt(self.model, vectors))
+            self._handles.append(PromptWatch(self.model, vectors._gate))
         self.sets[name] = vectors
         return vectors
 
@@ -123,7 +123,7 @@ class Population:
 
     def remove_all(self) -> None:
         """The base model again, bit for bit, with the parameters trainable that were before."""
-        for handle in self._handles:
+        for handle in reversed(self._handles):
             handle.remove()
         for parameter in self._trainable:
             parameter.requires_grad_(True)

@@ -146,8 +146,7 @@ class SteeringVectors:
         Inside, the first `columns` columns (padding included; an int, or (batch,) for each row) are the
         prompt.
 
-        Needed only when `positions` is not 'all' and the model is called without `generate()`, or when it
-        prefills the prompt in chunks. Run the backward pass inside too when activations are checkpointed:
+        Needed only when `positions` is not 'all' and the model is called without `generate()`. Run the backward pass inside too when activations are checkpointed:
         the recomputation asks again where the prompt ends.
         """
         before, self._gate.prompt_length = self._gate.prompt_length, columns
@@ -188,7 +187,7 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
     if vectors._shared is not None:
         _parent(model, vectors._shared[0]).steering = vectors._shared[1]
     if config.positions != "all":
-        vectors._handles.append(watch_prompt(model, vectors))
+        vectors._handles.append(PromptWatch(model, vectors._gate))
     vectors._was_trainable = trainable
     model.__dict__["steering_vectors"] = vectors
     return vectors
@@ -307,10 +306,47 @@ def _make(
     return None, [SteeringVector(decoder.width, gate, dtype, device) for device in devices], sites
 
 
-def watch_prompt(model: nn.Module, vectors: SteeringVectors) -> Any:
-    """Let `vectors` know before each forward pass which of its tokens they steer. Returns the handle."""
-    place = partial(_place, vectors._gate)
-    return find_decoder(model).trunk.register_forward_pre_hook(place, prepend=True, with_kwargs=True)
+class PromptWatch:
+    """
+    Lets the vectors of `gate` know which tokens they steer: before each forward pass of `model`, and during its
+    `generate()` where the prompt ends. `remove()` ends it; of several, the last one first.
+    """
+
+    def __init__(self, model: nn.Module, gate: Gate):
+        self.model = model
+        self.handle = find_decoder(model).trunk.register_forward_pre_hook(
+            partial(_place, gate), prepend=True, with_kwargs=True
+        )
+        # Assisted decoding and prefilling in chunks do not begin with a pass over the prompt alone, so that the
+        # forward passes do not tell.
+        self.before = model.__dict__.get("generate")
+        if hasattr(model, "generate"):
+            model.__dict__["generate"] = partial(_generate, gate, model.generate)
+
+    def remove(self) -> None:
+        self.handle.remove()
+        self.model.__dict__.pop("generate", None)
+        if self.before is not None:
+            self.model.__dict__["generate"] = self.before
+
+
+def _generate(gate: Gate, generate: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate` with the prompt's length told, unless a caller tells."""
+    config = kwargs.get("generation_config")
+    if (kwargs.get("guidance_scale") or getattr(config, "guidance_scale", None) or 1) != 1:
+        raise SteerError(
+            f"positions={gate.positions!r} cannot be told under guidance_scale: the negative prompt has a length "
+            "of its own; use positions='all'"
+        )
+    given = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
+    prompt = next((tensor for tensor in given if tensor is not None), None)
+    before = gate.prompt_length
+    if before is None:
+        gate.prompt_length = 1 if prompt is None else prompt.shape[1]  # without a prompt, BOS
+    try:
+        return generate(*args, **kwargs)
+    finally:
+        gate.prompt_length = before
 
 
 def _parent(model: nn.Module, name: str) -> nn.Module:
@@ -331,6 +367,12 @@ def _device(block: nn.Module) -> torch.device:
 def _place(gate: Gate, trunk: nn.Module, args: tuple, kwargs: dict) -> None:
     if not gate.enabled:  # the base model needs no prompt length
         return
+    if any(kwargs.get(name) is not None for name in ("state", "mems", "cache_params")):
+        raise SteerError(
+            f"positions={gate.positions!r}: what {type(trunk).__name__} keeps between forward passes does not say "
+            "how many tokens it has seen; use positions='all', or one pass over all tokens in "
+            "`with vectors.prompt_length(n):`"
+        )
     tokens = args[0] if args else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"]

@@ -1,0 +1,127 @@
+"""Positions under every way of `generate()`: assisted, looked up, in chunks, on a cache of an earlier turn."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from steering import SOME, fill, logits, message, tokens
+from transformers import DynamicCache
+
+import steer
+from evals.architectures import tiny
+from steer import SteerError, SteeringConfig
+from steer.population import Population
+
+# Text that repeats itself, so that a lookup finds candidates; five tokens of it are drafted.
+PROMPT = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5]])
+
+
+@torch.no_grad()
+def generated(model: Any, ids: torch.Tensor = PROMPT, **options: Any) -> torch.Tensor:
+    """The scores of eight greedy tokens: (tokens, vocabulary)."""
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return torch.cat(out.logits)[: out.sequences.shape[1] - ids.shape[1]]
+
+
+@pytest.mark.parametrize("positions", SOME)
+@pytest.mark.parametrize(
+    "way", ["lookup", "assisted", "chunks", "first chunk alone", "embeddings", "no cache"]
+)
+def test_every_way_of_generating_steers_the_same_tokens(build_tiny, positions: str, way: str) -> None:
+    model = build_tiny("llama")
+    fill(steer.attach(model, SteeringConfig(positions=positions)))
+    expected = generated(model)
+    options: dict[str, Any] = {
+        "lookup": {"prompt_lookup_num_tokens": 5},
+        "assisted": {"assistant_model": build_tiny("llama", seed=1)},
+        "chunks": {"prefill_chunk_size": 4},
+        "first chunk alone": {"prefill_chunk_size": 8},  # what remains is one token, as in decoding
+        "embeddings": {"inputs_embeds": model.get_input_embeddings()(PROMPT)},
+        "no cache": {"use_cache": False},
+    }[way]
+    torch.testing.assert_close(generated(model, **options), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", SOME)
+def test_a_second_turn_on_the_cache_of_the_first(tiny_llama, positions: str) -> None:
+    fill(steer.attach(tiny_llama, SteeringConfig(positions=positions)))
+    vectors = steer.vectors.attached(tiny_llama)
+    cache = DynamicCache()
+    with vectors.prompt_length(len(PROMPT[0])):  # the first turn reads the same tokens as prompt
+        logits(tiny_llama, PROMPT[:, :-1], past_key_values=cache)
+    torch.testing.assert_close(
+        generated(tiny_llama, past_key_values=cache), generated(tiny_llama), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_copies_and_populations_tell_too(tiny_llama) -> None:
+    vectors = fill(steer.attach(tiny_llama, SteeringConfig(positions="completion")))
+    expected = generated(tiny_llama)
+    copied = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        for p in vectors.parameters():
+            p.zero_()
+    torch.testing.assert_close(generated(copied, prefill_chunk_size=4), expected, rtol=1e-4, atol=1e-5)
+    assert (generated(tiny_llama) - expected).abs().max() > 1e-3
+    steer.detach(tiny_llama)
+    assert "generate" not in tiny_llama.__dict__
+    population = Population(tiny_llama)
+    for name in ("one", "two"):
+        fill(population.add(name, SteeringConfig(positions="completion")))
+    with population.only("two"):
+        torch.testing.assert_close(
+            generated(tiny_llama, prefill_chunk_size=4), expected, rtol=1e-4, atol=1e-5
+        )
+    population.remove_all()
+    assert "generate" not in tiny_llama.__dict__
+
+
+def test_what_a_caller_tells_comes_first(tiny_llama) -> None:
+    vectors = fill(steer.attach(tiny_llama, SteeringConfig(positions="completion")))
+    with vectors.prompt_length(4):
+        early = generated(tiny_llama)
+    assert (early - generated(tiny_llama)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("positions", SOME)
+def test_several_tokens_after_the_first_pass_are_ambiguous(tiny_llama, positions: str) -> None:
+    vectors = fill(steer.attach(tiny_llama, SteeringConfig(positions=positions)))
+    ids, cache = tokens(1, 9), DynamicCache()
+    logits(tiny_llama, ids[:, :4], past_key_values=cache)
+    with pytest.raises(SteerError, match="prompt_length") as error:
+        logits(tiny_llama, ids[:, 4:8], past_key_values=cache)
+    assert "adds 4 tokens to a cache of 4" in message(error)
+    cache = DynamicCache()
+    logits(tiny_llama, ids[:, :4], past_key_values=cache)
+    cache.crop(3)  # what assisted decoding does with rejected drafts
+    with pytest.raises(SteerError, match="prompt_length"):
+        logits(tiny_llama, ids[:, 3:4], past_key_values=cache)
+    with vectors.prompt_length(4):
+        logits(tiny_llama, ids[:, 4:8], past_key_values=cache)
+
+
+def test_a_guided_prompt_has_a_length_of_its_own(tiny_llama) -> None:
+    fill(steer.attach(tiny_llama, SteeringConfig(positions="completion")))
+    with pytest.raises(SteerError, match="guidance_scale"):
+        generated(tiny_llama, guidance_scale=1.5)
+
+
+def test_a_state_that_does_not_count_tokens_is_refused() -> None:
+    model = tiny("rwkv")
+    vectors = fill(steer.attach(model, SteeringConfig(positions="completion")))
+    with pytest.raises(SteerError, match="does not say how many tokens"):
+        generated(model)
+    with vectors.prompt_length(4):
+        logits(model, PROMPT)  # one pass over everything needs no state
