@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from steer.errors import SteerError
+from steer.train.settings import check, check_ranges
 
 ADVANTAGES = ("loo", "group")
 # The losses of trl by what they average over; `skip_zero_advantage` must know it of every one.
@@ -118,7 +119,9 @@ class SteeringGRPOConfig(GRPOConfig):
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         super().__post_init__()
+        check(self)
         if self.loss_type not in LOSSES:
             raise SteerError(f"loss_type={self.loss_type!r} is unknown; choose one of {', '.join(LOSSES)}")
         if self.advantage not in ADVANTAGES:
@@ -142,8 +145,6 @@ class SteeringGRPOConfig(GRPOConfig):
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} does; set it to "
                 "sum_then_normalize, or advantage=group"
             )
-        if self.update_rows < 0:
-            raise SteerError(f"update_rows={self.update_rows}: give a number of rows, or 0 for all at once")
         if self.sync_ref_model:
             raise SteerError(
                 "sync_ref_model=true cannot work: the reference policy is the same model with its "

@@ -40,6 +40,7 @@ from steer.train.evaluation import Answered, Score, answer, score
 from steer.train.grpo import GroupGRPOTrainer, newest_checkpoint
 from steer.train.report import plot_training, sample_answers, score_table
 from steer.train.run import RunConfig
+from steer.train.settings import check_recipe, idle
 
 log = logging.getLogger("steer")
 
@@ -120,6 +121,9 @@ def begin(run: RunConfig, training: SteeringGRPOConfig) -> None:
     transformers_logging.set_verbosity_error()
     for noisy in ("httpx", "accelerate", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    check_recipe(training)
+    for name, why in idle(training).items():
+        log.info("%s=%r plays no part: %s", name, getattr(training, name), why)
     if training.reward_weights is not None and len(training.reward_weights) != len(run.rewards):
         raise SteerError(
             f"{len(training.reward_weights)} reward_weights for {len(run.rewards)} rewards "

@@ -1,0 +1,183 @@
+"""
+Settings of trl and transformers that cannot work here: values out of range, and those that nothing reads.
+
+A run honours a setting, has no use for it and says so, or refuses it. `check` refuses what no trainer of
+`steer` reads, `check_recipe` what a recipe does not read either, and `idle` names what plays no part beside
+the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any, NamedTuple
+
+from steer.errors import SteerError, shown
+
+
+class Range(NamedTuple):
+    """Values from `low` to `high`; `open` leaves `low` itself out."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False
+
+    def holds(self, value: float) -> bool:
+        return (self.low < value if self.open else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.open else f"from {self.low:g}"
+        return low if self.high == math.inf else f"{low} to {self.high:g}"
+
+
+POSITIVE, COUNT, NOT_NEGATIVE = Range(0, open=True), Range(1), Range(0)
+_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length")
+_COUNTS += (
+    "num_iterations",
+    "steps_per_generation",
+    "generation_batch_size",
+    "sample_rows",
+    "save_total_limit",
+)
+_WEIGHTS = ("learning_rate", "weight_decay", "max_grad_norm", "beta", "epsilon", "epsilon_high", "delta")
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("temperature", "num_train_epochs", "repetition_penalty", "adam_epsilon"), POSITIVE),
+    **dict.fromkeys(_COUNTS, COUNT),
+    **dict.fromkeys((*_WEIGHTS, "top_k", "seed", "update_rows"), NOT_NEGATIVE),
+    "num_generations": Range(2),
+    "warmup_steps": NOT_NEGATIVE,
+    "logging_steps": POSITIVE,
+    "save_steps": POSITIVE,
+    "top_p": Range(0, 1, open=True),
+    "top_entropy_quantile": Range(0, 1, open=True),
+    "min_p": Range(0, 1),
+    "adam_beta1": Range(0, 1 - 1e-9),
+    "adam_beta2": Range(0, 1 - 1e-9),
+}
+HINTS = {
+    "temperature": "at 0 all samples of a prompt are the same one, and no reward differs from another",
+    "num_generations": "an advantage compares a sample with the others of its prompt",
+}
+
+_LOADED = "the model is loaded before the trainer sees it; load it as it should be"
+_ORDER = "the order of the problems is decided by `seed` and `shuffle_dataset` alone"
+# By name: why a value other than the default would be ignored, or what it would break without a word.
+IGNORED: dict[str, str] = {
+    "model_init_kwargs": _LOADED,
+    "trust_remote_code": _LOADED,
+    "data_seed": _ORDER,
+    "train_sampling_strategy": _ORDER,
+    "length_column_name": _ORDER,
+    "label_smoothing_factor": "policy gradients have no labels to smooth",
+    "optim_target_modules": "it chooses weight matrices, and none is trained",
+    "use_liger_kernel": "its kernels were not checked beside the vectors' hooks",
+    "liger_kernel_config": "use_liger_kernel is refused",
+    "remove_unused_columns": "reward functions would not be given the answers of the problems",
+}
+_NO_EVALUATION = "a recipe evaluates by itself, before and after training, on --eval_data"
+_RESUMES = "a recipe goes on from the last checkpoint by itself"
+IGNORED_BY_RECIPES: dict[str, str] = {
+    "eval_strategy": _NO_EVALUATION,
+    "eval_on_start": _NO_EVALUATION,
+    "do_eval": _NO_EVALUATION,
+    "do_predict": _NO_EVALUATION,
+    "load_best_model_at_end": _NO_EVALUATION,
+    "resume_from_checkpoint": _RESUMES,
+    "save_only_model": f"{_RESUMES}, and without the optimizer's state it would go on as another run",
+    "max_tool_calling_iterations": "a recipe gives the model no tools",
+}
+
+
+class Switch(NamedTuple):
+    """Settings whose names begin with one of `names` are read only where `on` says so."""
+
+    names: tuple[str, ...]
+    on: Callable[[Any], bool]
+    why: str
+
+
+SWITCHES = (
+    Switch(("vllm_",), lambda args: args.use_vllm, "use_vllm is false"),
+    Switch(("sapo_",), lambda args: args.loss_type == "sapo", "loss_type is not sapo"),
+    Switch(("vespo_",), lambda args: args.loss_type == "vespo", "loss_type is not vespo"),
+    Switch(("ref_model_",), lambda args: args.sync_ref_model, "sync_ref_model is false"),
+    Switch(
+        ("entropy_coef_", "entropy_target"),
+        lambda args: args.use_adaptive_entropy,
+        "use_adaptive_entropy is false",
+    ),
+    Switch(
+        ("gradient_checkpointing_kwargs",),
+        lambda args: args.gradient_checkpointing,
+        "gradient_checkpointing is false",
+    ),
+    Switch(
+        ("transformers_continuous_batching_config",),
+        lambda args: args.use_transformers_continuous_batching,
+        "use_transformers_continuous_batching is false",
+    ),
+    Switch(("sample_rows",), lambda args: args.fast_sampler, "fast_sampler is false"),
+    Switch(
+        (
+            "eval_", "per_device_eval_batch_size", "num_generations_eval", "prediction_loss_only",
+            "label_names", "include_for_metrics", "batch_eval_metrics", "metric_for_best_model",
+            "greater_is_better", "bf16_full_eval", "fp16_full_eval",
+        ),
+        lambda args: args.eval_strategy != "no",
+        "trl evaluates nothing here",
+    ),
+)  # fmt: skip
+
+
+def check_ranges(args: Any) -> None:
+    """Refuse a number that is NaN, infinite or out of its range, before anything computes with it."""
+    for f in fields(args):
+        value = getattr(args, f.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if not math.isfinite(number):
+                raise SteerError(f"{f.name}={value!r} is no finite number")
+            if f.name in RANGES and not RANGES[f.name].holds(number):
+                hint = f": {HINTS[f.name]}" if f.name in HINTS else ""
+                raise SteerError(f"{f.name}={value!r} is out of range; give a value {RANGES[f.name]}{hint}")
+    if args.max_steps == 0:
+        raise SteerError("max_steps=0 trains for num_train_epochs; give a number from 1, or leave it out")
+
+
+def check(args: Any) -> None:
+    """Refuse a setting that no trainer of `steer` reads."""
+    _refuse(args, IGNORED)
+
+
+def check_recipe(args: Any) -> None:
+    """Refuse a setting that a recipe does not read."""
+    _refuse(args, IGNORED_BY_RECIPES)
+
+
+def idle(args: Any) -> dict[str, str]:
+    """By name, the settings that were changed and play no part, with the reason."""
+    return {
+        name: switch.why
+        for switch in SWITCHES
+        if not switch.on(args)
+        for name in changed(args)
+        if name.startswith(switch.names)
+    }
+
+
+def changed(args: Any) -> list[str]:
+    """The names of the settings that are not at the default of their dataclass."""
+
+    def default(f: Any) -> Any:
+        return f.default if f.default_factory is MISSING else f.default_factory()
+
+    return [f.name for f in fields(args) if getattr(args, f.name) != default(f)]
+
+
+def _refuse(args: Any, reasons: dict[str, str]) -> None:
+    different = set(changed(args))
+    for name, why in reasons.items():
+        if name in different:
+            raise SteerError(f"{name}={shown(getattr(args, name))} has no effect: {why}")
