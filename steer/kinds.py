@@ -49,21 +49,19 @@ class Gate:
 
     def _prompt_on(self, past: Any, seen: int, tokens: int) -> int:
         """
-        Length of the prompt where nobody tells: the pass over an empty cache reads it, and each pass after that
-        one generated token. The cache keeps it, so that several generations may take turns.
+        Length of the prompt where nobody tells: the pass over an empty cache reads it, each later one a
+        generated token. The cache keeps it, so that several generations may take turns.
         """
         if past is not None and seen == 0:
             past.steering_prompt_length = tokens
         length = getattr(past, "steering_prompt_length", None)
-        fix = (
-            "wrap this call in `with vectors.prompt_length(n):`, n the columns of the prompt with its padding"
-        )
+        fix = "wrap this call in `with vectors.prompt_length(n):`, n the prompt's columns with padding"
         if length is None:
             raise SteerError(f"positions={self.positions!r} must know where the prompt ends: {fix}")
         if seen and (tokens > 1 or seen < length):
             raise SteerError(
-                f"positions={self.positions!r} cannot tell prompt from completion in a pass that adds {tokens} "
-                f"tokens to a cache of {seen}, the first pass having read {length}: {fix}"
+                f"positions={self.positions!r} cannot tell prompt from completion in a pass that adds "
+                f"{tokens} tokens to a cache of {seen}, the first pass having read {length}: {fix}"
             )
         return length
 

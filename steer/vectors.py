@@ -146,8 +146,9 @@ class SteeringVectors:
         Inside, the first `columns` columns (padding included; an int, or (batch,) for each row) are the
         prompt.
 
-        Needed only when `positions` is not 'all' and the model is called without `generate()`. Run the backward pass inside too when activations are checkpointed:
-        the recomputation asks again where the prompt ends.
+        Needed only when `positions` is not 'all' and the model is called without `generate()`. Run the
+        backward pass inside too when activations are checkpointed: the recomputation asks again where the
+        prompt ends.
         """
         before, self._gate.prompt_length = self._gate.prompt_length, columns
         try:
@@ -308,8 +309,8 @@ def _make(
 
 class PromptWatch:
     """
-    Lets the vectors of `gate` know which tokens they steer: before each forward pass of `model`, and during its
-    `generate()` where the prompt ends. `remove()` ends it; of several, the last one first.
+    Lets the vectors of `gate` know which tokens they steer: before each forward pass of `model`, and during
+    its `generate()` where the prompt ends. `remove()` ends it; of several, the last one first.
     """
 
     def __init__(self, model: nn.Module, gate: Gate):
@@ -317,8 +318,7 @@ class PromptWatch:
         self.handle = find_decoder(model).trunk.register_forward_pre_hook(
             partial(_place, gate), prepend=True, with_kwargs=True
         )
-        # Assisted decoding and prefilling in chunks do not begin with a pass over the prompt alone, so that the
-        # forward passes do not tell.
+        # Assisted decoding and prefilling in chunks do not begin with a pass over the prompt alone.
         self.before = model.__dict__.get("generate")
         if hasattr(model, "generate"):
             model.__dict__["generate"] = partial(_generate, gate, model.generate)
@@ -335,8 +335,8 @@ def _generate(gate: Gate, generate: Any, *args: Any, **kwargs: Any) -> Any:
     config = kwargs.get("generation_config")
     if (kwargs.get("guidance_scale") or getattr(config, "guidance_scale", None) or 1) != 1:
         raise SteerError(
-            f"positions={gate.positions!r} cannot be told under guidance_scale: the negative prompt has a length "
-            "of its own; use positions='all'"
+            f"positions={gate.positions!r} cannot be told under guidance_scale: the negative prompt has a "
+            "length of its own; use positions='all'"
         )
     given = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
     prompt = next((tensor for tensor in given if tensor is not None), None)
@@ -369,7 +369,7 @@ def _place(gate: Gate, trunk: nn.Module, args: tuple, kwargs: dict) -> None:
         return
     if any(kwargs.get(name) is not None for name in ("state", "mems", "cache_params")):
         raise SteerError(
-            f"positions={gate.positions!r}: what {type(trunk).__name__} keeps between forward passes does not say "
+            f"positions={gate.positions!r}: what {type(trunk).__name__} keeps between passes does not say "
             "how many tokens it has seen; use positions='all', or one pass over all tokens in "
             "`with vectors.prompt_length(n):`"
         )

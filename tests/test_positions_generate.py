@@ -1,4 +1,4 @@
-"""Positions under every way of `generate()`: assisted, looked up, in chunks, on a cache of an earlier turn."""
+"""Positions under every way of `generate()`: assisted, looked up, in chunks, on an earlier turn's cache."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def generated(model: Any, ids: torch.Tensor = PROMPT, **options: Any) -> torch.T
 
 
 @pytest.mark.parametrize("positions", SOME)
-@pytest.mark.parametrize(
-    "way", ["lookup", "assisted", "chunks", "first chunk alone", "embeddings", "no cache"]
-)
+@pytest.mark.parametrize("way", ["lookup", "assisted", "chunks", "last token", "embeddings", "no cache"])
 def test_every_way_of_generating_steers_the_same_tokens(build_tiny, positions: str, way: str) -> None:
     model = build_tiny("llama")
     fill(steer.attach(model, SteeringConfig(positions=positions)))
@@ -47,7 +45,7 @@ def test_every_way_of_generating_steers_the_same_tokens(build_tiny, positions: s
         "lookup": {"prompt_lookup_num_tokens": 5},
         "assisted": {"assistant_model": build_tiny("llama", seed=1)},
         "chunks": {"prefill_chunk_size": 4},
-        "first chunk alone": {"prefill_chunk_size": 8},  # what remains is one token, as in decoding
+        "last token": {"prefill_chunk_size": 8},  # what remains of the prompt looks like decoding
         "embeddings": {"inputs_embeds": model.get_input_embeddings()(PROMPT)},
         "no cache": {"use_cache": False},
     }[way]
