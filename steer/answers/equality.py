@@ -16,7 +16,7 @@ from steer.answers.latex import Unreadable, normalise
 from steer.answers.numbers import Number, read_number
 from steer.answers.structure import Answer, content, unquoted
 from steer.answers.units import Around, conflict, harmless_lead, read_units
-from steer.answers.worked_out import equal, every, is_name, is_number, some, work_left
+from steer.answers.worked_out import equal, every, is_name, is_number, number_in, some, work_left
 
 _MOST_ELEMENTS = 64  # of a list that is compared element by element
 
@@ -227,18 +227,35 @@ def _same_equation(gold: Answer, answer: Answer, decide: bool) -> bool | None:
         ]
         return every(links)
     for sides in (answer.items, answer.items[::-1]):
-        if _is_label(gold.items[0]) and gold.items[0] == sides[0]:
+        if _is_label(gold.items[0]) and _same_label(gold.items[0], sides[0]):
             return same(gold.items[1], sides[1], decide)
         if _is_label(gold.items[1]) and gold.items[1] == sides[1]:
             return same(gold.items[0], sides[0], decide)
     left, right = gold.items
     sign = _ratio_sign((left, right), (answer.items[0], answer.items[1]), decide)
-    if sign:
+    if sign or (decide and _one_solves_the_other(gold, answer)):
         return True
     words = [structure.words(side) for side in (*gold.items, *answer.items)]
     if all(words):
         return sorted(words[:2]) == sorted(words[2:])  # type: ignore[type-var]
     return None if sign is None else False
+
+
+def _same_label(one: str, other: str) -> bool:
+    """y = x^2 and f(x) = x^2 say the same."""
+    return one == other or (
+        "y" in (one, other) and any(re.fullmatch(r"[a-zA-Z]\(x\)", s) for s in (one, other))
+    )
+
+
+def _one_solves_the_other(gold: Answer, answer: Answer) -> bool:
+    from steer.answers import symbolic
+
+    for one, other in ((gold, answer), (answer, gold)):
+        for label, value in (one.items, one.items[::-1]):
+            if _is_label(label) and symbolic.solves(label, value, (other.items[0], other.items[1])):
+                return True
+    return False
 
 
 _LABEL = re.compile(r"(?:\\(?!sqrt|frac)[a-zA-Z]+ ?)?[a-zA-Z ]*(?:_(?:\w|\{[^{}]*\}))?'*(?:\([\w,()]*\))?")
@@ -303,7 +320,7 @@ def same(gold: str, answer: str, decide: bool) -> bool | None:
         given = structure.letter(answer) or (chosen[0] if chosen else None)
         if given is not None:
             return given == gold_letter
-    number = read_number(content(gold))
+    number = number_in(gold)
     if number is not None:
         return is_number(number, answer, decide)
     gold_words = structure.words(gold)
@@ -327,6 +344,8 @@ def _same_structure(gold: str, answer: str, decide: bool) -> bool | None:
     ranges = _same_ranges(gold, answer, decide) if one.kind != "set" else False
     if ranges is not False or one.kind == "union" or (one.kind in _RANGES and other.kind == "relation"):
         return ranges
+    if one.kind in ("list", "set", "matrix", "tuple") and other.kind == "relation" and other.marks == ("=",):
+        return _is_label(other.items[0]) and same(gold, other.items[1], decide)
     if one.kind != "single" or other.kind in ("tuple", "interval", "union", "matrix", "ratio"):
         return _same_collection(one, other, answer, decide)
     if other.kind == "relation":

@@ -70,6 +70,7 @@ _FUNCTIONS = (
     "arctan",
 )
 ROW_END = "\ue001"  # stands for \\\\, so that "\\\\ " is not read as a space
+_ELLIPSIS = re.compile(r"(\.[0-9]{0,20}?)(?:([0-9])\2\2+|([0-9]{2,6}?)\3+) ?(?:\\dots|\.\.\.)(?![0-9.])")
 _BRACED = re.compile(r"([\^_])\{(\w|\\[a-zA-Z]+)\}")
 
 
@@ -80,7 +81,7 @@ def _font(found: re.Match[str]) -> str:
         return f"\\operatorname{{{bare}}} " if bare not in _FUNCTIONS or bare in ("lcm",) else f"\\{bare} "
     if command.startswith(("mathbf", *_MATHS_FONTS, "textcolor")) and command != "mathrm":
         return f" {content} "
-    if command == "mathrm" and bare in ("e", "i", "d", "R", "Z", "N", "Q"):
+    if command == "mathrm" and bare in ("d", "e", "i", "R", "Z", "N", "Q"):
         return f" {bare} "
     if not any(c.isalpha() for c in bare):
         return f" {bare} "
@@ -144,7 +145,7 @@ def normalise(text: str) -> str:
         text = text.replace(symbol, command)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
     text = (
-        text.replace(r"\\", ROW_END)
+        re.sub(r"\\\\(?:\s*\[-?[0-9.]+ ?[a-z]{2}\])?", ROW_END, text)
         .replace("{,}", ",")
         .replace(r"\left{", r"\left\{")
         .replace(r"\$", "\ue000")
@@ -163,6 +164,8 @@ def normalise(text: str) -> str:
             text = _arguments(text, name, count)
     text = _BRACED.sub(r"\1\2", re.sub(r"([\^_]) ?\{ ?([^{} ]*) ?\}", r"\1{\2}", text))
     text = re.sub(r"\{([+\-])\}", r"\1", text)
+    text = re.sub(r"(times|cdot|[ *])\{([0-9.]+)\}(?=\^)", r"\1 \2", text).replace("  ", " ")
+    text = _ELLIPSIS.sub(r"\1\\overline{\2\3}", text)
     # a space says nothing beside a bracket or an operator, but "1 2" is not 12 and "\pi r" is not "\pir"
     text = re.sub(r" ?([=+*/<>^_(\[{|]) ?|(?<=[-]) | (?=[-)\]}|:])", lambda m: m[1] or "", text)
     text = re.sub(r"(?<=:) ", "", text)

@@ -94,13 +94,15 @@ def _leading_number(text: str) -> tuple[Fraction, Form, int] | None:
 # --- with what stands around it --------------------------------------------------------------------------
 
 
-def _leads(text: str) -> Iterator[str]:
-    """The text, then without what introduces the number."""
+_LEAD = re.compile(r'\\(?:approx|therefore|sim)(?![a-zA-Z]) ?|"([^"]*)" ?|([A-Za-z][a-z]+) (?=[0-9+\-.\\])')
+_LEAD_IN_WORDS = re.compile(r"()([A-Za-z][a-z']*(?: [a-z']+)*[:=]?) ?(?=[0-9+\-.\\$])")
+
+
+def _leads(text: str, in_words: bool) -> Iterator[str]:
+    """The text, then without what introduces the number. in_words: all of it stood in \\text."""
     yield text
     for _ in range(4):
-        found = re.match(
-            r'\\(?:approx|therefore|sim)(?![a-zA-Z]) ?|"([^"]*)" ?|([A-Za-z][a-z]+) (?=[0-9+\-.\\])', text
-        )
+        found = (_LEAD_IN_WORDS if in_words else _LEAD).match(text)
         if not found or ((found[1] or found[2]) and not harmless_lead(found[1] or found[2])):
             return
         text = text[found.end() :]
@@ -114,13 +116,14 @@ def read_number(text: str) -> Number | None:
     whatever still has to be worked out does not.
     """
     text = text.strip()
-    if text.startswith('"') and text.endswith('"') and text.count('"') == 2:
-        text = text[1:-1].strip()
+    in_words = text.startswith('"') and text.endswith('"') and text.count('"') == 2
+    if in_words:
+        text = text[1:-1].strip(" .")
         if text.lower() in NUMBER_WORDS:
             return Number(Fraction(NUMBER_WORDS[text.lower()]), "integer", (), frozenset())
     elif text in NUMBER_WORDS:
         return Number(Fraction(NUMBER_WORDS[text]), "integer", (), frozenset())
-    for rest in _leads(text):
+    for rest in _leads(text, in_words):
         sign, money = "", ""
         if found := re.match(r"([+-]?) ?(\\\$|€|£) ?", rest):
             sign, money, rest = found[1], CURRENCY[found[2]], rest[found.end() :]

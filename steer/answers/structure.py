@@ -37,7 +37,10 @@ _MATRIX = re.compile(r"\\begin\{([pbBvV]?matrix|array|cases)\}(?:\{[lcr|]*\})?(.
 def _levels(text: str) -> list[int]:
     """Bracket depth at each character; quoted words count as one deep."""
     depths, depth, quoted = [], 0, False
-    for c in text:
+    begins = {found.start(): 1 for found in re.finditer(r"\\begin\{", text)}
+    begins |= {found.end(): -1 for found in re.finditer(r"\\end\{\w+\}", text)}
+    for place, c in enumerate(text):
+        depth += begins.get(place, 0)
         if c == '"':
             quoted = not quoted
             depths.append(depth + 1)
@@ -49,7 +52,7 @@ def _levels(text: str) -> list[int]:
         depths.append(depth + quoted)
         if not quoted and c in _OPENING:
             depth += 1
-    if depth or quoted:
+    if depth + begins.get(len(text), 0) or quoted:
         raise Unreadable
     return depths
 
@@ -63,15 +66,14 @@ def _cut(text: str, places: list[tuple[int, int]]) -> tuple[str, ...]:
 
 
 def _commas(text: str, depths: list[int], keep_thousands: bool) -> list[tuple[int, int]]:
-    kept: set[int] = set()
+    places = [i for i, c in enumerate(text) if c in ",;" and depths[i] == 0]
     if keep_thousands:
-        for found in _THOUSANDS.finditer(text):
-            kept.update(range(found.start(), found.end()))
-    return [
-        (i, i + 1)
-        for i, c in enumerate(text)
-        if (c == ";" or (c == "," and i not in kept)) and depths[i] == 0
-    ]
+        kept = {i for found in _THOUSANDS.finditer(text) for i in range(found.start(), found.end())}
+        others = [i for i in places if i not in kept]
+        # "1,234, 5" is a list of two, "54,108,135" a number, and "7,54,108,135,1" no two of these
+        if all(text[i] == ";" or text[i + 1 : i + 2] == " " for i in others):
+            places = others
+    return [(i, i + 1) for i in places]
 
 
 def _elements(text: str, keep_thousands: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -110,14 +112,13 @@ def read(text: str) -> Answer:
     Raises:
         Unreadable: brackets or quotes that do not match.
     """
-    if found := _MATRIX.fullmatch(text):
+    found = _MATRIX.fullmatch(text)
+    if found and r"\begin{" not in found[2]:
         rows = [row.strip() for row in found[2].strip().removesuffix(ROW_END).split(ROW_END)]
         cells = [[cell.strip() for cell in row.split("&")] for row in rows]
         name = {"vmatrix": "determinant", "Vmatrix": "norm", "cases": "cases"}.get(found[1], "matrix")
         shape = (name, *(str(len(row)) for row in cells))
         return Answer("matrix", tuple(cell for row in cells for cell in row), shape)
-    if r"\begin{" in text:
-        return Answer("single", (text,))
     depths = _levels(text)
     if (bare := unquoted(text)) != text:
         parts, joints = _elements(bare, keep_thousands=True)
@@ -139,10 +140,8 @@ def read(text: str) -> Answer:
         return Answer("set", _elements(inside, False)[0] if inside else ())
     if text == r"\emptyset":
         return Answer("set", ())
-    if (at := _plus_minus(text, depths)) is not None:
-        one, other = text[: at[0]], text[at[1] :].strip()
-        flipped = other.replace(r"\mp", r"\pm")
-        return Answer("list", (f"{one}+{flipped}" if one else flipped, f"{one}-{flipped}"), ("and",))
+    if any(depths[found.start()] == 0 for found in re.finditer(r"\\(?:pm|mp)(?![a-zA-Z])", text)):
+        return _signs(text)
     if whole_bracket(text):
         inside = text[1:-1].strip()
         parts = _cut(inside, _commas(inside, _levels(inside), keep_thousands=False))
@@ -156,14 +155,14 @@ def read(text: str) -> Answer:
     colons = [(i, i + 1) for i, c in enumerate(text) if c == ":" and depths[i] == 0]
     if colons and all(part[:1].isdigit() or part.isalnum() for part in _cut(text, colons)):
         return Answer("ratio", _cut(text, colons))
-    return Answer("single", (text,))
+    return _signs(text) if r"\pm" in text else Answer("single", (text,))
 
 
-def _plus_minus(text: str, depths: list[int]) -> tuple[int, int] | None:
-    for found in re.finditer(r"\\(?:pm|mp)(?![a-zA-Z])", text):
-        if depths[found.start()] == 0:
-            return found.span()
-    return None
+def _signs(text: str) -> Answer:
+    r"""Two expressions, with the upper and with the lower signs of every \pm and \mp."""
+    upper = re.sub(r"\\pm(?![a-zA-Z]) ?", "+", re.sub(r"\\mp(?![a-zA-Z]) ?", "-", text))
+    lower = re.sub(r"\\mp(?![a-zA-Z]) ?", "+", re.sub(r"\\pm(?![a-zA-Z]) ?", "-", text))
+    return Answer("list", (upper, lower), ("and",))
 
 
 # --- words, letters, bases ----------------------------------------------------------------------------------
@@ -196,9 +195,9 @@ def words(text: str) -> str | None:
     return _ARTICLES.sub("", " ".join(bare.lower().split()))
 
 
-_LETTER = re.compile(r'"?\(?"?([A-Z])"?\)?"?')
+_LETTER = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\b[ :]*)?"? ?\(?"?([A-Z])"?\)?"?')
 _CHOICE = re.compile(
-    r'(?:"\(([A-Z])\)"|"([A-Z])[.):]"|\("?([A-Z])"?\)|\(?([A-Z])[.):]|"\(?([A-Z])[.):]+(?= ))(?!\w)'
+    r'"\(([A-Z])\)"|"([A-Z])[.):]"|\("?([A-Z])"?\)(?!\w)|\(?([A-Z])[.):](?!\w)|"\(?([A-Z])[.):]+(?= )'
 )
 
 
@@ -222,7 +221,10 @@ def choice(text: str) -> tuple[str, str] | None:
     return next(group for group in found.groups() if group), unquoted(rest)
 
 
-_BASED = re.compile(r'(-?)\(?"?([0-9A-Z]*[0-9][0-9A-Z]*)"?\)?_\{?"?([0-9]{1,3}|[a-z]+)"?\}?')
+_BASED = re.compile(
+    r'(-?)\(?"?([0-9A-Z]*[0-9][0-9A-Z]*)"?\)?'
+    r'(?:_\{?\(?"?([0-9]{1,3}|[a-z]+)"?\)?\}?| ?"?\(?(?:in )?base[ -]?"? ?([0-9]{1,3}|[a-z]+)\)?"?)'
+)
 
 
 def based(text: str) -> tuple[str, int] | None:
@@ -230,7 +232,8 @@ def based(text: str) -> tuple[str, int] | None:
     found = _BASED.fullmatch(text)
     if not found:
         return None
-    base = int(found[3]) if found[3].isdigit() else NUMBER_WORDS.get(found[3], 0)
+    written = found[3] or found[4]
+    base = int(written) if written.isdigit() else NUMBER_WORDS.get(written, 0)
     return (found[1] + found[2], base) if base > 1 else None
 
 
@@ -244,7 +247,7 @@ def content(text: str) -> str:
             inside = text[1:-1].strip()
         else:
             inside = unquoted(text)
-        if inside and read(inside).kind in ("single", "relation"):
+        if inside and "," not in inside and read(inside).kind in ("single", "relation"):
             text = inside
         if text == previous:
             return text

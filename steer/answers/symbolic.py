@@ -15,6 +15,15 @@ _DIGITS = 30  # of the numeric comparison
 _TOLERANCE = 1e-18  # relative; rounding of the evaluation at _DIGITS digits stays far below
 _POINTS = 6  # where expressions with variables are compared; half of them positive
 _CONSTANTS = ("i", "e")
+# Letters that latex2sympy takes for numbers (\gamma+1 for 1, I^2 for I), or cannot read with an index (E_1)
+_MISREAD = re.compile(
+    r"(\\(?![gG]amma(?![a-zA-Z]))[a-zA-Z]+)|(?:\\([gG])amma(?![a-zA-Z])|([EI]))(?:_\{(\w+)\})?(?!\()"
+)
+
+
+def _renamed(found: re.Match[str]) -> str:
+    """The letter as an index of Z, which is read as a variable."""
+    return found[1] or f" Z_{{{found[2] or found[3]}{found[4] or ''}}} "
 
 
 @lru_cache(maxsize=64)
@@ -30,7 +39,9 @@ def parse(text: str) -> Any | None:
 
     text = re.sub(r'"([A-Za-z])"', r" \1 ", text)
     text = re.sub(r"_(\w)", r"_{\1}", re.sub(r'_\{?"(\w+)"\}?', r"_{\1}", text))  # E_1 is read as E times 1
-    if '"' in text or not text:
+    text = _MISREAD.sub(_renamed, text)
+    text = re.sub(r"([0-9.]+) ?\\?%", r"\\frac{\1}{100}", text)
+    if '"' in text or not text or re.search(r"[0-9]_", text):  # 5_7 would be 5
         return None
     try:
         parsed: Any = latex2sympy(
@@ -44,7 +55,12 @@ def parse(text: str) -> Any | None:
     if not isinstance(parsed, sympy.Expr):
         return None
     parsed = parsed.subs({s: sympy.I if s.name == "i" else sympy.E for s in _named(parsed, _CONSTANTS)})
-    return parsed.replace(lambda part: isinstance(part, AppliedUndef), lambda part: sympy.Symbol(str(part)))
+
+    def is_symbol(part: Any) -> bool:  # f(2), and dx/dt, which sympy takes for 0
+        derivative = isinstance(part, sympy.Derivative) and not part.expr.has(*part.variables)
+        return derivative or isinstance(part, AppliedUndef)
+
+    return parsed.replace(is_symbol, lambda part: sympy.Symbol(str(part)))
 
 
 def _named(expression: Any, names: tuple[str, ...]) -> list[Any]:
@@ -60,16 +76,17 @@ def _exact(expression: Any) -> Any:
 
 
 def _value(expression: Any, point: dict[Any, Any]) -> Any | None:
-    """The expression's value at a point as an mpmath number; None where it has none or is not finite."""
-    import sympy
+    """The expression's value at a point as a sympy number; None where it has none or is not finite."""
+    from sympy.core.evalf import PrecisionExhausted
 
-    value = expression.evalf(_DIGITS, subs=point) if point else expression.evalf(_DIGITS)
-    if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
-        value = expression.subs(point).doit().evalf(_DIGITS)
-    real, imaginary = value.as_real_imag()
-    if not (real.is_Number and imaginary.is_Number) or value.has(sympy.nan, sympy.zoo, sympy.oo):
+    try:
+        value = expression.evalf(_DIGITS, subs=point) if point else expression.evalf(_DIGITS)
+        if not value.is_number or not value.is_finite:
+            value = expression.subs(point).doit().evalf(_DIGITS)
+        real, imaginary = value.as_real_imag()
+    except PrecisionExhausted:  # a floor of what may be an integer
         return None
-    return value
+    return value if real.is_Number and imaginary.is_Number and value.is_finite else None
 
 
 def _close(one: Any, other: Any, tolerance: float = _TOLERANCE) -> bool:
@@ -164,6 +181,31 @@ def ratio_sign(gold: tuple[str, str], answer: tuple[str, str]) -> int:
             return 0
         first = ratio
     return 0 if first is None or not first.is_real else (1 if first > 0 else -1)
+
+
+def solves(label: str, value: str, equation: tuple[str, str]) -> bool:
+    """Whether an equation says label = value: it holds there, and is linear in the label, so nowhere else.
+
+    xy = 1 says y = 1/x.
+    """
+    name, target, left, right = (parse(text) for text in (label, value, *equation))
+    if name is None or not name.is_Symbol or target is None or left is None or right is None:
+        return False
+    difference, target = _exact(left - right), _exact(target)
+    if name not in difference.free_symbols or name in target.free_symbols:
+        return False
+    held = 0
+    for point in _points([s for s in _symbols(difference, target) if s != name]):
+        at = _value(target, point)
+        zero, one, two = (
+            _value(difference, {**point, name: at + step}) if at is not None else None for step in range(3)
+        )
+        if zero is None or one is None or two is None:
+            continue
+        if one == 0 or abs(zero) > _TOLERANCE * abs(one) or not _close(two, 2 * one):
+            return False
+        held += 1
+    return held > 0
 
 
 def rounds_to(text: str, rounded: Any, digits: int) -> bool:

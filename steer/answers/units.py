@@ -207,6 +207,7 @@ class _Remainder:
 
 
 _PIECE = re.compile(r'"([^"]*)"|\(([A-Za-z .\'-]+)\)')
+_BRACKETED = re.compile(r'[(\[]("[^"]*")[)\]]')
 _UNIT_FRACTION = re.compile(r'\\frac\{("[^"]*"(?:\^\{?[0-9]\}?)?)\}\{("[^"]*"(?:\^\{?[0-9]\}?)?)\}')
 _QUOTED_DEGREE = re.compile(r'(\^\{?\\circ\}?|°|\\degree) ?"?([CF])"?(?![A-Za-z])')
 
@@ -216,6 +217,7 @@ def read_units(text: str, value: Fraction) -> tuple[int, Around] | None:
 
     value: the number, which words such as "(five)" may repeat.
     """
+    text = _BRACKETED.sub(r"\1", text)
     text = _UNIT_FRACTION.sub(r"\1/\2", text)
     text = _QUOTED_DEGREE.sub(r'\1"\2elsius"', text)
     text = re.sub(r'\^\{?"(th|st|nd|rd)"\}?', r'"\1"', text)

@@ -50,10 +50,11 @@ _WORK = {
     "factorial": r"!|\\binom",
     "series": r"\\(?:sum|prod|i?int|lim|oint|partial|det)(?![a-zA-Z])|\\frac\{d[^{}]*\}\{d",
     "trigonometry": r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?(?![a-zA-Z])",
+    "degrees": r"\\circ",
     "logarithm": r"\\(?:log|ln|lg)(?![a-zA-Z])",
 }
 _WORK_PATTERNS = {name: re.compile(pattern) for name, pattern in _WORK.items()}
-_PRODUCT = re.compile(r"(?<![\^_\w.}])[0-9.]+(?:[*]\(?[0-9.]+(?![0-9.^])|\^\{?[0-9])")
+_PRODUCT = re.compile(r"(?<![\^_\w.}])[0-9.]+(?:[*]\(?[0-9.]+(?![0-9.^])|\^(?:[0-9]|\{[0-9]+\}))")
 _SUM = re.compile(r"(?:^|(?<=[(=+{\-,]))[0-9.]+[+\-]-?[0-9.]+(?=$|[)=+}\-,])")
 
 
@@ -83,7 +84,7 @@ _NO_NAMES = {
 
 
 def is_name(side: str) -> bool:
-    r"""Whether a side of an equation names what is asked for: x, m+n, f(3), \angle ABC, "Area".
+    r"""Whether a side of an equation names what is asked for: x, 2m+n, f(3), \angle ABC, "Area".
 
     A side with one variable and numbers, such as x+1, says something else about it and is no name.
     """
@@ -92,13 +93,20 @@ def is_name(side: str) -> bool:
     bare = _SUBSCRIPT.sub("", side.replace('"', ""))
     letters = set(re.findall("[a-zA-Z]", _COMMANDS.sub("", bare)))
     letters |= set(_COMMANDS.findall(bare)) - _NO_NAMES
-    return len(letters) > 1 or (len(letters) == 1 and not any(c.isdigit() for c in bare))
+    if len(letters) > 1:
+        bare = re.sub(r"[0-9]+(?=[a-zA-Z(\\])", "", bare)  # coefficients
+    return bool(letters) and not any(c.isdigit() for c in bare)
+
+
+def number_in(text: str) -> Number | None:
+    """The plain number that a text is, in brackets or quotes or not."""
+    return read_number(text) or read_number(content(text))
 
 
 def is_number(gold: Number, answer: str, decide: bool) -> bool | None:
     """Whether an answer is the plain number `gold`, or a true equation with it as a side."""
+    number = number_in(answer)
     answer = content(answer)
-    number = read_number(answer)
     if number is not None:
         return same_number(gold, number)
     if (in_base := structure.based(answer)) is not None:
@@ -124,7 +132,7 @@ def _number_in_relation(gold: Number, relation: Answer, decide: bool) -> bool | 
         sides, marks = sides[1:], marks[1:]
     if not all(sides):
         return False
-    numbers = [read_number(content(side)) for side in sides]
+    numbers = [number_in(side) for side in sides]
     this = next((n for n in numbers[::-1] if n is not None and same_number(gold, n)), None)
     if this is None:
         return False
@@ -134,9 +142,7 @@ def _number_in_relation(gold: Number, relation: Answer, decide: bool) -> bool | 
             rounded = "approx" in marks[max(place - 1, 0) : place + 1] and _rounds(number, this)
             equal_value = number.value == this.value and not conflict(this.around, number.around)
             verdicts.append(equal_value or rounded or same_number(gold, number))
-        elif is_name(side):
-            verdicts.append(place in (0, len(sides) - 1))
-        else:
+        elif not is_name(side):
             value = f"\\frac{{{this.value.numerator}}}{{{this.value.denominator}}}"
             verdicts.append(equal(_unit_free(side), value, decide))
     return every(verdicts)
@@ -164,9 +170,9 @@ def unevaluated(gold: str, answer: str) -> bool:
     r"""Whether a wrong answer to a plain number is a calculation still to do, such as \boxed{97 + 27}."""
     try:
         last = normalise(answer.rpartition("=")[2])
-        if read_number(content(normalise(gold))) is None:
+        if number_in(normalise(gold)) is None:
             return False
-        if (given := read_number(content(last))) is not None:
+        if (given := number_in(last)) is not None:
             return given.form in ("fraction", "mixed")
         letters = re.search("[a-zA-Z]", _COMMANDS.sub("", _unit_free(last)))
         return letters is None and _OPERATOR.search(last) is not None
