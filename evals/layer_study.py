@@ -13,10 +13,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from evals import scores
 from evals.plots import COLOURS
@@ -84,7 +86,7 @@ def report(folder: Path, title: str) -> str:
     record: dict[str, Any] = {"title": title, "untrained": before, "members": found}
     pairs = folder / "pairs.json"
     if pairs.exists():
-        record["pairs"] = read_json(pairs)
+        record["pairs"] = with_scores(read_json(pairs), found)
     text = table(found, before)
     text += rates_table(found)
     if "pairs" in record:
@@ -96,10 +98,11 @@ def report(folder: Path, title: str) -> str:
 
 
 def table(found: Sequence[dict[str, Any]], before: dict[str, Any] | None) -> str:
-    """Markdown: a row for the untrained model and one for each member."""
+    """Markdown: a row for the untrained model and one for each member, each a single run of training."""
     span = "95 % interval"
     head = ["member", "learning rate", "updates", "reward", "accuracy", span, "gain", span]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = ["Each member is one seed of training: the intervals are over problems only.", ""]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     if before:
         span = f"{before['low']:.3f} to {before['high']:.3f}"
         lines.append(f"| untrained | | | | {before['accuracy']:.3f} | {span} | | |")
@@ -145,8 +148,40 @@ def rates_table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_scores(pairs: dict[str, Any], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """
+    The record of pairs with the published score. The jointly trained set is the member of all layers that is
+    best on the held-out problems, `joint_member`; where there is none the scores are undefined. Scores in the
+    record are not used: older ones have the sum of the layers' vectors for the jointly trained set.
+    """
+    from steer.lens.composition import Composition
+
+    joint = jointly_trained(found)
+    known = {k: pairs[k] for k in ("layers", "together", "whole", "base", "problems", "measure")}
+    alone, values = (torch.tensor(pairs[k], dtype=torch.float64) for k in ("alone", "pairs"))
+    whole = joint["accuracy"]["value"] if joint else None
+    scored = Composition(**known, alone=alone, pairs=values, joint=whole)
+    several = combinations(range(len(scored.layers)), 2)
+    told = {f"{scored.layers[i]} and {scored.layers[j]}": scored.told(i, j) for i, j in several}
+    return {**pairs, **scored.to_dict(), "told": told, "joint_member": joint and joint["member"]}
+
+
+def jointly_trained(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """
+    The member of all layers with the best held-out accuracy among those that were trained to the end, at the
+    site and with the rewards of `best_layers`.
+    """
+    like = best_layers(found, 1)[0]
+    able = [r for r in found if len(r["layers"]) == r["depth"] and r["stopped"] is None and "accuracy" in r]
+    same = [r for r in able if all(r[k] == like[k] for k in ("kind", "rewards", "site", "positions"))]
+    return max(same, key=lambda r: r["accuracy"]["value"]) if same else None
+
+
 def pairs_table(pairs: dict[str, Any]) -> str:
-    """Markdown: accuracy of the best layers' vectors, each alone on the diagonal, two of them elsewhere."""
+    """
+    Markdown: accuracy of the best layers' vectors, each alone on the diagonal, two of them elsewhere, and the
+    score of each pair.
+    """
     layers = pairs["layers"]
     lines = ["Best layers, trained alone, in pairs (alone on the diagonal):", ""]
     lines.append("| layer | " + " | ".join(map(str, layers)) + " |")
@@ -154,6 +189,9 @@ def pairs_table(pairs: dict[str, Any]) -> str:
     for layer, values in zip(layers, pairs["pairs"], strict=True):
         lines.append(f"| {layer} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
     lines += ["", f"All {len(layers)} together: {pairs['together']:.3f}, on {pairs['problems']} problems."]
+    whole = "all layers trained together - best of the two"
+    lines += ["", f"Score of a pair, (pair - best of the two) / ({whole}):", ""]
+    lines += [f"- layers {name}: {told}" for name, told in pairs["told"].items()]
     return "\n".join(lines) + "\n"
 
 

@@ -20,6 +20,7 @@ from launching import LAUNCHERS, ROOT, environment, launcher, run_folder, starte
 from training import far, same
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from evals.layer_study import with_scores
 from steer import artifact
 from steer.train.config import SteeringGRPOConfig
 from steer.train.grid import PopulationArguments, members
@@ -124,6 +125,25 @@ def test_a_whole_run_leaves_everything_behind(whole: Path) -> None:
     assert (whole / "sweep.png").read_bytes().startswith(b"\x89PNG")
     text = (whole / "sweep.md").read_text()
     assert "| untrained |" in text and "| together |" in text and "All 3 together" in text
+    assert "one seed of training: the intervals are over problems only" in text
+    assert pairs["joint_member"] == "together"
+    assert pairs["joint"] == {row["member"]: row for row in found["members"]}["together"]["accuracy"]["value"]
+    assert f"- layers 0 and 1: {pairs['told']['0 and 1']}" in text
+
+
+def test_old_records_of_pairs_get_the_published_score() -> None:
+    """Written when the sum of the vectors stood for the jointly trained set; five pairs had a score of 1."""
+    old = json.loads((ROOT / "evals" / "results" / "layer-sweep" / "sweep.json").read_text())
+    assert old["pairs"]["pairs"][0][1] == 0
+    wrong = [[None, 1.0, 1.0, 1.0]] * 4
+    found = with_scores({**old["pairs"], "score": wrong}, old["members"])
+    assert found["joint_member"] == "all-layers-lr-0.01"
+    assert found["score"][0] == [None] * 4
+    assert (
+        found["told"]["2 and 6"] == "undefined: the jointly trained set has 0.907, the best of the two 0.947"
+    )
+    # (0.547 - 0.893) / (0.907 - 0.893), in 75ths
+    assert found["score"][2][3] == pytest.approx((41 - 67) / (68 - 67))
 
 
 def test_a_member_is_the_run_of_grpo_steer(whole: Path, base: Path, here, tmp_path: Path) -> None:

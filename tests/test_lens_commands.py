@@ -14,6 +14,7 @@ from training import model_folder
 
 import steer
 from steer import SteerError
+from steer.artifact import write
 from steer.cli.lens import add_commands
 from steer.lens.findings import RULES
 
@@ -103,6 +104,21 @@ def test_report_writes_a_page(artifact, tmp_path, capsys) -> None:
 def test_transfer_of_one_model_is_a_mistake(artifact) -> None:
     with pytest.raises(SteerError, match="two models or more"):
         call("transfer", artifact, *COMMON)
+
+
+def test_compose_with_a_jointly_trained_set(artifact, tmp_path, capsys) -> None:
+    summed = tmp_path / "sum"
+    write(summed, steer.read(artifact) + steer.read(artifact))
+    call("compose", summed, *COMMON, "--layers", "0,2", "--json")
+    assert json.loads(capsys.readouterr().out)["joint"] is None
+    call("compose", summed, *COMMON, "--layers", "0,2", "--joint", artifact, "--json")
+    joint = json.loads(capsys.readouterr().out)["joint"]
+    call("compose", artifact, *COMMON, "--layers", "0,2", "--json")
+    assert json.loads(capsys.readouterr().out)["joint"] == joint
+    call("compose", artifact, *COMMON, "--layers", "0,2", "--control", "random")
+    assert "undefined: no jointly trained set was measured" in capsys.readouterr().out
+    with pytest.raises(SteerError, match="outcome of arithmetic"):
+        call("compose", artifact, *COMMON, "--layers", "0,2", "--joint", summed)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from steer.lens.composition import Composition, compose, leave_one_out, likeliho
 from steer.lens.lanes import BASE, Lane, steered
 from steer.lens.sampling import complete
 from steer.lens.scale_maps import scale_maps
-from steer.lens.transfer_matrix import Entry, transfer_matrix
+from steer.lens.token_shift import PrefixSubstitution
+from steer.lens.transfer_matrix import Entry, TransferMatrix, transfer_matrix
 
 
 def goal(subject, layers) -> list[dict[str, str]]:
@@ -48,11 +49,50 @@ def test_pairs_are_what_two_vectors_do(tiny_llama, tiny_tokenizer) -> None:
 def test_the_published_score() -> None:
     alone = torch.tensor([0.2, 0.4], dtype=torch.float64)
     pairs = torch.tensor([[0.2, 0.5], [0.5, 0.4]], dtype=torch.float64)
-    found = Composition([3, 7], alone, pairs, 0.5, whole=0.9, base=0.1, problems=10)
+    found = Composition([3, 7], alone, pairs, 0.5, whole=0.5, base=0.1, problems=10, joint=0.9)
     assert found.score[0, 1].item() == pytest.approx((0.5 - 0.4) / (0.9 - 0.4))
+    assert found.told(0, 1) == "0.200"
     assert found.score.diagonal().isnan().all()
-    assert replace(found, whole=0.4).score.isnan().all()
     assert found.to_dict()["score"][0] == [None, pytest.approx(0.2)]
+
+
+def test_the_score_is_undefined_without_a_gain_of_the_jointly_trained_set() -> None:
+    """Two layers that solve 0.947 and 0.920 alone and nothing together are not a pair that composes fully."""
+    alone = torch.tensor([0.947, 0.920], dtype=torch.float64)
+    pairs = torch.tensor([[0.947, 0.0], [0.0, 0.920]], dtype=torch.float64)
+    found = Composition([2, 6], alone, pairs, 0.0, whole=0.0, base=0.0, problems=75, joint=0.907)
+    for joint, why in (
+        (0.907, "the jointly trained set has 0.907, the best of the two 0.947"),
+        (0.947, "the jointly trained set has 0.947, the best of the two 0.947"),
+        (None, "no jointly trained set was measured"),
+    ):
+        found = replace(found, joint=joint)
+        assert found.score.isnan().all()
+        assert found.to_dict()["score"] == [[None, None], [None, None]]
+        assert found.told(0, 1) == f"undefined: {why}"
+    assert replace(found, joint=0.95).score[0, 1] < 0
+
+
+def test_a_sum_is_no_jointly_trained_set(build_tiny, tiny_tokenizer) -> None:
+    subject = subject_of(build_tiny("llama"), tiny_tokenizer, std=2.0)
+    assert compose(subject, goal(subject, [0, 1, 2]), Exact(), [0, 1]).joint == 1
+    saved = Artifact(subject.vectors.config, subject.vectors.tensors())
+    steer.detach(subject.model)
+    summed = replace(subject, vectors=steer.load(saved + saved, subject.model))
+    found = compose(summed, PROBLEMS, Exact(), [0, 1])
+    assert found.joint is None
+    assert found.told(0, 1) == "undefined: no jointly trained set was measured"
+
+
+def test_a_loss_has_no_shares() -> None:
+    """Of what vectors lose, neither an opening nor another model's vectors get a share."""
+    worse = PrefixSubstitution(["To"], torch.tensor([0.5]), base=0.4, steered=0.3, problems=10)
+    assert worse.share.isnan().all()
+    accuracy = torch.tensor([[0.2, 0.6], [0.1, 0.8]], dtype=torch.float64)
+    base = torch.tensor([0.3, 0.4], dtype=torch.float64)
+    found = TransferMatrix(["a", "b"], accuracy, base, base, {}, 10)
+    assert found.score[:, 0].isnan().all() and found.random_score[0].isnan()
+    assert found.score[:, 1].tolist() == pytest.approx([0.5, 1])
 
 
 @torch.no_grad()

@@ -60,7 +60,8 @@ HELP = {
     "compose": (
         "single layers alone and in pairs; what leaving one out costs",
         "Greedy accuracy with one layer's vector, with two, and with all. The score of a pair is (pair - "
-        "best of the two) / (all - best of the two). All pairs of n layers are n(n+1)/2 runs: choose with "
+        "best of the two) / (all trained together - best of the two), undefined where the jointly trained "
+        "set is not better than the best of the two. All pairs of n layers are n(n+1)/2 runs: choose with "
         "--layers.",
         "steer lens compose my-vectors --layers 0,8,16,24\n    steer lens compose my-vectors --leave-one-out",
     ),
@@ -161,6 +162,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     compose = _command(kinds, "compose")
     compose.add_argument("--layers", help="layers to pair; default: all")
     compose.add_argument("--leave-one-out", action="store_true", help="instead: all vectors but one")
+    compose.add_argument(
+        "--joint",
+        metavar="DIR",
+        help="vectors of all layers that were trained together, for the score of vectors that were not "
+        "(default: the artifact itself, unless it is the outcome of arithmetic)",
+    )
     compose.add_argument(
         "--likelihood",
         action="store_true",

@@ -5,6 +5,7 @@ left out, and what the scale does (arXiv 2509.06608, appendix D).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 
+from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.grading import Checker
 from steer.lens.lanes import BASE, Lane, steered
 from steer.lens.passes import passes
-from steer.lens.results import Result
+from steer.lens.results import Result, share
 from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject, chunks
 from steer.stats import wilson
@@ -27,9 +29,12 @@ class Composition(Result):
     """
     Accuracies, or mean log-probabilities of right answers in nats a token, as `measure` says. `alone`
     (layers,): one layer's vector; `pairs` (layers, layers): two of them, `alone` on the diagonal; `together`:
-    the vectors of all `layers`; `whole`: every vector there is. `score` (layers, layers) is the published
-    one, (pair - best of the two) / (whole - best of the two); NaN where whole equals the best, and on the
-    diagonal.
+    the vectors of all `layers`; `whole`: every vector of the artifact; `joint`: the vectors of all layers
+    that were trained together, None where no such set was measured.
+
+    `score` (layers, layers) is the published one, (pair - best of the two) / (joint - best of the two). It is
+    undefined, NaN, on the diagonal, where the jointly trained set is not better than the best of the two,
+    since there is then no gain to have a share of, and everywhere without a jointly trained set.
     """
 
     layers: list[int]
@@ -40,13 +45,23 @@ class Composition(Result):
     base: float
     problems: int
     measure: str = "accuracy"
+    joint: float | None = None
 
     @property
     def score(self) -> torch.Tensor:
         best = torch.maximum(self.alone[:, None], self.alone[None, :])
-        room = self.whole - best
-        score = (self.pairs - best) / torch.where(room == 0, torch.nan, room)
-        return score.fill_diagonal_(torch.nan)
+        joint = torch.nan if self.joint is None else self.joint
+        return share(self.pairs - best, joint - best).fill_diagonal_(torch.nan)
+
+    def told(self, i: int, j: int) -> str:
+        """The score of the pair at these places in `layers`, or that it is undefined and why."""
+        value = self.score[i, j].item()
+        if not math.isnan(value):
+            return f"{value:.3f}"
+        if self.joint is None:
+            return "undefined: no jointly trained set was measured"
+        best = max(self.alone[i].item(), self.alone[j].item())
+        return f"undefined: the jointly trained set has {self.joint:.3f}, the best of the two {best:.3f}"
 
     def to_dict(self) -> dict[str, Any]:
         from steer.lens.results import plain
@@ -62,6 +77,11 @@ class Composition(Result):
         return plots.matrix(self.pairs, names, xlabel="layer", ylabel="layer", title=title)
 
 
+def as_trained(config: SteeringConfig) -> bool:
+    """Whether vectors are as one run of training left them, not the outcome of arithmetic with artifacts."""
+    return not (config.provenance or {}).get("derived")
+
+
 def compose(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
@@ -73,7 +93,10 @@ def compose(
     """
     Greedy accuracy on `problems` with the vectors of `layers` (all by default) alone, in pairs, and together;
     without a checker, the likelihood of `rows`, right answers, which tells sets apart that solve nothing yet.
-    For vectors that were trained alone, one artifact a layer, add the artifacts first: `steer.artifact`.
+
+    For vectors that were trained alone, one artifact a layer, add the artifacts first: `steer.artifact`. The
+    result then has no `joint`, since a sum was not trained: set it to the same measure of a jointly trained
+    set. Vectors as they were trained are that set themselves.
     """
     layers = subject.layers if layers is None else sorted(layers)
     if len(layers) < 2:
@@ -90,7 +113,8 @@ def compose(
     for (i, j), value in zip(combinations(range(n), 2), scores[n:-1], strict=True):
         pairs[i, j] = pairs[j, i] = value
     count, measure = (len(rows), "nats a token") if checker is None else (len(problems), "accuracy")
-    return Composition(list(layers), alone, pairs, scores[-1], whole, base, count, measure)
+    joint = whole if as_trained(subject.vectors.config) else None
+    return Composition(list(layers), alone, pairs, scores[-1], whole, base, count, measure, joint)
 
 
 @dataclass

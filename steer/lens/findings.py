@@ -202,7 +202,8 @@ RULES = (
         ("pair_gain",),
         ("random_pair_gain",),
         lambda v: v["pair_gain"] > 0.02 and v["pair_gain"] > v["random_pair_gain"],
-        "Needs vectors in several layers, and completions that are right.",
+        "Needs vectors in several layers, completions that are right, and a jointly trained set that is "
+        "better than single layers.",
     ),
     _Rule(
         "Vectors transfer to other models of the family.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -211,13 +212,20 @@ def _layers(report: Report) -> Sentences:
 
 
 def _composition(report: Report) -> Sentences:
-    score = report.numbers.get("pair_gain")
-    if score is None:
+    found: Any = report.results.get("composition")
+    if found is None:
         return []
-    return [
-        f"Adding a second layer to the better of two covers {percent(score)} of the way to the whole set on "
-        f"average (random vectors: {percent(_n(report, 'random_pair_gain'))})."
-    ]
+    pairs = list(combinations(range(len(found.layers)), 2))
+    missing = [found.told(i, j) for i, j in pairs if found.told(i, j).startswith("undefined")]
+    told = [f"The pair score is {missing[0]} ({len(missing)} of {len(pairs)} pairs)."] if missing else []
+    score, control = report.numbers.get("pair_gain"), report.numbers.get("random_pair_gain")
+    if score is not None:
+        random = "undefined" if control is None else percent(control)
+        told.append(
+            f"Adding a second layer to the better of two covers {percent(score)} of the way to the jointly "
+            f"trained set on average (random vectors: {random})."
+        )
+    return told
 
 
 def _scales(report: Report) -> Sentences:

@@ -339,7 +339,7 @@ class _Study:
         self.report.results["composition"] = found
         with values(subject.vectors, self.random):
             control = compose(subject, [], None, some, rows, "pairs of layers, random")
-        control.whole = found.whole  # the same denominator
+        control.joint = found.joint  # random vectors were not trained at all
         self._note(pair_gain=_mean(found.score), random_pair_gain=_mean(control.score))
 
     def scales(self) -> None:

@@ -49,6 +49,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+def share(part: torch.Tensor, whole: torch.Tensor | float) -> torch.Tensor:
+    """`part` / `whole` where the whole is above 0, a gain; NaN elsewhere, since a loss has no shares."""
+    whole = torch.as_tensor(whole, dtype=part.dtype)
+    return part / torch.where(whole > 0, whole, torch.nan)
+
+
 def spread(items: Sequence[int], count: int) -> list[int]:
     """At most `count` of the items, evenly, the first and the last among them."""
     if len(items) <= count:

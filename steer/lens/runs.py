@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from steer.data import Arithmetic, load_problems
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.grading import Checker
-from steer.lens.composition import SCALES, leave_one_out, scale_sweep
+from steer.lens.composition import SCALES, as_trained, leave_one_out, likelihoods, scale_sweep
 from steer.lens.composition import compose as pairs_of
 from steer.lens.controls import mean_difference, random_vectors, shuffled_layers
 from steer.lens.directions import checkpoints
@@ -31,7 +32,7 @@ from steer.lens.persistence import persistence as measure_persistence
 from steer.lens.prose import markdown
 from steer.lens.report import save_figures, study
 from steer.lens.results import Result
-from steer.lens.sampling import complete, graded
+from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.scale_maps import scale_maps
 from steer.lens.scripts import ScriptCounts, count_scripts
 from steer.lens.subject import Row, Subject
@@ -178,7 +179,11 @@ def shift(args: argparse.Namespace) -> None:
                 subject, problems, args.force, checker, layers=layers, label="answers"
             )
         rows = zip(forced.openings, forced.accuracy.tolist(), forced.share.tolist(), strict=True)
-        told = [f"{opening!r:24} {value:.3f}  {share:.2f} of the gain" for opening, value, share in rows]
+        gained = forced.steered > forced.base
+        told = [
+            f"{opening!r:24} {value:.3f}  {f'{share:.2f}' if gained else 'undefined share'} of the gain"
+            for opening, value, share in rows
+        ]
         _show(
             args,
             forced,
@@ -258,6 +263,19 @@ def persistence(args: argparse.Namespace) -> None:
     _show(args, found, lines())
 
 
+def _joint(source: str, subject: Subject) -> Subject:
+    """The jointly trained set of `source`, in the place of the vectors of `subject`."""
+    found = artifact.read(source)
+    if not as_trained(found.config):
+        raise SteerError(
+            f"--joint {source} is the outcome of arithmetic with artifacts; give vectors as training saved "
+            "them"
+        )
+    model = subject.model
+    steer.detach(model)
+    return replace(subject, vectors=steer.load(found, model, tokenizer=subject.tokenizer))
+
+
 def compose(args: argparse.Namespace) -> None:
     subject, problems = _ready(args)
     with Checker() as checker:
@@ -270,16 +288,26 @@ def compose(args: argparse.Namespace) -> None:
             return
         layers = _layers(args, subject)
         if args.likelihood:
-            found = pairs_of(subject, [], None, layers, _right(subject, problems, checker), "composition")
+            right = _right(subject, problems, checker)
+            found = pairs_of(subject, [], None, layers, right, "composition")
         else:
             found = pairs_of(subject, problems, checker, layers, label="composition")
+        if args.control:
+            found.joint = None  # a control was not trained
+        if args.joint:
+            trained = _joint(args.joint, subject)
+            if args.likelihood:
+                measured = likelihoods(trained, right, [steered(trained)], "jointly trained")
+            else:
+                measured = accuracies(trained, problems, [steered(trained)], checker, "jointly trained")
+            found.joint = measured[0].item()
 
     def lines() -> Iterator[str]:
         yield f"base {found.base:.3f}, all vectors {found.whole:.3f}, these together {found.together:.3f}"
         for i, layer in enumerate(found.layers):
             for j in range(i + 1):
                 name = f"layer {layer}" if i == j else f"layers {found.layers[j]} and {layer}"
-                score = "" if i == j else f"  score {found.score[i, j].item():.3f}"
+                score = "" if i == j else f"  score {found.told(i, j)}"
                 yield f"{name:20} {found.pairs[i, j].item():.3f}{score}"
 
     _show(args, found, lines())
@@ -345,6 +373,9 @@ def transfer(args: argparse.Namespace) -> None:
             yield f"{name:32} {scores}"
         yield f"{'random, own length':32} {' '.join(f'{s:7.3f}' for s in made.random_score.tolist())}"
         yield from (f"{pair}: {why}" for pair, why in made.refused.items())
+        for name, score in zip(made.names, made.score.diagonal().tolist(), strict=True):
+            if math.isnan(score):
+                yield f"{name}: scores are undefined (nan), since its own vectors do not gain"
 
     _show(args, made, lines())
 

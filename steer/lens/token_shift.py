@@ -17,7 +17,7 @@ from steer.errors import SteerError
 from steer.grading import Checker
 from steer.lens.lanes import BASE, Lane
 from steer.lens.passes import passes
-from steer.lens.results import Result
+from steer.lens.results import Result, share
 from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject
 from steer.stats import wilson
@@ -158,7 +158,7 @@ class PrefixSubstitution(Result):
     """
     Accuracy of the base model with each opening forced upon it, beside the base and the steered model
     without. `share` (openings,) is the part of the vectors' gain that the opening gives: (forced - base) /
-    (steered - base), NaN when there is no gain.
+    (steered - base), NaN where the vectors gain nothing or lose.
     """
 
     openings: list[str]
@@ -169,8 +169,7 @@ class PrefixSubstitution(Result):
 
     @property
     def share(self) -> torch.Tensor:
-        gain = self.steered - self.base
-        return (self.accuracy - self.base) / gain if gain else torch.full_like(self.accuracy, torch.nan)
+        return share(self.accuracy - self.base, self.steered - self.base)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "share": [None if x != x else x for x in self.share.tolist()]}

@@ -18,7 +18,7 @@ from steer.errors import SteerError
 from steer.grading import Checker
 from steer.lens.controls import random_vectors, values
 from steer.lens.lanes import BASE, steered
-from steer.lens.results import Result
+from steer.lens.results import Result, share
 from steer.lens.sampling import accuracies
 from steer.lens.subject import Subject
 from steer.transfers import transfer
@@ -43,7 +43,8 @@ class TransferMatrix(Result):
     `accuracy` (donors, recipients) with each donor's vectors in each recipient, its own on the diagonal;
     `base` and `random` (recipients,) without any, and with random ones as long as the recipient's own.
     `score` is the published one, (donor's - base) / (own - base), `random_score` the same for random vectors;
-    NaN where the own vectors gain nothing. A transfer that was refused is NaN, its reason in `refused`.
+    NaN where the own vectors gain nothing or lose. A transfer that was refused is NaN, its reason in
+    `refused`.
     """
 
     names: list[str]
@@ -55,16 +56,11 @@ class TransferMatrix(Result):
 
     @property
     def score(self) -> torch.Tensor:
-        return (self.accuracy - self.base) / self._gain
+        return share(self.accuracy - self.base, self.accuracy.diagonal() - self.base)
 
     @property
     def random_score(self) -> torch.Tensor:
-        return (self.random - self.base) / self._gain
-
-    @property
-    def _gain(self) -> torch.Tensor:
-        gain = self.accuracy.diagonal() - self.base
-        return torch.where(gain == 0, torch.nan, gain)
+        return share(self.random - self.base, self.accuracy.diagonal() - self.base)
 
     def to_dict(self) -> dict[str, Any]:
         from steer.lens.results import plain
