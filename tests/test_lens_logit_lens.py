@@ -12,9 +12,10 @@ from training import model_folder
 from transformers import AutoTokenizer
 
 from steer import SteerError
+from steer.final_norm import find_final_norm, through_final_norm
 from steer.lens.controls import random_vectors, values
 from steer.lens.lanes import BASE, steered
-from steer.lens.logit_lens import find_final_norm, logit_lens, through_final_norm
+from steer.lens.logit_lens import logit_lens
 from steer.lens.passes import streams
 from steer.lens.scripts import FOREIGN, SCRIPTS, count_scripts, script, vocabulary_scripts
 

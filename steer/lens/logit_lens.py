@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError
+from steer.final_norm import through_final_norm
 from steer.lens.results import Result
 from steer.lens.subject import token_text
 from steer.sites import find_decoder
@@ -122,47 +123,6 @@ def logit_lens(
     best, worst = scores[:, :known].topk(k).indices, (-scores[:, :known]).topk(k).indices
     named = [[[token_text(tokenizer, i) for i in row] for row in ids.tolist()] for ids in (best, worst)]
     return LogitLens(layers, reading, final_norm, scores, best, worst, *named)
-
-
-def find_final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """The norm between the last layer and the unembedding; None for a model without one."""
-    trunk = find_decoder(model).trunk
-    norms = [
-        m for name, m in trunk.named_children() if "norm" in name or name.startswith("ln_") or name == "ln"
-    ]
-    return norms[-1] if norms else None
-
-
-def through_final_norm(model: PreTrainedModel, vectors: torch.Tensor) -> torch.Tensor:
-    """
-    (n, width) vectors times the final norm's scale, centred first where the norm centres. The scale is read
-    off the module's output, so RMSNorm, Gemma's 1 + weight and LayerNorm need no table.
-    """
-    norm = find_final_norm(model)
-    if norm is None:
-        return vectors
-    width = vectors.shape[1]
-    parameter = next(norm.parameters(), vectors)
-    signs = torch.ones(width, device=parameter.device)
-    signs[1::2] = -1
-    # Large, so that the norm's epsilon is nothing beside it; an odd width is made to have mean zero too.
-    probe = 1e4 * (signs - signs.mean())
-    # In float64, where the module keeps it: bfloat16 would round the probe's unit length.
-    wide = _in_double(norm)
-    response = (wide(probe.double()) - wide(-probe.double())) / 2  # a bias cancels
-    unit = probe.double() / probe.double().square().mean().sqrt()
-    scale = response / unit
-    offset = wide(probe.double() + 1e4) - wide(probe.double())
-    centres = bool(offset.abs().max() < 1e-3 * response.abs().max())
-    if centres:
-        vectors = vectors - vectors.mean(1, keepdim=True)
-    return vectors * scale.to(vectors.device, vectors.dtype)
-
-
-def _in_double(norm: nn.Module) -> nn.Module:
-    from copy import deepcopy
-
-    return deepcopy(norm).double()
 
 
 def _named(tokens: list[str], ids: torch.Tensor, scores: torch.Tensor) -> list[dict[str, Any]]:

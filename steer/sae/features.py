@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError
+from steer.final_norm import through_final_norm
 from steer.sae.activations import Reader, Window, read_all
 from steer.sae.model import SAE
-from steer.sites import find_decoder
 from steer.stats import benjamini_hochberg, wilson
 
 
@@ -213,29 +213,14 @@ def logit_effects(
     if not features:
         return [], []
     weight = model.get_output_embeddings().weight
-    gain = _final_gain(model)
     directions = sae.W_dec[torch.tensor(features, device=sae.device)].to(weight.device, weight.dtype)
+    directions = through_final_norm(model, directions)
     up, down = [], []
     for part in directions.split(256):
-        logits = (part * gain if gain is not None else part) @ weight.T
+        logits = part @ weight.T
         logits = logits - logits.mean(1, keepdim=True)
         up += logits.topk(words).indices.tolist()
         down += logits.topk(words, largest=False).indices.tolist()
     return [[tokenizer.decode([t]) for t in row] for row in up], [
         [tokenizer.decode([t]) for t in row] for row in down
     ]
-
-
-def _final_gain(model: PreTrainedModel) -> Tensor | None:
-    """The weight of the norm after the last layer: the trunk's last one-dimensional parameter."""
-    decoder = find_decoder(model)
-    inside = {id(p) for p in decoder.layers.parameters()}
-    found = [
-        (name, p)
-        for name, p in decoder.trunk.named_parameters()
-        if p.shape == (decoder.width,) and id(p) not in inside and name.endswith("weight")
-    ]
-    if not found:
-        return None
-    gain = found[-1][1]
-    return gain + 1 if model.config.get_text_config().model_type.startswith("gemma") else gain

@@ -1,0 +1,69 @@
+"""The norm between the last layer and the unembedding: found by a forward pass, its gain measured."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer.sites import find_decoder, probing
+
+
+def find_final_norm(model: nn.Module) -> nn.Module | None:
+    """
+    The norm between the last layer and the unembedding; None for a model without one. It is the last module
+    that the decoder calls after its layers and that multiplies no matrix.
+    """
+    decoder = find_decoder(model)
+    called: list[nn.Module] = []
+
+    def note(layer: bool, module: nn.Module, args: tuple, output: Any) -> None:
+        called.clear() if layer else called.append(module)
+
+    others = [child for child in decoder.trunk.children() if child is not decoder.layers]
+    modules = [(True, layer) for layer in decoder.layers] + [(False, child) for child in others]
+    handles = [module.register_forward_hook(partial(note, layer)) for layer, module in modules]
+    try:
+        vectors = model.__dict__.get("steering_vectors")  # off, they need not know where a prompt ends
+        with probing(decoder.trunk) as ids, vectors.disabled() if vectors else nullcontext():
+            decoder.trunk(ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    norms = [module for module in called if all(p.dim() < 2 for p in module.parameters())]
+    return norms[-1] if norms else None
+
+
+@torch.no_grad()
+def through_final_norm(model: nn.Module, vectors: torch.Tensor) -> torch.Tensor:
+    """
+    Vectors times the gain of the final norm, as its division by the stream's length leaves them.
+
+    Args:
+        vectors: (n, width), centred first where the norm centres.
+
+    Returns:
+        (n, width). The gain is read off the module's output, so that RMSNorm, Gemma's 1 + weight and
+        LayerNorm need no table.
+    """
+    norm = find_final_norm(model)
+    if norm is None:
+        return vectors
+    width = vectors.shape[1]
+    parameter = next(norm.parameters(), vectors)
+    signs = torch.ones(width, device=parameter.device)
+    signs[1::2] = -1
+    # Large, so that the norm's epsilon is nothing beside it; an odd width is made to have mean zero too.
+    probe = 1e4 * (signs - signs.mean()).double()
+    # In float64, where the module keeps it: bfloat16 would round the probe's unit length.
+    wide = deepcopy(norm).double()
+    response = (wide(probe) - wide(-probe)) / 2  # a bias cancels
+    scale = response / (probe / probe.square().mean().sqrt())
+    offset = wide(probe + 1e4) - wide(probe)
+    if bool(offset.abs().max() < 1e-3 * response.abs().max()):
+        vectors = vectors - vectors.mean(1, keepdim=True)
+    return vectors * scale.to(vectors.device, vectors.dtype)
