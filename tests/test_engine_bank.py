@@ -16,7 +16,7 @@ from torch import nn
 from steer import SteerError, SteeringConfig
 from steer.config import POSITIONS
 from steer.engine.bank import DEFAULT, Bank, Choice, pack, unpack
-from steer.engine.client import Server, names, push, remove
+from steer.engine.client import Server, names, push, remove, returned_logprobs
 from steer.kinds import Gate
 
 WIDTH, DEPTH, TOKENS = 6, 3, 64
@@ -232,7 +232,10 @@ class Engine:
     def collective_rpc(self, method: str, args: tuple = ()) -> list[dict[str, Any]]:
         from steer.engine import plugin
 
-        workers = [SimpleNamespace(steering=stage, steering_error=None) for stage in self.stages]
+        config = SimpleNamespace(model_config=SimpleNamespace(logprobs_mode="raw_logprobs"))
+        workers = [
+            SimpleNamespace(steering=stage, steering_error=None, vllm_config=config) for stage in self.stages
+        ]
         return [getattr(plugin, method)(worker, *args) for worker in workers]
 
 
@@ -241,6 +244,7 @@ def test_push_reaches_every_stage(tmp_path: Any) -> None:
     given = vectors(1)
     assert push(engine, given, name="set") == DEPTH * WIDTH * 4
     assert names(engine) == [DEFAULT, "set"]
+    assert returned_logprobs(engine) == "raw_logprobs"
     found = {i: m.bank[2] for stage in engine.stages for i, m in stage.vectors.items()}
     assert all(torch.equal(found[layer], given[layer]) for layer in given)
     with pytest.raises(SteerError, match="layer 7 does not exist"):

@@ -67,9 +67,11 @@ def make(
     )
 
 
-@pytest.mark.parametrize("correction", [True, False])
+@pytest.mark.parametrize(
+    ("correction", "sampling"), [(True, {"top_k": 10}), (True, {"temperature": 0.7}), (False, {})]
+)
 def test_a_population_samples_each_row_with_its_members_vectors(
-    folder: Path, tiny_tokenizer: Any, tmp_path: Path, correction: bool
+    folder: Path, tiny_tokenizer: Any, tmp_path: Path, correction: bool, sampling: dict[str, Any]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     settings = {
@@ -78,6 +80,7 @@ def test_a_population_samples_each_row_with_its_members_vectors(
         "vllm_max_model_length": 64,
         "vllm_importance_sampling_correction": correction,
         "max_steps": 3,
+        **sampling,
     }
     members = [
         Member(name, [parity], config(tmp_path, **settings), SteeringConfig(**where))
@@ -97,6 +100,8 @@ def test_a_population_samples_each_row_with_its_members_vectors(
     for member in members:
         assert all(norm > 0 for norm in member.vectors.norms().values())
         assert max(row["engine/mean"] for row in member.log) < CLOSE
+        limited = [row.get("engine/limited_tokens") for row in member.log]
+        assert limited == [0.0 if correction else None] * 3
     # and a set that was not pushed would have been seen
     with torch.no_grad():
         members[1].vectors.parameters()[0].add_(1.0)
@@ -140,6 +145,82 @@ def test_colocated(
         wanted = scores.gather(1, row[0, 3:, None])[:, 0]
         apart = (wanted - torch.tensor([step[0] for step in logps[0]])).abs().max().item()
         assert apart < CLOSE if current else apart > FAR
+
+
+def far_apart(
+    trainer: SteeringGRPOTrainer, sampled: list[list[int]], logps: list[list[list[float]]]
+) -> float:
+    """The largest difference between the engine's log-probabilities and the trainer's, prompt [5, 6, 7]."""
+    worst = 0.0
+    for ids, told in zip(sampled, logps, strict=True):
+        row = torch.tensor([[5, 6, 7, *ids]])
+        with torch.no_grad(), trainer.vectors.prompt_length(3):
+            scores = (trainer.model(input_ids=row).logits[0, 2:-1] / trainer.temperature).log_softmax(-1)
+        wanted = scores.gather(1, row[0, 3:, None])[:, 0]
+        worst = max(worst, (wanted - torch.tensor([step[0] for step in told])).abs().max().item())
+    return worst
+
+
+@pytest.mark.usefixtures("quick_llm")
+def test_truncated_sampling_is_weighed_by_what_the_trainer_scores(
+    folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    trainer = make(folder, tiny_tokenizer, tmp_path / "run", top_p=0.8, max_steps=2)
+    trainer.train()
+    assert max(logged(trainer, "engine/max")) < CLOSE
+    assert (
+        logged(trainer, "engine/limited_tokens") == logged(trainer, "engine/limited_sequences") == [0.0, 0.0]
+    )
+    assert min(logged(trainer, "grad_norm")) > 0
+    # the same engine, other ways to truncate
+    generation = trainer.vllm_generation
+    generation.sync_weights()
+    whole = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "generation_kwargs": {}}
+    for change in (
+        {"top_p": 0.5},
+        {"top_k": 10},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.5},
+        {"generation_kwargs": {"presence_penalty": 1.0, "min_tokens": 6}},
+        {"top_k": 20, "top_p": 0.9},
+    ):
+        for name, value in {**whole, **change}.items():
+            setattr(generation, name, value)
+        _, sampled, logps, _ = generation.generate([[5, 6, 7]] * 8, None, 8)
+        assert far_apart(trainer, sampled, logps) < CLOSE, change
+
+
+@pytest.mark.usefixtures("quick_llm")
+def test_a_temperature_is_in_the_engines_log_probabilities(
+    folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    trainer = make(folder, tiny_tokenizer, tmp_path / "run", temperature=0.7, max_steps=2)
+    trainer.train()
+    assert max(logged(trainer, "engine/max")) < CLOSE
+
+
+@pytest.mark.usefixtures("quick_llm")
+def test_samples_whose_log_probabilities_do_not_compare_are_not_weighed(
+    folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    sampling = {"temperature": 0.7, "top_k": 10, "vllm_importance_sampling_correction": False}
+    trainer = make(folder, tiny_tokenizer, tmp_path / "run", **sampling, max_steps=2)
+    trainer.train()
+    assert not logged(trainer, "engine/max") and logged(trainer, "engine/sync_bytes")
+    assert min(logged(trainer, "grad_norm")) > 0
+
+
+@pytest.mark.usefixtures("quick_llm")
+def test_what_importance_weights_limit_is_logged(folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    bounds = {"vllm_importance_sampling_clip_max": 0.5}  # ratios are about 1: all are masked
+    for mode in ("sequence_mask", "token_truncate"):
+        run = tmp_path / mode
+        trainer = make(folder, tiny_tokenizer, run, vllm_importance_sampling_mode=mode, **bounds, max_steps=1)
+        trainer.train()
+        assert (
+            logged(trainer, "engine/limited_tokens") == logged(trainer, "engine/limited_sequences") == [1.0]
+        )
+        assert (logged(trainer, "grad_norm") == [0.0]) == (mode == "sequence_mask")
 
 
 @pytest.mark.usefixtures("quick_llm")
@@ -302,6 +383,9 @@ def test_server(server: str, folder: Path, tiny_tokenizer: Any, tmp_path: Path) 
     trainer.train()
     assert trainer.vllm_generation.sync_bytes == 3 * 128 * 4
     assert max(logged(trainer, "engine/max")) < CLOSE
+    where = {"vllm_mode": "server", "vllm_server_base_url": server}
+    with pytest.raises(SteerError, match=r"returns processed_logprobs.*--logprobs-mode raw_logprobs"):
+        make(folder, tiny_tokenizer, tmp_path / "truncated", **where, top_p=0.8)
     remote = engine.Server(server)
     engine.push(remote, {1: torch.ones(128)}, name="set")
     assert engine.names(remote) == ["default", "set"]

@@ -67,7 +67,12 @@ def remove(llm: Any, name: str = DEFAULT) -> None:
 
 def names(llm: Any) -> list[str]:
     """The sets that the engine holds, the default one first (zeros unless one was pushed)."""
-    return list(_call(llm.collective_rpc, "steer_names"))
+    return list(_call(llm.collective_rpc, "steer_names")["versions"])
+
+
+def returned_logprobs(llm: Any) -> str:
+    """Which log-probabilities the engine returns: vLLM's `logprobs_mode`."""
+    return str(_call(llm.collective_rpc, "steer_names")["logprobs_mode"])
 
 
 def request(name: str | None = DEFAULT, scale: float = 1.0) -> dict[str, Any]:
@@ -128,8 +133,8 @@ def steered_layers(source: Any) -> tuple[dict[int, torch.Tensor], str]:
     return vectors, config.positions
 
 
-def _call(rpc: Callable[..., list[Any]], method: str, *args: str) -> dict[str, int]:
-    """Run `method` in every worker; the versions by name it answers with, or SteerError."""
+def _call(rpc: Callable[..., list[Any]], method: str, *args: str) -> dict[str, Any]:
+    """Run `method` in every worker; what the first one answers with, or SteerError."""
     try:
         answers = rpc(method, args=args)
     except SteerError:
@@ -141,4 +146,4 @@ def _call(rpc: Callable[..., list[Any]], method: str, *args: str) -> dict[str, i
     for answer in answers:
         if answer["error"]:
             raise SteerError(answer["error"])
-    return answers[0]["versions"]
+    return answers[0]

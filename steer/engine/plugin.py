@@ -278,7 +278,8 @@ def steer_remove(self: Any, name: str) -> dict[str, Any]:
 
 
 def steer_names(self: Any) -> dict[str, Any]:
-    return _answer(self, lambda steering: None)
+    mode = self.vllm_config.model_config.logprobs_mode
+    return {**_answer(self, lambda steering: None), "logprobs_mode": mode}
 
 
 def _answer(worker: Any, do: Any) -> dict[str, Any]:

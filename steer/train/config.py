@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import GRPOConfig
 
+from steer.engine.logprobs import logprobs_mode
 from steer.errors import SteerError
 from steer.train.settings import check, check_ranges
 
@@ -19,6 +21,11 @@ ROW_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 BATCH_TOKEN_LOSSES = ("bnpo",)
 STEP_TOKEN_LOSSES = ("dapo", "cispo", "vespo")
 LOSSES = ROW_LOSSES + BATCH_TOKEN_LOSSES + STEP_TOKEN_LOSSES
+# Keys that `generation_kwargs` would take, for which there is a setting that the scores follow too.
+_SAMPLING = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    **dict.fromkeys(("max_new_tokens", "max_tokens"), "max_completion_length"),
+}
 _RATE = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _PART = re.compile(rf"(\d+)(?:-(\d+))?:({_RATE})")
 _GEOMETRIC = re.compile(rf"geometric:({_RATE}):({_RATE})")
@@ -144,6 +151,18 @@ class SteeringGRPOConfig(GRPOConfig):
                 "advantage=loo does not divide by a standard deviation, but "
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} does; set it to "
                 "sum_then_normalize, or advantage=group"
+            )
+        extra: dict[str, Any] = self.generation_kwargs or {}
+        if named := sorted(_SAMPLING.keys() & extra.keys()):
+            raise SteerError(
+                f"generation_kwargs has {', '.join(named)}, which samples are scored without; set "
+                f"{', '.join(_SAMPLING[name] for name in named)} instead"
+            )
+        if self.use_vllm:
+            logprobs_mode(self)  # refuses sampling whose log-probabilities do not compare
+        elif self.vllm_structured_outputs_regex is not None:
+            raise SteerError(
+                "vllm_structured_outputs_regex has no effect without vLLM; set use_vllm=true, or leave it out"
             )
         if self.sync_ref_model:
             raise SteerError(

@@ -189,7 +189,7 @@ class PopulationTrainer:
         ]
         ids, logps = self.engine.sample(names, [row for found in prompts for row in found], seeds)
         counts = [len(found) for found in prompts]
-        return _grouped(ids, counts), _grouped(logps, counts)
+        return _grouped(ids, counts), [None] * len(counts) if logps is None else _grouped(logps, counts)
 
     def _sample(self, members: Sequence[Member], prompts: Sequence[list[list[int]]]) -> _Drawn:
         args = self.args

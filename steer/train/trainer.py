@@ -26,7 +26,8 @@ from steer.errors import SteerError
 from steer.identity import tokenizer_checksum
 from steer.train.callbacks import VectorLog
 from steer.train.config import SteeringGRPOConfig
-from steer.train.grpo import GroupGRPOTrainer, newest_checkpoint
+from steer.train.grpo import GroupGRPOTrainer, loss_mask, newest_checkpoint
+from steer.train.loss import importance_weights, limited_shares
 from steer.vectors import SteeringVectors, attach, attached, detach
 
 
@@ -92,16 +93,22 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
             return nullcontext()
         from steer.engine.rollout import vector_rollouts
 
-        return vector_rollouts(self.vectors)
+        return vector_rollouts(self.vectors, args)
 
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         loss = super()._loss(model, inputs)
         if self.use_vllm:
             from steer.engine.rollout import mismatch
 
-            found = mismatch(self._scored, inputs["sampling_per_token_logps"], inputs["completion_mask"])
-            found |= {"sync_seconds": self.vllm_generation.sync_seconds}
+            found: dict[str, float] = {"sync_seconds": self.vllm_generation.sync_seconds}
             found |= {"sync_bytes": self.vllm_generation.sync_bytes}
+            if self.vllm_generation.logprobs_mode is not None:
+                mask, sampled = loss_mask(inputs), inputs["sampling_per_token_logps"]
+                found |= mismatch(self._scored, sampled, mask)
+                if self.vllm_importance_sampling_correction:
+                    weighed = inputs.get("old_per_token_logps", self._scored)  # as when they were sampled
+                    _, limited = importance_weights(weighed, sampled, mask, self.args)
+                    found |= limited_shares(limited, mask)
             for name, value in found.items():
                 self._metrics["train"][f"engine/{name}"].append(value)
         return loss
