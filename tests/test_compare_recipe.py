@@ -267,10 +267,36 @@ def test_comparisons_that_come_with_steer(recipe, path, monkeypatch):
         assert Path(launcher).is_file()
         known = [*module_fields(settings["recipe"]), "recipe"]
         assert set(settings) <= set(known)
+    lora, _ = comparison.settings("lora-r4")  # as published: arXiv 2509.06608 and its authors' files
+    assert (lora["method"], lora["lora_rank"], lora["lora_alpha"]) == ("lora", 4, 4)
+    assert lora["target_modules"] == ["down_proj"]
+    assert 1e-4 in (lora.get("learning_rate"), *comparison.plan.methods["lora-r4"].get("lr_sweep", []))
     width, depth = SHAPES[comparison.shared["model"]]
     equal = comparison.plan.methods["lora-equal"]
     assert equal["target_modules"] == ["o_proj"] and equal["lora_rank"] == 1
     assert len(equal["target_layers"].split(",")) * 2 * width == depth * width
+
+
+def test_the_paper_comparison_has_the_published_rates(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = recipe.read_plan("recipes/configs/compare-paper.yaml")
+    rates = {name: plan.methods[name]["learning_rate"] for name in ("steering", "full", "lora-r4")}
+    assert rates == {"steering": 1e-3, "full": 1e-6, "lora-r4": 1e-4}
+
+
+def test_results_that_are_kept_were_made_with_the_settings_of_their_plan(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    comparison = recipe.Comparison(recipe.read_plan("recipes/configs/compare-tiny.yaml"))
+    found = set()
+    for file in sorted(comparison.runs.glob("*.json")):
+        about = recipe.read_packed(file)["about"]
+        if "method" in about:
+            settings, _ = comparison.settings(about["method"])
+            settings |= {"seed": about["seed"], "learning_rate": comparison.rate(about["method"])}
+            assert file.stem == f"{about['method']}-{about['seed']}"
+            assert comparison.done(file.stem, {"evaluation": comparison.asked(), "training": settings})
+            found.add(about["method"])
+    assert found == set(comparison.plan.methods) - {"lora-r4"}
 
 
 # width and depth; in all of them the output projection is square

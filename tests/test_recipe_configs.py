@@ -165,6 +165,9 @@ def test_published_numbers(name, parse):
     assert max(training.max_steps, 0) == expected.steps
     assert training.num_train_epochs == expected.epochs
     assert (training.advantage, training.beta) == (expected.advantage, expected.beta)
+    assert training.use_bias_correction_kl == (expected.beta == 0)  # where there is a KL term, it is plain k3
+    assert (training.adam_beta1, training.adam_beta2, training.weight_decay) == (0.9, 0.999, 0.0)
+    assert training.importance_sampling_level == "token" and not training.mask_truncated_completions
     assert (training.scale_rewards, training.loss_type, training.num_iterations) == ("none", "dapo", 1)
     assert (training.epsilon, training.temperature, training.top_p) == (0.2, 1.0, 1.0)
     assert (training.max_grad_norm, training.warmup_steps) == (2.0, 0.03)
