@@ -5,14 +5,17 @@ SAE files: both ways in four formats, equal features, the foreign packages where
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from steering import message
 
 from steer.errors import SteerError
-from steer.sae import SAE, SAEConfig, load_sae, save_sae
+from steer.sae import SAE, SAEConfig, foreign, load_sae, save_sae
 from steer.sae.formats import FILES, as_dense, detect
 
 SOURCE = {"model": "made", "layer": 4, "site": "resid_post"}
@@ -230,6 +233,153 @@ def test_pickles_that_run_code_are_refused(tmp_path):
     save_sae(make(), tmp_path, "dictionary_learning")
     (tmp_path / "ae.pt").write_bytes(pickle.dumps({"encoder.weight": Bomb()}))
     with pytest.raises(SteerError):
+        load_sae(tmp_path)
+
+
+def change_settings(folder: Path, format: str, **changes: object) -> None:
+    """Settings of the SAE in `folder`; for dictionary_learning those of the trainer. None removes one."""
+    path = folder / FILES[format][0]
+    whole = json.loads(path.read_text())
+    settings = whole["trainer"] if format == "dictionary_learning" else whole
+    settings.update(changes)
+    for name, value in changes.items():
+        if value is None:
+            del settings[name]
+    path.write_text(json.dumps(whole))
+
+
+def test_saelens_topk_as_it_was_saved_before_version_6(tmp_path):
+    """A standard SAE with the activation "topk", and k among its arguments: not a ReLU."""
+    sae, x = make(), rows()
+    save_sae(sae, tmp_path, "saelens")
+    old = {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}
+    # as SAELens 5 wrote them
+    old |= {"hook_layer": 4, "hook_head_index": None, "dataset_path": "x", "normalize_activations": "none"}
+    old |= {"finetuning_scaling_factor": False, "context_size": 128, "sae_lens_training_version": "5.0.0"}
+    change_settings(tmp_path, "saelens", **old, k=None, rescale_acts_by_decoder_norm=None)
+    found = load_sae(tmp_path)
+    assert (found.cfg.activation, found.cfg.k) == ("topk", 5)
+    torch.testing.assert_close(found.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    change_settings(tmp_path, "saelens", activation_fn_kwargs={})
+    with pytest.raises(SteerError, match="must say how many features are active; this one has no k"):
+        load_sae(tmp_path)
+
+
+def test_saelens_relu(tmp_path):
+    sae, x = make(activation="jumprelu"), rows()
+    save_sae(sae, tmp_path, "saelens")
+    path = tmp_path / "sae_weights.safetensors"
+    tensors = load_file(path)
+    del tensors["threshold"]
+    save_file({**tensors, "scaling_factor": torch.ones(48)}, path)
+    change_settings(tmp_path, "saelens", architecture="standard", activation_fn_str="relu")
+    expected = ((x - sae.b_dec) @ tensors["W_enc"] + tensors["b_enc"]).relu()
+    torch.testing.assert_close(load_sae(tmp_path).encode(x), expected, rtol=1e-5, atol=1e-5)
+    save_file({**tensors, "scaling_factor": torch.full((48,), 2.0)}, path)
+    with pytest.raises(SteerError, match="SAELens weights scaling_factor are not known here"):
+        load_sae(tmp_path)
+
+
+def test_saelens_counts_activations_in_units_of_the_decoder_only_where_it_says_so(tmp_path):
+    """Absent, `rescale_acts_by_decoder_norm` is false, as in SAELens."""
+    sae, x = make(), rows()
+    save_sae(sae, tmp_path, "saelens")
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    tensors["W_dec"] = tensors["W_dec"] * torch.linspace(0.5, 2, 48)[:, None]
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    change_settings(tmp_path, "saelens", rescale_acts_by_decoder_norm=None)
+    torch.testing.assert_close(load_sae(tmp_path).encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+
+
+FOREIGN = ["saelens", "sparsify", "dictionary_learning"]
+HONOURED = {"d_in", "d_sae", "k", "architecture", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm"}
+HONOURED |= {"activation_fn", "activation_fn_str", "activation_fn_kwargs", "num_latents", "expansion_factor"}
+HONOURED |= {"dict_class", "activation_dim", "dict_size"}
+KNOWN = HONOURED | {*foreign.SAELENS_IRRELEVANT, *foreign.SPARSIFY_IRRELEVANT, *foreign.DICTIONARY_IRRELEVANT}
+KNOWN |= {*foreign.SAELENS_PLAIN, *foreign.SPARSIFY_PLAIN}
+VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+
+
+@pytest.fixture(scope="module", params=FOREIGN)
+def foreign_sae(request, tmp_path_factory):
+    """A folder with an SAE in the format of another tool, its settings and its weights."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save_sae(make(), folder, request.param)
+    return folder, request.param, (folder / FILES[request.param][0]).read_text()
+
+
+@given(name=st.text(min_size=1, max_size=12).filter(lambda name: name not in KNOWN), value=VALUES)
+@settings(max_examples=40, deadline=None)
+def test_unknown_settings_are_refused_by_name_and_value(foreign_sae, name, value):
+    folder, format, whole = foreign_sae
+    config = json.loads(whole)
+    (config["trainer"] if format == "dictionary_learning" else config)[name] = value
+    (folder / FILES[format][0]).write_text(json.dumps(config))
+    with pytest.raises(SteerError) as error:
+        load_sae(folder)
+    assert f"setting {name}={value!r} is not known here" in str(error.value)
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_value_of_a_known_setting_changes_nothing_or_is_refused(foreign_sae, data):
+    """Features stay those that were saved, or a SteerError says why (k and the bias may be set)."""
+    folder, format, whole = foreign_sae
+    config, x = json.loads(whole), rows()
+    inner = config["trainer"] if format == "dictionary_learning" else config
+    free = {"k", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm"}
+    name = data.draw(st.sampled_from(sorted(KNOWN - free)))
+    inner[name] = data.draw(VALUES)
+    (folder / FILES[format][0]).write_text(json.dumps(config))
+    try:
+        found = load_sae(folder)
+    except SteerError:
+        return
+    torch.testing.assert_close(found.encode(x), make().encode(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("format", "changes", "part"),
+    [
+        ("saelens", {"k": None}, "must say how many features are active; this one has no k"),
+        ("saelens", {"activation_fn_kwargs": {"k": 7}}, "activation_fn_str='relu' with"),
+        (
+            "saelens",
+            {"activation_fn": "topk", "activation_fn_kwargs": {"k": 7}},
+            "two values of k, 5 and 7",
+        ),
+        ("saelens", {"activation_fn_str": "tanh-relu"}, "activation_fn_str='tanh-relu'"),
+        ("saelens", {"architecture": "standard"}, "k=5 is not known for architecture 'standard'"),
+        ("saelens", {"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input='false' is neither"),
+        ("saelens", {"finetuning_scaling_factor": True}, "finetuning_scaling_factor=True"),
+        ("saelens", {"hook_name": "blocks.1.attn.hook_z", "reshape_activations": None}, "reshapes its input"),
+        ("sparsify", {"k": None}, "must have 'k'"),
+        ("sparsify", {"signed": True}, "signed=True"),
+        ("sparsify", {"num_latents": 40}, "num_latents=40, the weights have 48"),
+        ("sparsify", {"num_latents": 0, "expansion_factor": 3}, "expansion_factor * d_in=36"),
+        ("dictionary_learning", {"k": 6}, "k=6, the weights have 5"),
+        ("dictionary_learning", {"dict_size": 40}, "dict_size=40, the weights have 48"),
+        ("dictionary_learning", {"target_l0": 6}, "target_l0=6 is not known here"),
+    ],
+)
+def test_settings_that_would_change_the_features_are_refused(format, changes, part, tmp_path):
+    save_sae(make(), tmp_path, format)
+    change_settings(tmp_path, format, **changes)
+    with pytest.raises(SteerError) as error:
+        load_sae(tmp_path)
+    assert part in message(error)
+
+
+@pytest.mark.parametrize("format", FOREIGN)
+def test_unknown_weights_are_refused(format, tmp_path):
+    save_sae(make(), tmp_path, format)
+    path = tmp_path / FILES[format][1]
+    extra = {"W_skip": torch.zeros(12, 12)}
+    if format == "dictionary_learning":
+        torch.save({**torch.load(path), **extra}, path)
+    else:
+        save_file({**load_file(path), **extra}, path)
+    with pytest.raises(SteerError, match="weights W_skip are not known here"):
         load_sae(tmp_path)
 
 

@@ -9,7 +9,8 @@ SAE files: our own, and those of SAELens, sparsify and dictionary_learning, to r
 
 Features and reconstructions are equal after either way. An SAE that a format cannot express is refused with
 the reason: the other three know dense encoders only, and a KronSAE equals one only where all p and q of each
-head read the same direction. Nothing that is read can execute code.
+head read the same direction. Settings of other tools that are not known are refused (`foreign`). Nothing that
+is read can execute code.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from steer.errors import SteerError
 from steer.files import replace_files
 from steer.sae.config import SAEConfig
+from steer.sae.foreign import from_dictionary_learning, from_saelens, from_sparsify
 from steer.sae.model import SAE
 
 OWN_CONFIG, OWN_WEIGHTS = "sae_config.json", "model.safetensors"
@@ -90,9 +92,9 @@ def load_sae(folder: str | os.PathLike[str]) -> SAE:
             raise SteerError(f"{path}: {name} is not a tensor of finite numbers; fetch or write it again")
     read = {
         "steer": _from_own,
-        "saelens": _from_saelens,
-        "sparsify": _from_sparsify,
-        "dictionary_learning": _from_dictionary_learning,
+        "saelens": from_saelens,
+        "sparsify": from_sparsify,
+        "dictionary_learning": from_dictionary_learning,
     }
     try:
         found, state = read[format](config, tensors)
@@ -207,34 +209,6 @@ def _hook_name(source: dict[str, Any]) -> str | None:
     return f"blocks.{source['layer']}.{name}" if name and "layer" in source else None
 
 
-def _from_saelens(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[SAEConfig, dict[str, Tensor]]:
-    kind = config["architecture"]
-    if kind not in ("topk", "jumprelu", "standard"):
-        raise SteerError(f"SAELens architecture {kind!r} is not known here; topk, jumprelu and standard are")
-    for name, plain in (("normalize_activations", "none"), ("reshape_activations", "none")):
-        if config.get(name, plain) != plain:
-            raise SteerError(f"{name}={config[name]!r} is not known here, only {plain!r}")
-    table = tensors["W_dec"]
-    state = {
-        "encoder.weight": tensors["W_enc"].T.contiguous(),
-        "encoder.bias": tensors["b_enc"],
-        "W_dec": table,
-        "b_dec": tensors["b_dec"],
-    }
-    if kind == "topk" and config.get("rescale_acts_by_decoder_norm", True):
-        # activations are in units of the decoder's rows, which then count as unit rows
-        norms = table.norm(dim=1)
-        state["encoder.weight"] = state["encoder.weight"] * norms[:, None]
-        state["encoder.bias"], state["W_dec"] = state["encoder.bias"] * norms, table / norms[:, None]
-    found = _foreign_config(
-        config["d_in"], config["d_sae"], config.get("k"), kind, config.get("apply_b_dec_to_input", True)
-    )
-    if kind != "topk":
-        thresholds = tensors["threshold"] if kind == "jumprelu" else torch.zeros_like(tensors["b_enc"])
-        state["log_threshold"] = _log(thresholds)
-    return found, state
-
-
 # --- sparsify: encoder.weight (d_sae, d_in), encoder.bias, W_dec (d_sae, d_in), b_dec, always taken off
 
 
@@ -256,16 +230,6 @@ def _to_sparsify(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
     names = ("encoder.weight", "W_dec", "b_dec")
     state = sae.state_dict()
     return config, {**{name: state[name] for name in names}, "encoder.bias": _tied_bias(sae)}
-
-
-def _from_sparsify(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[SAEConfig, dict[str, Tensor]]:
-    if config.get("activation", "topk") != "topk":
-        raise SteerError(f"sparsify activation {config['activation']!r} is not known here, only 'topk'")
-    for name in ("transcode", "skip_connection"):
-        if config.get(name):
-            raise SteerError(f"this is a sparsify transcoder ({name}=true); only autoencoders are known here")
-    state = {name: tensors[name] for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec")}
-    return _foreign_config(config["d_in"], len(state["W_dec"]), config["k"], "topk", True), state
 
 
 # --- dictionary_learning: TopK and BatchTopK as nn.Linear layers, JumpReLU as W_enc, W_dec and threshold
@@ -299,47 +263,7 @@ def _to_dictionary_learning(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]
     return {"trainer": trainer, "buffer": None}, tensors
 
 
-def _from_dictionary_learning(
-    config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[SAEConfig, dict[str, Tensor]]:
-    trainer = config["trainer"]
-    kind = trainer["dict_class"]
-    if kind == "JumpReluAutoEncoder":
-        state = {
-            "encoder.weight": tensors["W_enc"].T.contiguous(),
-            "encoder.bias": tensors["b_enc"],
-            "W_dec": tensors["W_dec"],
-            "b_dec": tensors["b_dec"],
-            "log_threshold": _log(tensors["threshold"]),
-        }
-        d_sae, d_in = state["W_dec"].shape
-        return _foreign_config(d_in, d_sae, trainer.get("k"), "jumprelu", False), state
-    if kind not in ("AutoEncoderTopK", "BatchTopKSAE"):
-        raise SteerError(
-            f"dictionary_learning class {kind!r} is not known here; AutoEncoderTopK, BatchTopKSAE and "
-            "JumpReluAutoEncoder are"
-        )
-    state = {
-        "encoder.weight": tensors["encoder.weight"],
-        "encoder.bias": tensors["encoder.bias"],
-        "W_dec": tensors["decoder.weight"].T.contiguous(),
-        "b_dec": tensors["b_dec"],
-    }
-    d_sae, d_in = state["W_dec"].shape
-    activation = "topk" if kind == "AutoEncoderTopK" else "batchtopk"
-    if activation == "batchtopk":
-        state["threshold"] = tensors["threshold"]
-    return _foreign_config(d_in, d_sae, int(tensors["k"]), activation, True), state
-
-
 # --- shared
-
-
-def _foreign_config(d_in: int, d_sae: int, k: int | None, kind: str, tied: bool) -> SAEConfig:
-    activation = "jumprelu" if kind == "standard" else kind  # ReLU is JumpReLU with thresholds of zero
-    if k is None:  # jumprelu files do not record what they aimed at
-        k = min(50, d_sae)
-    return SAEConfig(d_in, d_sae, int(k), activation=activation, bias="tied" if tied else "free")
 
 
 def _tied_bias(sae: SAE) -> Tensor:
@@ -355,8 +279,3 @@ def _thresholds(sae: SAE) -> Tensor:
         raise SteerError("this BatchTopK SAE has no threshold yet; train it before saving it as a JumpReLU")
     least = torch.nextafter(sae.threshold, torch.zeros_like(sae.threshold))  # >= becomes >
     return least.expand(sae.cfg.d_sae)
-
-
-def _log(thresholds: Tensor) -> Tensor:
-    """Their logarithms; a threshold of 0 becomes one that no positive number is below."""
-    return thresholds.clamp(min=torch.finfo(thresholds.dtype).tiny).log()
