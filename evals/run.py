@@ -97,7 +97,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     rows = _rows(
         args, compared, chosen, {name: found for name, (found, _) in problems.items()}, tokenizer, variables
     )
-    longest = _check_lengths(rows, bones, args.model)
+    longest = _check_lengths(rows, bones)
     session = {
         "command": shlex.join(["python", "-m", "evals.run", *command]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -325,19 +325,15 @@ def _rows(
     return rows
 
 
-def _check_lengths(rows: Sequence[Row], bones: Any, model: str) -> int:
+def _check_lengths(rows: Sequence[Row], bones: Any) -> int:
     """The longest prompt and answer in tokens; SteerError where they do not fit the model's context."""
-    context = getattr(bones.config.get_text_config(), "max_position_embeddings", None)
+    from steer.models import check_context
+
+    longest: dict[Benchmark, int] = {}
     for row in rows:
-        length = len(row.prompt) + row.benchmark.max_new_tokens
-        if context and length > context:
-            room = context - max(len(r.prompt) for r in rows if r.benchmark is row.benchmark)
-            mend = f"--max-new-tokens {room}" if room > 0 else "a model with a longer context"
-            raise SteerError(
-                f"benchmark {row.benchmark.name!r}: a prompt of {len(row.prompt)} tokens and an answer of up "
-                f"to {row.benchmark.max_new_tokens} do not fit the context of {model} ({context} tokens); "
-                f"use {mend}"
-            )
+        longest[row.benchmark] = max(longest.get(row.benchmark, 0), len(row.prompt))
+    for b, prompt in longest.items():
+        check_context(bones.config, prompt, b.max_new_tokens, "--max-new-tokens", f"benchmark {b.name!r}: ")
     return max(len(row.prompt) + row.benchmark.max_new_tokens for row in rows)
 
 

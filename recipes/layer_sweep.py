@@ -76,6 +76,7 @@ def _train_population(
     prompts = runs.prompts(run, training)
     frame = prompts.frame(tokenizer)
     train = train.map(lambda row: {"prompt": frame(row["problem"])}, desc="framing prompts")
+    train = recipe.fitting(train, held_out, frame, tokenizer, model, training.max_completion_length or 1)
     main_process = PartialState().is_main_process
     if main_process:
         claim(folder, run, training, everyone, {settings.name for settings in now})

@@ -14,7 +14,7 @@ from steer.weights import BUNDLED, choices, model_path
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 
@@ -128,6 +128,40 @@ def _source(name: str, revision: str | None, tokenizer: bool = False) -> str:
     if tokenizer and name not in BUNDLED and path.is_dir():
         return str(path)  # may hold a tokenizer alone
     return str(model_path(name))
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most tokens that a model of this configuration reads, answer included; None where it has no limit."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if limit and rope.get("factor") and rope.get("original_max_position_embeddings"):
+        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return limit
+
+
+def check_context(config: PreTrainedConfig, prompt: int, answer: int, option: str, of: str = "") -> None:
+    """
+    Refuse a prompt and an answer that do not fit into the model together.
+
+    Args:
+        config: the model's configuration.
+        prompt: tokens of the longest prompt.
+        answer: most tokens of an answer.
+        option: the option that limits an answer, for the message, such as "--max-new-tokens".
+        of: what the prompt is of, for the message.
+
+    Raises:
+        SteerError: says how much room there is.
+    """
+    context = context_length(config)
+    if context and prompt + answer > context:
+        room = context - prompt
+        fix = f"{option} {room}" if room > 0 else "a shorter prompt, or a model with a longer context"
+        raise SteerError(
+            f"{of}a prompt of {prompt} tokens and an answer of up to {answer} do not fit the context of "
+            f"{config._name_or_path or config.model_type} ({context} tokens); use {fix}"
+        )
 
 
 def fast_dtype() -> str:

@@ -35,7 +35,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     import steer
-    from steer.models import load_model, load_tokenizer
+    from steer.models import check_context, load_model, load_tokenizer
     from steer.prompts import PromptSpec
 
     tokenizer = load_tokenizer(args.model)
@@ -46,6 +46,8 @@ def _generate(args: argparse.Namespace) -> None:
     trained = PromptSpec.of_training(vectors.config.provenance)
     text = trained.but(args.template, None, args.chat_template_kwargs).render(args.prompt, tokenizer)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+
+    check_context(model.config, inputs["input_ids"].shape[1], args.max_new_tokens, "--max-new-tokens")
 
     def answer() -> str:
         out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)

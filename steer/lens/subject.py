@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError
+from steer.models import check_context
 from steer.prompts import render
 from steer.sites import Decoder, find_decoder
 from steer.vectors import SteeringVectors
@@ -99,6 +100,8 @@ class Subject:
         found = [self.row(problem["problem"], forced) for problem in problems]
         if not found:
             raise SteerError("no problems were given: there is no text to look at")
+        longest = max(len(row.ids) for row in found)
+        check_context(self.model.config, longest, self.max_new_tokens, "--max-new-tokens")
         return found
 
     def encode(self, text: str) -> list[int]:

@@ -31,7 +31,7 @@ from trl import TrlParser
 from steer.data import load_problems
 from steer.errors import SteerError
 from steer.files import held, read_json, replace_file
-from steer.models import fast_dtype, load_model, load_tokenizer
+from steer.models import check_context, context_length, fast_dtype, load_model, load_tokenizer
 from steer.rewards import Checker, make_reward
 from steer.sharded import shape
 from steer.train import run as runs
@@ -163,6 +163,46 @@ def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
     return unseen, held_out.to_list()
 
 
+def fitting(
+    train: Dataset,
+    held_out: Problems | None,
+    frame: Callable[[str], str],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    answer: int,
+) -> Dataset:
+    """
+    The training problems whose `prompt` leaves room for `answer` tokens in the model's context; how many are
+    left out is logged. SteerError when none fits, and for a held-out problem that does not fit.
+    """
+
+    def tokens(texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    context = context_length(model.config)
+    if context is None:
+        return train
+    if held_out:
+        longest = max(tokens([frame(row["problem"]) for row in held_out]))
+        check_context(model.config, longest, answer, "--max_completion_length", "held-out problems: ")
+    lengths = tokens(train["prompt"])
+    kept = [i for i, length in enumerate(lengths) if length + answer <= context]
+    if not kept:
+        check_context(model.config, min(lengths), answer, "--max_completion_length", "training problems: ")
+    if len(kept) == len(lengths):
+        return train
+    log.warning(
+        "%d of %d training problems are left out: their prompts, of up to %d tokens, and answers of "
+        "max_completion_length=%d do not fit the context of %d tokens",
+        len(lengths) - len(kept),
+        len(lengths),
+        max(lengths),
+        answer,
+        context,
+    )
+    return train.select(kept)
+
+
 # ---- the run
 
 
@@ -216,6 +256,7 @@ def _conduct(
         dtype=recipe.dtype,
         attn_implementation=run.attn_implementation,
     )
+    data = fitting(data, held_out, frame, tokenizer, model, training.max_completion_length or 1)
     with Checker() as checker:
         rewards = [make_reward(name, checker) for name in run.rewards]
         trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)

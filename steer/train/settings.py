@@ -32,7 +32,11 @@ class Range(NamedTuple):
 
 
 POSITIVE, COUNT, NOT_NEGATIVE = Range(0, open=True), Range(1), Range(0)
-_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length")
+_COUNTS: tuple[str, ...] = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_completion_length",
+)
 _COUNTS += (
     "num_iterations",
     "steps_per_generation",

@@ -1,0 +1,82 @@
+"""Prompts and answers longer than the model's context: left out with a count, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import ROOT
+from training import SPREAD, model_folder
+from transformers import LlamaConfig
+
+import steer
+from steer.cli import main
+from steer.models import context_length
+
+CONTEXT = 40
+SHORT, LONG = "1+1?", "What is 1+1, " + "and again, " * 4
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def base(request: pytest.FixtureRequest, tmp_path: Path, build_tiny: Any, tiny_tokenizer: Any) -> Path:
+    limit = {"n_positions" if request.param == "gpt2" else "max_position_embeddings": CONTEXT}
+    model = build_tiny(request.param, initializer_range=SPREAD, **limit)
+    model_folder(tmp_path / "model", model, tiny_tokenizer)
+    steer.attach(model).save(tmp_path / "vectors")
+    rows = [{"problem": f"{n}+1?" if n % 3 else f"{n} {LONG}", "answer": str(n + 1)} for n in range(9)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::3]))
+    return tmp_path
+
+
+def train(base: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+    settings = (
+        f"--model {base / 'model'} --train_data {base / 'mixed.jsonl'} --eval_data none --template plain"
+    )
+    settings += " --max_steps 2 --use_cpu true --num_generations 2 --rewards format --report_to none"
+    settings += f" --per_device_train_batch_size 4 --max_completion_length 8 --output_dir {base / 'run'}"
+    recipe = ROOT / "recipes" / "grpo_steer.py"
+    monkeypatch.setattr(sys, "argv", [str(recipe), *settings.split(), *more])
+    runpy.run_path(str(recipe), run_name="__main__")
+
+
+def test_training_problems_that_do_not_fit_are_left_out_with_a_count(base, monkeypatch, caplog) -> None:
+    with caplog.at_level("WARNING", logger="steer"):
+        train(base, monkeypatch)
+    assert "3 of 9 training problems are left out" in caplog.text and "context of 40 tokens" in caplog.text
+    assert json.loads((base / "run" / "results.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--train_data", "long.jsonl"), "training problems: .* do not fit the context"),
+        (("--eval_data", "long.jsonl"), "held-out problems: .* do not fit the context"),
+        (("--max_completion_length", "40"), "use --max_completion_length 28"),
+    ],
+)
+def test_a_run_in_which_nothing_fits_is_one_line(base, monkeypatch, more, named) -> None:
+    changes = [str(base / text) if text.endswith("jsonl") else text for text in more]
+    with pytest.raises(SystemExit, match=f"^error: .*{named}[^\n]*$"):
+        train(base, monkeypatch, *changes)
+
+
+@pytest.mark.parametrize(("prompt", "length"), [(LONG, "8"), (SHORT, "29"), (SHORT, "100")])
+def test_generate_refuses_what_does_not_fit(base, capsys, prompt, length) -> None:
+    asked = ["generate", str(base / "model"), "--vectors", str(base / "vectors"), "--prompt", prompt]
+    asked += ["--template", "plain", "--max-new-tokens"]
+    assert main([*asked, length]) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("error: a prompt of ") and "(40 tokens); use " in err
+    assert main([*asked[:-3], "--template", "plain", "--prompt", SHORT, "--max-new-tokens", "28"]) == 0
+
+
+def test_scaled_positions_reach_farther() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+    assert context_length(LlamaConfig(max_position_embeddings=32, rope_parameters=rope)) == 128
+    assert context_length(LlamaConfig(max_position_embeddings=128, rope_parameters=rope)) == 128
+    assert context_length(LlamaConfig(max_position_embeddings=32)) == 32
