@@ -15,6 +15,7 @@ from pathlib import Path
 from steer.config import SteeringConfig
 from steer.errors import SteerError, shown
 from steer.files import safetensors_header
+from steer.names import canonical
 
 CONFIG_FILE = "steering_config.json"
 TENSOR_FILE = "steering.safetensors"
@@ -58,8 +59,9 @@ def read_file(
             raise SteerError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
         if not entry["data"]:
             raise SteerError(f"{path}: {name} has shape {tuple(entry['shape'])}, which holds no numbers")
-        entries[name] = (_DTYPES[entry["dtype"]], entry["shape"], bytes(entry["data"]))
-    sums = {header["__metadata__"].get("sha256"), digest(text, {n: e[2] for n, e in entries.items()})}
+        entries[canonical(name)] = (_DTYPES[entry["dtype"]], entry["shape"], bytes(entry["data"]))
+    data = {name: bytes(entry["data"]) for name, entry in found}
+    sums = {header["__metadata__"].get("sha256"), digest(text, data)}
     if len(sums - {None}) > 1:
         raise SteerError(
             f"{path}: its content does not have the checksum it was written with: fetch it again"

@@ -22,13 +22,14 @@ from torch import nn
 
 from steer.errors import SteerError
 from steer.hooks import hidden_in, hidden_out
+from steer.names import canonical
 
 
 @dataclass(frozen=True)
 class Decoder:
     """
     The stack of decoder layers. `trunk` is the module whose forward runs them, `name` the list's name in the
-    model.
+    plain model, without what wraps it.
     """
 
     trunk: nn.Module
@@ -73,7 +74,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             f"the config of {type(model).__name__} has no hidden_size: it is made of several models of "
             "different widths; attach to the one that holds the layers"
         )
-    return Decoder(_parent(model, name), layers, name, width)
+    return Decoder(_parent(model, name), layers, canonical(name), width)
 
 
 def _is_encoder(model: nn.Module) -> bool:
@@ -122,16 +123,26 @@ def find_down_projections(decoder: Decoder, layers: list[int]) -> list[tuple[nn.
     """
     found = []
     for index, site in zip(layers, find_sites(decoder, layers, "mlp_out"), strict=True):
-        sizes = [(module, _matrix_size(module)) for module in site.module.modules()]
-        writers = [(module, size[0]) for module, size in sizes if size and size[1] == decoder.width]
+        writer = last_writer(site.module, decoder.width)
         experts = any("expert" in name for name, _ in site.module.named_modules())
-        if experts or not writers:
+        if experts or writer is None:
             raise SteerError(
                 f"layer {index}'s {type(site.module).__name__} has no single down-projection; adaptive "
                 "vectors need a dense MLP: use kind='constant'"
             )
-        found.append(writers[-1])
+        found.append(writer)
     return found
+
+
+def last_writer(module: nn.Module, width: int) -> tuple[nn.Module, int] | None:
+    """The last matrix in `module` that writes `width` numbers, and how many it reads; None without one."""
+    found: dict[str, tuple[nn.Module, int]] = {}
+    for name, part in module.named_modules():
+        size = _matrix_size(part)
+        inside = any(name.startswith(f"{outer}.") for outer in found if outer)  # an adapter's own matrices
+        if size and size[1] == width and not inside:
+            found[name] = part, size[0]
+    return list(found.values())[-1] if found else None
 
 
 def _matrix_size(module: nn.Module) -> tuple[int, int] | None:

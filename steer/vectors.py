@@ -176,17 +176,18 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
     have, and for a model that already has vectors.
     """
     config = config or SteeringConfig()
-    if "steering_vectors" in model.__dict__:
+    decoder = find_decoder(model)
+    if "steering_vectors" in model.__dict__ or any(hasattr(layer, "steering") for layer in decoder.layers):
         raise SteerError("the model already has steering vectors; call steer.detach(model) first")
     vectors, places = build(model, config)
-    verify(find_decoder(model), vectors.layers, config.kind, config.site, places)
+    verify(decoder, vectors.layers, config.kind, config.site, places)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    for (name, module), place in zip(vectors._modules.items(), places, strict=True):
-        _parent(model, name).steering = module
+    for layer, module, place in zip(vectors.layers, vectors._modules.values(), places, strict=True):
+        decoder.layers[layer].steering = module
         vectors._handles.append(hook(module, place))
     if vectors._shared is not None:
-        _parent(model, vectors._shared[0]).steering = vectors._shared[1]
+        decoder.trunk.steering = vectors._shared[1]
     if config.positions != "all":
         vectors._handles.append(PromptWatch(model, vectors._gate))
     vectors._was_trainable = trainable
@@ -226,8 +227,11 @@ def detach(model: nn.Module) -> None:
     vectors = attached(model)
     for handle in vectors._handles:
         handle.remove()
-    for name in [*vectors._modules, *([vectors._shared[0]] if vectors._shared else [])]:
-        del _parent(model, name).steering
+    decoder = find_decoder(model)
+    for layer in vectors.layers:
+        del decoder.layers[layer].steering
+    if vectors._shared is not None:
+        del decoder.trunk.steering
     for name in vectors._was_trainable:
         model.get_parameter(name).requires_grad_(True)
     del model.__dict__["steering_vectors"]
@@ -347,10 +351,6 @@ def _generate(gate: Gate, generate: Any, *args: Any, **kwargs: Any) -> Any:
         return generate(*args, **kwargs)
     finally:
         gate.prompt_length = before
-
-
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _device(block: nn.Module) -> torch.device:

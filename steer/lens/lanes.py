@@ -21,7 +21,7 @@ from torch import nn
 
 from steer.errors import SteerError
 from steer.lens.subject import Subject
-from steer.sites import Decoder, find_sites
+from steer.sites import Decoder, find_sites, last_writer
 
 RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post")
 
@@ -198,22 +198,12 @@ def output_projection(attention: nn.Module, heads: int, width: int) -> nn.Module
     The matrix that writes an attention's heads, side by side, into the stream: its input is (batch, tokens,
     heads * head size). SteerError where there is no such matrix.
     """
-    found: list[tuple[nn.Module, int]] = []
-    for module in attention.modules():
-        part: Any = module
-        if hasattr(module, "in_features"):
-            inputs, outputs = part.in_features, part.out_features
-        elif type(module).__name__ == "Conv1D":
-            inputs, outputs = part.weight.shape
-        else:
-            continue
-        if outputs == width:
-            found.append((module, int(inputs)))
-    if not found or found[-1][1] % heads:
+    found = last_writer(attention, width)
+    if found is None or found[1] % heads:
         raise SteerError(
             f"{type(attention).__name__} has no matrix that writes {heads} heads into the stream"
         )
-    return found[-1][0]
+    return found[0]
 
 
 @contextmanager
