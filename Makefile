@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_ENV := TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo control test lint all-tests vllm engine-test clean
+.PHONY: demo control test lint models all-tests vllm engine-test clean
 
 LAUNCH = $(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml \
 	--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())")
@@ -23,6 +23,10 @@ JOBS ?= 2
 
 test: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+# Every architecture of transformers, against docs/models.md: ten minutes on two cores.
+models: $(VENV)/ready
+	$(RUN_ENV) $(BIN)/python -m pytest -m models tests/test_models_table.py
 
 all-tests: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections import Counter
@@ -67,12 +68,18 @@ def page(table: Table) -> str:
         return f"{outcome.state} [{notes.setdefault(_reason(outcome), len(notes) + 1)}]"
 
     rows = [f"| {name} | " + " | ".join(map(cell, found.values())) + " |" for name, found in table.items()]
-    counts = Counter(outcome.state for found in table.values() for outcome in found.values())
-    total = ", ".join(f"{counts[state]:,} {state}" for state in STATES)
+    states = list(STATES)
+    counts = {check: Counter(found[check].state for found in table.values()) for check in CHECKS}
+    totals = [f"| {state} | " + " | ".join(str(counts[c][state]) for c in CHECKS) + " |" for state in states]
+    head = " | ".join(CHECKS) + " |\n|---" + "|---" * len(CHECKS) + "|"
     lines = [
-        INTRODUCTION.format(models=len(table), version=transformers.__version__, total=total),
-        "| model type | " + " | ".join(CHECKS) + " |",
-        "|---" * (1 + len(CHECKS)) + "|",
+        INTRODUCTION.format(models=len(table), version=transformers.__version__),
+        f"| of {len(table)} model types | {head}",
+        *totals,
+        "",
+        "## By model type",
+        "",
+        f"| model type | {head}",
         *rows,
         "",
         "## Reasons",
@@ -82,21 +89,54 @@ def page(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What differs from model to model or from machine to machine in reasons that are otherwise the same.
+_SAME = [
+    (r"\b\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration)\b", "the model"),
+    (r"; (seen|its modules are|top-level modules)[: ].*", ""),
+    (r"layer \d+'s \w+", "a layer's module"),
+    (r"layer \d+", "a layer"),
+    (r" in \w+(Layer|Block)\b", ""),
+    (r" \([^()]*\ballowed\)", ""),
+]
+
+
 def _reason(outcome: Outcome) -> str:
     if outcome.state == "crash":
         return f"`{outcome.why.strip().splitlines()[-1]}`"
-    return outcome.why
+    reason = outcome.why
+    for pattern, instead in _SAME:
+        reason = re.sub(pattern, instead, reason)
+    return reason
 
 
 INTRODUCTION = """# Models
 
 What `steer` does on every decoder-only architecture of transformers {version}: {models} model types, each as
-a tiny random model (`evals/architectures.py`), each capability compared with a slow and independent
-computation (`evals/model_checks.py`). `python -m evals.models_table --out docs/models.md` writes this page.
+a tiny random model (`evals/architectures.py`). Every capability is compared with a slow and independent
+computation: one row at a time, without padding, caches or hooks (`evals/model_checks.py`,
+`evals/model_oracle.py`). This page is written by
 
-TODO
+    python -m evals.models_table --out docs/models.md
 
-Cells: {total}.
+and `make models` fails where it is out of date. The columns:
+
+| | what is compared |
+|---|---|
+| attach | vectors in every layer, the base frozen |
+| zeros | zero vectors, `disabled()` and `detach()` leave the logits as they were, bit for bit |
+| resid_pre to mlp_out | in every layer a vector there adds what `steer.config.SITES` says |
+| adaptive | equals a change of rank one to the MLP's down-projection |
+| shared | equals the constant vectors that it mixes |
+| positions | `prompt`, `last_prompt`, `completion` and `first_completion` in one pass with `prompt_length` |
+| generate | the same in `generate()`, with its cache |
+| files | saved and loaded into a new model: equal logits, bit for bit |
+| sampling | greedy completions of a batch of prompts of unequal length, one of them twice |
+| scoring | log-probabilities of completions behind prompts of unequal length |
+| update | an update of `SteeringGRPOTrainer`, with prompts shared and not: the naive loss's gradient |
+
+*works*: equal to the slow computation. *plain path*: equal, and a faster way is left out automatically for
+the reason given. *refused*: `SteerError` with the reason given. *not built*: transformers could not make a
+small model from the default configuration.
 """
 
 
