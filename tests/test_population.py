@@ -331,17 +331,17 @@ def test_async_rewards_are_refused(build_tiny, tiny_tokenizer, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("architecture", "shape", "cure"),
+    ("architecture", "shape", "given", "cure"),
     [
-        ("gpt2", {"resid_pdrop": 0.1}, {"disable_dropout": True}),
-        ("llama", {"attention_dropout": 0.1}, None),
-        ("mixtral", {}, {"router_aux_loss_coef": 0.0}),
+        ("gpt2", {"resid_pdrop": 0.1}, {}, {"disable_dropout": True}),
+        ("llama", {"attention_dropout": 0.1}, {}, None),
+        ("mixtral", {}, {"router_aux_loss_coef": None}, {}),
     ],
 )
 def test_a_model_that_trains_otherwise_alone_is_refused(
-    build_tiny, tiny_tokenizer, tmp_path: Path, architecture: str, shape: dict, cure: dict | None
+    build_tiny, tiny_tokenizer, tmp_path: Path, architecture: str, shape: dict, given: dict, cure: dict | None
 ) -> None:
-    specs = {"one": ({}, {}, parity)}
+    specs = {"one": ({}, given, parity)}
     with pytest.raises(SteerError, match=r"dropout of 0\.1|router_aux_loss_coef=0"):
         population(build_tiny(architecture, **shape), tiny_tokenizer, tmp_path, specs)
     if cure is not None:

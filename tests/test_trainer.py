@@ -155,6 +155,16 @@ def test_gradient_checkpointing_changes_nothing_and_turns_sharing_off(run) -> No
     assert far(vectors(saving), vectors(plain)) < 1e-4
 
 
+def test_a_frozen_router_has_no_loss_of_its_own(run, build_tiny) -> None:
+    def trained(folder: str, **settings: Any) -> dict[str, torch.Tensor]:
+        model = build_tiny("mixtral", initializer_range=SPREAD, router_aux_loss_coef=1.0)
+        return vectors(run(model=model, folder=folder, max_steps=1, **settings))
+
+    default, off = trained("default"), trained("off", router_aux_loss_coef=0.0)
+    assert same(default, off)
+    assert far(trained("trl", router_aux_loss_coef=None), default) > 1e-3
+
+
 def test_both_samplers_train(run) -> None:
     for fast in (True, False):
         trainer = run(fast_sampler=fast, top_k=20, top_p=0.9, folder=f"fast-{fast}")

@@ -113,6 +113,13 @@ class SteeringGRPOConfig(GRPOConfig):
         default=0.03, metadata={"help": "Warm-up steps, or a share of all steps when below 1."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every this many updates."})
+    router_aux_loss_coef: float | None = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture of experts, whose router is frozen here; "
+            "null in a config: the model's own weight, as in trl."
+        },
+    )
     gradient_checkpointing: bool = field(
         default=False,
         metadata={"help": "Recompute activations in the backward pass: less memory, more time."},
