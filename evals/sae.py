@@ -1,5 +1,6 @@
 """
-The SAE results of the README: tables at equal FLOPs and over l0, speed, and the DiffSAE of a demo's vectors.
+The SAE results of the README: tables at equal FLOPs, at equal tokens and over l0, speed, and the DiffSAE of a
+demo's vectors.
 
     python evals/sae.py all --texts train.jsonl --heldout test.jsonl --vectors runs/demo/vectors
     python evals/sae.py tables --texts train.jsonl --heldout test.jsonl
@@ -47,15 +48,20 @@ from steer.sae.trainer import CHECKPOINT, SAETrainer, TrainConfig
 from steer.train.cpu import keep_freed_memory
 
 L0 = (8, 16, 32, 64, 128)
+HEADS = ((2, 4), (4, 4))  # (m, n) of the KronSAEs
 BATCH = 1024
 
 
 class Run(NamedTuple):
-    """One SAE of the tables. `equal_flops`: trained on as many tokens as its `of` has FLOPs for."""
+    """
+    One SAE of the tables. It is trained on --tokens activations; with `flops_of` on as many as make its
+    forward FLOPs those of that run; with `tokens_of` on exactly as many as that run.
+    """
 
     name: str
     settings: dict[str, Any]
-    of: str | None = None
+    flops_of: str | None = None
+    tokens_of: str | None = None
 
 
 def runs(small: int, large: int) -> list[Run]:
@@ -67,8 +73,10 @@ def runs(small: int, large: int) -> list[Run]:
         dense = Run(f"topk-{size}-l0=32", {"d_sae": size, "k": 32})
         if size != small:
             found.append(dense)
-        for m, n in ((2, 4), (4, 4)):
-            found.append(Run(f"kron-m{m}n{n}-{size}", {**dense.settings, **kron, "m": m, "n": n}, dense.name))
+        for m, n in HEADS:
+            name = f"kron-m{m}n{n}-{size}"
+            found.append(Run(name, {**dense.settings, **kron, "m": m, "n": n}, flops_of=dense.name))
+            found.append(Run(f"{dense.name}-tokens-of-m{m}n{n}", dense.settings, tokens_of=name))
     found.append(Run(f"hierarchical-{small}", hierarchical))
     found.append(Run(f"hierarchical-kron-{small}", {**hierarchical, **kron}))
     return found
@@ -99,10 +107,7 @@ def tables(args: argparse.Namespace) -> None:
     for run in chosen.values():
         if run.name in results.get("saes", {}):
             continue
-        tokens = args.tokens
-        if run.of is not None:
-            budget = forward_flops(_config(reader, chosen[run.of])) * args.tokens
-            tokens = budget // forward_flops(_config(reader, run))
+        tokens = _tokens(run, chosen, reader.width, args.tokens)
         sae = _train(run, tokens, train, work, args)
         with torch.no_grad():
             l0 = [n for n in L0 if n <= sae.cfg.k] if sae.cfg.loss == "hierarchical" else [sae.cfg.k]
@@ -138,8 +143,14 @@ def tables(args: argparse.Namespace) -> None:
     print(f"\n{(out / 'tables.md').read_text()}\nplot  {out / 'pareto.png'}")
 
 
-def _config(reader: Reader, run: Run) -> SAEConfig:
-    return SAEConfig(d_in=reader.width, **run.settings)
+def _tokens(run: Run, runs: dict[str, Run], width: int, tokens: int) -> int:
+    """How many activations of this width `run` is trained on, when a plain run gets `tokens`."""
+    if run.tokens_of is not None:
+        return _tokens(runs[run.tokens_of], runs, width, tokens)
+    if run.flops_of is not None:
+        budget = forward_flops(SAEConfig(d_in=width, **runs[run.flops_of].settings)) * tokens
+        return budget // forward_flops(SAEConfig(d_in=width, **run.settings))
+    return tokens
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -191,18 +202,23 @@ def markdown(results: dict[str, Any], small: int, large: int) -> str:
     lines = [
         f"{facts['model']}, layer {facts['layer']}, {facts['stored_tokens']:,} distinct tokens of "
         f"{' and '.join(facts['texts'])}, {facts['tokens']:,} tokens of training (KronSAE: as many as make "
-        f"equal FLOPs), measured on {facts['heldout_tokens']:,} held-out tokens.",
+        f"equal FLOPs; below it TopK on as many tokens), measured on {facts['heldout_tokens']:,} held-out "
+        "tokens. One seed of each.",
         "",
         "| dictionary, l0 = 32 | encoder weights | tokens | explained variance | loss recovered | "
         "absorption | dead |",
         "|---|---|---|---|---|---|---|",
     ]
     for size in (small, large):
-        for name in (f"topk-{size}-l0=32", f"kron-m2n4-{size}", f"kron-m4n4-{size}"):
+        shown = {f"topk-{size}-l0=32": f"topk-{size}"}
+        for m, n in HEADS:
+            shown[f"kron-m{m}n{n}-{size}"] = f"kron-m{m}n{n}-{size}, equal FLOPs"
+            shown[f"topk-{size}-l0=32-tokens-of-m{m}n{n}"] = f"topk-{size}, tokens of kron-m{m}n{n}"
+        for name, label in shown.items():
             if name in saes:
                 row = saes[name]
                 lines.append(
-                    f"| {name.split('-l0')[0]} | {row['encoder_parameters']:,} | {row['trained_tokens']:,} | "
+                    f"| {label} | {row['encoder_parameters']:,} | {row['trained_tokens']:,} | "
                     f"{row['explained']['32']:.4f} | {row['loss_recovered']['32']:.4f} | "
                     f"{row['absorption']:.3f} | {row['dead']:.3f} |"
                 )
@@ -241,8 +257,12 @@ def plot(results: dict[str, Any], small: int, path: Path) -> None:
             if name in saes:
                 points = [(n, saes[name][key][str(n)]) for n in L0]
                 axes.plot(*zip(*points, strict=True), "s-", label=f"{name}, one model")
-        if f"kron-m2n4-{small}" in saes:
-            axes.plot([32], [saes[f"kron-m2n4-{small}"][key]["32"]], "^", label="KronSAE, equal FLOPs")
+        for name, mark, text in (
+            (f"kron-m2n4-{small}", "^", "KronSAE, equal FLOPs"),
+            (f"topk-{small}-l0=32-tokens-of-m2n4", "v", "TopK, tokens of KronSAE"),
+        ):
+            if name in saes:
+                axes.plot([32], [saes[name][key]["32"]], mark, label=text)
         axes.set_xscale("log", base=2)
         axes.set_xticks(L0, [str(n) for n in L0])
         axes.set_xlabel("l0")

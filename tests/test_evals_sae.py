@@ -63,7 +63,11 @@ def test_tables_are_made_once_and_go_on(command, tmp_path, monkeypatch, capsys):
     assert saes["kron-m2n4-64"]["trained_tokens"] == tokens // 64 * 64
     assert load_sae(tmp_path / "work" / "kron-m4n4-128" / "sae").cfg.heads == 8
     table = (tmp_path / "out" / "tables.md").read_text()
-    assert "| kron-m4n4-128 |" in table and "hierarchical-kron-64, one model" in table
+    equal = [saes["topk-64-l0=32-tokens-of-m2n4"], saes["kron-m2n4-64"]]
+    assert equal[0]["trained_tokens"] == equal[1]["trained_tokens"] > saes["topk-64-l0=32"]["trained_tokens"]
+    assert equal[0]["config"] == saes["topk-64-l0=32"]["config"]
+    assert "| kron-m4n4-128, equal FLOPs |" in table and "| topk-128, tokens of kron-m4n4 |" in table
+    assert "hierarchical-kron-64, one model" in table
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 10_000
 
 
