@@ -34,7 +34,7 @@ from steer.train.decoding import inputs
 from steer.train.loss import group_advantages, importance_weights, total_rewards
 from steer.train.rollout import Sampling, rollout, uniforms
 from steer.train.step import Scored, add_group_scoring
-from steer.train.verify import fast_attention, fast_paths
+from steer.train.verify import fast_attention, fast_paths, no_router_loss
 
 ROLLOUT_FILE = "rollouts.pt"
 
@@ -282,6 +282,11 @@ class GroupGRPOTrainer(GRPOTrainer):
         with nullcontext() if base.is_gradient_checkpointing else fast_attention(base):
             if others or kwargs.get("compute_aux_loss"):  # images, a router's loss: trl's own way
                 _check_padding(base, attention_mask[:, :prompt].sum(1).tolist())
+                if reason := fast_paths(base).head or (not others and no_router_loss(base)):
+                    raise SteerError(
+                        f"{type(base).__name__}: {reason}, and images and a router's loss are computed by "
+                        "trl alone; set router_aux_loss_coef=0 and leave images out"
+                    )
                 with self.scoring(prompt):
                     return super()._get_per_token_logps_and_entropies(
                         model if others else partial(_placed, base, model),

@@ -21,7 +21,6 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
-    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -38,15 +37,19 @@ log = logging.getLogger(__name__)
 SELECTABLE = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    DynamicIndexedLayer,
     LinearAttentionLayer,
     cache_utils.LinearAttentionAndFullAttentionLayer,
     cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
 )
 # ... and with a gradient. Layers with a recurrent state write into it in place.
-DIFFERENTIABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
-# Settings of attention to blocks of columns, which padding on the left shifts.
-_BLOCKS = ("index_block_size", "compress_rates")
+DIFFERENTIABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+# Settings of attention that is chosen by column, and so changes where padding or a cache moves columns. In
+# real models it sets in after thousands of tokens, too far for a trial.
+_BY_COLUMN = {
+    "index_block_size": "attends to blocks of columns",
+    "compress_rates": "compresses blocks of columns",
+    "index_topk": "chooses by column among tokens of equal score",
+}
 # Lengths of the two prompts that are tried, and how many tokens follow: longer than the windows of tests.
 _PROMPTS, _MORE = (4, 11), 2
 # Largest relative distance of logits, per token. In float32 rounding leaves 1e-5 after tens of layers; what
@@ -98,6 +101,8 @@ _PLAIN = {
 # By model, and by whether scoring had been added to it, since only then there is a head to try.
 _found: WeakKeyDictionary[PreTrainedModel, dict[bool, FastPaths]] = WeakKeyDictionary()
 
+_routed: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
 
 @contextmanager
 def fast_attention(model: PreTrainedModel) -> Iterator[None]:
@@ -130,6 +135,21 @@ def fast_paths(model: PreTrainedModel) -> FastPaths:
                 log.warning("%s: %s; %s", type(model).__name__, reason, _PLAIN[name])
         known[scores] = found
     return known[scores]
+
+
+@torch.no_grad()
+def no_router_loss(model: PreTrainedModel) -> str | None:
+    """Why trl cannot compute the load-balancing loss of this mixture of experts; None where it can."""
+    config = model.config.get_text_config()
+    for name in ("num_experts", "num_experts_per_tok"):
+        if getattr(config, name, None) is None:
+            return f"trl's loss of the router reads {name}, which {type(config).__name__} lacks"
+    if model not in _routed:
+        ids = torch.tensor([[3, 4]], device=model.get_input_embeddings().weight.device)
+        with _quiet(model):
+            out = model.base_model(ids, output_router_logits=True, use_cache=False)
+        _routed[model] = bool(getattr(out, "router_logits", None))
+    return None if _routed[model] else "it gives no router logits"
 
 
 @contextmanager
@@ -174,16 +194,16 @@ class _Trial:
         made = getattr(two, "past_key_values", None)
         sampler = cacheless or self._other_cache(made, SELECTABLE, "whose rows may not be selectable")
         scorer = cacheless or self._other_cache(made, DIFFERENTIABLE, "which takes no gradient")
-        blocks = self._blocks()
+        columns = self._by_column()
         self._check_causal()
         attention = self._attention()
         with nullcontext() if attention else cpu.grouped(self.model):
             return FastPaths(
                 attention=attention,
-                padding=blocks or self._padding(),
-                sampler=sampler or blocks or self._sampler(),
-                scorer=scorer or blocks or self._scorer(None),
-                common=scorer or blocks or self._scorer(1),
+                padding=columns or self._padding(),
+                sampler=columns or sampler or self._sampler(),
+                scorer=columns or scorer or self._scorer(None),
+                common=columns or scorer or self._scorer(1),
                 head=self._head() if scores else None,
             )
 
@@ -216,9 +236,9 @@ class _Trial:
             return f"its cache has {_names(kinds - set(known))}, {cannot}"
         return None
 
-    def _blocks(self) -> str | None:
-        found = [name for name in _BLOCKS if getattr(self.config, name, None)]
-        return f"{found[0]}: it attends to blocks of columns, which padding shifts" if found else None
+    def _by_column(self) -> str | None:
+        found = [name for name in _BY_COLUMN if getattr(self.config, name, None)]
+        return f"it {_BY_COLUMN[found[0]]} ({found[0]}), which padding moves" if found else None
 
     # ---- what is computed
 
