@@ -307,3 +307,21 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Any) -> None:
     with pytest.raises(SteerError, match="multi_objective_aggregation"):
         config(tmp_path, multi_objective_aggregation="normalize_then_sum")
     config(tmp_path, multi_objective_aggregation="normalize_then_sum", advantage="group")
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.8}, {"top_k": 5, "temperature": 0.7}], ids=str)
+def test_ratios_of_truncated_samples_begin_at_one(run: Callable, sampling: dict, monkeypatch: Any) -> None:
+    """Without an engine, both log-probabilities of a ratio are the trainer's, before truncation."""
+    gaps: list[float] = []
+    compute = GRPOTrainer._compute_loss
+
+    def watch(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        loss = compute(self, model, inputs)
+        gap = (self._scored - inputs["old_per_token_logps"]) * inputs["completion_mask"]
+        gaps.append(gap.abs().max().item())
+        return loss
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", watch)
+    run(num_iterations=2, max_steps=2, **sampling)
+    assert gaps[0] < 1e-4  # one pass scores the rows together, the other by length
+    assert max(gaps[1:]) > 1e-2  # the second update of the same samples
