@@ -95,6 +95,7 @@ class Arithmetic:
             {
                 "problem": f"What is {text}?",
                 "answer": str(value),
+                "solution": f"{text} = {value}",
                 "level": self.digits,
                 "source": "arithmetic",
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from steer.errors import SteerError, one_line, shown
 log = logging.getLogger("steer")
 
 _STEP_BY_STEP = r"Please reason step by step, and put your final answer within \boxed{}."
-_SLOT = "{problem}"
+_SLOT, _WORKED = "{problem}", "{answer}"
 
 
 class Template(NamedTuple):
@@ -29,6 +29,7 @@ class Template(NamedTuple):
     instruction: str
     chat: bool  # whether the tokenizer's own chat template lays the turns out
     description: str
+    example: str = ""  # of a template that is no chat: a worked example, before the problem's own turn
 
 
 TEMPLATES: dict[str, Template] = {
@@ -47,8 +48,14 @@ TEMPLATES: dict[str, Template] = {
         "<|im_start|>assistant\n",
         False,
         "plain text in the format of the Qwen-Math models, whatever the tokenizer's chat template",
+        f"<|im_start|>user\n{_SLOT}<|im_end|>\n<|im_start|>assistant\n{_WORKED}<|im_end|>\n",
     ),
-    "plain": Template(f"{_SLOT}\nAnswer:", False, "plain text: the problem, then 'Answer:'"),
+    "plain": Template(
+        f"{_SLOT}\nAnswer:",
+        False,
+        "plain text: the problem, then 'Answer:'",
+        f"{_SLOT}\nAnswer: {_WORKED}\n\n",
+    ),
     "think": Template(
         "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
         "The Assistant first thinks about the reasoning process in the mind and then provides the User "
@@ -58,6 +65,7 @@ TEMPLATES: dict[str, Template] = {
         f"User: {_SLOT}\nAssistant: <think>",
         False,
         r"plain text: the R1-Zero conversation with <think> and <answer> tags, the answer still in \boxed{}",
+        f"User: {_SLOT}\nAssistant: <think> {_WORKED} </think>\n",
     ),
 }
 
@@ -72,12 +80,15 @@ class PromptSpec:
         prefix: forced opening of the model's own turn, such as "To" or "Step".
         system: a constant system text, before the template's own where it has one.
         chat_template_kwargs: variables of the tokenizer's chat template: `{"enable_thinking": False}`.
+        examples: worked examples before the problem, each a problem and its answer as the model should write
+            it (`steer.elicited.choose`): turns of a chat, text in a template that is none.
     """
 
     template: str = "boxed"
     prefix: str = ""
     system: str = ""
     chat_template_kwargs: Mapping[str, Any] | None = None
+    examples: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of_training(cls, provenance: Mapping[str, Any] | None, template: str = "boxed") -> PromptSpec:
@@ -128,7 +139,15 @@ class PromptSpec:
 
     def render(self, problem: str, tokenizer: Any) -> str:
         """The prompt of `problem`, as `render` makes it."""
-        return render(problem, tokenizer, self.template, self.prefix, self.system, self.chat_template_kwargs)
+        return render(
+            problem,
+            tokenizer,
+            self.template,
+            self.prefix,
+            self.system,
+            self.chat_template_kwargs,
+            self.examples,
+        )
 
     def frame(self, tokenizer: Any) -> Callable[[str], str]:
         """`render` with this tokenizer."""
@@ -148,6 +167,7 @@ def render(
     prefix: str = "",
     system: str = "",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    examples: Sequence[tuple[str, str]] = (),
 ) -> str:
     """
     The full prompt text, to be tokenized with `add_special_tokens=False`; ends where the model writes on.
@@ -159,7 +179,7 @@ def render(
     Args:
         problem: the problem's text.
         tokenizer: a tokenizer of transformers.
-        template, prefix, system, chat_template_kwargs: as in `PromptSpec`.
+        template, prefix, system, chat_template_kwargs, examples: as in `PromptSpec`.
 
     Raises:
         SteerError: an unknown template; a chat template asked of a tokenizer that has none; a system text or
@@ -178,9 +198,9 @@ def render(
             f"template, and prompt template {template!r} is no chat; leave them out, or use one of {chats}"
         )
     text = (
-        _chat_text(problem, tokenizer, template, system, chat_template_kwargs or {})
+        _chat_text(problem, tokenizer, template, system, chat_template_kwargs or {}, examples)
         if chosen.chat
-        else chosen.instruction.replace(_SLOT, problem)
+        else _plain_text(problem, chosen, examples)
     )
     # Many chat templates write BOS themselves, some after white space: the model knows one BOS, at the start.
     if (bos := getattr(tokenizer, "bos_token", None)) and text.lstrip().startswith(bos):
@@ -194,8 +214,23 @@ def render(
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
+def _plain_text(problem: str, template: Template, examples: Sequence[tuple[str, str]]) -> str:
+    opening, _, rest = template.example.partition(_SLOT)
+    between, _, end = rest.partition(_WORKED)
+    # where the problem's own turn begins, which is where an example begins
+    start = template.instruction.rindex(opening + _SLOT)
+    head, turn = template.instruction[:start], template.instruction[start:]
+    worked = "".join(f"{opening}{example}{between}{answer}{end}" for example, answer in examples)
+    return head + worked + turn.replace(_SLOT, problem)
+
+
 def _chat_text(
-    problem: str, tokenizer: Any, template: str, constant: str, variables: Mapping[str, Any]
+    problem: str,
+    tokenizer: Any,
+    template: str,
+    constant: str,
+    variables: Mapping[str, Any],
+    examples: Sequence[tuple[str, str]] = (),
 ) -> str:
     without = ", ".join(name for name, other in TEMPLATES.items() if not other.chat)
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -207,16 +242,22 @@ def _chat_text(
     if variables:
         check_chat_template_kwargs(tokenizer, variables)
     instruction = TEMPLATES[template].instruction
-    if _SLOT in instruction:
-        # an empty system turn keeps the default text out that some chat templates put there
-        system, user = constant, instruction.replace(_SLOT, problem)
-    else:
-        system, user = f"{constant}\n{instruction}".lstrip("\n"), problem
-    in_user_turn = f"{system}\n\n{user}" if system else user
+    form = instruction if _SLOT in instruction else _SLOT
+    # an empty system turn keeps the default text out that some chat templates put there
+    system = constant if _SLOT in instruction else f"{constant}\n{instruction}".lstrip("\n")
+    user = form.replace(_SLOT, problem)
+    dialogue = []
+    for example, answer in examples:
+        dialogue.append({"role": "user", "content": form.replace(_SLOT, example)})
+        dialogue.append({"role": "assistant", "content": answer})
+    dialogue.append({"role": "user", "content": user})
+    opening, *later = dialogue
+    worked = [turn["content"] for turn in dialogue[:-1]]
+    in_user_turn = f"{system}\n\n{opening['content']}" if system else opening["content"]
     told = ""
     for turns in (
-        [{"role": "system", "content": system}, {"role": "user", "content": user}],
-        [{"role": "user", "content": in_user_turn}],
+        [{"role": "system", "content": system}, *dialogue],
+        [{"role": "user", "content": in_user_turn}, *later],
     ):
         try:
             text = str(
@@ -225,9 +266,9 @@ def _chat_text(
         except _TEMPLATE_ERRORS as error:
             told = told or one_line(error)
             continue
-        lost = [part for part in (user, system) if not _holds(text, part)]
+        lost = [part for part in (user, system, *worked) if not _holds(text, part)]
         if not lost:
-            if len(turns) == 1 and system:
+            if turns[0]["role"] == "user" and system:
                 _tell(f"the chat template of {name} has no system turn: its text opens the user turn instead")
             if "strftime_now" in tokenizer.get_chat_template() and not variables:
                 _tell(

@@ -42,6 +42,7 @@ def test_arithmetic_answers_are_right(arithmetic, split):
     assert len({r["problem"] for r in records}) == len(records) == arithmetic.problems
     for record in records:
         assert record["answer"] == str(eval(expression(record)))
+        assert record["solution"] == f"{expression(record)} = {record['answer']}"
         operands = re.findall(r"\d+", record["problem"])
         assert len(operands) == arithmetic.terms
         assert all(1 <= int(n) < 10**arithmetic.digits for n in operands)

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -99,3 +101,67 @@ def test_tokenizer_without_chat_template():
     with pytest.raises(SteerError, match="has none; use one of qwen_math, plain, think") as caught:
         render("a", make_tokenizer())
     assert "\n" not in str(caught.value)
+
+
+# ---- worked examples
+
+EXAMPLES = (("1 + 2?", r"It is 3. $\boxed{3}$"), ("2 + 2?", r"$\boxed{4}$"))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_examples_stand_once_and_in_order_before_the_problem(template):
+    tokenizer = make_tokenizer(CHAT)
+    text = render(PROBLEM, tokenizer, template, prefix="Step", examples=EXAMPLES)
+    places = [text.index(part) for pair in EXAMPLES for part in pair] + [text.index(PROBLEM)]
+    assert places == sorted(places)
+    assert all(text.count(part) == 1 for part in (PROBLEM, *(pair[0] for pair in EXAMPLES)))
+    # around them is the prompt without examples: what opens it, and the problem's own turn
+    without = render(PROBLEM, tokenizer, template, prefix="Step")
+    shared = os.path.commonprefix([text, without])
+    assert text.endswith(without[len(shared) :])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_example_is_written_as_the_turns_that_the_model_answers(template):
+    tokenizer = make_tokenizer(CHAT)
+    worked = render("Q?", tokenizer, template, examples=[("Q?", "A.")])
+    asked = render("Q?", tokenizer, template)
+    start, end = worked.index("Q?"), worked.index("A.")
+    # from the problem to the place where the model writes, the two are the same
+    assert worked[start:end].strip() == asked[asked.index("Q?") :].strip()
+
+
+def test_examples_in_a_chat_are_turns():
+    tokenizer = make_tokenizer(CHAT)
+    assert render("1+1?", tokenizer, "boxed", examples=[("2+3?", r"$\boxed{5}$")]) == (
+        "<|system|>Please reason step by step, and put your final answer within \\boxed{}.\n"
+        "<|user|>2+3?\n<|assistant|>$\\boxed{5}$\n<|user|>1+1?\n<|assistant|>"
+    )
+
+
+def test_examples_in_plain_text():
+    assert render("1+1?", make_tokenizer(), "plain", examples=[("2+3?", "5")]) == (
+        "2+3?\nAnswer: 5\n\n1+1?\nAnswer:"
+    )
+    assert render("1+1?", make_tokenizer(), "qwen_math", examples=[("2+3?", "5")]) == (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<|im_end|>\n"
+        "<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n"
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_without_a_system_turn_the_instruction_opens_the_first_example():
+    refuses = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    )
+    text = render("1+1?", make_tokenizer(refuses), "boxed", examples=[("2+3?", "5")])
+    assert text.count("Please reason") == 1
+    assert text.index("Please reason") < text.index("2+3?") < text.index("1+1?")
+
+
+def test_a_chat_template_that_drops_examples_is_refused():
+    last_alone = "{% for m in messages[-1:] %}<|user|>{{ m['content'] }}{% endfor %}"
+    with pytest.raises(SteerError, match=r"leaves out '2\+3\?"):
+        render("1+1?", make_tokenizer(last_alone), "boxed_short", examples=[("2+3?", "5")])
