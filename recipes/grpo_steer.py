@@ -37,6 +37,7 @@ from accelerate import PartialState
 
 import steer
 from steer import artifact
+from steer.elicited import STAGES
 from steer.errors import SteerError
 from steer.train import recipe
 from steer.train import run as runs
@@ -113,7 +114,7 @@ def seal(folder: Path) -> None:
     """Write the scores into the finished artifact and its card."""
     results = runs.read_results(folder)
     vectors = artifact.read(folder / "vectors")
-    scores = {stage: results[stage] for stage in ("before", "after") if stage in results}
+    scores = {stage: results[stage] for stage in STAGES if stage in results}
     known = {**(vectors.config.provenance or {}), "results": scores}
     if known == vectors.config.provenance:
         return

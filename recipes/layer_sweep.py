@@ -82,7 +82,7 @@ def _train_population(
         claim(folder, run, training, everyone, {settings.name for settings in now})
     PartialState().wait_for_everyone()
     with Checker() as checker:
-        conduct(Study(folder, run, asked, model, tokenizer, frame, checker, train, held_out), now)
+        conduct(Study(folder, run, asked, model, tokenizer, prompts, checker, train, held_out), now)
         if not main_process:
             return
         best = layer_study.best_layers(layer_study.rows(folder), asked.winners) if asked.winners else []

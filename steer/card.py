@@ -7,11 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 from steer.config import SteeringConfig
+from steer.elicited import STAGES, stages
 
 # Marks a card as ours: only such a card is written over.
 MARK = "<!-- written by steer; delete this line to keep your own text -->"
-
-_TITLES = {"before": "base model", "after": "with the vectors"}
 
 
 def card(config: SteeringConfig, decoder: str, numbers: int, size: int) -> str:
@@ -61,19 +60,49 @@ def _summary(config: SteeringConfig, numbers: int, size: int) -> str:
 
 
 def _scores(made: dict[str, Any]) -> str:
-    """Accuracy with intervals before and after, and of every control that was run."""
-    rows = []
-    for part, title in (("results", ""), ("controls", "control: ")):
-        found = made.get(part)
-        for name, score in found.items() if isinstance(found, dict) else ():
-            if is_score(score):
-                numbers = f"{score['accuracy']:.3f} | {score['low']:.3f} to {score['high']:.3f}"
-                rows.append(f"| {title}{_TITLES.get(name, _line(name))} | {numbers} | {score['problems']} |")
-    if not rows:
+    """Accuracy with intervals of the base, of the vectors, and of every control that was run."""
+    results = {name: score for name, score in _part(made, "results").items() if is_score(score)}
+    named = [*stages(results, "with the vectors", "base model")]
+    named += [(name, score) for name, score in results.items() if name not in STAGES]
+    controls = _part(made, "controls")
+    named += [(f"control: {name}", score) for name, score in controls.items() if is_score(score)]
+    if not named:
         return "## Scores\n\nNone were recorded with these vectors: measure before you rely on them."
-    head = "| | accuracy | 95 % interval | problems |\n|---|---|---|---|"
-    controls = "" if made.get("controls") else "\n\nNo control run (random reward, format only) was recorded."
-    return "## Scores\n\nGreedy accuracy on held-out problems.\n\n" + "\n".join([head, *rows]) + controls
+    lenient = any("lenient" in score for _, score in named)
+    head = [
+        "",
+        "accuracy",
+        "95 % interval",
+        *(["read leniently", "95 % interval"] if lenient else []),
+        "problems",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, score in named:
+        cells = [_line(name), *_figure(score, "accuracy", "low", "high")]
+        if lenient:
+            cells += _figure(score, "lenient", "lenient_low", "lenient_high")
+        lines.append(f"| {' | '.join([*cells, str(score['problems'])])} |")
+    text = "Greedy accuracy on held-out problems"
+    text += ": the boxed answer, and the answer in whatever form it is given." if lenient else "."
+    if not {"longer", "elicited"} & {*results}:
+        text += (
+            "\n\nThe base was not elicited (examples in the prompt, a longer limit): part of a gain may be "
+            "form alone."
+        )
+    notes = "" if controls else "\n\nNo control run (random reward, format only) was recorded."
+    return f"## Scores\n\n{text}\n\n" + "\n".join(lines) + notes
+
+
+def _part(made: dict[str, Any], name: str) -> dict[str, Any]:
+    found = made.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _figure(score: dict[str, Any], value: str, low: str, high: str) -> list[str]:
+    """A value and its interval as cells of a table; empty where they are not numbers."""
+    if not all(isinstance(score.get(name), (int, float)) for name in (value, low, high)):
+        return ["", ""]
+    return [f"{score[value]:.3f}", f"{score[low]:.3f} to {score[high]:.3f}"]
 
 
 def is_score(value: Any) -> bool:

@@ -1,9 +1,9 @@
 r"""
 What the base model can do without training, when its answers are asked for and read as well as can be.
 
-A base that is asked for `\boxed{}` and does not write it scores 0 whatever it knows, and a gain over that is a
-gain in form. Three controls tell the two apart: worked examples in the prompt and a longer limit on the answer,
-both read leniently (`steer.lenient`), and the best constant answer.
+A base that is asked for `\boxed{}` and does not write it scores 0 whatever it knows, and a gain over that is
+a gain in form. Three controls tell the two apart: worked examples in the prompt and a longer limit on the
+answer, both read leniently (`steer.lenient`), and the best constant answer.
 """
 
 from __future__ import annotations
@@ -83,21 +83,31 @@ def constant_answer(golds: Iterable[str]) -> str:
 
 # ---- results.json of a run
 
+# The stages of a run that score the untrained model.
+UNTRAINED = ("before", "longer", "elicited")
+# All scores in a run's results, in the order of a table.
+STAGES = (*UNTRAINED, "constant", "after")
 
-def stages(results: Mapping[str, Any], trained: str) -> list[tuple[str, dict[str, Any]]]:
+
+def stages(
+    results: Mapping[str, Any], trained: str, base: str = "untrained"
+) -> list[tuple[str, dict[str, Any]]]:
     """
     The scores in a run's results with their names, in the order of a table: the base as prompted, the base
     elicited in each way that was measured, the constant answer, the trained model.
     """
-    titles = {
-        "before": "untrained",
-        "longer": "untrained, {max_new_tokens} tokens",
-        "elicited": "untrained, {examples} examples, {max_new_tokens} tokens",
-        "constant": "always {answer}",
-        "after": trained,
-    }
-    rows = [(title, results[stage]) for stage, title in titles.items() if stage in results]
-    return [(title.format(**score), score) for title, score in rows]
+
+    def title(stage: str, score: Mapping[str, Any]) -> str:
+        tokens, examples, answer = (score.get(key) for key in ("max_new_tokens", "examples", "answer"))
+        return {
+            "before": base,
+            "longer": f"{base}, {tokens} tokens",
+            "elicited": f"{base}, {examples} examples, {tokens} tokens",
+            "constant": f"always {answer}",
+            "after": trained,
+        }[stage]
+
+    return [(title(stage, results[stage]), results[stage]) for stage in STAGES if stage in results]
 
 
 def best_base(results: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -105,7 +115,7 @@ def best_base(results: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     Of the base's scores the one with the highest lenient accuracy, with its name; None where none was read
     leniently. The best is chosen on the held-out problems, which favours the base.
     """
-    known = {stage: results[stage] for stage in ("before", "longer", "elicited") if stage in results}
+    known = {stage: results[stage] for stage in UNTRAINED if stage in results}
     found = [row for row in stages(known, "") if row[1].get("lenient") is not None]
     return max(found, key=lambda row: row[1]["lenient"], default=None)
 

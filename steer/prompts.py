@@ -279,7 +279,7 @@ def _chat_text(
         told = told or f"it leaves out {shown(lost[0])}"
     raise SteerError(
         f"the tokenizer's chat template refused prompt template {template!r} ({told}); correct the chat "
-        f"template, or use one of {without}"
+        f"template, or use one of {without}" + (", or no examples (--examples 0)" if examples else "")
     )
 
 

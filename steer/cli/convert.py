@@ -198,7 +198,10 @@ def _transfer(args: argparse.Namespace) -> None:
     print(report.text())
     for name, score in scores.items():
         interval = f"[{score['low']:.3f}, {score['high']:.3f}]"
-        print(f"{name:15} {score['accuracy']:.3f} {interval} on {score['problems']} problems of {args.check}")
+        print(
+            f"{name:15} {score['accuracy']:.3f} {interval}, read leniently {score['lenient']:.3f}, on "
+            f"{score['problems']} problems of {args.check}"
+        )
     print(f"\n{args.out}")
 
 

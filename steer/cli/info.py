@@ -111,7 +111,8 @@ def _control(text: str) -> tuple[str, dict[str, Any]]:
     path = path / "results.json" if path.is_dir() else path
     try:
         score = read_json(path)["after"]
-        return name, {key: score[key] for key in ("accuracy", "low", "high", "problems")}
+        names = ("accuracy", "low", "high", "problems", "lenient", "lenient_low", "lenient_high")
+        return name, {key: score[key] for key in names if key in score or key in names[:4]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SteerError(
             f"--control {text!r}: {path} holds no finished results ({type(error).__name__}: {error}); give "
@@ -132,6 +133,14 @@ def _text(values: Any) -> str:
         return str(values)
     kept = {k: v for k, v in values.items() if v not in (None, [], "")}
     return ", ".join(
-        f"{k} {v['accuracy']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" if is_score(v) else f"{k}={v}"
+        f"{k} {v['accuracy']:.3f} [{v['low']:.3f}, {v['high']:.3f}]{_leniently(v)}"
+        if is_score(v)
+        else f"{k}={v}"
         for k, v in kept.items()
     )
+
+
+def _leniently(score: dict[str, Any]) -> str:
+    """The accuracy read leniently, where the run has it."""
+    lenient = score.get("lenient")
+    return f", leniently {lenient:.3f}" if isinstance(lenient, (int, float)) else ""

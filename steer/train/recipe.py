@@ -29,14 +29,16 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 from steer.data import load_problems
+from steer.elicited import UNTRAINED, choose, constant_answer
 from steer.errors import SteerError
 from steer.files import held, read_json, replace_file
 from steer.models import check_context, context_length, fast_dtype, load_model, load_tokenizer
+from steer.prompts import PromptSpec
 from steer.rewards import Checker, make_reward
 from steer.sharded import shape
 from steer.train import run as runs
 from steer.train.config import SteeringGRPOConfig
-from steer.train.evaluation import Answered, Score, answer, score
+from steer.train.evaluation import Answered, answer, constant, score, ways
 from steer.train.grpo import GroupGRPOTrainer, newest_checkpoint
 from steer.train.report import plot_training, sample_answers, score_table
 from steer.train.run import RunConfig
@@ -129,6 +131,8 @@ def begin(run: RunConfig, training: SteeringGRPOConfig) -> None:
             f"{len(training.reward_weights)} reward_weights for {len(run.rewards)} rewards "
             f"({', '.join(run.rewards)}); give one for each"
         )
+    if run.examples < 0:
+        raise SteerError(f"examples is {run.examples}; expected the number of worked examples, 0 for none")
 
 
 def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
@@ -212,15 +216,15 @@ def conduct(
     recipe: Recipe,
     train: Dataset,
     held_out: Problems | None,
-    stages: Sequence[str] = ("before", "after"),
+    stages: Sequence[str] = (*UNTRAINED, "after"),
     samples: int = 0,
 ) -> dict[str, Any]:
     """
     Carry out the run in `training.output_dir`, or what is missing of it, and return its results.
 
-    `held_out` problems are answered greedily in each of `stages` ("before" with the untrained model); with
-    `samples` each is answered that often at temperature 1 instead. SteerError when the folder holds another
-    run.
+    `held_out` problems are answered greedily in each of `stages`: "before", "longer" (a longer limit) and
+    "elicited" (and worked examples) with the untrained model. With `samples` each is answered that often at
+    temperature 1 instead. SteerError when the folder holds another run.
     """
     folder = Path(training.output_dir)
     with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
@@ -248,7 +252,8 @@ def _conduct(
         return done
 
     tokenizer = load_tokenizer(run.model, revision=run.model_revision)
-    frame = runs.prompts(run, training).frame(tokenizer)
+    prompts = runs.prompts(run, training)
+    frame = prompts.frame(tokenizer)
     data = train.map(lambda row: {"prompt": frame(row["problem"])}, desc="framing prompts")
     model = load_model(
         run.model,
@@ -265,13 +270,24 @@ def _conduct(
                 "a sharded model is not evaluated in training; pass --eval_data none, score it later"
             )
 
+        way: dict[str, tuple[PromptSpec, int]] = {}
+        if held_out is not None:
+            examples = choose(train, run.examples, [row["problem"] for row in held_out])
+            context = context_length(model.config)
+            limit = training.max_completion_length
+            way = ways(prompts, limit, examples, held_out, tokenizer, context)
+
         def evaluate(stage: str) -> None:
-            if held_out is not None and stage in stages and stage not in runs.read_results(folder):
-                label = f"held-out problems, {stage}"
-                _evaluate(folder, stage, trainer, tokenizer, held_out, frame, checker, samples, label)
+            wanted = stage in stages and stage in way and stage not in runs.read_results(folder)
+            if held_out is not None and wanted:
+                _evaluate(folder, stage, trainer, tokenizer, held_out, way[stage], checker, samples)
 
         with trainer.reference():
-            evaluate("before")
+            for stage in UNTRAINED:
+                evaluate(stage)
+        if held_out is not None and run.examples and "before" in stages and state.is_main_process:
+            always = constant(held_out, constant_answer(train["answer"]), checker)
+            runs.write_results(folder, {**runs.read_results(folder), "constant": always})
         state.wait_for_everyone()
         _train(trainer, recipe, folder, asked)
         state.wait_for_everyone()
@@ -286,12 +302,12 @@ def _evaluate(
     trainer: GroupGRPOTrainer,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Problems,
-    frame: Callable[[str], str],
+    way: tuple[PromptSpec, int],
     checker: Checker,
     samples: int,
-    label: str,
 ) -> None:
     state = PartialState()
+    prompts, limit = way
     rows = [row for row in held_out for _ in range(samples or 1)]
     numbers = range(state.process_index, len(rows), state.num_processes)
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
@@ -299,11 +315,11 @@ def _evaluate(
         model,
         tokenizer,
         [rows[i] for i in numbers],
-        frame,
+        prompts.frame(tokenizer),
         checker,
-        trainer.args.max_completion_length,
+        limit,
         trainer.eos_token_ids,
-        label=label,
+        label=f"held-out problems, {stage}",
         temperature=1.0 if samples else 0.0,
         numbers=numbers,
     )
@@ -312,7 +328,10 @@ def _evaluate(
         return
     kept = json.dumps([asdict(a) for a in answered], indent=1).encode()
     replace_file(folder / f"samples_{stage}.json", kept)
-    runs.write_results(folder, {**runs.read_results(folder), stage: asdict(score(answered))})
+    if prompts.examples:
+        replace_file(folder / "examples.json", json.dumps(prompts.examples, indent=1).encode())
+    found = {**asdict(score(answered)), "max_new_tokens": limit, "examples": len(prompts.examples)}
+    runs.write_results(folder, {**runs.read_results(folder), stage: found})
 
 
 def _train(trainer: GroupGRPOTrainer, recipe: Recipe, folder: Path, asked: list[float]) -> None:
@@ -354,7 +373,7 @@ def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:
             [Answered(**row) for row in read_json(folder / f"samples_{s}.json")] for s in ("before", "after")
         )
         print(f"\n{sample_answers(before, after, run.samples_shown, recipe.name)}\n")
-        print(score_table(Score(**results["before"]), Score(**results["after"]), recipe.name))
+        print(score_table(results, recipe.name))
     size = sum(file.stat().st_size for file in (folder / recipe.artifact).iterdir())
     print(
         f"\n{recipe.artifact:10}{folder / recipe.artifact}  ({results['trained_numbers']:,} trained numbers, "

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steer.train.evaluation import Answered, Score
+from steer.elicited import best_base, stages
+from steer.train.evaluation import Answered
 
 
-def score_table(before: Score, after: Score, trained: str = "steered") -> str:
-    """Two rows of text: accuracy with its 95 % interval, and how the answers were given."""
-    head = ("", "accuracy", "95 % interval", "boxed", "finished", "tokens")
-    rows = [
-        [name, f"{s.accuracy:.3f}", f"{s.low:.3f} to {s.high:.3f}", *map("{:.2f}".format, shares)]
-        for name, s in (("untrained", before), (trained, after))
-        for shares in [(s.answered, s.finished, s.mean_tokens)]
-    ]
-    return "\n".join("{:10}{:>10}{:>18}{:>8}{:>10}{:>8}".format(*row) for row in (head, *rows))
+def score_table(results: Mapping[str, Any], trained: str = "steered") -> str:
+    """
+    A run's results as text: accuracy in the box and read leniently, each with its 95 % interval, and how the
+    answers were given; below, the gain over the best elicited base.
+    """
+    head = ("", "boxed", "95 % interval", "lenient", "95 % interval", "in a box", "finished", "tokens")
+    rows: list[Sequence[str]] = [head]
+    for name, s in stages(results, trained):
+        cells = [f"{s['accuracy']:.3f}", f"{s['low']:.3f} to {s['high']:.3f}"]
+        if s.get("lenient") is None:
+            cells += ["", ""]
+        else:
+            cells += [f"{s['lenient']:.3f}", f"{s['lenient_low']:.3f} to {s['lenient_high']:.3f}"]
+        cells += [f"{s[key]:.2f}" if key in s else "" for key in ("answered", "finished", "mean_tokens")]
+        rows.append((name, *cells))
+    width = max(len(name) for name, *_ in rows)
+    form = "{:{width}}{:>8}{:>18}{:>10}{:>18}{:>10}{:>10}{:>8}"
+    text = "\n".join(form.format(*row, width=width) for row in rows)
+    best, after = best_base(results), results["after"].get("lenient")
+    if best is None or after is None:
+        return f"{text}\n\nThe base was not elicited in this run: part of the gain may be form alone."
+    name, score = best
+    return (
+        f"{text}\n\nbest elicited base: {name}, {score['lenient']:.3f}; {trained} gains "
+        f"{after - score['lenient']:+.3f} over it, both read leniently"
+    )
 
 
 def sample_answers(

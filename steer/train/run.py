@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from steer.config import SteeringConfig
 from steer.data import Arithmetic
+from steer.elicited import EXAMPLES
 from steer.errors import SteerError
 from steer.files import HOLDER_FILE, LOCK_FILE, read_json, replace_file
 from steer.prompts import TEMPLATES, PromptSpec
@@ -45,6 +46,8 @@ _FREE += (
 )
 # Like the number of updates, the schedule may change when a run goes on: what was computed stays what it was.
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
+# Decides how the untrained model is measured beside the run, and nothing of what is trained.
+_MEASURED = ("examples",)
 
 
 @dataclass
@@ -94,6 +97,13 @@ class RunConfig:
     )
     eval_split: str = field(default="test", metadata={"help": "Split of the held-out data set on the hub."})
     eval_limit: int = field(default=200, metadata={"help": "Number of held-out problems."})
+    examples: int = field(
+        default=EXAMPLES,
+        metadata={
+            "help": "Worked examples, out of the training problems, in the prompts of the elicited base: the "
+            "untrained model is also scored with these and a longer limit. 0 leaves that out."
+        },
+    )
     template: str = field(
         default="boxed",
         metadata={"help": "Prompt: " + "; ".join(f"{k} = {t.description}" for k, t in TEMPLATES.items())},
@@ -190,7 +200,7 @@ def _same(path: Path, have: dict[str, Any], wanted: dict[str, Any]) -> None:
         for part, new in wanted.items()
         for old in [have.get(part, {})]
         for name in sorted({*old, *new})
-        if old.get(name) != new.get(name) and name not in _SCHEDULE
+        if old.get(name) != new.get(name) and name not in _SCHEDULE + _MEASURED
     ]
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""

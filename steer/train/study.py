@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import zip_longest
@@ -29,12 +29,15 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer import artifact
+from steer.elicited import STAGES, UNTRAINED, choose, constant_answer
 from steer.errors import SteerError
 from steer.files import read_json, replace_file
+from steer.models import context_length
+from steer.prompts import PromptSpec
 from steer.rewards import Checker, make_reward
 from steer.train import run as runs
 from steer.train.config import SteeringGRPOConfig
-from steer.train.evaluation import Answered, answer_greedily, score
+from steer.train.evaluation import Answered, answer_greedily, constant, score, ways
 from steer.train.grid import PopulationArguments, Settings
 from steer.train.member import OWN, Member, read_states
 from steer.train.population import PopulationTrainer
@@ -58,20 +61,27 @@ class Study:
     asked: PopulationArguments
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    frame: Callable[[str], str]
+    prompts: PromptSpec
     checker: Checker
     train: Dataset  # with a column `prompt`
     held_out: Problems | None
 
-    def answer(self, trainer: PopulationTrainer, problems: Problems, label: str) -> list[Answered]:
-        tokens = trainer.args.max_completion_length or 1
+    def answer(
+        self,
+        trainer: PopulationTrainer,
+        problems: Problems,
+        label: str,
+        way: tuple[PromptSpec, int] | None = None,
+    ) -> list[Answered]:
+        """Answers to `problems`, asked as in training or in another `way`: prompts and limit in tokens."""
+        prompts, limit = way or (self.prompts, trainer.args.max_completion_length or 1)
         return answer_greedily(
             self.model,
             self.tokenizer,
             problems,
-            self.frame,
+            prompts.frame(self.tokenizer),
             self.checker,
-            tokens,
+            limit,
             trainer.eos_token_ids,
             label=label,
         )
@@ -221,16 +231,30 @@ def mean_reward(log: Sequence[dict[str, Any]]) -> float:
 
 
 def _score_untrained(study: Study, trainer: PopulationTrainer) -> None:
-    results = runs.read_results(study.folder)
-    if study.held_out is None or "before" in results:
+    if study.held_out is None:
         return
     state = PartialState()
-    share = study.held_out[state.process_index :: state.num_processes]
-    mine = study.answer(trainer, share, "held-out problems, untrained")
-    answered = [a for turn in zip_longest(*gather_object([mine])) for a in turn if a is not None]
-    if state.is_main_process:
-        _write_answers(study.folder / "samples_before.json", answered)
-        runs.write_results(study.folder, {**results, "before": asdict(score(answered))})
+    examples = choose(study.train, study.run.examples, [row["problem"] for row in study.held_out])
+    context = context_length(study.model.config)
+    limit = trainer.args.max_completion_length or 1
+    asked = ways(study.prompts, limit, examples, study.held_out, study.tokenizer, context)
+    for stage in UNTRAINED:
+        results = runs.read_results(study.folder)
+        state.wait_for_everyone()  # all have read before one writes
+        if stage in results or stage not in asked:
+            continue
+        share = study.held_out[state.process_index :: state.num_processes]
+        mine = study.answer(trainer, share, f"held-out problems, {stage}", asked[stage])
+        answered = [a for turn in zip_longest(*gather_object([mine])) for a in turn if a is not None]
+        if state.is_main_process:
+            _write_answers(study.folder / f"samples_{stage}.json", answered)
+            prompts, limit = asked[stage]
+            found = {**asdict(score(answered)), "max_new_tokens": limit, "examples": len(prompts.examples)}
+            runs.write_results(study.folder, {**results, stage: found})
+        state.wait_for_everyone()
+    if state.is_main_process and study.run.examples:
+        always = constant(study.held_out, constant_answer(study.train["answer"]), study.checker)
+        runs.write_results(study.folder, {**runs.read_results(study.folder), "constant": always})
     state.wait_for_everyone()
 
 
@@ -241,7 +265,8 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
     if results.get("steps") == member.step and (study.held_out is None or "after" in results):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    before = runs.read_results(study.folder).get("before")
+    shared = runs.read_results(study.folder)
+    base = {stage: shared[stage] for stage in (*UNTRAINED, "constant") if stage in shared}
     results = {
         "asked": [member.args.max_steps, member.args.num_train_epochs],
         "steps": member.step,
@@ -249,7 +274,7 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         "training_seconds": round(sum(row["step_time"] for row in member.log), 1),
         "trained_numbers": sum(p.numel() for p in member.vectors.parameters()),
         "reward": mean_reward(member.log),
-        **({"before": before} if before else {}),
+        **base,
     }
     if study.held_out is not None:
         with trainer.population.only(member.name):
@@ -277,5 +302,5 @@ def _provenance(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
         "training": {name: getattr(settings.training, name) for name in names.split()},
         "stopped": results["stopped"],
         "versions": {name: version(name) for name in ("steer", "torch", "transformers", "trl")},
-        "results": {stage: results[stage] for stage in ("before", "after") if stage in results},
+        "results": {stage: results[stage] for stage in STAGES if stage in results},
     }
