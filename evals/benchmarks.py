@@ -47,6 +47,7 @@ class Benchmark:
     split: str = "test"
     columns: tuple[str, str] = ("problem", "answer")  # on the hub
     arithmetic: Arithmetic | None = None
+    train: str = ""  # its training problems, a source of `steer.data`: TRAIN_train.jsonl in a local folder
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ KNOWN = {
             max_new_tokens=1024,
             config="main",
             columns=("question", "answer"),
+            train="gsm8k",
         ),
-        Benchmark("math500", "HuggingFaceH4/MATH-500", "math500.jsonl"),
+        Benchmark("math500", "HuggingFaceH4/MATH-500", "math500.jsonl", train="math"),
         Benchmark("aime24", "HuggingFaceH4/aime_2024", "aime24.jsonl", "integer", samples=32, split="train"),
         Benchmark("aime25", "math-ai/aime25", "aime25.jsonl", "integer", samples=32),
         Benchmark(

@@ -48,6 +48,22 @@ class Cell:
         """Share of right answers, (seeds, problems)."""
         return self.array("correct").mean(2)
 
+    @property
+    def read(self) -> int:
+        """How many samples of a problem are graded leniently: the first ones, of all that files keep."""
+        known = [[[row["lenient"] is not None for row in p] for p in seed] for seed in self.rows]
+        of_all = np.array(known).all((0, 1))
+        return int(of_all.cumprod().sum())
+
+    @property
+    def lenient(self) -> Any:
+        """Share of right answers in whatever form they are given, (seeds, problems), over `read` samples."""
+        return self.array("lenient")[:, :, : self.read].astype(float).mean(2)
+
+    @property
+    def untrained(self) -> bool:
+        return self.method.conditions["kind"] == "base" and not self.method.parameters
+
 
 @dataclass
 class Collection:
@@ -58,6 +74,7 @@ class Collection:
     forms: dict[str, str]  # benchmark -> form of its answers
     notes: list[str]
     sessions: list[dict[str, Any]]  # command, versions and time of every evals.run
+    constants: dict[str, str] = field(default_factory=dict)  # benchmark -> most frequent training answer
 
     def benchmarks(self) -> list[str]:
         return list(self.problems)
@@ -114,6 +131,8 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
         found.sessions += [session for session in settings["sessions"] if session["completions"]]
         for row in problems:
             found.problems.setdefault(row["benchmark"], {}).setdefault(row["id"], row)
+        for name, answer in settings.get("constants", {}).items():
+            found.constants.setdefault(name, answer)
         for name, chosen in settings["benchmarks"].items():
             found.forms.setdefault(name, chosen["answer"])
         lists = list(completions.values())
@@ -128,6 +147,7 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
                 **{key: settings[key] for key in FIXED},
                 **{key: variant[key] for key in ("kind", "scale", "prefix", "parameters", "digest")},
                 "system": variant.get("system", ""),
+                "asked": variant.get("asked", {}),
                 "benchmarks": settings["benchmarks"],
             }
             method = methods.get(base)

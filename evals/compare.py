@@ -4,10 +4,10 @@ Methods side by side: a table with intervals, plots, and one page that a person 
     python -m evals.compare runs/eval runs/eval-full --reference full --out runs/page
 
 Writes `table.md`, `scores.json`, `accuracy.png`, `parameters.png`, `lengths.png` and `index.html`, which
-holds everything and needs nothing else. Every method is paired with `--base`, problem by problem, and all
-trained methods with one another; "better" and "worse" are written only when the 95 % interval of the
-difference and its test both say so. What was trained with one seed is one run: its intervals are over
-problems only, and the verdict is on that run, not on the method.
+holds everything and needs nothing else. Every method is paired with `--base`, problem by problem, with the
+best elicited base (`evals.best_base`), and all trained methods with one another; "better" and "worse" are
+written only when the 95 % interval of the difference and its test both say so. What was trained with one seed
+is one run: its intervals are over problems only, and the verdict is on that run, not on the method.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from evals import scores
+from evals import best_base, scores
 from evals.collect import Cell, Collection, collect
 from evals.scores import Estimate
 from steer.errors import SteerError
@@ -42,8 +42,10 @@ def score(collection: Collection, base: str, reference: str | None = None) -> li
     for benchmark in collection.benchmarks():
         for greedy in (True, False):
             cells = {cell.method.name: cell for cell in collection.cells(benchmark, greedy)}
+            elicited, whole = best_base.best(list(cells.values())), cells.get(reference or "")
             for cell in cells.values():
-                rows.append(_row(benchmark, greedy, cell, cells.get(base), cells.get(reference or "")))
+                row = _row(benchmark, greedy, cell, cells.get(base), whole)
+                rows.append(row | best_base.lenient_columns(cell, elicited, whole))
     if not rows:
         raise SteerError("the runs hold no complete answers; run evals.run again to go on with them")
     return rows
@@ -126,13 +128,14 @@ def pairs(collection: Collection) -> list[dict[str, Any]]:
 # ---- as text
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The scores as Markdown, a table for each benchmark."""
+def table(rows: Sequence[dict[str, Any]], constants: Sequence[dict[str, Any]] = ()) -> str:
+    """The scores as Markdown, a table for each benchmark; `constants` are `best_base.constant_rows`'s."""
     blocks = []
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
         of_benchmark = [row for row in rows if row["benchmark"] == benchmark]
         lines = [f"**{benchmark}**, {of_benchmark[0]['problems']} problems", ""]
         shown = [cells(group) for group in by_method(of_benchmark)]
+        shown += [constant_cells(row) for row in constants if row["benchmark"] == benchmark]
         heads = columns(shown)
         grid = [heads, *[[row.get(head, "") for head in heads] for row in shown]]
         widths = [max(len(row[i]) for row in grid) for i in range(len(heads))]
@@ -166,6 +169,11 @@ def cells(group: dict[str, dict[str, Any]]) -> dict[str, str]:
         shown[f"{name} against base"] = gain(row)
         if row.get("gain_share"):
             shown[f"{name}, share of gain"] = interval(row["gain_share"])
+        if "lenient" in row:
+            shown[f"{name}, lenient"] = interval(row["lenient"])
+            shown[f"{name} against elicited base"] = elicited_gain(row)
+        if row.get("elicited_share"):
+            shown[f"{name}, share of gain over elicited base"] = interval(row["elicited_share"])
         if decoding == "sampled" and row["samples"] > 1:
             shown["pass@k"] = f"{row['pass'][str(row['samples'])]:.3f} (k={row['samples']})"
             shown["maj@k"] = f"{row['majority']:.3f}"
@@ -176,11 +184,19 @@ def cells(group: dict[str, dict[str, Any]]) -> dict[str, str]:
     return shown
 
 
+def constant_cells(row: dict[str, Any]) -> dict[str, str]:
+    """The line of the best constant answer."""
+    text = interval(row["accuracy"])
+    return {"method": row["method"], "trained numbers": "0", "greedy": text, "greedy, lenient": text}
+
+
 def columns(lines: Sequence[dict[str, str]]) -> list[str]:
     """The columns that these lines of a table have, in reading order."""
     order = ["method", "trained numbers"]
     for name in ("greedy", "sampled"):
         order += [name, f"{name}, each seed", f"{name} against base", f"{name}, share of gain"]
+        order += [f"{name}, lenient", f"{name} against elicited base"]
+        order += [f"{name}, share of gain over elicited base"]
     order += ["pass@k", "maj@k", "tokens", "cut off", "no answer"]
     return [head for head in order if any(head in line for line in lines)]
 
@@ -195,6 +211,14 @@ def gain(row: dict[str, Any]) -> str:
     if "gain" not in row:
         return ""
     return f"{difference(row['gain']['difference'])} {told(row['gain']['verdict'], row)}"
+
+
+def elicited_gain(row: dict[str, Any]) -> str:
+    """The paired difference to the best elicited base, both graded leniently."""
+    if "elicited_gain" not in row:
+        return "the best elicited base" if row.get("best_base") == row["method"] else ""
+    found = row["elicited_gain"]
+    return f"{difference(found['difference'])} {told(found['verdict'], row)}"
 
 
 def difference(estimate: dict[str, float]) -> str:
@@ -299,17 +323,20 @@ def report(
         base = collection.methods[0].name
     rows = score(collection, base, reference)
     against = pairs(collection)
-    collection.notes += brevity(rows, base) + single_runs(rows)
-    print(f"\n{table(rows)}\n")
+    constants = best_base.constant_rows(collection)
+    collection.notes += brevity(rows, base) + single_runs(rows) + best_base.notes(collection, rows)
+    print(f"\n{table(rows, constants)}\n")
     if against:
         print(f"{pairs_table(against)}\n")
-    for text in [*sentences(rows, base), caution(rows), *collection.notes]:
+    said = [*sentences(rows, base), *best_base.sentences(rows), caution(rows), *collection.notes]
+    for text in said:
         if text:
             print(text)
     found = {
         "base": base,
         "reference": reference,
         "rows": rows,
+        "constants": constants,
         "pairs": against,
         "notes": collection.notes,
         "sessions": collection.sessions,
@@ -320,11 +347,11 @@ def report(
         from evals import page, plots
 
         figures = plots.draw(collection, rows)
-        blocks = [table(rows), pairs_table(against)]
+        blocks = [table(rows, constants), *best_base.sentences(rows), pairs_table(against)]
         files["table.md"] = ("\n\n".join(block for block in blocks if block) + "\n").encode()
         files |= {f"{name}.png": png for name, (png, _) in figures.items()}
         files["index.html"] = page.render(
-            collection, rows, base, {name: svg for name, (_, svg) in figures.items()}
+            collection, rows, base, {name: svg for name, (_, svg) in figures.items()}, constants
         ).encode()
     try:
         target.mkdir(parents=True, exist_ok=True)

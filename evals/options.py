@@ -9,6 +9,7 @@ from typing import Any
 from evals import benchmarks
 from evals.engines import ENGINES
 from steer.cli.arguments import count, finite, json_object, whole
+from steer.elicited import EXAMPLES
 
 # Answers sampled at once, and lost when the run is killed: minutes of work, so fewer where there is no GPU.
 BATCH = 64
@@ -38,6 +39,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     model("--adapter", **many, metavar="[NAME=]PATH", help="folders or hub ids of peft adapters")
     model("--prefixes", **many, help="forced openings of the base's answers, e.g. To Step (controls)")
     model("--systems", **many, metavar="NAME=TEXT", help="system prompts for the base (controls)")
+    model(
+        "--examples",
+        type=whole,
+        metavar="N",
+        help="worked examples for the elicited base: the base with N training problems in its prompts and a "
+        f"longer limit; 0 leaves it out (default: {EXAMPLES} beside a base, if training problems are known)",
+    )
+    model(
+        "--examples-from",
+        metavar="SOURCE",
+        help="training problems for --examples: a file or a data set (default: the benchmark's own)",
+    )
     model("--other-tokenizer", action="store_true", help="measure vectors made for another tokenizer as well")
     asked = found.add_argument_group("what is asked").add_argument
     names = ", ".join(benchmarks.KNOWN)

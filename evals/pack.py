@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from evals.lenient import NEEDED, regrade
 from evals.store import COLUMNS, GREEDY, read_completions, read_problems, read_settings
 from steer.errors import SteerError
 from steer.files import read_json, replace_file
@@ -27,6 +28,7 @@ def pack(folder: str | Path, target: str | Path, about: dict[str, Any] | None = 
     """
     settings, problems = read_settings(folder), read_problems(folder)
     columns = read_completions(folder)
+    regrade(columns, problems)
     numbers = {(p["benchmark"], p["id"]): n for n, p in enumerate(problems)}
     keys = zip(columns["benchmark"], columns["problem"], strict=True)
     columns["problem"] = [numbers[key] for key in keys]
@@ -44,13 +46,27 @@ def pack(folder: str | Path, target: str | Path, about: dict[str, Any] | None = 
 
 
 def read_run(path: str | Path, columns: Iterable[str] = tuple(COLUMNS)) -> Run:
-    """Settings, problems and completions (lists by column) of a run: its folder, or its packed file."""
+    """
+    Settings, problems and completions (lists by column) of a run: its folder, or its packed file. Runs of old
+    are graded leniently here; what cannot be, because the file lacks the text, is None in that column.
+    """
+    columns = tuple(columns)
+    wanted = dict.fromkeys((*columns, *NEEDED) if "lenient" in columns else columns)
     if not Path(path).is_file():
-        return read_settings(path), read_problems(path), read_completions(path, columns)
+        settings, problems, whole = read_settings(path), read_problems(path), read_completions(path, wanted)
+    else:
+        settings, problems, whole = _unpacked(path, wanted)
+    if "lenient" in columns:
+        regrade(whole, problems)
+    return settings, problems, {name: whole[name] for name in columns}
+
+
+def _unpacked(path: str | Path, columns: Iterable[str]) -> Run:
     found = read_packed(path)
     try:
         problems, rows = found["problems"], found["rows"]
-        whole = {n: c if isinstance(c, list) else [c] * rows for n, c in found["completions"].items()}
+        kept = {"lenient": None, **found["completions"]}
+        whole = {n: c if isinstance(c, list) else [c] * rows for n, c in kept.items()}
         whole["problem"] = [problems[n]["id"] for n in whole["problem"]]
         chosen = {name: whole[name] for name in columns}
         if any(len(column) != rows for column in chosen.values()):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from evals import scores
+from evals import best_base, scores
 from evals.collect import Collection, Row
-from evals.compare import by_method, caution, cells, columns
+from evals.compare import by_method, caution, cells, columns, constant_cells
 from evals.page_assets import SCRIPT, STYLE
 
 # Answers beyond this many characters are left out, problems gained or lost last; a page must open quickly.
@@ -32,9 +33,16 @@ _NOTES = {
 
 
 def render(
-    collection: Collection, rows: Sequence[dict[str, Any]], base: str, figures: Mapping[str, str]
+    collection: Collection,
+    rows: Sequence[dict[str, Any]],
+    base: str,
+    figures: Mapping[str, str],
+    constants: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The whole page as text. `rows` are `compare.score`'s, `figures` SVG texts by name."""
+    """
+    The whole page as text. `rows` are `compare.score`'s, `figures` SVG texts by name, `constants`
+    `best_base.constant_rows`'s.
+    """
     methods = sorted((m.name for m in collection.methods), key=lambda name: name != base)
     title = f"{', '.join(methods[1:]) or base} against {base}" if len(methods) > 1 else base
     items, left_out = _items(collection, methods, base)
@@ -46,9 +54,14 @@ def render(
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(_conditions(collection))}</p>',
-        _gains(rows, base),
+        _gains(rows, "gain", f"Gain over {base}"),
+        _gains(rows, "elicited_gain", "Gain over the best elicited base, all read leniently"),
+        *(f'<p class="soft">{escape(text)}</p>' for text in best_base.sentences(rows)),
         "<h2>Scores</h2>",
-        *(_table(rows, benchmark) for benchmark in dict.fromkeys(row["benchmark"] for row in rows)),
+        *(
+            _table(rows, benchmark, constants)
+            for benchmark in dict.fromkeys(row["benchmark"] for row in rows)
+        ),
         _how_to_read(rows),
         "<h2>Plots</h2>",
         _plots(rows, figures),
@@ -107,13 +120,13 @@ def _made_by(collection: Collection) -> str:
     return f"<h2>How it was made</h2>{''.join(lines)}"
 
 
-def _gains(rows: Sequence[dict[str, Any]], base: str) -> str:
-    """Each method against the base: a line for each method, a column for each benchmark and decoding."""
+def _gains(rows: Sequence[dict[str, Any]], key: str, title: str) -> str:
+    """Each method's "gain" or "elicited_gain": a line a method, a column for each benchmark and decoding."""
     heads = list(dict.fromkeys((row["benchmark"], row["decoding"]) for row in rows))
     lines: dict[str, dict[tuple[str, str], str]] = {}
     for row in rows:
-        if "gain" in row:
-            lines.setdefault(row["method"], {})[row["benchmark"], row["decoding"]] = _gain(row)
+        if key in row:
+            lines.setdefault(row["method"], {})[row["benchmark"], row["decoding"]] = _gain(row, key)
     if not lines:
         return ""
     head = "".join(f"<th>{escape(', '.join(column))}</th>" for column in heads)
@@ -121,16 +134,18 @@ def _gains(rows: Sequence[dict[str, Any]], base: str) -> str:
     for method, line in lines.items():
         fields = "".join(f"<td>{line.get(column, '')}</td>" for column in heads)
         body.append(f'<tr><td class="name">{escape(method)}</td>{fields}</tr>')
-    return f"<h2>Gain over {escape(base)}</h2>{_framed(f'<th>method</th>{head}', ''.join(body))}"
+    return f"<h2>{escape(title)}</h2>{_framed(f'<th>method</th>{head}', ''.join(body))}"
 
 
-def _gain(row: dict[str, Any]) -> str:
-    d, share = row["gain"]["difference"], row.get("gain_share")
-    small = [f"{d['low']:+.3f} to {d['high']:+.3f}", f"{row['gained']} problems gained, {row['lost']} lost"]
+def _gain(row: dict[str, Any], key: str) -> str:
+    d, share = row[key]["difference"], row.get("gain_share" if key == "gain" else "elicited_share")
+    small = [f"{d['low']:+.3f} to {d['high']:+.3f}"]
+    if key == "gain":
+        small.append(f"{row['gained']} problems gained, {row['lost']} lost")
     if share:
         of = escape(row["reference"])
         small.append(f"{share['value']:.0%} of {of}'s ({share['low']:.0%} to {share['high']:.0%})")
-    return f"{d['value']:+.3f} {_badge(row['gain']['verdict'], row['one_seed'])}" + "".join(
+    return f"{d['value']:+.3f} {_badge(row[key]['verdict'], row['one_seed'])}" + "".join(
         f"<small>{t}</small>" for t in small
     )
 
@@ -141,11 +156,13 @@ def _badge(verdict: str, one_seed: bool) -> str:
     return f'<span class="badge{kind}">{text}</span>'
 
 
-def _table(rows: Sequence[dict[str, Any]], benchmark: str) -> str:
+def _table(rows: Sequence[dict[str, Any]], benchmark: str, constants: Sequence[dict[str, Any]] = ()) -> str:
     """The scores of one benchmark; intervals and training seeds stand small under their numbers."""
     of = [row for row in rows if row["benchmark"] == benchmark]
     lines = [cells(group) for group in by_method(of)]
-    heads = [head for head in columns(lines) if "," not in head and not head.endswith("against base")]
+    lines += [constant_cells(row) for row in constants if row["benchmark"] == benchmark]
+    kept = ("greedy", "greedy, lenient", "sampled", "sampled, lenient")
+    heads = [head for head in columns(lines) if head in kept or not re.search(r",| against ", head)]
     body = []
     for line in lines:
         fields = [f'<td class="name">{escape(line["method"])}</td>']
@@ -187,6 +204,11 @@ def _how_to_read(rows: Sequence[dict[str, Any]]) -> str:
         text += (
             "Sampled is the mean over all samples of a problem, pass@k a right answer among k, maj@k that "
             "the most frequent of k answers is right. "
+        )
+    if any("lenient" in row for row in rows):
+        text += (
+            "Lenient takes the box, else what follows 'the answer is', else the last number; the best "
+            "elicited base is the untrained method that is best by that. "
         )
     text += "Tokens, cut off and no answer are those of the sampled answers where there are any."
     return f'<p class="soft">{text}</p>'

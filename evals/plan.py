@@ -29,6 +29,7 @@ class Plan:
     reference: str | None = None  # the method whose gain is the whole
     prefixes: tuple[str, ...] = ()
     systems: tuple[str, ...] = ()  # candidates for the best constant system prompt
+    examples: int = 0  # worked examples in the prompts of the elicited base
     longer: int | None = None  # tokens the base gets once more, to tell a gain from brevity
 
 

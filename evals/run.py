@@ -24,7 +24,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
@@ -32,12 +32,13 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from evals import benchmarks, options, variants
+from evals import benchmarks, elicit, options, variants
 from evals.benchmarks import Benchmark, Problem
 from evals.engines import Decoding, Engine, HfEngine, VllmEngine, row_seed, source_of, stop_tokens
 from evals.store import FIXED, GREEDY, Store
 from evals.variants import Variant
 from steer.errors import SteerError
+from steer.lenient import extract_lenient
 from steer.prompts import TEMPLATES, PromptSpec
 
 log = logging.getLogger("steer")
@@ -52,6 +53,7 @@ class Row:
     problem: Problem
     sample: int
     prompt: tuple[int, ...]
+    limit: int  # tokens of the longest answer
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     """The whole run: check everything that can be checked, then sample, grade and store batch by batch."""
-    from steer.models import load_tokenizer, skeleton
+    from steer.models import context_length, load_tokenizer, skeleton
 
     chosen = _benchmarks(args)
     problems = {b.name: benchmarks.load(b, args.data_dir) for b in chosen}
@@ -88,15 +90,21 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     bones = skeleton(args.model, args.revision)
     base = _base(args, bones)
     compared = variants.collect(base, args.vectors, args.scales, args.adapter, args.prefixes, args.systems)
-    if not args.base:
-        compared = compared[1:]
-    if not compared:
-        raise SteerError("--no-base leaves no variant; give --vectors, --adapter, --prefixes or --systems")
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
     variables = _chat_template_kwargs(args, compared, chosen)
-    rows = _rows(
-        args, compared, chosen, {name: found for name, (found, _) in problems.items()}, tokenizer, variables
-    )
+    prompts = {
+        b.name: PromptSpec(b.template, chat_template_kwargs=variables if TEMPLATES[b.template].chat else None)
+        for b in chosen
+    }
+    texts = {name: found for name, (found, _) in problems.items()}
+    context = context_length(bones.config)
+    extra, constants = elicit.elicited(args, base, chosen, texts, tokenizer, prompts, context)
+    compared = [*compared[: args.base], *([extra] if extra else []), *compared[1:]]
+    if not compared:
+        raise SteerError(
+            "--no-base leaves no variant; give --vectors, --adapter, --prefixes, --systems or --examples"
+        )
+    rows = _rows(args, compared, chosen, texts, tokenizer, prompts)
     longest = _check_lengths(rows, bones)
     session = {
         "command": shlex.join(["python", "-m", "evals.run", *command]),
@@ -118,6 +126,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
             for b in chosen
         },
         "variants": {variant.name: variant.to_dict() for variant in compared},
+        "constants": constants,
         "sessions": [session],
     }
     table = [
@@ -197,11 +206,13 @@ def _answer(
     """The completions of one batch, graded, as the rows that are stored."""
     first = batch[0]
     temperature = 0.0 if first.sample == GREEDY else args.temperature
-    decoding = Decoding(first.benchmark.max_new_tokens, stop, temperature, args.top_p if temperature else 1.0)
+    decoding = Decoding(first.limit, stop, temperature, args.top_p if temperature else 1.0)
     seeds = [row_seed(args.seed, row.problem.id, row.sample) for row in batch]
     completions = engine.complete([list(row.prompt) for row in batch], seeds, decoding)
     texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-    verdicts = checker.check(texts, [row.problem.answer for row in batch])
+    golds = [row.problem.answer for row in batch]
+    verdicts = checker.check(texts, golds)
+    lenient = checker.check(texts, golds, extract_lenient)
     return [
         {
             **dict(zip(("variant", "benchmark", "problem", "sample"), row.key, strict=True)),
@@ -213,9 +224,10 @@ def _answer(
             "tokens": len(completion.ids),
             "truncated": completion.truncated,
             "prompt_tokens": len(row.prompt),
+            "lenient": free.correct,
         }
-        for row, seed, text, verdict, completion in zip(
-            batch, seeds, texts, verdicts, completions, strict=True
+        for row, seed, text, verdict, free, completion in zip(
+            batch, seeds, texts, verdicts, lenient, completions, strict=True
         )
     ]
 
@@ -306,7 +318,7 @@ def _rows(
     chosen: Sequence[Benchmark],
     problems: dict[str, list[Problem]],
     tokenizer: Any,
-    variables: dict[str, Any],
+    prompts: dict[str, PromptSpec],
 ) -> list[Row]:
     """
     Every completion of the run, in the order they are made: longest prompts first, so that memory fails
@@ -315,13 +327,16 @@ def _rows(
     rows = []
     for variant in compared:
         for b in chosen:
-            kwargs = variables if TEMPLATES[b.template].chat else None
-            frame = PromptSpec(b.template, variant.prefix, variant.system, kwargs).frame(tokenizer)
-            texts = [frame(p.problem) for p in problems[b.name]]
-            prompts = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-            asked = sorted(zip(problems[b.name], prompts, strict=True), key=lambda pair: -len(pair[1]))
+            way = variant.way(b.name)
+            if variant.asked and way is None:
+                continue
+            examples, limit = (way.examples, way.max_new_tokens) if way else ((), b.max_new_tokens)
+            spec = replace(prompts[b.name], prefix=variant.prefix, system=variant.system, examples=examples)
+            texts = [spec.render(p.problem, tokenizer) for p in problems[b.name]]
+            tokens = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            asked = sorted(zip(problems[b.name], tokens, strict=True), key=lambda pair: -len(pair[1]))
             for samples in ([GREEDY] if args.greedy else [], range(b.samples)):
-                rows += [Row(variant, b, p, sample, prompt) for p, prompt in asked for sample in samples]
+                rows += [Row(variant, b, p, sample, ids, limit) for p, ids in asked for sample in samples]
     return rows
 
 
@@ -329,12 +344,13 @@ def _check_lengths(rows: Sequence[Row], bones: Any) -> int:
     """The longest prompt and answer in tokens; SteerError where they do not fit the model's context."""
     from steer.models import check_context
 
-    longest: dict[Benchmark, int] = {}
+    longest: dict[tuple[str, int], int] = {}
     for row in rows:
-        longest[row.benchmark] = max(longest.get(row.benchmark, 0), len(row.prompt))
-    for b, prompt in longest.items():
-        check_context(bones.config, prompt, b.max_new_tokens, "--max-new-tokens", f"benchmark {b.name!r}: ")
-    return max(len(row.prompt) + row.benchmark.max_new_tokens for row in rows)
+        key = row.benchmark.name, row.limit
+        longest[key] = max(longest.get(key, 0), len(row.prompt))
+    for (name, limit), prompt in longest.items():
+        check_context(bones.config, prompt, limit, "--max-new-tokens", f"benchmark {name!r}: ")
+    return max(len(row.prompt) + row.limit for row in rows)
 
 
 def _versions(engine: str) -> dict[str, str]:

@@ -38,6 +38,7 @@ COLUMNS = {
     "truncated": bool,  # stopped by the length limit
     "prompt_tokens": int,
     "seconds": float,  # the batch's time over its rows
+    "lenient": bool,  # whether the answer is right in whatever form it is given; older runs lack the column
 }
 # What decides which completions a row gets; the rest of a run may grow: variants, benchmarks, samples.
 FIXED = ("model", "revision", "engine", "dtype", "seed", "temperature", "top_p")
@@ -120,9 +121,10 @@ def read_completions(folder: str | Path, columns: Iterable[str] = tuple(COLUMNS)
     """All completions of a run so far, as lists by column."""
     found: dict[str, list[Any]] = {name: [] for name in columns}
     for path in _parts(Path(folder)):
-        table = _read(path, list(found))
+        table = _read(path, None)
         for name, values in found.items():
-            values.extend(table[name].to_pylist())
+            missing = name == "lenient" and name not in table.column_names
+            values.extend([None] * len(table) if missing else table[name].to_pylist())
     return found
 
 
@@ -178,6 +180,7 @@ def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> d
         **now,
         "variants": {**before["variants"], **now["variants"]},
         "benchmarks": {**before["benchmarks"], **now["benchmarks"]},
+        "constants": {**before.get("constants", {}), **now.get("constants", {})},
         "sessions": [*(s for s in before["sessions"] if s["completions"]), *now["sessions"]],
     }
 

@@ -11,13 +11,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from steer import artifact
+from steer.elicited import Example
 from steer.errors import SteerError
 from steer.files import read_json
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Asked(NamedTuple):
+    """How a variant is asked a benchmark otherwise than the benchmark says."""
+
+    benchmark: str
+    max_new_tokens: int
+    examples: tuple[Example, ...]
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Variant:
     """
     `kind` is base, vectors or adapter; `scale` a factor on the vectors as they were saved; `prefix` what
     every answer is made to begin with; `system` a constant system prompt; `parameters` the count of trained
-    numbers; `digest` a hash of them.
+    numbers; `digest` a hash of them; `asked` what the elicited base is asked with, by benchmark.
     """
 
     name: str
@@ -36,10 +45,20 @@ class Variant:
     parameters: int = 0
     digest: str = ""
     system: str = ""
+    asked: tuple[Asked, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As `run.json` holds it."""
-        return {k: v for k, v in asdict(self).items() if k != "name" and (v or k != "system")}
+        found = asdict(self) | {"asked": {a.benchmark: _plain(a) for a in self.asked}}
+        return {k: v for k, v in found.items() if k != "name" and (v or k not in ("system", "asked"))}
+
+    def way(self, benchmark: str) -> Asked | None:
+        """How this variant is asked `benchmark`; None for as the benchmark says."""
+        return next((a for a in self.asked if a.benchmark == benchmark), None)
+
+
+def _plain(asked: Asked) -> dict[str, Any]:
+    return {"max_new_tokens": asked.max_new_tokens, "examples": [list(pair) for pair in asked.examples]}
 
 
 def collect(

@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Comparison:
         yield "base", self.untrained
         if self.plan.longer:
             yield "base-longer", self.longer
+        if self.plan.examples:
+            yield "elicited", self.elicited
         if self.plan.systems:
             yield "system-prompt", self.system_prompt
         for seed in self.plan.seeds:
@@ -74,30 +76,37 @@ class Comparison:
         asked = {"evaluation": self.asked(), "prefixes": self.plan.prefixes}
         if not self.done("base", asked):
             prefixes = ["--prefixes", *self.plan.prefixes] if self.plan.prefixes else []
-            self.evaluate("base", ["--model", self.shared["model"], *prefixes], asked)
+            self.evaluate("base", ["--model", self.shared["model"], "--examples", "0", *prefixes], asked)
 
     def longer(self) -> None:
         """The base with more room for its answers."""
         asked = {"evaluation": self.asked(), "longer": self.plan.longer}
         if not self.done("base-longer", asked):
             name = ["--name", f"base, {self.plan.longer} tokens", "--max-new-tokens", str(self.plan.longer)]
+            name += ["--examples", "0"]
             self.evaluate("base-longer", ["--model", self.shared["model"], *name], asked)
+
+    def elicited(self) -> None:
+        """The base with worked examples in its prompts, out of the training problems, and a longer limit."""
+        asked = {"evaluation": self.asked(), "examples": self.plan.examples}
+        if self.done("elicited", asked):
+            return
+        file = self.work / "training.jsonl"
+        _write_problems(file, self.training_problems())
+        examples = ["--examples", str(self.plan.examples), "--examples-from", str(file)]
+        self.evaluate("elicited", ["--model", self.shared["model"], "--no-base", *examples], asked)
 
     def system_prompt(self) -> None:
         """The candidate that is best on problems split off the training set, on the held-out ones."""
         asked = {"evaluation": self.asked(), "systems": self.plan.systems, "sweep": self.plan.sweep}
         if self.done("system-prompt", asked):
             return
-        from steer.train.recipe import problems
-        from steer.train.run import RunConfig
         from steer.train.sweep import SweepArguments, split
 
-        known = {f.name for f in fields(RunConfig)}
-        train, _ = problems(RunConfig(**{k: v for k, v in self.shared.items() if k in known}))
-        _, validation = split(train, self.plan.sweep.get("validation", SweepArguments.validation))
+        share = self.plan.sweep.get("validation", SweepArguments.validation)
+        _, validation = split(self.training_problems(), share)
         file = self.work / "validation.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, "".join(json.dumps(row) + "\n" for row in validation).encode())
+        _write_problems(file, validation)
         named = {f"system {n}": text for n, text in enumerate(self.plan.systems, 1)}
         out = self.work / "eval-systems"
         systems = [f"{name}={text}" for name, text in named.items()]
@@ -109,6 +118,14 @@ class Comparison:
         chosen = {"validation_problems": len(validation), "tried": tried, "chosen": best}
         model = ["--model", self.shared["model"], "--no-base", "--systems", f"system prompt={best}"]
         self.evaluate("system-prompt", model, asked, chosen)
+
+    def training_problems(self) -> Any:
+        """The training problems that the runs share, as a data set."""
+        from steer.train.recipe import problems
+        from steer.train.run import RunConfig
+
+        known = {f.name for f in fields(RunConfig)}
+        return problems(RunConfig(**{k: v for k, v in self.shared.items() if k in known}))[0]
 
     # ---- training
 
@@ -255,6 +272,11 @@ class Comparison:
         if curves:
             replace_file(Path(self.plan.out, "training.png"), plots.curves(curves))
         print(f"\npage  {Path(self.plan.out, 'index.html')}")
+
+
+def _write_problems(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _training_table(trained: Sequence[dict[str, Any]]) -> str:

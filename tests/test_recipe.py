@@ -70,8 +70,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_whole_run_leaves_everything_behind(whole: Path, base: Path) -> None:
     results = json.loads((whole / "results.json").read_text())
     assert results["steps"] == STEPS and results["trained_numbers"] == 3 * 32
-    for stage in ("before", "after"):
+    for stage in ("before", "longer", "elicited", "after"):
         assert results[stage]["problems"] == 6 and 0 <= results[stage]["accuracy"] <= 1
+        assert results[stage]["lenient"] >= results[stage]["accuracy"]
         answers = json.loads((whole / f"samples_{stage}.json").read_text())
         assert [a["answer"] for a in answers] == [str((n + n % 7) % 10) for n in range(40, 46)]
     assert (whole / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -85,8 +86,14 @@ def test_a_whole_run_leaves_everything_behind(whole: Path, base: Path) -> None:
 def test_a_whole_run_prints_the_table_and_the_places(whole: Path, base: Path) -> None:
     text = (base / "whole.log").read_text()
     lines = text.splitlines()
-    head = next(i for i, line in enumerate(lines) if line.split()[:1] == ["accuracy"])
-    assert lines[head + 1].startswith("untrained") and lines[head + 2].startswith("steered")
+    head = next(i for i, line in enumerate(lines) if line.split()[:1] == ["boxed"])
+    names = [line.split("  ")[0] for line in lines[head + 1 : head + 6]]
+    results = json.loads((whole / "results.json").read_text())
+    examples, constant = results["elicited"]["examples"], results["constant"]["answer"]
+    assert 0 < examples < 8, "the tiny model's context holds some of the examples"
+    base_rows = ["untrained", "untrained, 12 tokens", f"untrained, {examples} examples, 12 tokens"]
+    assert names == [*base_rows, f"always {constant}", "steered"]
+    assert "best elicited base: " in text
     for name in ("vectors", "results.json", "training.png"):
         assert str(whole / name) in text
     assert "96 trained numbers" in text
@@ -192,7 +199,7 @@ def test_two_processes_give_the_vectors_of_one(whole: Path, base: Path) -> None:
     ]
     rewards = [[row["reward"] for row in log["log_history"] if "reward" in row] for log in logs]
     assert rewards[0] == pytest.approx(rewards[1]) and len(set(rewards[0])) > 1
-    assert done.stdout.count("untrained  ") >= 1 and done.stdout.count("95 % interval") == 1
+    assert done.stdout.count("untrained  ") >= 1 and done.stdout.count("best elicited base") == 1
 
 
 @pytest.fixture
