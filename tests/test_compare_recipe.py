@@ -24,6 +24,7 @@ from evals import run as evaluation
 from evals.pack import read_packed
 from evals.plan import read_plan
 from steer.data import load_problems
+from steer.elicited import choose
 from steer.errors import SteerError
 from steer.train import sweep
 
@@ -79,6 +80,7 @@ def plan(place: Path, build_tiny: Callable, tiny_tokenizer: Any) -> Path:
                 "random-reward": {"like": "steering", "rewards": ["random"]},
             },
             "prefixes": ["To"],
+            "examples": 2,
             "evaluation": {"benchmarks": [str(place / "sums.jsonl")], "samples": 2},
             "output_dir": str(place / "work"),
             "out": str(place / "out"),
@@ -113,8 +115,14 @@ def calls(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
 def test_everything_is_done_once_and_reported(recipe, plan, calls, place, capsys):
     assert recipe.main(["--config", str(plan)]) == 0
     out = place / "out"
-    names = {"base", *(f"{m}-{s}" for m in ("steering", "full", "random-reward") for s in (0, 1))}
+    names = {"base", "elicited", *(f"{m}-{s}" for m in ("steering", "full", "random-reward") for s in (0, 1))}
     assert {path.stem for path in (out / "runs").iterdir()} == names
+
+    # the elicited base has examples out of the training problems that all runs share
+    elicited = read_packed(out / "runs" / "elicited.json")["settings"]["variants"]["base, 2 examples"]
+    training = load_problems(str(place / "train.jsonl")).to_list()
+    held_out = [row["problem"] for row in load_problems(str(place / "sums.jsonl"))]
+    assert elicited["asked"]["sums"]["examples"] == [list(pair) for pair in choose(training, 2, held_out)]
 
     # a rate was chosen among those asked for, on problems that are neither trained on then nor held out
     chosen = json.loads((out / "sweeps" / "full.json").read_text())
@@ -134,7 +142,8 @@ def test_everything_is_done_once_and_reported(recipe, plan, calls, place, capsys
     scores = json.loads((out / "scores.json").read_text())
     assert scores["base"] == "base" and scores["reference"] == "full"
     seeds = {row["method"]: row["seeds"] for row in scores["rows"]}
-    assert seeds == {"base": 1, "base + To": 1, "steering": 2, "full": 2, "random-reward": 2}
+    untrained = {"base": 1, "base + To": 1, "base, 2 examples": 1}
+    assert seeds == untrained | {"steering": 2, "full": 2, "random-reward": 2}
     numbers = {row["method"]: row["parameters"] for row in scores["rows"]}
     assert numbers["steering"] == 96 and numbers["full"] == results_of(about, "full")["trained_numbers"]
     for file in ("index.html", "table.md", "training.md", "accuracy.png", "training.png"):
@@ -164,7 +173,8 @@ def test_what_fails_holds_up_no_other(recipe, plan, calls, place, capsys, monkey
     (place / "broken.yaml").write_text(yaml.safe_dump(broken))
     assert recipe.main(["--config", str(place / "broken.yaml")]) == 1
     assert "failed: steering-0" in capsys.readouterr().err
-    assert {path.stem for path in (place / "broken-out" / "runs").iterdir()} == {"base", "random-reward-0"}
+    kept = {path.stem for path in (place / "broken-out" / "runs").iterdir()}
+    assert kept == {"base", "elicited", "random-reward-0"}
 
 
 def test_methods_alone(recipe, plan, calls, place, capsys):

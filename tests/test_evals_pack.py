@@ -34,7 +34,7 @@ def packed(run: Path, tmp_path: Path) -> Path:
 def test_a_packed_run_is_the_run(run, packed):
     settings, problems, completions = read_run(packed)
     assert (settings, problems) == (read_settings(run), read_problems(run))
-    kept = read_completions(run)
+    kept = read_run(run)[2]  # its answers graded leniently as well: the made-up run has no such column
     late = [sample >= TEXTS for sample in kept["sample"]]
     assert any(late) and not all(late)
     kept["text"] = ["" if is_late else text for text, is_late in zip(kept["text"], late, strict=True)]
