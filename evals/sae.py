@@ -210,11 +210,11 @@ def markdown(results: dict[str, Any], small: int, large: int) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for size in (small, large):
-        shown = {f"topk-{size}-l0=32": f"topk-{size}"}
+        labels = {f"topk-{size}-l0=32": f"topk-{size}"}
         for m, n in HEADS:
-            shown[f"kron-m{m}n{n}-{size}"] = f"kron-m{m}n{n}-{size}, equal FLOPs"
-            shown[f"topk-{size}-l0=32-tokens-of-m{m}n{n}"] = f"topk-{size}, tokens of kron-m{m}n{n}"
-        for name, label in shown.items():
+            labels[f"kron-m{m}n{n}-{size}"] = f"kron-m{m}n{n}-{size}, equal FLOPs"
+            labels[f"topk-{size}-l0=32-tokens-of-m{m}n{n}"] = f"topk-{size}, tokens of kron-m{m}n{n}"
+        for name, label in labels.items():
             if name in saes:
                 row = saes[name]
                 lines.append(
