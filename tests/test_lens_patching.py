@@ -11,6 +11,7 @@ import torch
 from lens import PROBLEMS, Exact, subject_of, texts
 from steering import layers_of, message
 
+from evals.architectures import tiny
 from steer import SteerError
 from steer.lens import passes as lens_passes
 from steer.lens.composition import likelihoods
@@ -293,3 +294,16 @@ def test_memory_does_not_grow_with_the_number_of_texts(build_tiny, tiny_tokenize
         analysis()
         assert len(held) >= 30
         assert max(held) - max(held[: len(held) // 8]) < 50e6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["rwkv", "gpt2"])
+def test_a_model_that_padding_on_the_left_changes_is_padded_on_the_right(kind: str, tiny_tokenizer) -> None:
+    subject = subject_of(tiny(kind), tiny_tokenizer)
+    for row, logits in zip(texts(), lane_logits(subject, [BASE, steered(subject)]), strict=True):
+        torch.testing.assert_close(logits[1], plain_logits(subject, row), rtol=1e-4, atol=1e-4)
+    if kind == "rwkv":  # which has no attention mask
+        with pytest.raises(SteerError, match="unequal length"):
+            complete(subject, texts(), [steered(subject)])
+        subject.batch_size = 1
+        assert len(complete(subject, texts(), [steered(subject)])[0]) == 3

@@ -45,7 +45,8 @@ class Subject:
     A model with vectors attached, and the frame of its prompts (`steer.prompts.render`).
 
     batch_size: sequences per forward pass, and with the length of the texts all that memory depends on.
-    Neither it nor `padding_side` ("left" or "right") changes a result beyond rounding.
+    Neither it nor `padding_side` ("left" or "right") changes a result beyond rounding; a model on which
+    padding on the left would is padded on the right.
     """
 
     vectors: SteeringVectors
@@ -112,8 +113,23 @@ class Subject:
         return self.tokenizer.pad_token_id or 0
 
     def padded(self, rows: Sequence[Row], side: str | None = None) -> Padded:
-        """`rows` as tensors on the model's device, padded on `side` (default: the subject's)."""
-        return pad(rows, side or self.padding_side, self.pad_token, self.device)
+        """
+        `rows` as tensors on the model's device, padded on `side`. The default is the subject's, or the right
+        for a model that padding on the left changes; SteerError where that is asked for of such a model.
+        """
+        side = side or (self.padding_side if self._left_changes(rows) is None else "right")
+        if side == "left" and (reason := self._left_changes(rows)):
+            raise SteerError(
+                f"{type(self.model).__name__}: {reason}, and texts of unequal length are generated together; "
+                "set the batch size so low that each is alone"
+            )
+        return pad(rows, side, self.pad_token, self.device)
+
+    def _left_changes(self, rows: Sequence[Row]) -> str | None:
+        """Why these rows must not be padded on the left; None where they need no padding or may be."""
+        from steer.train.verify import fast_paths  # which imports trl, a matter of seconds
+
+        return fast_paths(self.model).padding if len({len(row.ids) for row in rows}) > 1 else None
 
     def token(self, index: int) -> str:
         """The text of one token as a reader should see it; bytes that are no text come as \\x.. ."""
