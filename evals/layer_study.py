@@ -23,6 +23,7 @@ import torch
 from evals import scores
 from evals.plots import COLOURS
 from steer import artifact
+from steer.elicited import UNTRAINED, best_base, stages
 from steer.errors import SteerError
 from steer.files import read_json, replace_file
 from steer.prompts import PromptSpec
@@ -65,6 +66,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         answers = _right(place / "samples_after.json")
         if answers is not None and base is not None:
             row["accuracy"] = vars(scores.wilson(float(answers.sum()), answers.size))
+            lenient = _right(place / "samples_after.json", "lenient")
+            if not np.isnan(lenient).any():
+                row["lenient"] = vars(scores.wilson(float(lenient.sum()), lenient.size))
             compared = scores.compare(answers[None, :], base[None, :])
             row["gain"] = {**vars(compared.difference), "p": compared.p, "verdict": compared.verdict}
         found.append(row)
@@ -73,45 +77,56 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _right(path: Path) -> Any:
+def _right(path: Path, grade: str = "correct") -> Any:
+    """The verdicts of a file of answers, "correct" or "lenient"; NaN where a run of old has none."""
     if not path.exists():
         return None
-    return np.array([answer["correct"] for answer in read_json(path)], dtype=float)
+    return np.array([answer.get(grade) for answer in read_json(path)], dtype=float)
 
 
 def report(folder: Path, title: str) -> str:
     """Write `sweep.json`, `sweep.md` and `sweep.png` into `folder`; the table as text."""
     found = rows(folder)
-    before = read_results(folder).get("before")
-    record: dict[str, Any] = {"title": title, "untrained": before, "members": found}
+    results = read_results(folder)
+    base = {stage: results[stage] for stage in (*UNTRAINED, "constant") if stage in results}
+    record: dict[str, Any] = {"title": title, "untrained": base.get("before"), "members": found}
+    record["base"] = base
     pairs = folder / "pairs.json"
     if pairs.exists():
         record["pairs"] = with_scores(read_json(pairs), found)
-    text = table(found, before)
+    text = table(found, base)
     text += rates_table(found)
     if "pairs" in record:
         text += "\n" + pairs_table(record["pairs"])
     replace_file(folder / "sweep.json", (json.dumps(record, indent=1) + "\n").encode())
     replace_file(folder / "sweep.md", f"# {title}\n\n{text}".encode())
-    plot(found, before, folder / "sweep.png", title)
+    plot(found, base, folder / "sweep.png", title)
     return text
 
 
-def table(found: Sequence[dict[str, Any]], before: dict[str, Any] | None) -> str:
-    """Markdown: a row for the untrained model and one for each member, each a single run of training."""
+def table(found: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
+    """
+    Markdown: a row for each score of the untrained model (`base`, by stage) and one for each member, each a
+    single run of training.
+    """
     span = "95 % interval"
     head = ["member", "learning rate", "updates", "reward", "accuracy", span, "gain", span]
+    head += ["read leniently", span]
     lines = ["Each member is one seed of training: the intervals are over problems only.", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    if before:
-        span = f"{before['low']:.3f} to {before['high']:.3f}"
-        lines.append(f"| untrained | | | | {before['accuracy']:.3f} | {span} | | |")
+    for name, s in stages(base, ""):
+        cells = [name, "", "", "", f"{s['accuracy']:.3f}", f"{s['low']:.3f} to {s['high']:.3f}", "", ""]
+        if s.get("lenient") is not None:
+            cells += [f"{s['lenient']:.3f}", f"{s['lenient_low']:.3f} to {s['lenient_high']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     for row in found:
         cells = [row["member"], _figure(row["learning_rate"]), str(row["updates"]), f"{row['reward']:.3f}"]
-        for key in ("accuracy", "gain"):
+        for key in ("accuracy", "gain", "lenient"):
             e = row.get(key)
             cells += [f"{e['value']:.3f}", f"{e['low']:.3f} to {e['high']:.3f}"] if e else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    if (best := best_base(base)) is not None:
+        lines += ["", f"The best elicited base is {best[0]}, read leniently: {best[1]['lenient']:.3f}."]
     stopped = [f"{row['member']}: {row['stopped']}" for row in found if row["stopped"]]
     if stopped:
         lines += ["", "Stopped early:", "", *(f"- {line}" for line in stopped)]
@@ -204,7 +219,7 @@ def _figure(value: Any) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
-def plot(found: Sequence[dict[str, Any]], before: dict[str, Any] | None, path: Path, title: str) -> None:
+def plot(found: Sequence[dict[str, Any]], base: dict[str, Any], path: Path, title: str) -> None:
     """
     A PNG of single-layer members by layer: held-out accuracy with 95 % intervals, the training reward and,
     where layers were trained at several rates, the rates. Members of several layers are lines across; those
@@ -239,8 +254,12 @@ def plot(found: Sequence[dict[str, Any]], before: dict[str, Any] | None, path: P
             top.axhline(e["value"], color=shade, linestyle="--", linewidth=1, label=row["member"])
             top.axhspan(e["low"], e["high"], color=shade, alpha=0.08, linewidth=0)
         middle.axhline(row["reward"], color=shade, linestyle="--", linewidth=1, label=row["member"])
-    if before:
+    if before := base.get("before"):
         top.axhline(before["accuracy"], color="#6b7280", linewidth=1, label="untrained")
+    if (best := best_base(base)) is not None:
+        top.axhline(
+            best[1]["lenient"], color="#6b7280", linewidth=1, linestyle=":", label="best elicited base"
+        )
     for key, shade in colour.items():
         for panel in (top, middle):
             panel.plot([], [], "o", color=shade, label=key)

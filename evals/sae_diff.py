@@ -19,6 +19,7 @@ import steer
 from steer.data import Arithmetic, load_problems
 from steer.files import replace_file
 from steer.grading import Checker
+from steer.lenient import extract_lenient
 from steer.models import load_model, load_tokenizer
 from steer.prompts import PromptSpec, recorded
 from steer.sae import SAE, SAEConfig, save_sae
@@ -185,10 +186,11 @@ class Subject:
             prompts = self.prompts(self.heldout)
             ids = answer_without(sae, reader, change.ablated, prompts, self.length, self.eos)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        verdicts = self.checker.check(texts, [row["answer"] for row in self.heldout])
-        hits = sum(verdict.correct for verdict in verdicts)
+        golds = [row["answer"] for row in self.heldout]
+        hits = sum(verdict.correct for verdict in self.checker.check(texts, golds))
+        lenient = sum(verdict.correct for verdict in self.checker.check(texts, golds, extract_lenient))
         low, high = wilson(hits, len(texts))
-        return {"accuracy": hits / len(texts), "low": low, "high": high}
+        return {"accuracy": hits / len(texts), "low": low, "high": high, "lenient": lenient / len(texts)}
 
 
 def _train(args: argparse.Namespace, reader: Reader, rows: torch.Tensor) -> SAE:
@@ -220,9 +222,11 @@ def markdown(content: dict[str, Any]) -> str:
         f"explained variance {sae['explained'][sae['k']]:.3f}. {content['tested_features']} features tested, "
         f"{content['significant']} with a corrected p below 0.05.",
         "",
-        f"| greedy, {content['heldout_problems']} held-out problems | accuracy | 95 % interval |",
-        "|---|---|---|",
+        f"| greedy, {content['heldout_problems']} held-out problems | accuracy | 95 % interval | leniently |",
+        "|---|---|---|---|",
     ]
     for label, row in content["accuracy"].items():
-        lines.append(f"| {label} | {row['accuracy']:.3f} | {row['low']:.3f} to {row['high']:.3f} |")
+        lenient = f"{row['lenient']:.3f}" if "lenient" in row else ""
+        span = f"{row['low']:.3f} to {row['high']:.3f}"
+        lines.append(f"| {label} | {row['accuracy']:.3f} | {span} | {lenient} |")
     return "\n".join(lines) + "\n"

@@ -149,8 +149,8 @@ def main() -> None:
             score = row["score"]
             print(
                 f"{row['model']:22} {row['vectors']:36} accuracy {score['accuracy']:.3f} "
-                f"({score['low']:.3f} to {score['high']:.3f})  boxed {score['answered']:.2f}  "
-                f"log p {row['log_probability']:7.2f}",
+                f"({score['low']:.3f} to {score['high']:.3f})  leniently {score['lenient']:.3f}  "
+                f"boxed {score['answered']:.2f}  log p {row['log_probability']:7.2f}",
                 flush=True,
             )
     results["minutes"] = round((time.time() - start) / 60, 1)

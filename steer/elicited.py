@@ -116,7 +116,7 @@ def best_base(results: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     leniently. The best is chosen on the held-out problems, which favours the base.
     """
     known = {stage: results[stage] for stage in UNTRAINED if stage in results}
-    found = [row for row in stages(known, "") if row[1].get("lenient") is not None]
+    found = [row for row in stages(known, "") if isinstance(row[1].get("lenient"), (int, float))]
     return max(found, key=lambda row: row[1]["lenient"], default=None)
 
 

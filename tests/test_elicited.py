@@ -14,6 +14,7 @@ from steer.data import Arithmetic
 from steer.elicited import best_base, choose, constant_answer, fitting, longer, stages
 from steer.errors import SteerError
 from steer.grading import Checker, extract_boxed
+from steer.lens.report import _elicited
 from steer.prompts import PromptSpec
 from steer.train.evaluation import Answered, constant, score, ways
 from steer.train.report import score_table
@@ -176,3 +177,11 @@ def test_the_card_shows_the_elicited_base():
     old = {"accuracy": 0.5, "low": 0.2, "high": 0.8, "problems": 10}
     text = written({"before": old, "after": old})
     assert "| base model | 0.500 | 0.200 to 0.800 | 10 |" in text and "not elicited" in text
+
+
+def test_the_lens_report_tells_of_the_elicited_base():
+    found = _elicited({"results": results(before=0, longer=3, elicited=6, after=9)})
+    assert "untrained, 8 examples, 64 tokens: 0.600 of 10 problems" in found
+    odd = {"accuracy": 0.5, "low": 0.2, "high": 0.8, "problems": 10, "lenient": "all"}
+    for provenance in (None, {}, {"results": {"before": odd}}, {"results": [1]}):
+        assert "was not elicited" in _elicited(provenance)

@@ -112,6 +112,7 @@ def test_a_whole_run_leaves_everything_behind(whole: Path) -> None:
         assert row["gain"]["value"] == pytest.approx(
             results["after"]["accuracy"] - found["untrained"]["accuracy"]
         )
+        assert row["lenient"]["value"] >= row["accuracy"]["value"]
         assert row["norm"] > 0, "the reward never differed: nothing was tested"
         log = json.loads((whole / "members" / row["member"] / "log.json").read_text())
         assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
@@ -124,7 +125,9 @@ def test_a_whole_run_leaves_everything_behind(whole: Path) -> None:
     assert pairs["layers"] == [0, 1, 2] and len(pairs["pairs"]) == 3
     assert (whole / "sweep.png").read_bytes().startswith(b"\x89PNG")
     text = (whole / "sweep.md").read_text()
-    assert "| untrained |" in text and "| together |" in text and "All 3 together" in text
+    assert {"before", "longer", "elicited", "constant"} == set(found["base"])
+    assert "| untrained |" in text and "The best elicited base is untrained" in text
+    assert "tokens |" in text and "| always " in text and "| together |" in text and "All 3 together" in text
     assert "one seed of training: the intervals are over problems only" in text
     assert pairs["joint_member"] == "together"
     assert pairs["joint"] == {row["member"]: row for row in found["members"]}["together"]["accuracy"]["value"]

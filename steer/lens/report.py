@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from steer.card import is_score
+from steer.elicited import best_base
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.grading import Checker
@@ -36,6 +38,7 @@ from steer.lens.scale_maps import scale_maps
 from steer.lens.scripts import count_scripts
 from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import common_opening, prefix_substitution, token_shift
+from steer.prompts import recorded
 from steer.stats import wilson
 
 Record = dict[str, Any]
@@ -141,6 +144,7 @@ class _Study:
         self._score("base", graded(subject, self.base, self.problems, self.checker))
         right = graded(subject, self.rows, self.problems, self.checker)
         self._score("steered", right)
+        report.notes.append(_elicited(subject.vectors.config.provenance))
         self.right = [row for row, ok in zip(self.rows, right.tolist(), strict=True) if ok]
         for row, plain_row, problem in list(zip(self.rows, self.base, self.problems, strict=True))[:3]:
             texts = subject.answers([plain_row, row])
@@ -367,6 +371,22 @@ class _Study:
 
     def _note(self, **numbers: float | None) -> None:
         self.report.numbers.update(numbers)
+
+
+def _elicited(provenance: dict[str, Any] | None) -> str:
+    """What the run that trained the vectors found of its base, asked and read as well as can be."""
+    scores = {name: score for name, score in recorded(provenance, "results").items() if is_score(score)}
+    best = best_base(scores)
+    if best is None:
+        return (
+            "The base was not elicited (worked examples, a longer limit, lenient reading) where these "
+            "vectors were trained: part of the gain over it may be form alone."
+        )
+    name, score = best
+    return (
+        f"The best elicited base of the training run is {name}: {score['lenient']:.3f} of "
+        f"{score['problems']} problems, read leniently. A gain over the base that is above that is not form."
+    )
 
 
 def save_figures(report: Report, folder: str | os.PathLike[str]) -> Path:
