@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from steer.errors import SteerError
+from steer.hooks import hidden_out, replace_out
 from steer.lens.subject import Subject
 from steer.sites import Decoder, find_sites, last_writer
 
@@ -85,7 +86,7 @@ def open_lanes(subject: Subject, lanes: Sequence[Lane]) -> Iterator[None]:
     before, gate.enabled = gate.enabled, True
     try:
         if any(lane.route for lane in lanes):
-            handles += _Routes(subject, decoder, lanes).hook()
+            _Routes(subject, decoder, lanes).hook(handles)
         yield
     finally:
         gate.enabled = before
@@ -118,13 +119,13 @@ class _Routes:
                 f"routes of several {where} vectors at once are not defined: a vector inside a module has no "
                 "stream of its own to follow; take one layer at a time"
             )
-        heads = subject.model.config.get_text_config().num_attention_heads
-        self.heads = int(heads)
+        self.heads = heads(subject) if any(route.heads for route in self.routed.values()) else 0
 
-    def hook(self) -> list[Any]:
-        depth, handles = self.decoder.depth, []
+    def hook(self, handles: list[Any]) -> None:
+        """Adds its hooks to `handles`, as they come: SteerError where a layer has no module to hold."""
+        depth = self.decoder.depth
         if not self.sources:
-            return []
+            return
         first = min(self.sources)
         starts = {  # the first layer whose module reads the change
             "attention": first + (not (self.direct and self.site == "resid_pre")),
@@ -155,18 +156,16 @@ class _Routes:
                 else:
                     handles.append(block.register_forward_hook(self._note_stream))
             handles.append(self.decoder.layers[-1].register_forward_hook(partial(self._take_out, closed)))
-        return handles
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(len(self.lanes), -1, *x.shape[1:])
 
     def _hold(self, held: list[int], module: nn.Module, args: tuple, output: Any) -> Any:
-        made = output[0] if isinstance(output, tuple) else output
+        made = hidden_out(output)
         blocks = self._split(made).clone()
         for i in held:
             blocks[i] = blocks[self.lanes[i].reference]
-        made = blocks.reshape(made.shape)
-        return (made, *output[1:]) if isinstance(output, tuple) else made
+        return replace_out(output, blocks.reshape(made.shape))
 
     def _hold_heads(self, some: Mapping[int, frozenset[int]], module: nn.Module, args: tuple) -> tuple:
         z = args[0]
@@ -182,15 +181,22 @@ class _Routes:
         self.injected = added if first else self.injected.to(added.device) + added
 
     def _note_stream(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.injected = self._split(output[0] if isinstance(output, tuple) else output)
+        self.injected = self._split(hidden_out(output))
 
     def _take_out(self, closed: list[int], module: nn.Module, args: tuple, output: Any) -> Any:
-        made = output[0] if isinstance(output, tuple) else output
+        made = hidden_out(output)
         blocks = self._split(made).clone()
         for i in closed:
             blocks[i] -= (self.injected[i] - self.injected[self.lanes[i].reference]).to(blocks.device)
-        made = blocks.reshape(made.shape)
-        return (made, *output[1:]) if isinstance(output, tuple) else made
+        return replace_out(output, blocks.reshape(made.shape))
+
+
+def heads(subject: Subject) -> int:
+    """Query heads of an attention; SteerError for a model whose config does not say."""
+    config = subject.model.config.get_text_config()
+    if (count := getattr(config, "num_attention_heads", None)) is None:
+        raise SteerError(f"the config of {type(subject.model).__name__} does not say how many heads it has")
+    return int(count)
 
 
 def output_projection(attention: nn.Module, heads: int, width: int) -> nn.Module:
@@ -216,7 +222,7 @@ def watch(
     """
 
     def hook(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
-        seen(layer, output[0] if isinstance(output, tuple) else output)
+        seen(layer, hidden_out(output))
 
     blocks = subject.decoder.layers
     handles = [blocks[layer].register_forward_hook(partial(hook, layer)) for layer in layers]

@@ -123,7 +123,7 @@ class _Study:
             ("token shift", self.token_shift),
             ("prefix substitution", self.prefix),
             ("path patching", self.patching),
-            ("path patching, the last layers", self.last_layers),
+            ("path patching, the last layers", self.last_layers_patched),
             ("persistence", self.persistence),
             ("single layers and leave-one-out", self.layers),
             ("composition", self.composition),
@@ -275,6 +275,12 @@ class _Study:
             results["decomposition"] = decompose(subject, self.rows[: self.few], label="decomposition")
         except SteerError as error:
             self.report.notes.append(f"Decomposition left out: {error}.")
+
+    def last_layers_patched(self) -> None:
+        try:
+            self.last_layers()
+        except SteerError as error:
+            self.report.notes.append(f"Path patching of the last layers left out: {error}.")
 
     def last_layers(self) -> None:
         subject, results = self.subject, self.report.results
