@@ -15,6 +15,7 @@ import numpy as np
 
 from evals import scores
 from evals.collect import Cell, Collection
+from steer.elicited import constant_answer
 from steer.grading import Checker
 
 
@@ -46,14 +47,15 @@ def lenient_columns(cell: Cell, base: Cell | None, reference: Cell | None) -> di
 
 
 def constant_rows(collection: Collection) -> list[dict[str, Any]]:
-    """The best constant answer of each benchmark that has one, and its score on the compared problems."""
+    """The best constant answer of each benchmark, and its score on the compared problems."""
     rows = []
     with Checker() as checker:
-        for benchmark, answer in collection.constants.items():
+        for benchmark in collection.benchmarks():
             cells = collection.cells(benchmark, True) or collection.cells(benchmark, False)
             if not cells:
                 continue
             golds = [str(collection.problems[benchmark][key]["answer"]) for key in cells[0].problems]
+            answer = constant_answer(golds)
             verdicts = checker.check([rf"\boxed{{{answer}}}"] * len(golds), golds)
             right = np.array([[verdict.correct for verdict in verdicts]], dtype=float)
             rows.append(

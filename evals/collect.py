@@ -74,7 +74,6 @@ class Collection:
     forms: dict[str, str]  # benchmark -> form of its answers
     notes: list[str]
     sessions: list[dict[str, Any]]  # command, versions and time of every evals.run
-    constants: dict[str, str] = field(default_factory=dict)  # benchmark -> most frequent training answer
 
     def benchmarks(self) -> list[str]:
         return list(self.problems)
@@ -131,8 +130,6 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
         found.sessions += [session for session in settings["sessions"] if session["completions"]]
         for row in problems:
             found.problems.setdefault(row["benchmark"], {}).setdefault(row["id"], row)
-        for name, answer in settings.get("constants", {}).items():
-            found.constants.setdefault(name, answer)
         for name, chosen in settings["benchmarks"].items():
             found.forms.setdefault(name, chosen["answer"])
         lists = list(completions.values())

@@ -1,6 +1,6 @@
 """
-The elicited base of a run: the base with worked examples in its prompts and a longer limit on its answers,
-and the best constant answer. Without them a gain may be one in form alone (`steer.elicited`).
+The elicited base of a run: the base with worked examples in its prompts and a longer limit on its answers.
+Without it a gain may be one in form alone (`steer.elicited`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from evals.benchmarks import Benchmark, Problem
 from evals.variants import Asked, Variant
 from steer.data import load_problems
-from steer.elicited import EXAMPLES, choose, constant_answer
+from steer.elicited import EXAMPLES, choose
 from steer.errors import SteerError
 from steer.prompts import PromptSpec
 
@@ -30,10 +30,9 @@ def elicited(
     tokenizer: Any,
     prompts: dict[str, PromptSpec],
     context: int | None,
-) -> tuple[Variant | None, dict[str, str]]:
+) -> Variant | None:
     """
-    The variant of `base` that is asked with worked examples, and the most frequent training answer by
-    benchmark.
+    The variant of `base` that is asked with worked examples; None where there is none.
 
     Args:
         args: the command line. Without `--examples` every base that is measured is elicited too, on the
@@ -46,15 +45,14 @@ def elicited(
     """
     count = EXAMPLES if args.examples is None else args.examples
     if not count or (args.examples is None and (args.fine_tuned or not args.base)):
-        return None, {}
+        return None
     from steer.train.evaluation import ways
 
-    asked, constants = [], {}
+    asked = []
     for b in chosen:
         found: list[dict[str, Any]] | str = training(b, args.data_dir, args.examples_from)
         if not isinstance(found, str):
             held_out = [p.problem for p in problems[b.name]]
-            constants[b.name] = constant_answer(str(row["answer"]) for row in found)
             examples = choose(found, count, held_out)
             rows = [{"problem": text} for text in held_out]
             way = ways(prompts[b.name], b.max_new_tokens, examples, rows, tokenizer, context)
@@ -69,9 +67,9 @@ def elicited(
             "note: %s: %s; the base is asked without examples, so a gain may be form alone", b.name, found
         )
     if not asked:
-        return None, constants
+        return None
     name = f"{base.name}, {max(len(a.examples) for a in asked)} examples"
-    return replace(base, name=name, asked=tuple(asked)), constants
+    return replace(base, name=name, asked=tuple(asked))
 
 
 def training(benchmark: Benchmark, data_dir: str | None, source: str | None) -> list[dict[str, Any]] | str:

@@ -98,7 +98,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     }
     texts = {name: found for name, (found, _) in problems.items()}
     context = context_length(bones.config)
-    extra, constants = elicit.elicited(args, base, chosen, texts, tokenizer, prompts, context)
+    extra = elicit.elicited(args, base, chosen, texts, tokenizer, prompts, context)
     compared = [*compared[: args.base], *([extra] if extra else []), *compared[1:]]
     if not compared:
         raise SteerError(
@@ -126,7 +126,6 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
             for b in chosen
         },
         "variants": {variant.name: variant.to_dict() for variant in compared},
-        "constants": constants,
         "sessions": [session],
     }
     table = [

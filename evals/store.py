@@ -180,7 +180,6 @@ def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> d
         **now,
         "variants": {**before["variants"], **now["variants"]},
         "benchmarks": {**before["benchmarks"], **now["benchmarks"]},
-        "constants": {**before.get("constants", {}), **now.get("constants", {})},
         "sessions": [*(s for s in before["sessions"] if s["completions"]), *now["sessions"]],
     }
 

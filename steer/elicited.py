@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from steer.errors import SteerError
-
 # Worked examples in a prompt, unless a run says otherwise.
 EXAMPLES = 8
 # A longer limit is four times the run's own, up to this many tokens.
@@ -72,12 +70,10 @@ def fitting(
 
 def constant_answer(golds: Iterable[str]) -> str:
     """
-    The most frequent reference answer of the training problems: the best answer that ignores the problem. Of
-    equally frequent ones the first in the order of text. SteerError where there is none.
+    The most frequent reference answer of the problems that are scored: no answer that ignores the problem
+    does better on them. Of equally frequent ones the first in the order of text.
     """
     counts = Counter(golds)
-    if not counts:
-        raise SteerError("there are no training problems to take the most frequent answer from")
     return min(counts, key=lambda gold: (-counts[gold], gold))
 
 

@@ -12,7 +12,6 @@ from steer.card import card
 from steer.config import SteeringConfig
 from steer.data import Arithmetic
 from steer.elicited import best_base, choose, constant_answer, fitting, longer, stages
-from steer.errors import SteerError
 from steer.grading import Checker, extract_boxed
 from steer.lens.report import _elicited
 from steer.prompts import PromptSpec
@@ -81,14 +80,12 @@ def test_the_longer_limit_is_no_shorter(limit):
 # ---- the constant answer
 
 
-def test_the_most_frequent_answer_of_training_and_what_it_scores():
+def test_no_constant_answer_scores_more():
     assert constant_answer(["3", "12", "12", "3", "4"]) == "12"
-    with pytest.raises(SteerError, match="no training problems"):
-        constant_answer([])
     with Checker() as checker:
-        found = constant(HELD_OUT, constant_answer(row["answer"] for row in TRAIN), checker)
-    right = sum(row["answer"] == found["answer"] for row in HELD_OUT)
-    assert found["accuracy"] == found["lenient"] == right / 75
+        found = constant(HELD_OUT, checker)
+    golds = [row["answer"] for row in HELD_OUT]
+    assert found["accuracy"] == found["lenient"] == max(map(golds.count, golds)) / 75 == 0.12
     assert found["low"] <= found["accuracy"] <= found["high"] and found["problems"] == 75
 
 

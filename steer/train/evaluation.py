@@ -12,7 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steer.elicited import Example, fitting, longer
+from steer.elicited import Example, constant_answer, fitting, longer
 from steer.grading import Checker
 from steer.lenient import extract_lenient
 from steer.prompts import PromptSpec
@@ -150,9 +150,11 @@ def score(answered: Sequence[Answered]) -> Score:
     )
 
 
-def constant(problems: Sequence[dict[str, Any]], given: str, checker: Checker) -> dict[str, Any]:
-    """The score of one answer to all problems, as a run's results hold it."""
-    verdicts = checker.check([rf"\boxed{{{given}}}"] * len(problems), [row["answer"] for row in problems])
+def constant(problems: Sequence[dict[str, Any]], checker: Checker) -> dict[str, Any]:
+    """The score of the best constant answer to `problems`, as a run's results hold it."""
+    golds = [str(row["answer"]) for row in problems]
+    given = constant_answer(golds)
+    verdicts = checker.check([rf"\boxed{{{given}}}"] * len(problems), golds)
     right = sum(verdict.correct for verdict in verdicts)
     low, high = _wilson(right, len(problems))
     share = right / len(problems)

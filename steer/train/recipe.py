@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 from steer.data import load_problems
-from steer.elicited import UNTRAINED, choose, constant_answer
+from steer.elicited import UNTRAINED, choose
 from steer.errors import SteerError
 from steer.files import held, read_json, replace_file
 from steer.models import check_context, context_length, fast_dtype, load_model, load_tokenizer
@@ -286,7 +286,7 @@ def _conduct(
             for stage in UNTRAINED:
                 evaluate(stage)
         if held_out is not None and run.examples and "before" in stages and state.is_main_process:
-            always = constant(held_out, constant_answer(train["answer"]), checker)
+            always = constant(held_out, checker)
             runs.write_results(folder, {**runs.read_results(folder), "constant": always})
         state.wait_for_everyone()
         _train(trainer, recipe, folder, asked)

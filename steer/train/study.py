@@ -29,7 +29,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer import artifact
-from steer.elicited import STAGES, UNTRAINED, choose, constant_answer
+from steer.elicited import STAGES, UNTRAINED, choose
 from steer.errors import SteerError
 from steer.files import read_json, replace_file
 from steer.models import context_length
@@ -253,7 +253,7 @@ def _score_untrained(study: Study, trainer: PopulationTrainer) -> None:
             runs.write_results(study.folder, {**results, stage: found})
         state.wait_for_everyone()
     if state.is_main_process and study.run.examples:
-        always = constant(study.held_out, constant_answer(study.train["answer"]), study.checker)
+        always = constant(study.held_out, study.checker)
         runs.write_results(study.folder, {**runs.read_results(study.folder), "constant": always})
     state.wait_for_everyone()
 
