@@ -24,7 +24,7 @@ from typing import Any
 from evals import best_base, scores
 from evals.collect import Cell, Collection, collect
 from evals.scores import Estimate
-from steer.errors import SteerError
+from steer.errors import SteerError, print_any_text
 from steer.files import replace_file
 from steer.stats import benjamini_hochberg
 
@@ -377,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, help="folder for the table, the plots and the page")
     args = parser.parse_args(argv)
+    print_any_text()
     try:
         report(args.runs, args.base, args.reference, args.out)
     except SteerError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from evals import benchmarks
 from evals.engines import ENGINES
-from steer.cli.arguments import count, finite, json_object, whole
+from steer.cli.arguments import count, finite, json_object, text, whole
 from steer.elicited import EXAMPLES
 
 # Answers sampled at once, and lost when the run is killed: minutes of work, so fewer where there is no GPU.
@@ -24,14 +24,19 @@ def parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = found.add_argument_group("the model and its variants").add_argument
-    model("--model", required=True, help="hub id, local folder, .gguf file or the name of bundled weights")
+    model(
+        "--model",
+        type=text,
+        required=True,
+        help="hub id, local folder, .gguf file or the name of bundled weights",
+    )
     model("--revision", help="revision of a hub model")
     model("--dtype", default="auto", help="precision of the base model (default: as saved)")
     model("--name", help="what the model without vectors is called (default: base)")
     yes = argparse.BooleanOptionalAction
     model("--base", action=yes, default=True, help="the model by itself is a variant too (default: yes)")
     model("--fine-tuned", action="store_true", help="the model is a fine-tune: all its numbers were trained")
-    many: dict[str, Any] = {"nargs": "+", "default": []}
+    many: dict[str, Any] = {"nargs": "+", "default": [], "type": text}
     model("--vectors", **many, metavar="[NAME=]PATH", help="folders, files or hub ids of vectors")
     model(
         "--scales", nargs="+", type=finite, default=[1.0], help="factors on the vectors as saved (default: 1)"
@@ -80,7 +85,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     asked("--limit", type=count, help="most problems of each benchmark: a seeded choice (default: all)")
     asked("--seed", type=int, default=0, help="of the sampled answers (default: 0)")
     how = found.add_argument_group("how it runs").add_argument
-    how("--out", required=True, help="folder of the run; the same command goes on with it")
+    how("--out", type=text, required=True, help="folder of the run; the same command goes on with it")
     how("--engine", choices=ENGINES, default="hf", help="what samples (default: hf)")
     engine = "arguments of vLLM's LLM: '{\"max_num_seqs\": 64}'"
     how("--engine-args", type=json_object, metavar="JSON", help=engine)

@@ -37,7 +37,7 @@ from evals.benchmarks import Benchmark, Problem
 from evals.engines import Decoding, Engine, HfEngine, VllmEngine, row_seed, source_of, stop_tokens
 from evals.store import FIXED, GREEDY, Store
 from evals.variants import Variant
-from steer.errors import SteerError
+from steer.errors import SteerError, one_line, print_any_text
 from steer.lenient import extract_lenient
 from steer.prompts import TEMPLATES, PromptSpec
 
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     Run the command line; returns the exit code. A user's mistake is one line on standard error and code 1.
     """
+    print_any_text()
     args = options.parser(__doc__ or "").parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "accelerate"):
@@ -73,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluate(args, list(sys.argv[1:] if argv is None else argv))
     except SteerError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # what the operating system refuses: too long a name, a full disk, no permission
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
@@ -147,7 +151,8 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     from evals import compare
 
     compare.report([args.out], base=(base if args.base else compared[0]).name.partition("#")[0])
-    print(f"\nanswers   {args.out}\nas a page  python -m evals.compare {args.out} --out {args.out}/page")
+    page = shlex.join(["python", "-m", "evals.compare", args.out, "--out", f"{args.out}/page"])
+    print(f"\nanswers   {args.out}\nas a page  {page}")
 
 
 def _sample(

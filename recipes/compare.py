@@ -35,7 +35,7 @@ import yaml
 from evals import compare, plots
 from evals.pack import pack, read_packed
 from evals.plan import Plan, read_plan
-from steer.errors import SteerError
+from steer.errors import SteerError, print_any_text
 from steer.files import replace_file
 
 # Settings of how a run is watched and kept, which change none of its numbers.
@@ -358,6 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="folder of results (default: the config's)")
     parser.add_argument("--report", action="store_true", help="only make tables and page of what is there")
     args = parser.parse_args(argv)
+    print_any_text()
     try:
         plan = read_plan(args.config)
         plan = replace(plan, seeds=tuple(args.seeds or plan.seeds), out=args.out or plan.out)

@@ -22,6 +22,7 @@ does and explains.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -72,10 +73,9 @@ def main() -> None:
         folder = Path(training.output_dir)
         seal(folder)
         recipe.report(folder, run, chosen)
-        print(
-            f"\nUse them:\n  {Path(sys.executable).with_name('steer')} generate {run.model} "
-            f"--vectors {folder / 'vectors'} --prompt 'What is 7 + 5?'\n"
-        )
+        command = [Path(sys.executable).with_name("steer"), "generate", run.model]
+        command += ["--vectors", folder / "vectors", "--prompt", "What is 7 + 5?"]
+        print(f"\nUse them:\n  {shlex.join(map(str, command))}\n")
 
 
 def parse() -> tuple[

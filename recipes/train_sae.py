@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 import steer
-from steer.errors import SteerError
+from steer.errors import SteerError, print_any_text
 from steer.files import held
 from steer.models import load_model, load_tokenizer
 from steer.sae import SAE, SAEConfig, save_sae
@@ -152,7 +152,7 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
         raise SteerError(
             f"cannot read {parsed.config}: {error.strerror}; see recipes/configs/sae-*"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SteerError(f"{parsed.config} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise SteerError(f"{parsed.config} holds no settings; see recipes/configs/sae-*")
@@ -207,6 +207,7 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
+    print_any_text()
     try:
         main(sys.argv[1:])
     except SteerError as error:

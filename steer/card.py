@@ -4,6 +4,7 @@ The model card: a `README.md` beside the vectors, written from what their config
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from steer.config import SteeringConfig
@@ -140,7 +141,7 @@ vectors = steer.load("THIS_FOLDER", model)    # vectors.scale = 0.5, vectors.dis
 ```"""
     tools = [
         f"Python, with [steer](https://pypi.org/project/steer):\n\n{python}",
-        f"The command line: `steer generate {base} --vectors THIS_FOLDER --prompt '...'`",
+        f"The command line: `steer generate {shlex.quote(base)} --vectors THIS_FOLDER --prompt '...'`",
     ]
     if config.kind == "adaptive":
         tools.append("PEFT and vLLM's LoRA: `steer export THIS_FOLDER --to peft --out adapter`")

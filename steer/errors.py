@@ -5,6 +5,8 @@ mend.
 
 from __future__ import annotations
 
+import io
+import sys
 from reprlib import Repr
 from typing import Any
 
@@ -24,3 +26,13 @@ def shown(value: Any) -> str:
 def one_line(error: Exception) -> str:
     """Somebody else's error as part of a message: its words on one line, cut where they are long."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def print_any_text() -> None:
+    """
+    Let `print` show what the terminal's encoding lacks as an escape, instead of failing: a path in other
+    letters on an ASCII terminal, a file name that is no UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

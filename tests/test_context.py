@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,17 @@ def train(base: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
     runpy.run_path(str(recipe), run_name="__main__")
 
 
-def test_training_problems_that_do_not_fit_are_left_out_with_a_count(base, monkeypatch, caplog) -> None:
+def test_training_problems_that_do_not_fit_are_left_out_with_a_count(
+    base, monkeypatch, caplog, capsys
+) -> None:
+    folder = base / "a run"
     with caplog.at_level("WARNING", logger="steer"):
-        train(base, monkeypatch)
+        train(base, monkeypatch, "--output_dir", str(folder))
     assert "3 of 9 training problems are left out" in caplog.text and "context of 40 tokens" in caplog.text
-    assert json.loads((base / "run" / "results.json").read_text())["steps"] == 2
+    assert json.loads((folder / "results.json").read_text())["steps"] == 2
+    lines = capsys.readouterr().out.splitlines()
+    words = shlex.split(lines[lines.index("Use them:") + 1])  # a path with a space is one word
+    assert words[words.index("--vectors") + 1] == str(folder / "vectors")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from steer.cli import convert, generate, info, lens, sae, serve
-from steer.errors import SteerError
+from steer.errors import SteerError, one_line, print_any_text
 from steer.threads import passive_waiting
 
 
@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     Run one command; returns its exit code. A user's mistake is one line on standard error and code 1 (2 where
     the command line itself cannot be read).
     """
+    print_any_text()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.update(passive_waiting())
     parser = _parser()
@@ -36,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough: `steer info ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # what the operating system refuses: too long a name, a full disk, no permission
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

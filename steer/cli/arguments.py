@@ -21,6 +21,15 @@ def count(text: str) -> int:
     return whole(text, 1)
 
 
+def text(given: str) -> str:
+    """Text that a tokenizer reads: bytes that are no UTF-8 arrive as half surrogate pairs."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{given!r} is not text in UTF-8") from error
+    return given
+
+
 def finite(text: str) -> float:
     """A number that is neither NaN nor infinite."""
     try:

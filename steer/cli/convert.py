@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer.errors import SteerError
+from steer.cli.arguments import count, finite
+from steer.errors import SteerError, shown
 
 if TYPE_CHECKING:
     from steer.artifact import Artifact
@@ -50,7 +52,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="base model for --to checkpoint, or its .gguf file for --to gguf-model; default: the artifact's",
     )
     export.add_argument("--layers", metavar="A-B", help="export these layers only, e.g. 1-29")
-    export.add_argument("--scale", type=float, help="factor on the vectors; default: as saved")
+    export.add_argument("--scale", type=finite, help="factor on the vectors; default: as saved")
     export.add_argument(
         "--block-0",
         choices=("refuse", "drop", "fold", "keep"),
@@ -99,8 +101,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     transfer.add_argument(
         "--check", metavar="DATA", help="measure accuracy with and without: arithmetic, gsm8k, FILE"
     )
-    transfer.add_argument("--check-limit", type=int, default=64, help="problems of --check (default: 64)")
-    transfer.add_argument("--max-new-tokens", type=int, default=256, help="length of the answers of --check")
+    transfer.add_argument("--check-limit", type=count, default=64, help="problems of --check (default: 64)")
+    transfer.add_argument(
+        "--max-new-tokens", type=count, default=256, help="length of the answers of --check"
+    )
     transfer.add_argument("--dtype", default="auto", help="precision of both models (default: auto)")
     transfer.add_argument("--json", action="store_true", help="print JSON")
     transfer.set_defaults(run=_transfer)
@@ -113,10 +117,10 @@ def _export(args: argparse.Namespace) -> None:
 
     found = artifact.read(args.artifact)
     if args.layers:
-        first, _, last = args.layers.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise SteerError(f"--layers {args.layers!r} is not a range; write 4-20 or 12")
-        found = found.layers(int(first), int(last or first))
+        ends = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", args.layers)
+        if not ends:
+            raise SteerError(f"--layers {shown(args.layers)} is not a range; write 4-20 or 12")
+        found = found.layers(int(ends[1]), int(ends[2] or ends[1]))
     if args.scale is not None:
         found = replace(found, config=replace(found.config, scale=args.scale))
     out = args.out or str(args.artifact).rstrip("/").removesuffix(".safetensors") + TARGETS[args.to][1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from steer.cli.arguments import count, finite, json_object
+from steer.cli.arguments import count, finite, json_object, text
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -14,7 +14,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     generate.add_argument("model", help="hub id, local folder, .gguf file or the name of bundled weights")
     generate.add_argument("--vectors", required=True, help="folder, .safetensors file or hub id")
-    generate.add_argument("--prompt", required=True, help="the problem or question")
+    generate.add_argument("--prompt", type=text, required=True, help="the problem or question")
     generate.add_argument(
         "--template", help="prompt template; default: the one the vectors were trained with"
     )
@@ -44,8 +44,8 @@ def _generate(args: argparse.Namespace) -> None:
     if args.scale is not None:
         vectors.scale = args.scale
     trained = PromptSpec.of_training(vectors.config.provenance)
-    text = trained.but(args.template, None, args.chat_template_kwargs).render(args.prompt, tokenizer)
-    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    prompt = trained.but(args.template, None, args.chat_template_kwargs).render(args.prompt, tokenizer)
+    inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
 
     check_context(model.config, inputs["input_ids"].shape[1], args.max_new_tokens, "--max-new-tokens")
 
@@ -58,7 +58,7 @@ def _generate(args: argparse.Namespace) -> None:
     steered = answer()
     if args.json:
         print(
-            json.dumps({"prompt": text, "scale": vectors.scale, "base": base, "steered": steered}, indent=2)
+            json.dumps({"prompt": prompt, "scale": vectors.scale, "base": base, "steered": steered}, indent=2)
         )
     else:
         print(f"base     {base}\nsteered  {steered}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from steer.cli.arguments import count, json_object
+from steer.cli.arguments import at_least, count, finite, json_object
 
 CONTROLS = ("random", "shuffled", "mean-difference")
 
@@ -121,7 +121,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     logit = _command(kinds, "logit", data=False)
     logit.add_argument("--reading", default="dot", help="dot or cosine (default: dot)")
     logit.add_argument("--no-final-norm", action="store_true", help="leave the final norm's scale out")
-    logit.add_argument("--top", type=int, default=10, help="tokens on either side (default: 10)")
+    logit.add_argument("--top", type=count, default=10, help="tokens on either side (default: 10)")
     logit.add_argument(
         "--scripts",
         action="store_true",
@@ -131,7 +131,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     shift = _command(kinds, "shift")
     shift.add_argument("--layers", help="vectors of these layers alone, e.g. 29 or 4-20; default: all")
     shift.add_argument(
-        "--temperature", type=float, default=0.0, help="of the answers looked at (default: 0, greedy)"
+        "--temperature", type=at_least(0), default=0.0, help="of the answers looked at (default: 0, greedy)"
     )
     shift.add_argument(
         "--force",
@@ -175,7 +175,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
 
     sweep = _command(kinds, "sweep")
-    sweep.add_argument("--scales", nargs="+", type=float, metavar="FACTOR", help="default: -1 to 2")
+    sweep.add_argument("--scales", nargs="+", type=finite, metavar="FACTOR", help="default: -1 to 2")
 
     _command(kinds, "scales")
 

@@ -30,7 +30,7 @@ from trl import TrlParser
 
 from steer.data import load_problems
 from steer.elicited import UNTRAINED, choose
-from steer.errors import SteerError
+from steer.errors import SteerError, print_any_text
 from steer.files import held, read_json, replace_file
 from steer.models import check_context, context_length, fast_dtype, load_model, load_tokenizer
 from steer.prompts import PromptSpec
@@ -67,6 +67,7 @@ _GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", 
 
 def start(main: Callable[[], None]) -> None:
     """Run the `main` of a recipe. An error that names its mend ends the program with that one line."""
+    print_any_text()
     try:
         main()
     except SteerError as error:
@@ -101,11 +102,12 @@ def parse(
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; see recipes/configs")
     try:
         found = parser.parse_args_and_config(arguments)[: len(parts)]
-    except FileNotFoundError as error:
+    except OSError as error:
         raise SteerError(
-            f"no config file {error.filename}; those that come with steer are in recipes/configs"
+            f"no config file {error.filename} ({error.strerror}); those that come with steer are in "
+            "recipes/configs"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SteerError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:  # trl and transformers on unknown or contradictory settings
         raise SteerError(" ".join(str(error).split())) from error
