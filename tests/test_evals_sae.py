@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from steering import message
@@ -69,6 +70,13 @@ def test_tables_are_made_once_and_go_on(command, tmp_path, monkeypatch, capsys):
     assert "| kron-m4n4-128, equal FLOPs |" in table and "| topk-128, tokens of kron-m4n4 |" in table
     assert "hierarchical-kron-64, one model" in table
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 10_000
+
+
+def test_the_committed_tables_are_those_of_the_committed_numbers():
+    folder = Path(evals_sae.__file__).parent / "results" / "sae"
+    results = json.loads((folder / "tables.json").read_text())
+    assert set(results["saes"]) == {run.name for run in evals_sae.runs(2048, 8192)}
+    assert (folder / "tables.md").read_text() == evals_sae.markdown(results, 2048, 8192)
 
 
 def test_results_of_other_settings_are_not_mixed(command, tmp_path, monkeypatch):
