@@ -248,14 +248,16 @@ def _score_untrained(study: Study, trainer: PopulationTrainer) -> None:
         answered = [a for turn in zip_longest(*gather_object([mine])) for a in turn if a is not None]
         if state.is_main_process:
             _write_answers(study.folder / f"samples_{stage}.json", answered)
-            prompts, limit = asked[stage]
-            found = {**asdict(score(answered)), "max_new_tokens": limit, "examples": len(prompts.examples)}
-            runs.write_results(study.folder, {**results, stage: found})
+            runs.write_results(study.folder, {**results, stage: _scored(answered, *asked[stage])})
         state.wait_for_everyone()
     if state.is_main_process and study.run.examples:
         always = constant(study.held_out, study.checker)
         runs.write_results(study.folder, {**runs.read_results(study.folder), "constant": always})
     state.wait_for_everyone()
+
+
+def _scored(answered: Sequence[Answered], prompts: PromptSpec, limit: int) -> dict[str, Any]:
+    return {**asdict(score(answered)), "max_new_tokens": limit, "examples": len(prompts.examples)}
 
 
 def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: Settings) -> None:
@@ -280,7 +282,7 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         with trainer.population.only(member.name):
             answered = study.answer(trainer, study.held_out, f"held-out problems, {member.name}")
         _write_answers(folder / "samples_after.json", answered)
-        results["after"] = asdict(score(answered))
+        results["after"] = _scored(answered, study.prompts, trainer.args.max_completion_length or 1)
     replace_file(folder / "log.json", json.dumps(member.log).encode())
     config = replace(member.vectors.config, provenance=_provenance(settings, results))
     artifact.write(folder / "vectors", artifact.Artifact(config, member.vectors.tensors()))
