@@ -92,6 +92,7 @@ def notes(collection: Collection, rows: Sequence[dict[str, Any]]) -> list[str]:
 def sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The best base of each benchmark and decoding, and what the trained methods gain over it."""
     found = []
+    reference = next((row["reference"] for row in rows if "reference" in row), None)
     for row in rows:
         if row.get("best_base") == row["method"]:
             e = row["lenient"]
@@ -103,8 +104,11 @@ def sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
         if "elicited_gain" in row and row["parameters"]:
             d, verdict = row["elicited_gain"]["difference"], row["elicited_gain"]["verdict"]
             said = "not shown to differ from" if verdict == scores.UNDECIDED else f"{verdict} than"
-            found.append(
+            text = (
                 f"{row['method']} on {row['benchmark']}, {row['decoding']}: {said} the best elicited base, "
-                f"both read leniently ({d['value']:+.3f}, {d['low']:+.3f} to {d['high']:+.3f})."
+                f"both read leniently ({d['value']:+.3f}, {d['low']:+.3f} to {d['high']:+.3f})"
             )
+            if row["method"] == reference and verdict != scores.BETTER:
+                text += "; shares of its gain over that base are undefined"
+            found.append(f"{text}.")
     return found

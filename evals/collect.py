@@ -212,7 +212,9 @@ def _note_conditions(found: Collection) -> None:
     for name in found.problems:
         for key in ("template", "max_new_tokens", "digest"):
             values = {
-                m.name: m.conditions["benchmarks"][name][key]
+                m.name: m.conditions["asked"]
+                .get(name, m.conditions["benchmarks"][name])
+                .get(key, m.conditions["benchmarks"][name][key])
                 for m in found.methods
                 if name in m.conditions["benchmarks"]
             }

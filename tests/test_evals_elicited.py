@@ -60,6 +60,11 @@ def test_the_elicited_base_is_a_variant_whose_examples_are_recorded(base, whole)
     assert "asked" not in settings["variants"]["base"]
 
 
+def test_a_longer_limit_is_told_beside_the_others(whole):
+    notes = collect([whole]).notes
+    assert f"sums: max_new_tokens differs: base {TOKENS}, base, 2 examples {4 * TOKENS}, s {TOKENS}" in notes
+
+
 def test_its_prompts_hold_the_examples_and_its_answers_may_be_longer(whole):
     found = rows(whole)
     settings = read_settings(whole)
@@ -212,6 +217,15 @@ def test_the_best_elicited_base_is_what_gains_are_also_measured_against(tmp_path
     assert "Gain over the best elicited base, all read leniently" in page and "always 1" in page
     scores = json.loads((tmp_path / "page" / "scores.json").read_text())
     assert scores["constants"][0]["accuracy"]["value"] == 1 / count
+
+
+def test_shares_of_a_gain_that_is_not_shown_are_undefined(tmp_path, capsys):
+    half = [[n % 2 == 0] for n in range(40)]
+    found = {"base": [[False]] * 40, "base, 8 examples": half, "s": half, "full": half}
+    rows = compare.report([make_run(tmp_path / "run", found)], "base", "full")
+    by_name = {row["method"]: row for row in rows}
+    assert by_name["s"]["gain_share"]["value"] == 1 and by_name["s"]["elicited_share"] is None
+    assert "shares of its gain over that base are undefined" in capsys.readouterr().out
 
 
 def test_form_alone_is_no_gain_over_the_elicited_base(tmp_path):
