@@ -46,7 +46,9 @@ SIZES: list[tuple[str, int]] = [
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
     (r"(num_|n_|decoder_|swa_num_|conf_num_)?(attention_)?heads?(_per_layer)?|num_heads", 4),
     (r"linear_num_(value_)?heads", 4),
-    (r"((swa_)?num_|num_global_)?(key_value|kv)_heads|kv_n_heads|linear_num_key_heads|index_n_heads", 2),
+    (r"((swa_)?num_|num_global_)?(key_value|kv)_heads|kv_n_heads|linear_num_key_heads", 2),
+    # As many as the smallest published: with few heads scores are often equal, all zero.
+    (r"index_n_heads", 16),
     (r"qk_rope_head_dim|rotary_dim", 4),
     (r"qk_head_dim", 12),
     (r"attention_head_dim", 16),

@@ -35,6 +35,7 @@ SLOW = {
     "falcon_h1": dict.fromkeys(("scorer", "common"), "LinearAttentionAndFullAttentionLayer"),
     "kimi_linear": dict.fromkeys(("scorer", "common"), "LinearAttentionLayer"),
     "minimax": dict.fromkeys(("sampler", "scorer", "common"), "MiniMaxCache"),
+    "deepseek_v32": dict.fromkeys(("scorer", "common"), "DynamicIndexedLayer"),
     "deepseek_v4": {
         **dict.fromkeys(("padding", "sampler", "scorer", "common"), "compress_rates"),
     },

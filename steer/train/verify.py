@@ -21,6 +21,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -37,18 +38,19 @@ log = logging.getLogger(__name__)
 SELECTABLE = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    DynamicIndexedLayer,
     LinearAttentionLayer,
     cache_utils.LinearAttentionAndFullAttentionLayer,
     cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
 )
-# ... and with a gradient. Layers with a recurrent state write into it in place.
+# ... and with a gradient, in `steer.train.step`: keys and values alone, since a recurrent state is written
+# in place.
 DIFFERENTIABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 # Settings of attention that is chosen by column, and so changes where padding or a cache moves columns. In
 # real models it sets in after thousands of tokens, too far for a trial.
 _BY_COLUMN = {
     "index_block_size": "attends to blocks of columns",
     "compress_rates": "compresses blocks of columns",
-    "index_topk": "chooses by column among tokens of equal score",
 }
 # Lengths of the two prompts that are tried, and how many tokens follow: longer than the windows of tests.
 _PROMPTS, _MORE = (4, 11), 2
@@ -193,7 +195,7 @@ class _Trial:
         self.truth = [one.logits[0].float(), two.logits[0].float()]
         made = getattr(two, "past_key_values", None)
         sampler = cacheless or self._other_cache(made, SELECTABLE, "whose rows may not be selectable")
-        scorer = cacheless or self._other_cache(made, DIFFERENTIABLE, "which takes no gradient")
+        scorer = cacheless or self._other_cache(made, DIFFERENTIABLE, "which holds more than keys and values")
         columns = self._by_column()
         self._check_causal()
         attention = self._attention()
@@ -320,7 +322,8 @@ class _Trial:
             return "its backbone is not where trl's LM head looks for it (base_model)"
         if getattr(head, "weight", None) is None:
             return "it has no single matrix as LM head"
-        prompt_ids, prompt_mask = pad_left(self.prompts, self.device)
+        prompts = [prompt[: min(_PROMPTS)] for prompt in self.prompts]
+        prompt_ids, prompt_mask = pad_left(prompts, self.device)
         ids = torch.tensor([row[-_MORE:] for row in self.rows], device=self.device)
         batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
         batch |= {"completion_ids": ids, "completion_mask": torch.ones_like(ids)}
