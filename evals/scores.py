@@ -27,17 +27,14 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from scipy import optimize, stats
 
 from steer.stats import LEVEL, mcnemar, t_quantile
 from steer.stats import wilson as wilson_ends
 
 Array = np.ndarray[Any, Any]
 
-RESAMPLES = 10_000
-# Resampled at once: bounds the memory at a few tens of megabytes for a thousand problems.
-_CHUNK = 1000
-# Up to this many differences other than zero, every assignment of signs is gone through.
-_EXACT = 14
+RESAMPLES = 10_000  # of the sign flip test: all assignments of signs up to 13 differences, then random ones
 
 
 @dataclass(frozen=True)
@@ -161,11 +158,7 @@ def _p_value(mean: float, parts: Sequence[Part]) -> float:
     least = 1e-12
     if reach(least) <= 0:
         return least
-    low, high = least, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if reach(middle) > 0 else (low, middle)
-    return (low + high) / 2
+    return float(optimize.brentq(reach, least, 1.0))
 
 
 def estimate(values: Array) -> Estimate:
@@ -186,25 +179,25 @@ def estimate(values: Array) -> Estimate:
     return Estimate(value, max(0.0, value - half), min(1.0, value + half))
 
 
-def sign_flip(differences: Array, seed: int = 0) -> float:
+def sign_flip(differences: Array) -> float:
     """
     Two-sided p-value of the mean of paired `differences` (problems,) when each could as well have had the
     other sign (Fisher's randomisation test). Exact for few differences, else from 10,000 random draws; for
     differences of -1, 0 and 1 it is McNemar's test.
     """
     d = differences[differences != 0]
-    observed = abs(d.sum()) * (1 - 1e-9)  # sums in another order differ in the last bits
-    if len(d) <= _EXACT:
-        signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
-        return float((abs(signs @ d) >= observed).mean())
-    rng = np.random.default_rng([seed, 3])
-    hits = 0
-    for start in range(0, RESAMPLES, _CHUNK):
-        size = min(_CHUNK, RESAMPLES - start)
-        hits += int(
-            (abs((1 - 2.0 * rng.integers(0, 2, (size, len(d)), dtype=np.int8)) @ d) >= observed).sum()
-        )
-    return (1 + hits) / (1 + RESAMPLES)
+    if len(d) < 2:  # both signs of one are as large
+        return 1.0
+    found = stats.permutation_test(
+        (d,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=1000,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
 
 
 def compare(values: Array, base: Array) -> Comparison:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from evals import scores
 
@@ -134,6 +135,9 @@ def test_the_p_value_is_the_level_of_the_interval_that_ends_at_zero():
     found = scores.compare(values, base)
     parts = scores._of_seeds(values) + scores._of_problems(values.mean(0) - base[0])
     assert scores._half_width(parts, found.p) == pytest.approx(found.difference.value)
+    # one seed, many samples: close to the paired t test's, which the sign flip test approximates
+    single = scores.compare(values[:1], base)
+    assert single.p == pytest.approx(stats.ttest_rel(values[0], base[0]).pvalue, abs=0.02)
 
 
 def trial(rng, seeds: int, sd: float, mean: float, together: float, problems: int = 75) -> np.ndarray:
