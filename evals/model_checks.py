@@ -101,7 +101,10 @@ def _blocks(vectors: SteeringVectors) -> list[Any]:
 def _attach(model_type: str) -> None:
     model = tiny(model_type)
     vectors = steer.attach(model)
-    layers = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    layers = getattr(
+        config, "num_layers", config.num_hidden_layers
+    )  # LongCat's are two layers each for a cache
     if vectors.depth != layers:
         raise Wrong(f"vectors in {vectors.depth} layers of a model of {layers}")
     if any(p.requires_grad for n, p in model.named_parameters() if ".steering." not in n):

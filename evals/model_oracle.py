@@ -54,7 +54,9 @@ def changed(module: nn.Module, change: Change, before: bool = False) -> Iterator
                 return original(change(args[0]), *args[1:], **kwargs)
             return original(**{**kwargs, "hidden_states": change(kwargs["hidden_states"])})
         output = original(*args, **kwargs)
-        return (change(output[0]), *output[1:]) if isinstance(output, (tuple, list)) else change(output)
+        if isinstance(output, (tuple, list)):
+            return type(output)([change(output[0]), *output[1:]])
+        return change(output)
 
     module.forward = forward
     try:

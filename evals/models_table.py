@@ -156,6 +156,7 @@ def main() -> int:
         for check_name, outcome in bad.items():
             print(f"  {check_name}: {outcome.state}: {outcome.why}", file=sys.stderr, flush=True)
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(page(table))
     else:
         print(page(table))
