@@ -75,7 +75,7 @@ def added(
 ) -> Iterator[None]:
     """
     Inside, each of `modules` returns (or reads, with `before`) what it did plus its vector, at the columns
-    `only`: of each pass, or, with `counting`, of all passes one after another.
+    `only` of each pass. With `counting` a pass over one token goes on where the last one ended.
     """
 
     def plus(vector: torch.Tensor) -> Change:
@@ -84,10 +84,11 @@ def added(
         def change(hidden: torch.Tensor) -> torch.Tensor:
             nonlocal seen
             tokens = hidden.shape[1]
+            seen = seen if counting and tokens == 1 else 0
             where = torch.zeros(seen + tokens, dtype=hidden.dtype)
             where[only] = 1
             where = where[seen:].view(tokens, *[1] * (hidden.dim() - 2))
-            seen += tokens if counting else 0
+            seen += tokens
             return hidden + where * vector
 
         return change

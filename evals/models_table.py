@@ -95,7 +95,7 @@ _SAME = [
     (r"; (seen|its modules are|top-level modules)[: ].*", ""),
     (r"layer \d+'s \w+", "a layer's module"),
     (r"layer \d+", "a layer"),
-    (r" in \w+(Layer|Block)\b", ""),
+    (r"(, an?| in) \w+(Layer|Block)\b", ""),
     (r" \([^()]*\ballowed\)", ""),
 ]
 
