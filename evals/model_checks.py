@@ -57,12 +57,7 @@ def check(model_type: str) -> dict[str, Outcome]:
         tiny(model_type)
     except Exception as error:  # whatever transformers raises: the model is not there to be checked
         return dict.fromkeys(CHECKS, Outcome("not built", f"{type(error).__name__}: {_line(error)}"))
-    outcomes: dict[str, Outcome] = {}
-    for name, run in CHECKS.items():
-        outcomes[name] = _outcome(run, model_type)
-        if name == "attach" and outcomes[name].state == "refused":
-            return dict.fromkeys(CHECKS, outcomes[name])
-    return outcomes
+    return {name: _outcome(run, model_type) for name, run in CHECKS.items()}
 
 
 def _outcome(run: Check, model_type: str) -> Outcome:

@@ -33,6 +33,8 @@ def test_every_capability_works_or_is_refused_with_a_reason(model_type):
     assert all(outcome.why for outcome in found.values() if outcome.state != "works")
     if model_type in ("llama", "qwen3", "gpt2"):
         assert {outcome.state for outcome in found.values()} == {"works"}
+    if model_type == "rwkv":
+        assert found["sampling"].state == found["update"].state == "plain path"
 
 
 def test_a_site_that_steers_by_something_else_is_wrong(monkeypatch):
