@@ -10,9 +10,11 @@ Ask a model and its variants the same problems, keep every answer, grade it, and
         --out runs/full-eval
     python -m evals.compare runs/eval runs/full-eval --out runs/page
 
-Each problem is answered once greedily and `--samples` times at `--temperature`. A run that was stopped goes
-on where it was when the same command is given again; more samples, benchmarks or variants can be added to
-it. With `--engine hf`, greedy answers are the same in every run on one machine.
+Each problem is answered once greedily and `--samples` times at `--temperature`, and each answer is graded
+twice: boxed, and leniently. Beside the base stands the elicited base, asked with worked examples out of the
+training problems (`--examples`) and given more tokens: a gain over it is more than form. A run that was
+stopped goes on where it was when the same command is given again; more samples, benchmarks or variants can be
+added to it. With `--engine hf`, greedy answers are the same in every run on one machine.
 """
 
 from __future__ import annotations
