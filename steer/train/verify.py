@@ -53,7 +53,7 @@ _BY_COLUMN = {
     "compress_rates": "compresses blocks of columns",
 }
 # Lengths of the two prompts that are tried, and how many tokens follow: longer than the windows of tests.
-_PROMPTS, _MORE = (4, 11), 2
+_PROMPTS, _MORE = (3, 8), 2
 # Largest relative distance of logits, per token. In float32 rounding leaves 1e-5 after tens of layers; what
 # is wrong (a mask, a position, a lost state) moves them by 0.05 to 1.
 EXACT = 1e-3
@@ -198,14 +198,17 @@ class _Trial:
         scorer = cacheless or self._other_cache(made, DIFFERENTIABLE, "which holds more than keys and values")
         columns = self._by_column()
         self._check_causal()
-        attention = self._attention()
+        padded = self._padded()
+        attention = self._attention(padded)
         with nullcontext() if attention else cpu.grouped(self.model):
+            common = columns or scorer or self._scorer(1)
             return FastPaths(
                 attention=attention,
-                padding=columns or self._padding(),
+                padding=columns or self._padding(padded),
                 sampler=columns or sampler or self._sampler(),
-                scorer=columns or scorer or self._scorer(None),
-                common=columns or scorer or self._scorer(1),
+                # A pass over what is common is followed by those over prompts.
+                scorer=columns or scorer or (self._scorer(None) if common else None),
+                common=common,
                 head=self._head() if scores else None,
             )
 
@@ -264,17 +267,16 @@ class _Trial:
                 f"of the batch ({off}); sampling and scoring need a causal language model, load another"
             )
 
-    def _attention(self) -> str | None:
+    def _attention(self, padded: torch.Tensor) -> str | None:
         if self.device.type != "cpu":
             return None
-        plain = self._padded()
         with cpu.grouped(self.model):
-            off = self._off([(self._padded(), plain)])
+            off = self._off([(self._padded(), padded)])
         return f"grouped attention differs ({off})" if off else None
 
-    def _padding(self) -> str | None:
-        got = self._padded()
-        off = self._off([(found[-len(truth) :], truth) for found, truth in zip(got, self.truth, strict=True)])
+    def _padding(self, padded: torch.Tensor) -> str | None:
+        pairs = zip(padded, self.truth, strict=True)
+        off = self._off([(found[-len(truth) :], truth) for found, truth in pairs])
         return f"padding on the left changes its logits ({off})" if off else None
 
     def _padded(self) -> torch.Tensor:
