@@ -40,6 +40,7 @@ SLOW = {
         **dict.fromkeys(("padding", "sampler", "scorer", "common"), "compress_rates"),
     },
     "rwkv": {"padding": "differ|changes", **dict.fromkeys(("sampler", "scorer", "common"), "state instead")},
+    "moshi": dict.fromkeys(("sampler", "scorer", "common"), "masks do not"),
     "mamba": dict.fromkeys(("sampler", "scorer", "common"), "cache_params instead"),
     "llama4_text": {"head": "base_model"},
     "modernbert-decoder": {"head": "differs"},
