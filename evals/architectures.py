@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -140,7 +141,7 @@ def tiny(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     Returns:
         The model, of `LAYERS` layers of width 32 with `VOCABULARY` tokens unless `changes` says otherwise.
         Weights that are initialised to zeros or ones get small noise, so that a bias or a norm's gain that is
-        left out or applied twice shows.
+        left out or applied twice shows; so does the embedding of the padding token.
     """
     config = tiny_config(CONFIG_MAPPING[model_type], **changes)
     with torch.random.fork_rng(devices=[]):
@@ -151,6 +152,9 @@ def tiny(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
                 flat = parameter.flatten()
                 if flat.is_floating_point() and bool((flat == flat[:1]).all()):
                     parameter.add_(0.1 * torch.randn_like(parameter))
+            for module in model.modules():
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:  # zero, else
+                    module.weight[module.padding_idx].normal_(std=SPREAD)
     return model.eval()
 
 

@@ -96,7 +96,7 @@ _SAME = [
     (r"layer \d+'s \w+", "a layer's module"),
     (r"layer \d+", "a layer"),
     (r"(, an?| in) \w+(Layer|Block)\b", ""),
-    (r" \([^()]*\ballowed\)", ""),
+    (r" \([^()]*\b(allowed|of log-probabilities)\)", ""),
 ]
 
 
