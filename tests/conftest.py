@@ -11,6 +11,8 @@ from typing import Any
 from steer.threads import passive_waiting
 
 os.environ.update(passive_waiting())
+# Nothing is looked up on the hub: without a network every name would wait for its time limit.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch

@@ -214,7 +214,7 @@ def test_texts_from_files(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.csv", "x", ".txt"),
-        ("a.jsonl", "{", "line 1: not JSON"),
+        ("a.jsonl", "{", "line 1 is not JSON"),
         ("a.jsonl", '{"text": "x"}\n[1]', "line 2"),
         ("a.jsonl", '{"answer": "x"}', "'text' or 'problem'"),
         ("a.txt", "\n \n", "empty"),
