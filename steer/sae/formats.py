@@ -104,6 +104,9 @@ def load_sae(folder: str | os.PathLike[str]) -> SAE:
         ) from error
     except SteerError as error:
         raise SteerError(f"{path}: {error}") from error
+    size, stored = (found.d_sae, found.d_in), tuple(state["W_dec"].shape) if "W_dec" in state else "missing"
+    if stored != size:  # before a module of that size is made: a false setting must not fill the memory
+        raise SteerError(f"{path}: W_dec is {stored}, its settings ask for {size}")
     sae = SAE(found)
     state = {"threshold": sae.threshold, **state}
     shapes = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
