@@ -1,24 +1,27 @@
 """
 How OpenMP's threads wait for each other, chosen before torch loads the OpenMP library.
 
-By default they spin at every barrier. With any other process on the machine, a thread that spins holds the
-core that the thread it waits for needs, and a training step takes two to ten times as long. Threads that
-sleep instead must be woken at every barrier, which costs time on an idle machine where parallel regions are
-short: set either variable (`GOMP_SPINCOUNT=300000` is close to the library's default) to have it your way.
+By default they spin at every barrier. Beside another busy process, a thread that spins holds the core that
+the thread it waits for needs, and a training step takes two to ten times as long. Threads that sleep instead
+must be woken at every barrier, which costs a third of a step on an idle machine. So programs measure first,
+and sleep only where something else computes.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 
 # OMP_WAIT_POLICY is OpenMP's own variable; GNU's library still spins a little unless GOMP_SPINCOUNT is 0.
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+IDLE = 0.25  # of one CPU: what a desktop or a shell beside the run takes
 
 
 def passive_waiting(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """
-    The variables that make OpenMP's threads sleep at barriers; empty when the user has set either of them.
+    The variables that make OpenMP's threads sleep at barriers, if other processes keep the CPUs busy.
 
     Every script that computes on a CPU does `os.environ.update(passive_waiting())` before it imports torch:
     the library reads the variables once, when it is loaded. Processes started later inherit them.
@@ -27,7 +30,37 @@ def passive_waiting(environment: Mapping[str, str] | None = None) -> dict[str, s
         environment: The variables that are set; default `os.environ`.
 
     Returns:
-        Variables to set, by name.
+        Variables to set, by name: none when the user has set either of them, or when the CPUs are idle.
     """
     known = os.environ if environment is None else environment
-    return {} if PASSIVE.keys() & known.keys() else dict(PASSIVE)
+    if PASSIVE.keys() & known.keys() or busy_cpus() < IDLE:
+        return {}
+    return dict(PASSIVE)
+
+
+def busy_cpus(seconds: float = 0.1) -> float:
+    """
+    How many of the CPUs that this process may use are busy while it sleeps.
+
+    Args:
+        seconds: How long to measure. The kernel counts in hundredths of a second.
+
+    Returns:
+        Number of busy CPUs, fractions included; infinity where the system does not say (not Linux, or a
+        sandbox without counters).
+    """
+    try:
+        before = _cpu_times()
+        time.sleep(seconds)
+        after = _cpu_times()
+        passed = [[b - a for a, b in zip(before[name], after[name], strict=True)] for name in after]
+        return sum(1 - (times[3] + times[4]) / sum(times) for times in passed)
+    except (OSError, KeyError, ZeroDivisionError, AttributeError):
+        return float("inf")
+
+
+def _cpu_times() -> dict[str, list[int]]:
+    """For each CPU of this process: user, nice, system, idle, iowait, ... (proc(5)), in ticks."""
+    lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    times = {name: [int(n) for n in numbers[:8]] for name, *numbers in lines if name.startswith("cpu")}
+    return {name: times[name] for name in (f"cpu{number}" for number in os.sched_getaffinity(0))}

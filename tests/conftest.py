@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from steer.threads import passive_waiting
+from steer.threads import PASSIVE
 
-os.environ.update(passive_waiting())
+# Test processes run beside each other. Set here, before torch is loaded, unless the user has set either.
+if not PASSIVE.keys() & os.environ.keys():
+    os.environ.update(PASSIVE)
 # Nothing is looked up on the hub: without a network every name would wait for its time limit.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
