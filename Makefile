@@ -26,7 +26,7 @@ test: $(VENV)/ready
 
 # Every architecture of transformers, against docs/models.md: four minutes on two cores.
 models: $(VENV)/ready
-	$(RUN_ENV) $(BIN)/python -m pytest -m models tests/test_models_table.py
+	$(RUN_ENV) $(BIN)/python -m pytest -m models tests/evals/test_models_table.py
 
 all-tests: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu"
@@ -42,8 +42,7 @@ vllm: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 
 engine-test: $(VENV)/ready
-	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu" tests/test_engine.py tests/test_engine_bank.py \
-		tests/test_engine_processes.py tests/test_engine_rollout.py
+	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu" tests/engine/test_plugin.py tests/engine/test_bank.py \
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -1,7 +1,4 @@
-"""
-Benchmarks, scores and honest comparisons: `python -m evals.run`, then `evals.compare`, `evals.browse` and
-`evals.grading_check` on the folder it wrote.
-"""
+"""Studies of this project: which models work, speed, SAE tables, transfer. Nothing imports them."""
 
 import os
 

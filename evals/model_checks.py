@@ -23,10 +23,10 @@ from evals import model_oracle as oracle
 from evals.architectures import tiny
 from evals.model_training import scored, updated
 from steer import SteerError, SteeringConfig, SteeringVectors
-from steer.train import cpu
-from steer.train.decoding import pad_left
-from steer.train.rollout import Sampling, rollout
-from steer.train.verify import fast_paths
+from steer.generation import cpu
+from steer.generation.decoding import pad_left
+from steer.generation.sampler import Sampling, rollout
+from steer.generation.verify import fast_paths
 
 # Relative to the largest logit or gradient. float32 sums in another order give 1e-6 to 1e-5; a wrong
 # position, mask or vector 1e-3 or more.

@@ -14,8 +14,8 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evals.architectures import VOCABULARY
-from steer.train.config import SteeringGRPOConfig
-from steer.train.trainer import SteeringGRPOTrainer
+from steer.training.config import SteeringGRPOConfig
+from steer.training.steering_trainer import SteeringGRPOTrainer
 
 GROUP = 4
 PROMPTS = ["t5 t17 t40 t9 t33", "t8 t70", "t61 t22 t8 t70 t12 t45 t3 t9", "t30 t31 t32"]

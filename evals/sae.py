@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from evals import sae_diff, sae_speed
 from steer.errors import SteerError
 from steer.files import replace_file
+from steer.generation.cpu import keep_freed_memory
 from steer.models import load_model, load_tokenizer
 from steer.sae import SAE, SAEConfig, load_sae, save_sae
 from steer.sae.activations import ActivationStream, Reader, Window, windows
@@ -45,7 +46,6 @@ from steer.sae.evaluate import LossRecovered, loss_recovered, nearest_cosines, q
 from steer.sae.letters import absorption, first_letters
 from steer.sae.texts import Texts
 from steer.sae.trainer import CHECKPOINT, SAETrainer, TrainConfig
-from steer.train.cpu import keep_freed_memory
 
 L0 = (8, 16, 32, 64, 128)
 HEADS = ((2, 4), (4, 4))  # (m, n) of the KronSAEs

@@ -16,12 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 import steer
-from steer.data import Arithmetic, load_problems
 from steer.files import replace_file
-from steer.grading import Checker
-from steer.lenient import extract_lenient
+from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.models import load_model, load_tokenizer
-from steer.prompts import PromptSpec, recorded
 from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import Reader
 from steer.sae.browser import write_browser
@@ -31,7 +28,10 @@ from steer.sae.features import Completion, Feature, analyse, read_completions
 from steer.sae.intervene import answer_without, shifted
 from steer.sae.trainer import SAETrainer, TrainConfig
 from steer.stats import wilson
-from steer.train.rollout import Sampling, rollout, uniforms
+from steer.tasks.data import Arithmetic, load_problems
+from steer.tasks.grading import Checker
+from steer.tasks.lenient import extract_lenient
+from steer.tasks.prompts import PromptSpec, recorded
 
 ROWS = 256  # completions sampled at once
 

@@ -11,7 +11,7 @@ import time
 
 from math_verify import parse, verify
 
-from steer.grading import Checker
+from steer.tasks.grading import Checker
 
 
 def make_answers(count: int, numbers: float, seed: int) -> tuple[list[str], list[str]]:

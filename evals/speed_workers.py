@@ -44,7 +44,7 @@ def plan(only: str | None = None) -> list[str]:
 
 
 def problems(count: int) -> list[str]:
-    from steer.data import Arithmetic, load_problems
+    from steer.tasks.data import Arithmetic, load_problems
 
     found = load_problems("arithmetic", "train", arithmetic=Arithmetic(problems=count))["problem"]
     return list(found)[:count]
@@ -65,9 +65,9 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     from trl import GRPOConfig, GRPOTrainer
 
     from steer.models import load_model, load_tokenizer
-    from steer.prompts import render
-    from steer.train.config import SteeringGRPOConfig
-    from steer.train.trainer import SteeringGRPOTrainer
+    from steer.tasks.prompts import render
+    from steer.training.config import SteeringGRPOConfig
+    from steer.training.steering_trainer import SteeringGRPOTrainer
 
     logging.set_verbosity_error()
     on_gpu = torch.cuda.is_available()
@@ -234,7 +234,7 @@ def _peak() -> int:
 def generate(cache: str | None, dtype: str, model_name: str) -> dict[str, float]:
     """Tokens a second of transformers' `generate`, with its dynamic cache or the static one."""
     from steer.models import load_model, load_tokenizer
-    from steer.prompts import render
+    from steer.tasks.prompts import render
 
     tokenizer, model = load_tokenizer(model_name), load_model(model_name, dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -268,7 +268,7 @@ def vllm(method: str, dtype: str, model_name: str) -> dict[str, float]:
 
     from steer import artifact, engine
     from steer.models import load_tokenizer
-    from steer.prompts import render
+    from steer.tasks.prompts import render
     from steer.weights import model_path
 
     tokenizer = load_tokenizer(model_name)

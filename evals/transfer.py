@@ -32,13 +32,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steer
 from steer.artifact import Artifact, from_vectors, read
-from steer.data import Arithmetic, load_problems
+from steer.evaluation.heldout import answer_greedily, score
 from steer.files import replace_file
-from steer.grading import Checker
 from steer.models import load_model, load_tokenizer
-from steer.prompts import PromptSpec
-from steer.train.evaluation import answer_greedily, score
-from steer.transfers import transfer
+from steer.tasks.data import Arithmetic, load_problems
+from steer.tasks.grading import Checker
+from steer.tasks.prompts import PromptSpec
+from steer.transfer import transfer
 from steer.weights import cache_dir
 
 OTHER = "gemma-3-270m"

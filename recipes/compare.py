@@ -6,9 +6,9 @@ write tables, plots and a page.
     python recipes/compare.py --config recipes/configs/compare-tiny.yaml --report
 
 Each run of training is a process of its own, started by `accelerate launch`, and is scored on held-out
-problems by `evals.run`. Learning rates are chosen once for each method, on problems split off the training
-set. Whatever was finished is one small file under OUT/runs or OUT/sweeps and is not done again, on this
-machine or another; a run that was stopped goes on where it was; one that fails is told of at the end and
+problems by `steer.evaluation.run`. Learning rates are chosen once for each method, on problems split off the
+training set. Whatever was finished is one small file under OUT/runs or OUT/sweeps and is not done again, on
+this machine or another; a run that was stopped goes on where it was; one that fails is told of at the end and
 holds up no other. Seeds are outermost: after a part of the time there is one seed of everything. `--report`
 only makes the tables and the page of what is there.
 """
@@ -32,10 +32,10 @@ from typing import Any
 
 import yaml
 
-from evals import compare, plots
-from evals.pack import pack, read_packed
-from evals.plan import Plan, read_plan
 from steer.errors import SteerError, print_any_text
+from steer.evaluation import compare, plots
+from steer.evaluation.pack import pack, read_packed
+from steer.evaluation.plan import Plan, read_plan
 from steer.files import replace_file
 
 # Settings of how a run is watched and kept, which change none of its numbers.
@@ -101,7 +101,7 @@ class Comparison:
         asked = {"evaluation": self.asked(), "systems": self.plan.systems, "sweep": self.plan.sweep}
         if self.done("system-prompt", asked):
             return
-        from steer.train.sweep import SweepArguments, split
+        from steer.training.rate_search import SweepArguments, split
 
         share = self.plan.sweep.get("validation", SweepArguments.validation)
         _, validation = split(self.training_problems(), share)
@@ -121,8 +121,8 @@ class Comparison:
 
     def training_problems(self) -> Any:
         """The training problems that the runs share, as a data set."""
-        from steer.train.recipe import problems
-        from steer.train.run import RunConfig
+        from steer.training.recipe import problems
+        from steer.training.run import RunConfig
 
         known = {f.name for f in fields(RunConfig)}
         return problems(RunConfig(**{k: v for k, v in self.shared.items() if k in known}))[0]
@@ -217,7 +217,7 @@ class Comparison:
 
     def evals(self, out: Path) -> list[str]:
         asked = self.asked()
-        words = [sys.executable, "-m", "evals.run", "--out", str(out)]
+        words = [sys.executable, "-m", "steer.evaluation.run", "--out", str(out)]
         for name in ("template", "max_new_tokens", "dtype", "engine", "chat_template_kwargs"):
             words += [f"--{name.replace('_', '-')}", str(asked[name])] if name in asked else []
         return words

@@ -31,12 +31,12 @@ os.environ.update(passive_waiting())
 from accelerate import PartialState
 
 from steer.errors import SteerError
-from steer.train import recipe
-from steer.train.baselines import Baseline, BaselineGRPOTrainer, readable
-from steer.train.config import SteeringGRPOConfig
-from steer.train.recipe import Recipe
-from steer.train.run import RunConfig, SteeringArguments
-from steer.train.sweep import SweepArguments, choose
+from steer.training import recipe
+from steer.training.baselines import Baseline, BaselineGRPOTrainer, readable
+from steer.training.config import SteeringGRPOConfig
+from steer.training.rate_search import SweepArguments, choose
+from steer.training.recipe import Recipe
+from steer.training.run import RunConfig, SteeringArguments
 
 log = logging.getLogger("steer")
 

@@ -38,16 +38,16 @@ from accelerate import PartialState
 
 import steer
 from steer import artifact
-from steer.elicited import STAGES
 from steer.errors import SteerError
-from steer.train import recipe
-from steer.train import run as runs
-from steer.train.config import SteeringGRPOConfig
-from steer.train.grid import PopulationArguments
-from steer.train.recipe import Recipe
-from steer.train.run import RunConfig, SteeringArguments
-from steer.train.sweep import SweepArguments, choose
-from steer.train.trainer import SteeringGRPOTrainer
+from steer.tasks.elicited import STAGES
+from steer.training import recipe
+from steer.training import run as runs
+from steer.training.config import SteeringGRPOConfig
+from steer.training.rate_search import SweepArguments, choose
+from steer.training.recipe import Recipe
+from steer.training.run import RunConfig, SteeringArguments
+from steer.training.steering_trainer import SteeringGRPOTrainer
+from steer.training.sweep.grid import PopulationArguments
 
 
 def main() -> None:

@@ -32,17 +32,18 @@ os.environ.update(passive_waiting())
 
 from accelerate import PartialState
 
-from evals import layer_study
 from steer.files import held
+from steer.lens import layer_study
 from steer.models import load_model, load_tokenizer
-from steer.rewards import Checker
 from steer.sites import find_decoder
-from steer.train import grid, recipe
-from steer.train import run as runs
-from steer.train.config import SteeringGRPOConfig
-from steer.train.grid import PopulationArguments
-from steer.train.run import RunConfig, SteeringArguments
-from steer.train.study import Study, claim, conduct
+from steer.tasks.rewards import Checker
+from steer.training import recipe
+from steer.training import run as runs
+from steer.training.config import SteeringGRPOConfig
+from steer.training.run import RunConfig, SteeringArguments
+from steer.training.sweep import grid
+from steer.training.sweep.grid import PopulationArguments
+from steer.training.sweep.run import Study, claim, conduct
 
 PARTS = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
 

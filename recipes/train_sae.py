@@ -35,13 +35,13 @@ from transformers.utils import logging as transformers_logging
 import steer
 from steer.errors import SteerError, print_any_text
 from steer.files import held
+from steer.generation.cpu import keep_freed_memory
 from steer.models import load_model, load_tokenizer
 from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import ActivationStream, Reader
 from steer.sae.cache import CachedActivations, write_cache
 from steer.sae.texts import Texts
 from steer.sae.trainer import SAETrainer, TrainConfig
-from steer.train.cpu import keep_freed_memory
 
 
 @dataclass

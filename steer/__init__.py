@@ -7,7 +7,7 @@ from steer.errors import SteerError
 if TYPE_CHECKING:
     from steer.artifact import Artifact, mean, read
     from steer.config import SteeringConfig
-    from steer.transfers import transfer
+    from steer.transfer import transfer
     from steer.vectors import SteeringVectors, attach, attached, detach, load
 
 __all__ = [
@@ -28,7 +28,7 @@ _HOMES = (
     {"SteeringConfig": "steer.config"}
     | dict.fromkeys(("SteeringVectors", "attach", "attached", "detach", "load"), "steer.vectors")
     | dict.fromkeys(("Artifact", "mean", "read"), "steer.artifact")
-    | {"transfer": "steer.transfers"}
+    | {"transfer": "steer.transfer"}
 )
 
 
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     if name == "train":
-        return import_module("steer.train")
+        return import_module("steer.training")
     if name not in _HOMES:
         raise AttributeError(f"module 'steer' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

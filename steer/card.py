@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from steer.config import SteeringConfig
-from steer.elicited import STAGES, stages
+from steer.tasks.elicited import STAGES, stages
 
 # Marks a card as ours: only such a card is written over.
 MARK = "<!-- written by steer; delete this line to keep your own text -->"

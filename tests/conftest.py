@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from helpers.paths import SHARED
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 # Beside other test processes one thread each: two that wait for each other's core are slower than one.
@@ -125,7 +126,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of benchmark files that lies beside a developer's checkout."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = SHARED / "data"
     if not folder.is_dir():
         pytest.skip("the benchmark files (../shared/data) are not on this machine")
     return folder
@@ -144,7 +145,7 @@ def smollm2() -> PreTrainedModel:
 @pytest.fixture
 def run(build_tiny: Callable, tiny_tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     """`run(reward=..., steering=..., resume=..., **settings)`: the trainer of a tiny Llama, at its end."""
-    from training import SPREAD, config, make_trainer, parity
+    from helpers.training import SPREAD, config, make_trainer, parity
 
     def start(
         reward: Any = parity,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.steering import fill, logits, message, relative, tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from steering import fill, logits, message, relative, tokens
 from transformers import PreTrainedModel
 
 import steer

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from steering import fill, logits, message, patch, tokens
+from helpers.steering import fill, logits, message, patch, tokens
 from torch import nn
 from transformers import PreTrainedModel
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT
-from training import SPREAD, model_folder
+from helpers.launching import ROOT
+from helpers.training import SPREAD, model_folder
 from transformers import LlamaConfig
 
 import steer

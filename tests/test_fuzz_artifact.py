@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzz import how_many, mutations
+from helpers.fuzz import how_many, mutations
 from safetensors.torch import save
 
 from steer import SteerError, SteeringConfig, artifact

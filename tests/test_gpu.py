@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training import SPREAD, config, far, make_trainer
+from helpers.training import SPREAD, config, far, make_trainer
 
 import steer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steering import fill, logits, message, tokens
+from helpers.steering import fill, logits, message, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -215,7 +215,7 @@ def test_anything_else_is_refused_and_told_of_transfer(folder, build_tiny, model
 
 
 def test_training_writes_down_both(build_tiny, tiny_tokenizer, tmp_path):
-    from training import SPREAD, config, make_trainer
+    from helpers.training import SPREAD, config, make_trainer
 
     model = build_tiny("llama", initializer_range=SPREAD)
     trainer = make_trainer(model, tiny_tokenizer, config(tmp_path / "run", max_steps=1))

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import SHAPE
-from kinds import DOWN, RANK, attach, values
-from steering import fill, layers_of, logits, message, tokens
+from helpers.kinds import DOWN, RANK, attach, values
+from helpers.steering import fill, layers_of, logits, message, tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 import steer

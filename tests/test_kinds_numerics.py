@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import DOWN, attach, values
-from steering import fill, layers_of, logits, relative, tokens
+from helpers.kinds import DOWN, attach, values
+from helpers.steering import fill, layers_of, logits, relative, tokens
 from torch import nn
 from transformers import PreTrainedModel
 

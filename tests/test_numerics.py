@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from steering import BLOCKS, fill, layers_of, logits, patch, relative, tokens
+from helpers.steering import BLOCKS, fill, layers_of, logits, patch, relative, tokens
 from torch import nn
 from transformers import PreTrainedModel
 

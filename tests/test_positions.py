@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from steering import SOME, fill, logits, message, tokens
+from helpers.steering import SOME, fill, logits, message, tokens
 from transformers import PreTrainedModel
 
 import steer

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from steering import SOME, fill, logits, message, tokens
+from helpers.steering import SOME, fill, logits, message, tokens
 from transformers import DynamicCache
 
 import steer
 from evals.architectures import tiny
 from steer import SteerError, SteeringConfig
-from steer.population import Population
+from steer.vector_sets import Population
 
 # Text that repeats itself, so that a lookup finds candidates; five tokens of it are drafted.
 PROMPT = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5]])

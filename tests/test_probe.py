@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from steering import layers_of, message
+from helpers.steering import layers_of, message
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,9 +14,9 @@ import steer
 from evals.architectures import tiny
 from steer import SteerError, SteeringConfig
 from steer.artifact import from_vectors
-from steer.population import Population
 from steer.probe import out_of_reach
 from steer.sites import find_decoder, find_sites
+from steer.vector_sets import Population
 
 # What is wrong with a site that looks like any other by the names of its modules.
 FAULTS = {

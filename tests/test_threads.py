@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 from steer import threads
 from steer.threads import PASSIVE, busy_cpus, passive_waiting
 
-ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted(
     str(path.relative_to(ROOT))
     for folder in ("recipes", "evals")

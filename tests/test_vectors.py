@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from steering import fill, logits, message, tokens
+from helpers.steering import fill, logits, message, tokens
 from transformers import BloomConfig, BloomForCausalLM
 
 import steer

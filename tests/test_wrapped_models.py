@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import RANK
+from helpers.kinds import RANK
+from helpers.steering import fill, logits, tokens
 from safetensors.torch import load_file, save
-from steering import fill, logits, tokens
 from torch import nn
 
 import steer

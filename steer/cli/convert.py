@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer.cli.arguments import count, finite
+from steer.arguments import count, finite
 from steer.errors import SteerError, shown
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from steer import artifact
-    from steer.formats import arrays, checkpoint, gguf, gguf_model, lm_eval, peft
+    from steer.export import arrays, checkpoint, gguf, gguf_model, lm_eval, peft
     from steer.weights import gguf_path
 
     found = artifact.read(args.artifact)
@@ -147,7 +147,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     from steer import artifact
-    from steer.formats import arrays, gguf, lm_eval, peft
+    from steer.export import arrays, gguf, lm_eval, peft
     from steer.models import skeleton
 
     kind = args.format or _format(Path(args.source))
@@ -165,7 +165,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _format(path: Path) -> str:
-    from steer.formats import lm_eval
+    from steer.export import lm_eval
 
     if path.is_dir():
         return "peft"
@@ -177,7 +177,7 @@ def _format(path: Path) -> str:
 def _transfer(args: argparse.Namespace) -> None:
     from steer import artifact
     from steer.models import load_model, load_tokenizer
-    from steer.transfers.move import transfer
+    from steer.transfer.move import transfer
 
     source = artifact.read(args.artifact)
     donor = args.donor or source.config.base_model
@@ -212,10 +212,10 @@ def _transfer(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
     """Greedy accuracy of the recipient without and with the vectors."""
     import steer
-    from steer.data import Arithmetic, load_problems
-    from steer.grading import Checker
-    from steer.prompts import PromptSpec, recorded
-    from steer.train.evaluation import answer_greedily, score
+    from steer.evaluation.heldout import answer_greedily, score
+    from steer.tasks.data import Arithmetic, load_problems
+    from steer.tasks.grading import Checker
+    from steer.tasks.prompts import PromptSpec, recorded
 
     run = recorded(made.config.provenance, "run")
     names = ("operators", "digits", "terms", "heldout")

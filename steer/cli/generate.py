@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from steer.cli.arguments import count, finite, json_object, text
+from steer.arguments import count, finite, json_object, text
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -36,7 +36,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _generate(args: argparse.Namespace) -> None:
     import steer
     from steer.models import check_context, load_model, load_tokenizer
-    from steer.prompts import PromptSpec
+    from steer.tasks.prompts import PromptSpec
 
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, dtype=args.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from steer.cli.arguments import at_least, count, finite, json_object
+from steer.arguments import at_least, count, finite, json_object
 
 CONTROLS = ("random", "shuffled", "mean-difference")
 

@@ -25,7 +25,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     from steer.sae.config import encoder_flops, encoder_parameters
-    from steer.sae.formats import detect, load_sae
+    from steer.sae.files import detect, load_sae
 
     sae = load_sae(args.folder)
     cfg = sae.cfg
@@ -42,6 +42,6 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from steer.sae.formats import load_sae, save_sae
+    from steer.sae.files import load_sae, save_sae
 
     print(save_sae(load_sae(args.folder), args.target, args.format))

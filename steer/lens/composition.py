@@ -15,13 +15,13 @@ import torch
 
 from steer.config import SteeringConfig
 from steer.errors import SteerError
-from steer.grading import Checker
 from steer.lens.lanes import BASE, Lane, steered
 from steer.lens.passes import passes
 from steer.lens.results import Result, share
 from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject, chunks
 from steer.stats import wilson
+from steer.tasks.grading import Checker
 
 
 @dataclass

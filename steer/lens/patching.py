@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from steer.errors import SteerError
-from steer.grading import Checker
 from steer.lens.lanes import EVERYTHING, NONE, NOTHING, Lane, Route, heads
 from steer.lens.passes import passes
 from steer.lens.results import Result, spread
 from steer.lens.sampling import complete, graded
 from steer.lens.subject import Row, Subject
+from steer.tasks.grading import Checker
 
 DIRECTIONS = {
     "add": "the change is added to the base run along the route",

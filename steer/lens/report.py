@@ -17,10 +17,8 @@ import torch
 from tqdm.auto import tqdm
 
 from steer.card import is_score
-from steer.elicited import best_base
 from steer.errors import SteerError
 from steer.files import replace_file
-from steer.grading import Checker
 from steer.lens import findings as rules
 from steer.lens.composition import compose, leave_one_out, likelihoods, scale_sweep
 from steer.lens.controls import mean_difference, random_vectors, shuffled_layers, values
@@ -38,8 +36,10 @@ from steer.lens.scale_maps import scale_maps
 from steer.lens.scripts import count_scripts
 from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import common_opening, prefix_substitution, token_shift
-from steer.prompts import recorded
 from steer.stats import wilson
+from steer.tasks.elicited import best_base
+from steer.tasks.grading import Checker
+from steer.tasks.prompts import recorded
 
 Record = dict[str, Any]
 ADDED = "added to the base run"

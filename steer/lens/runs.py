@@ -14,10 +14,8 @@ from typing import Any
 import steer
 from steer import artifact
 from steer.config import SteeringConfig
-from steer.data import Arithmetic, load_problems
 from steer.errors import SteerError
 from steer.files import replace_file
-from steer.grading import Checker
 from steer.lens.composition import SCALES, as_trained, leave_one_out, likelihoods, scale_sweep
 from steer.lens.composition import compose as pairs_of
 from steer.lens.controls import mean_difference, random_vectors, shuffled_layers
@@ -39,7 +37,9 @@ from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
 from steer.models import load_model, load_tokenizer
-from steer.prompts import PromptSpec, recorded
+from steer.tasks.data import Arithmetic, load_problems
+from steer.tasks.grading import Checker
+from steer.tasks.prompts import PromptSpec, recorded
 
 Records = list[dict[str, Any]]
 

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from steer.errors import SteerError
-from steer.grading import Checker
 from steer.lens.lanes import Lane, open_lanes
 from steer.lens.passes import prompt_columns
 from steer.lens.subject import Row, Subject, chunks
+from steer.tasks.grading import Checker
 
 
 @torch.no_grad()

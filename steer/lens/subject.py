@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError
 from steer.models import check_context
-from steer.prompts import render
 from steer.sites import Decoder, find_decoder
+from steer.tasks.prompts import render
 from steer.vectors import SteeringVectors
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 @dataclass
 class Subject:
     """
-    A model with vectors attached, and the frame of its prompts (`steer.prompts.render`).
+    A model with vectors attached, and the frame of its prompts (`steer.tasks.prompts.render`).
 
     batch_size: sequences per forward pass, and with the length of the texts all that memory depends on.
     Neither it nor `padding_side` ("left" or "right") changes a result beyond rounding; a model on which
@@ -127,7 +127,7 @@ class Subject:
 
     def _left_changes(self, rows: Sequence[Row]) -> str | None:
         """Why these rows must not be padded on the left; None where they need no padding or may be."""
-        from steer.train.verify import fast_paths  # which imports trl, a matter of seconds
+        from steer.generation.verify import fast_paths  # which imports trl, a matter of seconds
 
         return fast_paths(self.model).padding if len({len(row.ids) for row in rows}) > 1 else None
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from steer.errors import SteerError
-from steer.grading import Checker
 from steer.lens.lanes import BASE, Lane
 from steer.lens.passes import passes
 from steer.lens.results import Result, share
 from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject
 from steer.stats import wilson
+from steer.tasks.grading import Checker
 
 
 @dataclass

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import steer
 from steer.artifact import Artifact
 from steer.errors import SteerError
-from steer.grading import Checker
 from steer.lens.controls import random_vectors, values
 from steer.lens.lanes import BASE, steered
 from steer.lens.results import Result, share
 from steer.lens.sampling import accuracies
 from steer.lens.subject import Subject
-from steer.transfers import transfer
+from steer.tasks.grading import Checker
+from steer.transfer import transfer
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def transfer_matrix(
     **options: Any,
 ) -> TransferMatrix:
     """
-    Carry every entry's vectors into every other model with `steer.transfers.move` (which takes `options`,
+    Carry every entry's vectors into every other model with `steer.transfer.move` (which takes `options`,
     such as `method` or `force`), and solve `problems` greedily. The models are left without vectors.
     """
     if len(entries) < 2:

@@ -3,7 +3,7 @@ Sparse autoencoders: TopK, BatchTopK, JumpReLU, KronSAE and HierarchicalTopK, an
 """
 
 from steer.sae.config import SAEConfig
-from steer.sae.formats import load_sae, save_sae
+from steer.sae.files import load_sae, save_sae
 from steer.sae.model import SAE
 
 __all__ = ["SAE", "SAEConfig", "load_sae", "save_sae"]

@@ -1,0 +1,1 @@
+"""Benchmarks: ask a model and its variants the same problems, grade, store, score and compare."""

@@ -1,0 +1,227 @@
+"""
+Runs read into arrays: methods side by side on the problems that all of them answered.
+
+Variants that differ only behind a '#' (`steering#1`, `steering#2`) are training seeds of one method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steer.errors import SteerError
+from steer.evaluation.pack import read_run
+from steer.evaluation.store import COLUMNS, FIXED, GREEDY
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Method:
+    """One row of the table: its trained numbers, and its completions by seed, benchmark and problem."""
+
+    name: str
+    parameters: int
+    conditions: dict[str, Any]  # what it was run with, to tell apart and to warn
+    seeds: list[str] = field(default_factory=list)
+    # seed -> benchmark -> problem id -> sample -> completion
+    rows: dict[str, dict[str, dict[str, dict[int, Row]]]] = field(default_factory=dict)
+
+
+@dataclass
+class Cell:
+    """A method's answers to one benchmark, decoded one way; arrays are (seeds, problems, samples)."""
+
+    method: Method
+    problems: list[str]
+    rows: list[list[list[Row]]]
+
+    def array(self, column: str) -> Any:
+        return np.array([[[row[column] for row in p] for p in seed] for seed in self.rows])
+
+    @property
+    def values(self) -> Any:
+        """Share of right answers, (seeds, problems)."""
+        return self.array("correct").mean(2)
+
+    @property
+    def read(self) -> int:
+        """How many samples of a problem are graded leniently: the first ones, of all that files keep."""
+        known = [[[row["lenient"] is not None for row in p] for p in seed] for seed in self.rows]
+        of_all = np.array(known).all((0, 1))
+        return int(of_all.cumprod().sum())
+
+    @property
+    def lenient(self) -> Any:
+        """Share of right answers in whatever form they are given, (seeds, problems), over `read` samples."""
+        return self.array("lenient")[:, :, : self.read].astype(float).mean(2)
+
+    @property
+    def untrained(self) -> bool:
+        return self.method.conditions["kind"] == "base" and not self.method.parameters
+
+
+@dataclass
+class Collection:
+    """Everything that `steer.evaluation.compare` and `steer.evaluation.browse` show."""
+
+    methods: list[Method]
+    problems: dict[str, dict[str, Row]]  # benchmark -> id -> problem and answer
+    forms: dict[str, str]  # benchmark -> form of its answers
+    notes: list[str]
+    sessions: list[dict[str, Any]]  # command, versions and time of every steer.evaluation.run
+
+    def benchmarks(self) -> list[str]:
+        return list(self.problems)
+
+    def cells(self, benchmark: str, greedy: bool) -> list[Cell]:
+        """
+        The methods that answered `benchmark` this way, on the problems that all of them answered, in the
+        order of the problems file.
+        """
+        found: list[tuple[Method, dict[str, list[list[Row]]]]] = []
+        for method in self.methods:
+            by_seed = [_complete(method.rows[s].get(benchmark, {}), greedy) for s in method.seeds]
+            common = set.intersection(*map(set, by_seed)) if all(by_seed) else set()
+            samples = {len(rows) for seed in by_seed for rows in seed.values()}
+            if common and len(samples) == 1:
+                found.append((method, {i: [seed[i] for seed in by_seed] for i in common}))
+            elif any(by_seed):
+                self._note(f"{method.name}, {benchmark}: the seeds answered different problems; left out")
+        if not found:
+            return []
+        shared = [i for i in self.problems[benchmark] if all(i in answers for _, answers in found)]
+        if not shared:
+            raise SteerError(
+                f"the runs share no problem of {benchmark}: "
+                + ", ".join(f"{m.name} answered {len(a)}" for m, a in found)
+                + "; compare runs of the same problems"
+            )
+        for method, answers in found:
+            if len(answers) > len(shared):
+                self._note(
+                    f"{benchmark}: {method.name} answered {len(answers)} problems; compared are the "
+                    f"{len(shared)} that all methods answered"
+                )
+        return [
+            Cell(m, shared, [[given[i][s] for i in shared] for s in range(len(m.seeds))])
+            for m, given in found
+        ]
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMNS)) -> Collection:
+    """
+    The methods of several runs, each a folder or a packed file. A variant that two runs share under the same
+    conditions is one; the same name under other conditions gets the run's folder behind it. SteerError for a
+    folder that is no run or an empty one.
+    """
+    found = Collection([], {}, {}, [], [])
+    methods: dict[str, Method] = {}
+    for folder in map(Path, folders):
+        settings, problems, completions = read_run(folder, columns)
+        found.sessions += [session for session in settings["sessions"] if session["completions"]]
+        for row in problems:
+            found.problems.setdefault(row["benchmark"], {}).setdefault(row["id"], row)
+        for name, chosen in settings["benchmarks"].items():
+            found.forms.setdefault(name, chosen["answer"])
+        lists = list(completions.values())
+        rows = [dict(zip(completions, values, strict=True)) for values in zip(*lists, strict=True)]
+        if not rows:
+            raise SteerError(
+                f"{folder} holds no answers yet; run steer.evaluation.run again to go on with it"
+            )
+        _note_unfinished(found, folder, settings, rows)
+        names = {}
+        for name, variant in settings["variants"].items():
+            base, _, seed = name.partition("#")
+            conditions = {
+                **{key: settings[key] for key in FIXED},
+                **{key: variant[key] for key in ("kind", "scale", "prefix", "parameters", "digest")},
+                "system": variant.get("system", ""),
+                "asked": variant.get("asked", {}),
+                "benchmarks": settings["benchmarks"],
+            }
+            method = methods.get(base)
+            if method is not None and _differ(method.conditions, conditions, seed not in method.seeds):
+                base = f"{base} ({folder.name})"
+                method = methods.get(base)
+            if method is None:
+                methods[base] = method = Method(base, variant["parameters"], conditions)
+            method.conditions["benchmarks"] = {**settings["benchmarks"], **method.conditions["benchmarks"]}
+            if seed not in method.seeds:
+                method.seeds.append(seed)
+            names[name] = method.rows.setdefault(seed, {})
+        for row in rows:
+            place = names[row["variant"]].setdefault(row["benchmark"], {}).setdefault(row["problem"], {})
+            place.setdefault(row["sample"], row)
+    found.methods = [method for method in methods.values() if any(method.rows.values())]
+    _note_conditions(found)
+    return found
+
+
+def _complete(problems: dict[str, dict[int, Row]], greedy: bool) -> dict[str, list[Row]]:
+    """The completions of each problem that has all of them."""
+    if greedy:
+        return {i: [samples[GREEDY]] for i, samples in problems.items() if GREEDY in samples}
+    sampled = {i: [samples[k] for k in sorted(samples) if k != GREEDY] for i, samples in problems.items()}
+    most = max(map(len, sampled.values()), default=0)
+    return {i: rows for i, rows in sampled.items() if rows and len(rows) == most}
+
+
+def _differ(one: dict[str, Any], other: dict[str, Any], other_seed: bool) -> bool:
+    """Whether two variants of one name were made or run differently; training seeds differ in weights."""
+    free = {"benchmarks"} | ({"model", "digest"} if other_seed else set())
+    shared = set(one["benchmarks"]) & set(other["benchmarks"])
+    return any(one[k] != other[k] for k in one if k not in free) or any(
+        one["benchmarks"][name] != other["benchmarks"][name] for name in shared
+    )
+
+
+def _note_unfinished(found: Collection, folder: Path, settings: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Every variant owes each problem what any of them gave it."""
+    given: dict[tuple[str, str], set[tuple[str, int]]] = {}
+    for row in rows:
+        given.setdefault((row["variant"], row["benchmark"]), set()).add((row["problem"], row["sample"]))
+    owed = {
+        benchmark: set().union(*(keys for (_, b), keys in given.items() if b == benchmark))
+        for benchmark in settings["benchmarks"]
+    }
+    missing = sum(
+        len(owed[b] - given.get((v, b), set())) for v in settings["variants"] for b in settings["benchmarks"]
+    )
+    if missing:
+        found.notes.append(
+            f"{folder} is not finished: at least {missing} answers are missing; "
+            "steer.evaluation.run goes on with it"
+        )
+
+
+def _note_conditions(found: Collection) -> None:
+    """Say what differs between the methods beside the method."""
+    for key in ("model", "engine", "dtype", "temperature", "top_p", "seed"):
+        fine_tuned = [m for m in found.methods if m.conditions["kind"] == "base" and m.parameters]
+        told = [m for m in found.methods if key != "model" or m not in fine_tuned]
+        values = {method.name: method.conditions[key] for method in told}
+        if len(set(values.values())) > 1:
+            found.notes.append(f"{key} differs: " + ", ".join(f"{n} {v}" for n, v in values.items()))
+    for name in found.problems:
+        for key in ("template", "max_new_tokens", "digest"):
+            values = {
+                m.name: m.conditions["asked"]
+                .get(name, m.conditions["benchmarks"][name])
+                .get(key, m.conditions["benchmarks"][name][key])
+                for m in found.methods
+                if name in m.conditions["benchmarks"]
+            }
+            if len(set(values.values())) > 1:
+                found.notes.append(
+                    f"{name}: {key} differs: " + ", ".join(f"{n} {v}" for n, v in values.items())
+                )

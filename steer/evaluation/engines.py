@@ -1,0 +1,235 @@
+"""
+Two ways to get completions of one base model and its variants: `hf` (transformers, runs anywhere) and `vllm`.
+
+Every row draws from random numbers of its own, keyed by the run's seed, the problem and the sample, and
+never by the variant: variants meet the same luck. With `hf` a completion depends on the batch it was in
+only as far as the rounding of matrix products does; vLLM's kernels and batches may round differently from
+run to run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from steer.errors import SteerError
+from steer.evaluation.variants import Variant, adapter_rank
+from steer.weights import BUNDLED, model_path
+
+ENGINES = ("hf", "vllm")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn: temperature 0 is greedy."""
+
+    max_new_tokens: int
+    stop: tuple[int, ...]
+    temperature: float
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Token ids, the end-of-text token included; `truncated` when the length limit ended it."""
+
+    ids: list[int]
+    truncated: bool
+
+
+class Engine(Protocol):
+    def variant(self, variant: Variant) -> Any:
+        """A context manager: inside, `complete` samples from this variant."""
+
+    def complete(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], decoding: Decoding
+    ) -> list[Completion]:
+        """One completion for each prompt (token ids), from the random numbers of its seed."""
+
+
+def row_seed(seed: int, problem: str, sample: int) -> int:
+    """The seed of one completion's random numbers: 48 bits, the same for every variant and engine."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {problem} {sample}".encode()).digest()[:6], "big")
+
+
+def source_of(name: str) -> str:
+    """What transformers and vLLM load for a model name of `steer.models`: a local folder or a hub id."""
+    return str(model_path(name)) if name in BUNDLED or Path(name).expanduser().exists() else name
+
+
+def stop_tokens(name: str, revision: str | None, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's and those of the model's generation config."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(source_of(name), revision=revision or "main").eos_token_id
+    except OSError:  # many models have none
+        ids = None
+    listed = ids if isinstance(ids, list) else [ids]
+    return tuple(sorted({int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None}))
+
+
+# ---- transformers
+
+
+class HfEngine:
+    """Samples with `steer.generation.sampler`, which reads a prompt once for all of its samples."""
+
+    def __init__(self, name: str, revision: str | None, dtype: str):
+        import torch
+
+        from steer.models import load_model
+
+        device = "cuda" if torch.cuda.is_available() else None
+        self.model = load_model(name, revision=revision, dtype=dtype, device_map=device)
+
+    @contextmanager
+    def variant(self, variant: Variant) -> Iterator[None]:
+        if variant.kind == "vectors":
+            import steer
+
+            vectors = steer.load(variant.path, self.model)
+            vectors.scale = vectors.scale * variant.scale
+            try:
+                yield
+            finally:
+                steer.detach(self.model)
+        elif variant.kind == "adapter":
+            from peft import PeftModel
+
+            try:
+                adapted = PeftModel.from_pretrained(self.model, variant.path)
+            except (ValueError, RuntimeError, KeyError, TypeError) as error:  # another base, unknown method
+                raise SteerError(f"{variant.path} does not fit this model ({_line(error)})") from error
+            try:
+                yield
+            finally:
+                self.model = adapted.unload()
+        else:
+            yield
+
+    def complete(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], decoding: Decoding
+    ) -> list[Completion]:
+        import torch
+
+        from steer.generation.sampler import Sampling, rollout, uniforms
+
+        sampling = Sampling(
+            decoding.max_new_tokens, decoding.stop, temperature=decoding.temperature, top_p=decoding.top_p
+        )
+        noise = None
+        if decoding.temperature:
+            noise = torch.cat([uniforms([0], decoding.max_new_tokens, seed, 0) for seed in seeds])
+        try:
+            found = rollout(self.model, prompts, sampling, noise)
+        except torch.OutOfMemoryError as error:
+            raise SteerError(
+                f"out of memory with {len(prompts)} answers of up to {decoding.max_new_tokens} tokens at "
+                "once; run the same command with a smaller --batch-size to go on"
+            ) from error
+        return [Completion(ids, ids[-1] not in decoding.stop) for ids in found.ids]
+
+
+# ---- vLLM
+
+
+class VllmEngine:
+    """One `LLM` for all variants: vectors are pushed into it by name, adapters are LoRA requests."""
+
+    def __init__(
+        self,
+        name: str,
+        revision: str | None,
+        dtype: str,
+        max_len: int,
+        variants: Sequence[Variant],
+        engine_args: dict[str, Any] | None = None,
+    ):
+        try:
+            from vllm import LLM
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise SteerError(
+                f"--engine vllm needs vLLM, which does not import here ({_line(error)}); install it, or use "
+                "--engine hf"
+            ) from error
+        adapters = [variant for variant in variants if variant.kind == "adapter"]
+        asked: dict[str, Any] = {
+            "model": source_of(name),
+            "revision": revision,
+            "dtype": dtype,
+            "max_model_len": max_len,
+        }
+        if adapters:
+            ranks = {variant.name: adapter_rank(variant.path) for variant in adapters}
+            unknown = [name for name, rank in ranks.items() if not rank]
+            if unknown:
+                raise SteerError(
+                    f"vLLM serves LoRA adapters alone and {unknown[0]!r} is none; use --engine hf"
+                )
+            asked |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _served_rank(max(ranks.values()))}
+        if current_platform.is_cpu():
+            # A prompt read in pieces makes vLLM take back a draw, which a CPU's seeded generators cannot.
+            asked |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len)}
+        try:
+            self.llm = LLM(**{**asked, **(engine_args or {})})
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise SteerError(f"vLLM does not start with {name!r}: {_line(error)}") from error
+        self._extra: dict[str, Any] = {}
+        self._lora: Any = None
+        self._loras = 0
+
+    @contextmanager
+    def variant(self, variant: Variant) -> Iterator[None]:
+        from steer import engine
+
+        if variant.kind == "vectors":
+            engine.push(self.llm, variant.path, name="evaluated")
+            self._extra = engine.request("evaluated", variant.scale)
+        elif variant.kind == "adapter":
+            from vllm.lora.request import LoRARequest
+
+            self._loras += 1  # ids are never used twice: vLLM caches adapters by them
+            self._lora = LoRARequest(variant.name, self._loras, variant.path)
+        try:
+            yield
+        finally:
+            if variant.kind == "vectors":
+                engine.remove(self.llm, "evaluated")
+            self._extra, self._lora = {}, None
+
+    def complete(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], decoding: Decoding
+    ) -> list[Completion]:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                max_tokens=decoding.max_new_tokens,
+                seed=seed if decoding.temperature else None,
+                stop_token_ids=list(decoding.stop),
+                detokenize=False,
+                extra_args=self._extra or None,
+            )
+            for seed in seeds
+        ]
+        asked: Any = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self.llm.generate(asked, params, use_tqdm=False, lora_request=self._lora)
+        ends = [output.outputs[0] for output in outputs]
+        return [Completion(list(end.token_ids), end.finish_reason == "length") for end in ends]
+
+
+def _served_rank(rank: int) -> int:
+    """vLLM makes room for these ranks only."""
+    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

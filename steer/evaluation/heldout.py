@@ -1,0 +1,213 @@
+"""
+Accuracy on held-out problems, for a before/after table and for sweeps. Benchmarks live in `evals`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steer.generation.sampler import Sampling, rollout, uniforms
+from steer.stats import wilson
+from steer.tasks.elicited import Example, constant_answer, fitting, longer
+from steer.tasks.grading import Checker
+from steer.tasks.lenient import extract_lenient
+from steer.tasks.prompts import PromptSpec
+
+log = logging.getLogger("steer")
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Answered:
+    """
+    One problem with what the model wrote and what became of it. `given` is the boxed answer and `correct` its
+    verdict; `lenient` is the verdict on the answer in whatever form it is given (`steer.tasks.lenient`), None
+    in the files of older runs.
+    """
+
+    problem: str
+    answer: str
+    completion: str
+    given: str | None
+    correct: bool
+    tokens: int
+    finished: bool
+    lenient: bool | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    Share of right answers with its 95 % Wilson interval, boxed (`accuracy`) and read leniently (`lenient`;
+    None in the files of older runs), and what else decides how to read it.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    problems: int
+    answered: float
+    finished: float
+    mean_tokens: float
+    lenient: float | None = None
+    lenient_low: float | None = None
+    lenient_high: float | None = None
+
+
+def answer_greedily(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[dict[str, Any]],
+    frame: Callable[[str], str],
+    checker: Checker,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    label: str = "evaluating",
+) -> list[Answered]:
+    """The most likely completion of each problem as `frame` puts it, graded. Deterministic on one machine."""
+    return answer(model, tokenizer, problems, frame, checker, max_new_tokens, eos_token_ids, label)
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[dict[str, Any]],
+    frame: Callable[[str], str],
+    checker: Checker,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    label: str = "evaluating",
+    temperature: float = 0.0,
+    numbers: Sequence[int] | None = None,
+) -> list[Answered]:
+    """
+    One completion of each problem as `frame` puts it, graded; a problem that is there several times is read
+    once. `numbers` (default: 0, 1, ...) tell the random numbers of one row from another's where the
+    temperature is not 0.
+    """
+    sampling = Sampling(max_new_tokens, tuple(eos_token_ids), temperature)
+    numbers = range(len(problems)) if numbers is None else numbers
+    was_training = model.training
+    model.eval()
+    answered: list[Answered] = []
+    with tqdm(total=len(problems), desc=label, unit="problem") as bar:
+        for start in range(0, len(problems), BATCH):
+            batch = problems[start : start + BATCH]
+            prompts = [
+                tokenizer(frame(row["problem"]), add_special_tokens=False)["input_ids"] for row in batch
+            ]
+            noise = uniforms(numbers[start : start + BATCH], max_new_tokens, 0, 0) if temperature else None
+            ids = rollout(model, prompts, sampling, noise).ids
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            golds = [row["answer"] for row in batch]
+            verdicts = checker.check(texts, golds)
+            lenient = checker.check(texts, golds, extract_lenient)
+            for row, text, verdict, free, tokens in zip(batch, texts, verdicts, lenient, ids, strict=True):
+                ended = tokens[-1] in sampling.eos_token_ids
+                answered.append(
+                    Answered(
+                        row["problem"],
+                        row["answer"],
+                        text,
+                        verdict.answer,
+                        verdict.correct,
+                        len(tokens),
+                        ended,
+                        free.correct,
+                    )
+                )
+            bar.update(len(batch))
+    model.train(was_training)
+    return answered
+
+
+def score(answered: Sequence[Answered]) -> Score:
+    """Accuracy over the problems, with the Wilson score interval (Wilson 1927) at 95 %."""
+    n = len(answered)
+    right = sum(a.correct for a in answered)
+    low, high = _wilson(right, n)
+    known = all(a.lenient is not None for a in answered)
+    freely = sum(bool(a.lenient) for a in answered)
+    lenient_low, lenient_high = _wilson(freely, n) if known else (None, None)
+    return Score(
+        accuracy=right / n,
+        low=low,
+        high=high,
+        problems=n,
+        answered=sum(a.given is not None for a in answered) / n,
+        finished=sum(a.finished for a in answered) / n,
+        mean_tokens=sum(a.tokens for a in answered) / n,
+        lenient=freely / n if known else None,
+        lenient_low=lenient_low,
+        lenient_high=lenient_high,
+    )
+
+
+def constant(problems: Sequence[dict[str, Any]], checker: Checker) -> dict[str, Any]:
+    """The score of the best constant answer to `problems`, as a run's results hold it."""
+    golds = [str(row["answer"]) for row in problems]
+    given = constant_answer(golds)
+    verdicts = checker.check([rf"\boxed{{{given}}}"] * len(problems), golds)
+    right = sum(verdict.correct for verdict in verdicts)
+    low, high = _wilson(right, len(problems))
+    share = right / len(problems)
+    return {
+        **{"answer": given, "accuracy": share, "low": low, "high": high, "problems": len(problems)},
+        **{"lenient": share, "lenient_low": low, "lenient_high": high},
+    }
+
+
+def ways(
+    prompts: PromptSpec,
+    limit: int,
+    examples: Sequence[Example],
+    problems: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+) -> dict[str, tuple[PromptSpec, int]]:
+    """
+    How each stage of a run asks the held-out problems: the prompts and the limit on the answers in tokens.
+
+    Args:
+        prompts, limit: the run's own, of the stages "before" and "after".
+        examples: those of the stage "elicited"; none leave the stages "longer" and "elicited" out.
+        problems: the held-out problems.
+        context: tokens that the model can read; None for any number. Examples that do not fit are left out.
+    """
+    found = {"before": (prompts, limit), "after": (prompts, limit)}
+    if not examples:
+        return found
+
+    def longest(some: Sequence[Example]) -> int:
+        frame = replace(prompts, examples=tuple(some)).frame(tokenizer)
+        texts = [frame(row["problem"]) for row in problems]
+        return max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    wide = longer(limit)
+    if context is not None:
+        wide = max(limit, min(wide, context - longest(())))
+    if wide > limit:
+        found["longer"] = (prompts, wide)
+    fitted = fitting(examples, longest, wide, context)
+    if len(fitted) < len(examples):
+        log.info(
+            "%d of %d worked examples fit the model's context of %d tokens",
+            len(fitted),
+            len(examples),
+            context,
+        )
+    if fitted:
+        found["elicited"] = (replace(prompts, examples=fitted), wide)
+    return found
+
+
+def _wilson(right: int, n: int) -> tuple[float, float]:
+    low, high = wilson(right, n)
+    return round(low, 6), round(high, 6)

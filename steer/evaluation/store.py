@@ -1,0 +1,193 @@
+"""
+A run on disk, which a kill at any moment leaves whole:
+
+    run.json             what was asked: model, engine, seed, benchmarks, variants; versions of each session
+    problems.parquet     every problem with its benchmark, id and reference answer
+    part-00000.parquet   completions, graded; one file a batch, so a stopped run loses one batch at most
+    scores.json          the table, once the run is complete (`steer.evaluation.compare`)
+
+Each file is written beside its target and renamed over it. A row of a part is (variant, benchmark, problem,
+sample), sample -1 being the greedy answer, with COLUMNS.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from steer.errors import SteerError
+from steer.files import held, read_json, replace_file
+
+RUN_FILE, PROBLEMS_FILE = "run.json", "problems.parquet"
+GREEDY = -1
+COLUMNS = {
+    "variant": str,
+    "benchmark": str,
+    "problem": str,  # its id
+    "sample": int,
+    "seed": int,  # of this row's random numbers
+    "text": str,
+    "answer": str,  # what was extracted; None when there is none
+    "correct": bool,
+    "how": str,  # which step of the grader decided
+    "tokens": int,  # generated, the end-of-text token included
+    "truncated": bool,  # stopped by the length limit
+    "prompt_tokens": int,
+    "seconds": float,  # the batch's time over its rows
+    "lenient": bool,  # whether the answer is right in whatever form it is given; older runs lack the column
+}
+# What decides which completions a row gets; the rest of a run may grow: variants, benchmarks, samples.
+FIXED = ("model", "revision", "engine", "dtype", "seed", "temperature", "top_p")
+
+Key = tuple[str, str, str, int]
+
+
+class Store:
+    """One run's folder. Opened by one process at a time; read by any."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.settings: dict[str, Any] = {}
+        self._next = 0
+        self._hold = ExitStack()
+
+    def open(self, settings: Mapping[str, Any], problems: Sequence[Mapping[str, Any]]) -> set[Key]:
+        """
+        Begin the run, or go on with it: the keys of the completions that are there. SteerError when the
+        folder holds a run of other settings or other files, when another process writes to it, and when it
+        cannot be written.
+        """
+        self._hold.enter_context(held(self.folder, "--out"))
+        try:
+            others = [f.name for f in self.folder.iterdir() if not f.name.startswith(".")]
+            if set(others) - {PROBLEMS_FILE} and RUN_FILE not in others:
+                raise SteerError(
+                    f"{self.folder} holds {others[0]}, which is no run of evals; give another --out"
+                )
+        except OSError as error:
+            raise _disk(self.folder, error) from error
+        before = read_settings(self.folder) if RUN_FILE in others else {}
+        self.settings = _merge(self.folder, before, settings)
+        known = {row["id"]: row for row in read_problems(self.folder)} if before else {}
+        known.update({row["id"]: dict(row) for row in problems})
+        self._write(PROBLEMS_FILE, _parquet(list(known.values())))
+        self.save_settings()
+        self._next = 1 + max((int(part.stem[5:]) for part in _parts(self.folder)), default=-1)
+        done = read_completions(self.folder, ("variant", "benchmark", "problem", "sample"))
+        return set(zip(*(done[c] for c in ("variant", "benchmark", "problem", "sample")), strict=True))
+
+    def save_settings(self) -> None:
+        self._write(RUN_FILE, (json.dumps(self.settings, indent=2) + "\n").encode())
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write one batch of completions, all or nothing."""
+        self._write(f"part-{self._next:05}.parquet", _parquet(rows))
+        self._next += 1
+
+    def close(self) -> None:
+        self._hold.close()
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            replace_file(self.folder / name, content)
+        except OSError as error:
+            raise _disk(self.folder, error) from error
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """`run.json` of a run; SteerError when the folder holds none."""
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise SteerError(
+            f"no run in {folder}: there is no {RUN_FILE}; give a folder that steer.evaluation.run wrote"
+        )
+    try:
+        found = read_json(path)
+        if not isinstance(found, dict) or not {"variants", "benchmarks", *FIXED} <= set(found):
+            raise ValueError("it is not what steer.evaluation.run writes")
+    except (ValueError, OSError) as error:
+        raise SteerError(f"{path} cannot be read ({error}); give another folder") from error
+    return found
+
+
+def read_problems(folder: str | Path) -> list[dict[str, Any]]:
+    """Rows with `benchmark`, `id`, `problem` and `answer`."""
+    return _read(Path(folder) / PROBLEMS_FILE, None).to_pylist()
+
+
+def read_completions(folder: str | Path, columns: Iterable[str] = tuple(COLUMNS)) -> dict[str, list[Any]]:
+    """All completions of a run so far, as lists by column."""
+    found: dict[str, list[Any]] = {name: [] for name in columns}
+    for path in _parts(Path(folder)):
+        table = _read(path, None)
+        for name, values in found.items():
+            missing = name == "lenient" and name not in table.column_names
+            values.extend([None] * len(table) if missing else table[name].to_pylist())
+    return found
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-[0-9][0-9][0-9][0-9][0-9].parquet"))
+
+
+def _read(path: Path, columns: list[str] | None) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path, columns=columns)
+    except (OSError, pyarrow.ArrowException, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SteerError(
+            f"{path} cannot be read ({reason}); if it was damaged, remove it and run the same command again: "
+            "only what it held is sampled anew"
+        ) from error
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {str: pyarrow.string(), int: pyarrow.int64(), bool: pyarrow.bool_(), float: pyarrow.float64()}
+    schema = pyarrow.schema([(name, types[COLUMNS.get(name, str)]) for name in rows[0]])
+    buffer = io.BytesIO()
+    table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    pyarrow.parquet.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run with what this session adds; SteerError where the two contradict each other."""
+    if not before:
+        return dict(now)
+    changed = [
+        f"{name} was {before[name]!r}, now {now[name]!r}" for name in FIXED if before[name] != now[name]
+    ]
+    for part in ("variants", "benchmarks"):
+        for name, asked in now[part].items():
+            had = before[part].get(name, asked)
+            changed += [
+                f"{name}: {key} was {had.get(key)!r}, now {value!r}"
+                for key, value in asked.items()
+                if had.get(key) != value and key != "path"
+            ]
+    if changed:
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        raise SteerError(f"{folder} holds another run: {'; '.join(changed[:3])}{more}; give another --out")
+    return {
+        **now,
+        "variants": {**before["variants"], **now["variants"]},
+        "benchmarks": {**before["benchmarks"], **now["benchmarks"]},
+        "sessions": [*(s for s in before["sessions"] if s["completions"]), *now["sessions"]],
+    }
+
+
+def _disk(folder: Path, error: OSError) -> SteerError:
+    return SteerError(
+        f"cannot write to {folder}: {error.strerror}; what is there is whole: mend that and run the same "
+        "command again to go on"
+    )

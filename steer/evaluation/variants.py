@@ -1,0 +1,210 @@
+"""
+The variants of one base model that a run compares: the base itself, vectors at several scales, adapters, and
+the base with a forced opening or a system prompt. What each is, how many numbers were trained for it, and
+what tells it from another of the same name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from steer import artifact
+from steer.errors import SteerError
+from steer.files import read_json
+from steer.tasks.elicited import Example
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Asked(NamedTuple):
+    """How a variant is asked a benchmark otherwise than the benchmark says."""
+
+    benchmark: str
+    max_new_tokens: int
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    `kind` is base, vectors or adapter; `scale` a factor on the vectors as they were saved; `prefix` what
+    every answer is made to begin with; `system` a constant system prompt; `parameters` the count of trained
+    numbers; `digest` a hash of them; `asked` what the elicited base is asked with, by benchmark.
+    """
+
+    name: str
+    kind: str = "base"
+    path: str = ""
+    scale: float = 1.0
+    prefix: str = ""
+    parameters: int = 0
+    digest: str = ""
+    system: str = ""
+    asked: tuple[Asked, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `run.json` holds it."""
+        found = asdict(self) | {"asked": {a.benchmark: _plain(a) for a in self.asked}}
+        return {k: v for k, v in found.items() if k != "name" and (v or k not in ("system", "asked"))}
+
+    def way(self, benchmark: str) -> Asked | None:
+        """How this variant is asked `benchmark`; None for as the benchmark says."""
+        return next((a for a in self.asked if a.benchmark == benchmark), None)
+
+
+def _plain(asked: Asked) -> dict[str, Any]:
+    return {"max_new_tokens": asked.max_new_tokens, "examples": [list(pair) for pair in asked.examples]}
+
+
+def collect(
+    base: Variant,
+    vectors: Sequence[str] = (),
+    scales: Sequence[float] = (1.0,),
+    adapters: Sequence[str] = (),
+    prefixes: Sequence[str] = (),
+    systems: Sequence[str] = (),
+) -> list[Variant]:
+    """
+    The base, then one variant for each prefix, each system prompt (written NAME=TEXT), each set of vectors at
+    each scale, and each adapter. Sources are written PATH or NAME=PATH. Reads every file once; SteerError for
+    one that is none, and for equal names.
+    """
+    found = [base]
+    found += [
+        Variant(_suffixed(base.name, f" + {text}"), prefix=text, digest=base.digest) for text in prefixes
+    ]
+    for source in systems:
+        name, mark, text = source.partition("=")
+        if not mark or not name or not text:
+            raise SteerError(f"system prompt {source!r} has no name; write NAME=TEXT")
+        found.append(Variant(name, digest=base.digest, system=text))
+    for source in vectors:
+        name, path = _named(source)
+        parameters, digest = _vectors(path)
+        for scale in scales:
+            called = name if scale == 1 else _suffixed(name, f" x{scale:g}")
+            found.append(Variant(called, "vectors", path, scale, "", parameters, digest))
+    for source in adapters:
+        name, path = _named(source)
+        folder = adapter_folder(path)
+        parameters, digest = _adapter(folder)
+        found.append(Variant(name, "adapter", str(folder), 1.0, "", parameters, digest))
+    names = [variant.name for variant in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SteerError(f"two variants are called {twice!r}; name them: --vectors one=PATH two=PATH")
+    return found
+
+
+def check(variants: Sequence[Variant], model: Any, tokenizer: Any, other_tokenizer: bool = False) -> None:
+    """
+    Raise SteerError unless every set of vectors fits `model` (meta device will do) and was made for
+    `tokenizer`'s vocabulary; `other_tokenizer` lets another vocabulary pass.
+    """
+    import steer
+    from steer.identity import tokenizer_checksum
+
+    have = tokenizer_checksum(tokenizer)
+    for variant in variants:
+        if variant.kind != "vectors":
+            continue
+        saved = artifact.read(variant.path)
+        made_for = saved.config.tokenizer_checksum
+        if made_for not in (None, have) and not other_tokenizer:
+            raise SteerError(
+                f"{variant.path}: these vectors were made for {saved.config.base_model} with another "
+                f"tokenizer (vocabulary {made_for}, this model's is {have}); give the model they were made "
+                "for, or --other-tokenizer to measure them all the same"
+            )
+        steer.load(saved, model)
+        steer.detach(model)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash that tells a folder's weights from others, from sixteen blocks of each file."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for block in range(16):
+                file.seek(size * block // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def adapter_folder(source: str) -> Path:
+    """The folder of a peft adapter, fetched from the hub where `source` is an id."""
+    path = Path(source).expanduser()
+    if not path.exists() and source.count("/") == 1 and not path.is_absolute():
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(source, allow_patterns=list(ADAPTER_FILES)))
+        except Exception as error:  # offline, unknown, gated
+            reason = " ".join(str(error).split())[:200]
+            raise SteerError(
+                f"no folder {source}, and the hub gave no adapter of that id ({reason})"
+            ) from error
+    missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
+    if missing:
+        raise SteerError(f"no adapter at {source}: there is no {missing[0]}; give a folder that peft saved")
+    return path
+
+
+def adapter_rank(folder: str | Path) -> int:
+    """The largest LoRA rank in an adapter; 0 for other methods."""
+    try:
+        config = read_json(Path(folder) / ADAPTER_FILES[0])
+        if config["peft_type"] != "LORA":
+            return 0
+        return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SteerError(f"{folder}/{ADAPTER_FILES[0]} is no adapter config ({error})") from error
+
+
+def _named(source: str) -> tuple[str, str]:
+    name, mark, path = source.partition("=")
+    if mark and "/" not in name:
+        return name, path
+    place = Path(source)
+    return (place.parent.name if place.name == "vectors" else place.stem) or source, source
+
+
+def _suffixed(name: str, suffix: str) -> str:
+    """`name` with a suffix to the method, not to the training seed behind a '#'."""
+    method, mark, seed = name.partition("#")
+    return f"{method}{suffix}{mark}{seed}"
+
+
+def _vectors(path: str) -> tuple[int, str]:
+    found = artifact.read(path)
+    digest = hashlib.sha256()
+    config = found.config
+    digest.update(repr((config.kind, config.layers, config.site, config.positions, config.scale)).encode())
+    for name in sorted(found.tensors):
+        digest.update(name.encode() + found.tensors[name].double().numpy().tobytes())
+    return sum(tensor.numel() for tensor in found.tensors.values()), digest.hexdigest()[:16]
+
+
+def _adapter(folder: Path) -> tuple[int, str]:
+    from safetensors import SafetensorError, deserialize
+
+    digest, count = hashlib.sha256(), 0
+    for name in ADAPTER_FILES:
+        digest.update((folder / name).read_bytes())
+    try:
+        for name, entry in deserialize((folder / ADAPTER_FILES[1]).read_bytes()):
+            # peft keeps TinyLoRA's frozen factors beside the trained numbers
+            frozen = ".tinylora_" in name and ".tinylora_v." not in name
+            count += 0 if frozen else math.prod(entry["shape"])
+    except SafetensorError as error:
+        raise SteerError(
+            f"{folder / ADAPTER_FILES[1]} is not a readable safetensors file ({error})"
+        ) from error
+    return count, digest.hexdigest()[:16]

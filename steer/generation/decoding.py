@@ -1,0 +1,139 @@
+"""
+Next-token logits of rows that grow by one token at a time, in two ways with one interface.
+
+`CachedRows` reads each prompt once and keeps its keys and values in transformers' `DynamicCache`, whose
+rows are repeated for a group and dropped when they have ended. `PlainRows` keeps no cache and reads every row
+again for each token: slow, and right on every causal model. `steer.generation.verify` says which of them a
+model can take.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+
+@cache
+def _parameters(forward: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the forward of this module's class names the argument `name`; `**kwargs` does not count."""
+    return name in _parameters(type(module).forward)
+
+
+def inputs(module: nn.Module, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> dict[str, Any]:
+    """
+    Arguments of a forward pass over the last columns of rows of which `mask` tells all columns.
+
+    Args:
+        module: A causal LM or its backbone. What its forward does not name is left out.
+        ids: (rows, tokens) the tokens to read.
+        mask: (rows, columns seen and read) 1 at tokens, 0 at padding.
+        more: Further arguments, left out likewise.
+    """
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    found = {"attention_mask": mask, "position_ids": position, **more}
+    return {"input_ids": ids, **{name: value for name, value in found.items() if takes(module, name)}}
+
+
+class Rows(Protocol):
+    """Rows of tokens, all at the same time step."""
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Begin with these rows. Returns the logits of each one's next token, (rows, vocabulary)."""
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with these of the rows (indices, repeated as asked)."""
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """Append a token (rows,) to each row. Returns the logits of the next, (rows, vocabulary)."""
+
+
+class CachedRows:
+    """Rows whose keys and values are cached. Prompts are padded on the left."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        self.cache = DynamicCache(config=model.config.get_text_config())
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        ids, self.mask = pad_left(prompts, self.device)
+        return self._last(ids)
+
+    def select(self, rows: torch.Tensor) -> None:
+        # Layers of attention and of linear attention alike can be indexed by it, with repeats.
+        self.cache.reorder_cache(rows)
+        self.mask = self.mask[rows]
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        return self._last(token[:, None])
+
+    def _last(self, ids: torch.Tensor) -> torch.Tensor:
+        # By index, which copies: given a view, torch's bfloat16 product on a CPU copies a frozen LM head for
+        # every row, 20 GB for a vocabulary of 262,144.
+        last = torch.tensor([ids.shape[1] - 1], device=self.device)
+        wanted = inputs(self.model, ids, self.mask, logits_to_keep=last)
+        return self.model(**wanted, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+
+class PlainRows:
+    """
+    Rows that are read from their beginning for each token. They are padded on the right, where no causal
+    model looks. `prompt_length` is called with the length of each row's prompt (rows,) and gives the context
+    of a forward pass (`SteeringVectors.prompt_length`).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompt_length: Callable[[torch.Tensor], AbstractContextManager]
+    ):
+        self.model = model
+        self.prompt_length = prompt_length
+        self.device = model.get_input_embeddings().weight.device
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        self.length = torch.tensor([len(row) for row in prompts], device=self.device)
+        self.prompt = self.length
+        longest = int(self.length.max())
+        rows = [list(row) + [0] * (longest - len(row)) for row in prompts]
+        self.ids = torch.tensor(rows, device=self.device)
+        return self._next()
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.ids, self.length, self.prompt = self.ids[rows], self.length[rows], self.prompt[rows]
+        self.ids = self.ids[:, : int(self.length.max())]
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        self.ids = pad(self.ids, (0, 1)).scatter(1, self.length[:, None], token[:, None])
+        self.length = self.length + 1
+        self.ids = self.ids[:, : int(self.length.max())]
+        return self._next()
+
+    def _next(self) -> torch.Tensor:
+        columns = torch.arange(self.ids.shape[1], device=self.device)
+        mask = (columns < self.length[:, None]).long()
+        first = int(self.length.min()) - 1  # the logits of earlier columns are of no use
+        with self.prompt_length(self.prompt):
+            wanted = inputs(self.model, self.ids, mask, logits_to_keep=columns[first:])
+            logits = self.model(**wanted, use_cache=False).logits
+        at = self.length - 1 - (len(columns) - logits.shape[1])
+        return logits[torch.arange(len(at), device=logits.device), at]
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, each (rows, longest), padded on the left with id 0."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask

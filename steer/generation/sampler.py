@@ -1,0 +1,184 @@
+"""
+Sampling completions from a Hugging Face model for a group-based policy gradient, faster than `generate()`.
+
+What makes it cheaper: a prompt shared by a group is read once; rows that have ended leave the batch; one
+random number a token. Each row draws from a stream of its own, keyed by (seed, step, row), so a sample
+depends neither on the number of processes nor on what else is in the batch. A model whose cache cannot do
+this (`steer.generation.verify`) reads every row again for each token: the same samples, slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from steer.generation.decoding import CachedRows, PlainRows, Rows
+from steer.generation.verify import fast_attention, fast_paths
+from steer.vector_sets import Owners
+
+# Below this share of unfinished rows the batch is compacted; each compaction copies what remains of the KV
+# cache.
+COMPACT_AT = 0.8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` None are off."""
+
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float | None = None
+
+    def warpers(self) -> LogitsProcessorList:
+        warpers = LogitsProcessorList()
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        return warpers
+
+
+@dataclass(frozen=True)
+class Completions:
+    """
+    Token ids per row, the end-of-sequence token included, and the log-probability of each under the sampler.
+    """
+
+    ids: list[list[int]]
+    logps: list[list[float]]
+
+
+def uniforms(rows: Sequence[int], tokens: int, seed: int, step: int) -> torch.Tensor:
+    """
+    (rows, tokens) float32 numbers in [0, 1): row r of step s always gets the same ones, from Philox (seed, s,
+    r).
+    """
+    streams = (np.random.Philox(key=[seed, step], counter=[0, 0, 0, row]) for row in rows)
+    drawn = [np.random.Generator(stream).random(tokens, dtype=np.float32) for stream in streams]
+    return torch.from_numpy(np.stack(drawn))
+
+
+@torch.no_grad()
+def rollout(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    noise: torch.Tensor | None = None,
+    any_process: Callable[[bool], bool] | None = None,
+    owners: Owners | None = None,
+) -> Completions:
+    """
+    One completion for each row of `prompts` (token ids; equal rows are read once).
+
+    `noise`: (rows, max_new_tokens) uniform numbers, one per row and token, as `uniforms` makes them; not
+    needed when the temperature is 0. `any_process(open)` says whether any process still has open rows; it is
+    needed when the model is sharded, since then every process must run every forward pass. `owners` tells
+    which of several sets of vectors steers each row. Rows come back in order.
+    """
+    if owners:
+        with owners.prompt_length(0):
+            owners.tell(owners.of[:0])  # no set steers while the model is tried
+            fast_paths(model)
+    with fast_attention(model):
+        return _rollout(model, prompts, sampling, noise, any_process, owners)
+
+
+def _rollout(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    noise: torch.Tensor | None,
+    any_process: Callable[[bool], bool] | None,
+    owners: Owners | None,
+) -> Completions:
+    device = model.get_input_embeddings().weight.device
+    whose = owners.of.tolist() if owners else [0] * len(prompts)
+    keys = [(*prompt, owner) for prompt, owner in zip(prompts, whose, strict=True)]
+    unique = list(dict.fromkeys(keys))
+    index = {key: i for i, key in enumerate(unique)}
+    group = torch.tensor([index[key] for key in keys], device=device)  # (rows,) which unique prompt
+    reader = _reader(model, owners)
+    if owners:
+        owners.tell(torch.tensor([key[-1] for key in unique]))
+    logits = reader.read([key[:-1] for key in unique])[group]
+    reader.select(group)
+    if owners:
+        owners.tell(owners.of)
+
+    rows = torch.arange(len(prompts), device=device)  # which of the caller's rows are still in the batch
+    noise = noise.to(device) if noise is not None else None
+    eos = torch.tensor(sampling.eos_token_ids, device=device)
+    warpers = sampling.warpers()
+    tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(tokens.shape, device=device)
+    length = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
+    open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    for t in range(sampling.max_new_tokens):
+        draw = noise[rows, t] if noise is not None else None
+        token, logp = _sample(logits, sampling.temperature, warpers, draw)
+        tokens[rows, t], logps[rows, t] = token, logp
+        ended = torch.isin(token, eos) & open_[rows]
+        length[rows[ended]] = t + 1
+        open_[rows[ended]] = False
+        alive = open_[rows]
+        is_open = bool(alive.any())
+        if t + 1 == sampling.max_new_tokens or not (any_process(is_open) if any_process else is_open):
+            break
+        if is_open and alive.float().mean() < COMPACT_AT:
+            keep = alive.nonzero().squeeze(1)
+            reader.select(keep)
+            rows, token = rows[keep], token[keep]
+            if owners:
+                owners.choose(rows)
+        logits = reader.step(token)
+    ends = length.tolist()
+    return Completions(
+        [row[:n] for row, n in zip(tokens.tolist(), ends, strict=True)],
+        [row[:n] for row, n in zip(logps.tolist(), ends, strict=True)],
+    )
+
+
+def _reader(model: PreTrainedModel, owners: Owners | None) -> Rows:
+    """How `model` reads rows: with a cache where that was found right."""
+    if not fast_paths(model).sampler:
+        return CachedRows(model)
+    told = owners or model.__dict__.get("steering_vectors")
+    return PlainRows(model, told.prompt_length if told else lambda columns: nullcontext())
+
+
+def _sample(
+    logits: torch.Tensor, temperature: float, warpers: LogitsProcessorList, draw: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    One token and its log-probability per row of `logits` (rows, vocabulary), by inversion of the
+    distribution.
+    """
+    scores = logits.float()
+    if temperature == 0:
+        token = scores.argmax(-1)
+        return token, torch.log_softmax(scores, -1).gather(1, token[:, None]).squeeze(1)
+    assert draw is not None, "sampling needs noise"
+    scores = warpers(None, scores / temperature)  # these warpers read no token ids
+    probs = torch.softmax(scores, -1)
+    edges = probs.cumsum(-1)
+    # right=True skips tokens of probability zero; scaling by the last edge absorbs the rounding of the sum
+    token = torch.searchsorted(edges, (draw[:, None] * edges[:, -1:]).contiguous(), right=True).clamp(
+        max=edges.shape[1] - 1
+    )
+    return token.squeeze(1), probs.gather(1, token).log().squeeze(1)

@@ -1,0 +1,258 @@
+"""
+Log-probabilities of a group's completions, without computing anything twice.
+
+Exact savings over a padded forward pass of (prompt + completion) rows: what all prompts begin with (a chat
+template's system turn) goes through the model once, and so does a prompt that a group shares, both with their
+gradient; completions are batched with others of about their length; and only the positions that predict a
+completion token meet the LM head, in tiles, so no (tokens x vocabulary) tensor is ever whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from steer.generation.decoding import inputs
+from steer.generation.lm_head import frozen_head
+from steer.vector_sets import Owners
+
+# A batch holds completions down to this share of its longest; the rest is padding.
+FILL = 0.75
+# A common beginning is read by itself when that saves as many tokens: each pass costs something of its own.
+WORTH_A_PASS = 256
+
+# What the settings of a window are called in transformers' configurations.
+_WINDOW = re.compile(r"(?!use_)(\w+_)?window(_size)?|attention_chunk_size|local_attention|index_block_size")
+
+# Models that `add_group_scoring` was called for.
+SCORERS: WeakSet[PreTrainedModel] = WeakSet()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Per-token values of completions, each (rows, completion length), zero at padding."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+
+
+# Called with the arguments of a forward pass and `labels` (rows, tokens), the next tokens or -100.
+Head = Callable[..., Scored]
+
+
+def add_group_scoring(model: PreTrainedModel, temperature: float = 1.0) -> None:
+    """
+    Make `model(**batch, score_group=True)` return `Scored`. The model must have trl's fused LM head already,
+    of the same temperature.
+
+    Arguments of the call, all tensors (rows, P or C): `prompt_ids` and `prompt_mask`, padded on the left,
+    `completion_ids` and `completion_mask`, padded on the right; `owners`, which of several sets of vectors
+    steers each row; and what is computed in which way, all True by default (`steer.generation.verify` finds
+    what a model can take):
+
+    - `share`: a prompt is read once for its group. Else every row is read whole, padded on the right.
+    - `common`: what all prompts begin with is read once.
+    - `fused`: log-probabilities by trl's fused LM head. Else from the model's own logits, which costs a
+      (tokens x vocabulary) tensor.
+
+    It is part of the model's forward, rather than a function around it, so that DDP and FSDP see a single
+    forward pass.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def with_scoring(
+        self: PreTrainedModel,
+        *args: Any,
+        score_group: bool = False,
+        share: bool = True,
+        common: bool = True,
+        fused: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        if not score_group:
+            return forward(*args, **kwargs)
+        head = functools.partial(_fused_head if fused else _own_head, forward, temperature)
+        if not share:
+            return _plain(self, head, **kwargs)
+        return shared_scores(self, head, WORTH_A_PASS if common else None, **kwargs)
+
+    model.forward = types.MethodType(with_scoring, model)
+    SCORERS.add(model)
+
+
+def _fused_head(forward: Any, _: float, labels: torch.Tensor, **inputs: Any) -> Scored:
+    with frozen_head():
+        out = forward(**inputs, shift_labels=labels, fused_lm_head=True)
+    return Scored(out.log_probs, out.entropy)
+
+
+def _own_head(forward: Any, temperature: float, labels: torch.Tensor, **inputs: Any) -> Scored:
+    """
+    The same from the logits that the model itself computes, which trl's head leaves out where there is more
+    between the backbone and the logits than a matrix.
+    """
+    logits = forward(**inputs, use_cache=False).logits.float()
+    table = torch.log_softmax(logits / temperature, -1)
+    chosen = table.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    entropy = torch.special.entr(table.exp()).sum(-1)
+    padding = labels == -100
+    return Scored(chosen.masked_fill(padding, 0), entropy.masked_fill(padding, 0))
+
+
+def _plain(
+    model: PreTrainedModel,
+    head: Head,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    owners: Owners | None = None,
+) -> Scored:
+    """
+    Every row in one pass, its padding on the right: no causal model looks there, and positions count from
+    the first token, however the model comes by them.
+    """
+    if owners:
+        owners.tell(owners.of)
+    mask = torch.cat([prompt_mask, completion_mask], 1).long()
+    order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+    ids = torch.cat([prompt_ids, completion_ids], 1).gather(1, order)
+    # Completion token c of a row is predicted by the column before its own.
+    steps = torch.arange(completion_ids.shape[1], device=ids.device)
+    at = (prompt_mask.sum(1, keepdim=True) + steps - 1).clamp(max=ids.shape[1] - 1)
+    real = completion_mask.bool()
+    labels = torch.full_like(ids, -100)
+    row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(at)
+    labels[row[real], at[real]] = completion_ids[real]
+    found = head(labels=labels, **inputs(model, ids, mask.gather(1, order)))
+    return Scored(
+        found.log_probs.float().gather(1, at).masked_fill(~real, 0),
+        found.entropy.float().gather(1, at).masked_fill(~real, 0),
+    )
+
+
+def shared_scores(
+    model: PreTrainedModel,
+    head: Head,
+    worth: int | None,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    owners: Owners | None = None,
+) -> Scored:
+    """
+    Prompts read once for their groups; what all begin with once, where that saves `worth` tokens or more.
+    """
+    rows, longest = completion_ids.shape
+    width = prompt_ids.shape[1]
+    whose = owners.of.to(prompt_ids.device) if owners else prompt_ids.new_zeros(rows)
+    # The owner first, so that the unique prompts come in the order of the sets.
+    keys = torch.cat([whose[:, None], prompt_ids, prompt_mask], 1)
+    unique, group = torch.unique(keys, dim=0, return_inverse=True)
+    ids, mask = unique[:, 1 : 1 + width], unique[:, 1 + width :]
+    each, set_of = torch.unique(unique[:, 0], return_inverse=True)
+
+    # The last prompt token predicts the first completion token, so it is left for the last pass.
+    config = model.config.get_text_config()
+    cache = DynamicCache(config=config)
+    common = common_prefix(ids, mask) if worth and _window(config) > width + longest else 0
+    if worth and common * (len(ids) - len(each)) >= worth:
+        one = ids[:1, mask[0] == 1][:, :common].expand(len(each), -1)
+        if owners:
+            owners.tell(each)
+        model.base_model(input_ids=one, past_key_values=cache, use_cache=True)
+        cache = _select(cache, set_of)
+        # From here on a row is: the common columns, padding, the rest of its prompt.
+        rest = mask * (mask.cumsum(1) > common)
+        mask = torch.cat([torch.ones_like(mask[:, :common]), rest[:, common:]], 1)
+    else:
+        common = 0
+    if owners:
+        owners.tell(unique[:, 0])
+    if width > common + 1:
+        backbone = model.base_model
+        read = inputs(backbone, ids[:, common:-1], mask[:, :-1])
+        backbone(**read, past_key_values=cache, use_cache=True)
+
+    log_probs = torch.zeros(rows, longest, device=completion_ids.device)
+    entropy = torch.zeros_like(log_probs)
+    lengths = completion_mask.sum(1)
+    if not lengths.any():  # all masked out: one padding token keeps the graph, with a gradient of zero
+        lengths[0] = 1
+    for chosen, length in length_batches(lengths):
+        if owners:
+            chosen = chosen.sort().values
+            owners.choose(chosen)
+        which = group[chosen]
+        tokens = torch.cat([ids[which, -1:], completion_ids[chosen, : length - 1]], 1)
+        seen = torch.cat([mask[which], completion_mask[chosen, : length - 1]], 1)
+        labels = completion_ids[chosen, :length].masked_fill(completion_mask[chosen, :length] == 0, -100)
+        out = head(labels=labels, **inputs(model, tokens, seen), past_key_values=_select(cache, which))
+        at = (chosen[:, None], torch.arange(length, device=tokens.device)[None, :])
+        log_probs = log_probs.index_put(at, out.log_probs.float())
+        entropy = entropy.index_put(at, out.entropy.float())
+    return Scored(log_probs, entropy)
+
+
+def common_prefix(ids: torch.Tensor, mask: torch.Tensor) -> int:
+    """
+    How many tokens all rows (rows, P), padded on the left, begin with; at least one of each is left over.
+    """
+    tokens = [row[keep] for row, keep in zip(ids, mask.bool(), strict=True)]
+    shortest = min(map(len, tokens)) - 1
+    if shortest < 1:
+        return 0
+    starts = torch.stack([row[:shortest] for row in tokens])
+    return int((starts == starts[0]).all(0).cumprod(0).sum())
+
+
+def _window(config: Any) -> float:
+    """
+    How far back every layer of the model sees. Windows are measured in columns of the cache, so that padding
+    between a prompt's tokens would shorten them.
+    """
+    sizes = (size for name, size in config.to_dict().items() if _WINDOW.fullmatch(name))
+    return min((size for size in sizes if isinstance(size, int) and size), default=float("inf"))
+
+
+def length_batches(lengths: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """
+    Row indices in batches of similar length, longest first, with the longest length of each; empty rows are
+    left out.
+    """
+    ordered = torch.argsort(lengths, descending=True, stable=True)
+    batches: list[tuple[torch.Tensor, int]] = []
+    start = 0
+    sizes = lengths[ordered].tolist()
+    for i in range(1, len(sizes) + 1):
+        if i == len(sizes) or sizes[i] < FILL * sizes[start]:
+            if sizes[start] > 0:
+                batches.append((ordered[start:i], sizes[start]))
+            start = i
+    return batches
+
+
+def _select(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+    """
+    The cache of some rows, repeated as asked, still part of the autograd graph; `cache` itself stays as it
+    is.
+    """
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in chosen.layers:
+        # Not `keys[rows]`: on a CPU its backward pass adds rows with atomic operations, in the order in which
+        # the threads come. That of index_select adds them one after the other, and takes a fifth of the time.
+        if layer.get_seq_length() > 0:
+            layer.keys, layer.values = (x.index_select(0, rows) for x in (layer.keys, layer.values))
+    return chosen

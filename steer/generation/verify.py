@@ -1,0 +1,363 @@
+"""
+Which fast paths of sampling and scoring compute what the model computes, found on the model itself.
+
+`fast_paths(model)` compares, once per model and in about ten short forward passes, each fast path with plain
+passes over single rows without padding or cache. What differs is left out with one log line, as is what
+a named property of the model rules out: a cache of another kind, a forward that takes none, a decoder that is
+not where trl looks for it. Sampling, scoring, the recipes' evaluation and `steer.evaluation.run` all ask
+here. A model for which plain passes are wrong too, since its logits depend on later tokens, is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, cache_utils
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from steer.errors import SteerError
+from steer.generation import cpu
+from steer.generation.decoding import CachedRows, inputs, pad_left, takes
+from steer.generation.scoring import SCORERS, Scored, shared_scores
+
+log = logging.getLogger(__name__)
+
+# Layers of a cache whose rows can be selected and repeated, for sampling ...
+SELECTABLE = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    DynamicIndexedLayer,
+    LinearAttentionLayer,
+    cache_utils.LinearAttentionAndFullAttentionLayer,
+    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
+)
+# ... and with a gradient, in `steer.generation.scoring`: keys and values alone, since a recurrent state is
+# written in place.
+DIFFERENTIABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+# Settings of attention that is chosen by column, and so changes where padding or a cache moves columns. In
+# real models it sets in after thousands of tokens, too far for a trial.
+_BY_COLUMN = {
+    "index_block_size": "attends to blocks of columns",
+    "compress_rates": "compresses blocks of columns",
+}
+# What makes a mask with a window. Moshi's cache has one and its masks have none, after thousands of tokens.
+_WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
+# Lengths of the two prompts that are tried, and how many tokens follow: longer than the windows of tests.
+_PROMPTS, _MORE = (3, 8), 2
+# Largest relative distance of logits, per token. In float32 rounding leaves 1e-5 after tens of layers; what
+# is wrong (a mask, a position, a lost state) moves them by 0.05 to 1.
+EXACT = 1e-3
+# The LM head alone.
+EXACT_HEAD = 1e-4
+# In half precision (and quantised), the mean over a row's tokens: rounding moves logits by some per cent, and
+# an expert that is chosen otherwise by more, at single tokens.
+ROUNDED = 0.1
+
+
+@dataclass(frozen=True)
+class FastPaths:
+    """
+    Of each fast path None, where it is right on the model, or the reason why the plain one is taken.
+
+    Attributes:
+        attention: Grouped attention on the CPU (`steer.generation.cpu`); else the model's own.
+        padding: Prompts of unequal length padded on the left, as `generate()` and trl want them. Neither
+            sampling nor scoring needs it.
+        sampler: A KV cache whose rows are repeated and dropped; else rows are read again for each token.
+        scorer: A prompt is read once for its group; else every row is read whole.
+        common: What all prompts begin with is read once; else by each of them.
+        head: trl's fused LM head; else the model's own logits.
+    """
+
+    attention: str | None = None
+    padding: str | None = None
+    sampler: str | None = None
+    scorer: str | None = None
+    common: str | None = None
+    head: str | None = None
+
+    def scoring(self) -> dict[str, bool]:
+        """Arguments of `model(score_group=True)`."""
+        return {"share": not self.scorer, "common": not self.common, "fused": not self.head}
+
+
+_PLAIN = {
+    "attention": "attention stays as it is",
+    "padding": "prompts are not padded on the left",
+    "sampler": "sampling reads every row again for each token, which is slow",
+    "scorer": "scoring reads a prompt for each of its samples",
+    "common": "scoring reads what prompts have in common for each",
+    "head": "log-probabilities come from the model's own logits",
+}
+
+# By model, and by whether scoring had been added to it, since only then there is a head to try.
+_found: WeakKeyDictionary[PreTrainedModel, dict[bool, FastPaths]] = WeakKeyDictionary()
+
+_routed: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def fast_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a model on the CPU uses grouped attention (`steer.generation.cpu`) where it was found right."""
+    with nullcontext() if fast_paths(model).attention else cpu.grouped(model):
+        yield
+
+
+@torch.no_grad()
+def fast_paths(model: PreTrainedModel) -> FastPaths:
+    """
+    Which fast paths are right on `model`; found on the first call for a model, outside of its forward pass.
+
+    Vectors attached to the model are off meanwhile, its modules in eval mode. No random numbers are drawn.
+    Where the model is sharded every process must call it. The head is tried where
+    `steer.generation.scoring.add_group_scoring` has been called.
+
+    Raises:
+        SteerError: If a token's logits depend on later tokens or on other rows of the batch, so that no
+            completion has a probability that could be computed in one pass.
+    """
+    scores = model in SCORERS
+    known = _found.setdefault(model, {})
+    if scores not in known:
+        with _quiet(model):
+            found = _Trial(model).paths(scores)
+        told = {reason for paths in known.values() for reason in vars(paths).values()}
+        for name, reason in vars(found).items():
+            if reason and reason not in told and not (name == "common" and found.scorer):
+                log.warning("%s: %s; %s", type(model).__name__, reason, _PLAIN[name])
+        known[scores] = found
+    return known[scores]
+
+
+@torch.no_grad()
+def no_router_loss(model: PreTrainedModel) -> str | None:
+    """Why trl cannot compute the load-balancing loss of this mixture of experts; None where it can."""
+    config = model.config.get_text_config()
+    for name in ("num_experts", "num_experts_per_tok"):
+        if getattr(config, name, None) is None:
+            return f"trl's loss of the router reads {name}, which {type(config).__name__} lacks"
+    if model not in _routed:
+        ids = torch.tensor([[3, 4]], device=model.get_input_embeddings().weight.device)
+        with _quiet(model):
+            out = model.base_model(ids, output_router_logits=True, use_cache=False)
+        _routed[model] = bool(getattr(out, "router_logits", None))
+    return None if _routed[model] else "it gives no router logits"
+
+
+@contextmanager
+def _quiet(model: PreTrainedModel) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    vectors = model.__dict__.get("steering_vectors")
+    model.eval()
+    try:
+        with (
+            vectors.disabled() if vectors else nullcontext(),
+            torch.autocast(model.device.type, enabled=False),
+        ):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Trial:
+    """The comparisons for one model, over two rows of tokens and variations of them."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.device = model.get_input_embeddings().weight.device
+        rounded = model.dtype.itemsize < 4 or getattr(model, "is_quantized", False)
+        fast = self.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest"
+        self.exact = not (rounded or fast)
+        longest = sum(_PROMPTS) + 2 * _MORE
+        special = {v for k, v in self.config.to_dict().items() if k.endswith("token_id")}
+        vocabulary = self.config.vocab_size
+        ids = [i for i in range(3, vocabulary, max(1, vocabulary // (2 * longest))) if i not in special]
+        # The rows begin alike, so that there is a common beginning to read once.
+        self.rows = [ids[: n + _MORE] for n in _PROMPTS]
+        self.rows[0] = self.rows[0][:2] + ids[-_PROMPTS[0] - _MORE + 2 :]
+        self.prompts = [row[:n] for row, n in zip(self.rows, _PROMPTS, strict=True)]
+
+    def paths(self, scores: bool) -> FastPaths:
+        cacheless = self._no_cache()
+        one, two = self._truth(use_cache=not cacheless)
+        self.truth = [one.logits[0].float(), two.logits[0].float()]
+        made = getattr(two, "past_key_values", None)
+        sampler = cacheless or self._other_cache(made, SELECTABLE, "whose rows may not be selectable")
+        scorer = cacheless or self._other_cache(made, DIFFERENTIABLE, "which holds more than keys and values")
+        columns = self._by_column()
+        self._check_causal()
+        padded = self._padded()
+        attention = self._attention(padded)
+        with nullcontext() if attention else cpu.grouped(self.model):
+            common = columns or scorer or self._scorer(1)
+            return FastPaths(
+                attention=attention,
+                padding=columns or self._padding(padded),
+                sampler=columns or sampler or self._sampler(),
+                # A pass over what is common is followed by those over prompts.
+                scorer=columns or scorer or (self._scorer(None) if common else None),
+                common=common,
+                head=self._head() if scores else None,
+            )
+
+    # ---- what names say
+
+    def _no_cache(self) -> str | None:
+        """Why the model cannot take transformers' `DynamicCache`."""
+        if not takes(self.model, "past_key_values"):
+            names = ("cache_params", "state", "mems")
+            own = next((name for name in names if takes(self.model, name)), None)
+            return "its forward takes no past_key_values" + (f" ({own} instead)" if own else "")
+        if getattr(self.config, "num_hidden_layers", None) is None:
+            return "its config has no num_hidden_layers, which a cache is made by"
+        unknown = set(getattr(self.config, "layer_types", None) or []) - set(DYNAMIC_LAYER_TYPE_MAPPING)
+        if unknown:
+            return f"transformers knows no cache for its layers of type {', '.join(sorted(unknown))}"
+        return None
+
+    def _other_cache(self, made: Any, known: tuple[type, ...], cannot: str) -> str | None:
+        """Why the cache that the model made is none of `known` layers, which alone are sure to do it."""
+        if type(made) is not DynamicCache:
+            return f"it keeps {'no cache' if made is None else f'a {type(made).__name__}'}"
+        fresh = DynamicCache(config=self.config)
+        if bound := vars(made).keys() - vars(fresh).keys():
+            return f"it binds {', '.join(sorted(bound))} to its cache, for rows as they were"
+        kinds, ours = ({type(layer) for layer in cache.layers} for cache in (made, fresh))
+        if kinds != ours:
+            return f"its cache has {_names(kinds)} where its config says {_names(ours)}"
+        if not kinds <= set(known):
+            return f"its cache has {_names(kinds - set(known))}, {cannot}"
+        code = sys.modules[type(self.model.base_model).__module__]
+        if any(made.is_sliding) and not any(hasattr(code, name) for name in _WINDOW_MASKS):
+            return "its cache forgets what lies before its sliding_window, and its masks do not"
+        return None
+
+    def _by_column(self) -> str | None:
+        found = [name for name in _BY_COLUMN if getattr(self.config, name, None)]
+        return f"it {_BY_COLUMN[found[0]]} ({found[0]}), which padding moves" if found else None
+
+    # ---- what is computed
+
+    def _truth(self, use_cache: bool) -> tuple[Any, Any]:
+        """Each row by itself: no padding, nothing before it."""
+        one, two = (torch.tensor([row], device=self.device) for row in self.rows)
+        return self.model(one, use_cache=False), self.model(two, use_cache=use_cache)
+
+    def _check_causal(self) -> None:
+        """The plain way: both rows padded on the right, and one of them with another last token."""
+        other = [*self.rows[1][:-1], self.rows[0][0]]
+        rows = [*self.rows, other]
+        longest = len(other)
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
+        got = self.model(**inputs(self.model, ids, mask), use_cache=False).logits.float()
+        pairs = [(found[: len(truth)], truth) for found, truth in zip(got, self.truth, strict=False)]
+        if off := self._off([*pairs, (got[2, :-1], self.truth[1][:-1])]):
+            raise SteerError(
+                f"{type(self.model).__name__}: a token's logits change with later tokens or with other rows "
+                f"of the batch ({off}); sampling and scoring need a causal language model, load another"
+            )
+
+    def _attention(self, padded: torch.Tensor) -> str | None:
+        if self.device.type != "cpu":
+            return None
+        with cpu.grouped(self.model):
+            off = self._off([(self._padded(), padded)])
+        return f"grouped attention differs ({off})" if off else None
+
+    def _padding(self, padded: torch.Tensor) -> str | None:
+        pairs = zip(padded, self.truth, strict=True)
+        off = self._off([(found[-len(truth) :], truth) for found, truth in pairs])
+        return f"padding on the left changes its logits ({off})" if off else None
+
+    def _padded(self) -> torch.Tensor:
+        """Logits of both rows, padded on the left, and zero at the padding."""
+        ids, mask = pad_left(self.rows, self.device)
+        logits = self.model(**inputs(self.model, ids, mask), use_cache=False).logits.float()
+        return logits.masked_fill(mask[..., None] == 0, 0)
+
+    def _sampler(self) -> str | None:
+        """Prompts read once, their rows repeated and put in another order, then token by token."""
+        order = torch.tensor([1, 0, 1], device=self.device)
+        rows = CachedRows(self.model)
+        steps = [rows.read(self.prompts)[order]]
+        rows.select(order)
+        for i in range(_MORE):
+            following = [self.rows[j][_PROMPTS[j] + i] for j in order.tolist()]
+            steps.append(rows.step(torch.tensor(following, device=self.device)))
+        got = torch.stack(steps, 1).float()  # (rows, tokens, vocabulary)
+        pairs = [
+            (found, self.truth[j][_PROMPTS[j] - 1 :]) for found, j in zip(got, order.tolist(), strict=True)
+        ]
+        off = self._off(pairs)
+        return f"logits with a cache differ from those without ({off})" if off else None
+
+    def _scorer(self, worth: int | None) -> str | None:
+        """A group's completions behind prompts that are read once."""
+        seen: list[torch.Tensor] = []
+
+        def head(labels: torch.Tensor, **inputs: Any) -> Scored:
+            seen.append(self.model(**inputs, use_cache=False).logits.float())
+            return Scored(torch.zeros_like(labels).float(), torch.zeros_like(labels).float())
+
+        order = [1, 0, 1]
+        prompt_ids, prompt_mask = pad_left([self.prompts[j] for j in order], self.device)
+        ids = torch.tensor([self.rows[j][-_MORE:] for j in order], device=self.device)
+        shared_scores(self.model, head, worth, prompt_ids, prompt_mask, ids, torch.ones_like(ids))
+        pairs = [(found, self.truth[j][-_MORE - 1 : -1]) for found, j in zip(seen[0], order, strict=True)]
+        off = self._off(pairs)
+        return f"logits behind a prompt that is shared differ ({off})" if off else None
+
+    def _head(self) -> str | None:
+        """trl's head against the log-probabilities of the model's own logits."""
+        head, backbone = self.model.get_output_embeddings(), self.model.base_model
+        if backbone is self.model or backbone.get_output_embeddings() is not None:
+            return "its backbone is not where trl's LM head looks for it (base_model)"
+        if getattr(head, "weight", None) is None:
+            return "it has no single matrix as LM head"
+        prompts = [prompt[: min(_PROMPTS)] for prompt in self.prompts]
+        prompt_ids, prompt_mask = pad_left(prompts, self.device)
+        ids = torch.tensor([row[-_MORE:] for row in self.rows], device=self.device)
+        batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+        batch |= {"completion_ids": ids, "completion_mask": torch.ones_like(ids)}
+        got, own = (
+            self.model(score_group=True, share=False, fused=fused, **batch).log_probs
+            for fused in (True, False)
+        )
+        off = float((got - own).norm() / own.norm())
+        if not off <= (EXACT_HEAD if self.exact else ROUNDED):
+            return f"trl's LM head differs from the model's own logits ({off:.1g} of log-probabilities)"
+        return None
+
+    def _off(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
+        """How far logits (tokens, vocabulary) are from what they should be, where that is too far."""
+        worst = 0.0
+        for got, expected in pairs:
+            real = expected > -1e8  # words that a model rules out
+            got, expected = (x.where(real, 0.0) for x in (got, expected))
+            scale = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+            distance = (got - expected).norm(dim=-1) / scale.clamp(min=1e-30)
+            worst = max(
+                worst, float((distance.max() if self.exact else distance.mean()).nan_to_num(torch.inf))
+            )
+        limit = EXACT if self.exact else ROUNDED
+        return f"{worst:.1g} of their size, {limit} allowed" if worst > limit else None
+
+
+def _names(kinds: set[type]) -> str:
+    return ", ".join(sorted(kind.__name__ for kind in kinds))

@@ -1,0 +1,183 @@
+"""Plain numbers as people write them, and when two of them are the same.
+
+Works on text from `steer.tasks.answers.latex.normalise`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+from steer.tasks.answers.units import (
+    CURRENCY,
+    NUMBER_WORDS,
+    Around,
+    Unit,
+    conflict,
+    harmless_lead,
+    read_units,
+)
+
+Form = Literal["integer", "decimal", "fraction", "mixed", "scientific", "repeating"]
+
+
+class Number(NamedTuple):
+    """A number as written: exact value, how it is written, and its unit and the words around it."""
+
+    value: Fraction
+    form: Form
+    unit: Unit  # units of measure, "percent" and "degree" among them
+    nouns: frozenset[str]  # other words behind the number
+
+    @property
+    def around(self) -> Around:
+        """What `units.conflict` compares."""
+        return self.unit, self.nouns
+
+
+# --- the number itself --------------------------------------------------------------------------------------
+
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+(?![0-9])|[0-9]{1,1000})"  # ASCII digits only
+_DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]{{0,1000}})?|\.[0-9]{{1,1000}})"
+_TIMES_TEN = r"(?: ?(?:\\times|\\cdot|\*|×|x) ?10\^)"
+_EXPONENT = r"(?:\{ ?(?P<braced>[+-]?[0-9]{1,3}) ?\}|(?P<bare>-?[0-9](?![0-9])|[0-9]{1,3}))"
+_SIGN = r"(?P<sign>[+-]?) ?"
+_REPEATING = re.compile(
+    _SIGN + r"(?P<whole>[0-9]{0,30})\.(?P<once>[0-9]{0,30})\\(?:overline|bar|dot)\{(?P<period>[0-9]{1,30})\}"
+)
+_POWER_OF_TEN = re.compile(_SIGN + r"(?P<mantissa>)10\^" + _EXPONENT)
+_SCIENTIFIC = re.compile(
+    _SIGN + rf"(?P<mantissa>{_DECIMAL})(?:{_TIMES_TEN}{_EXPONENT}|[eE](?P<e>[+-]?[0-9]{{1,3}})(?![0-9]))"
+)
+_MIXED = re.compile(
+    _SIGN + rf"(?P<whole>{_DIGITS}) ?(?:\\frac\{{(?P<above>[0-9]{{1,9}})\}}\{{(?P<below>[0-9]{{1,9}})\}}"
+    r"|(?<= )(?P<over>[0-9]{1,9})/(?P<under>[0-9]{1,9}))(?![0-9./])"
+)
+_FRACTION = re.compile(
+    _SIGN + rf"\\frac\{{(?P<above_sign>[+-]?)(?P<above>{_DIGITS}\.?)\}}"
+    rf"\{{(?P<below_sign>[+-]?)(?P<below>{_DIGITS})\}}(?![0-9./])"
+)
+_QUOTIENT = re.compile(_SIGN + rf"(?P<above>{_DIGITS}\.?) ?/ ?(?P<below>{_DIGITS})(?![0-9./])")
+_SIMPLE = re.compile(_SIGN + rf"(?P<digits>{_DECIMAL})(?![0-9])")
+
+
+def _plain(text: str) -> Fraction:
+    return Fraction(text.replace(",", "").replace(" ", "").removesuffix(".") or "0")
+
+
+def _leading_number(text: str) -> tuple[Fraction, Form, int] | None:
+    """Value, form and length of the number that the text starts with."""
+    value: Fraction
+    form: Form
+    if found := _REPEATING.match(text):
+        once, period = found["once"], found["period"]
+        value = Fraction(int(found["whole"] + once or "0"), 10 ** len(once))
+        value, form = value + Fraction(int(period), 10 ** len(once) * (10 ** len(period) - 1)), "repeating"
+    elif found := _POWER_OF_TEN.match(text) or _SCIENTIFIC.match(text):
+        power = int(found["braced"] or found["bare"] or found.groupdict().get("e") or 0)
+        value, form = _plain(found["mantissa"] or "1") * Fraction(10) ** power, "scientific"
+    elif found := _MIXED.match(text):
+        above, below = int(found["above"] or found["over"]), int(found["below"] or found["under"])
+        if not below:
+            return None
+        value, form = _plain(found["whole"]) + Fraction(above, below), "mixed"
+    elif found := _FRACTION.match(text) or _QUOTIENT.match(text):
+        parts = found.groupdict()
+        inner = (parts.get("above_sign") or "") + (parts.get("below_sign") or "")
+        if not _plain(parts["below"]) or (found["sign"] + inner).count("-") > 1:
+            return None
+        value, form = int(inner[-1:] + "1") * _plain(parts["above"]) / _plain(parts["below"]), "fraction"
+        if "-" in inner:
+            value = -abs(value)
+    elif found := _SIMPLE.match(text):
+        value = _plain(found["digits"])
+        form = "decimal" if found["digits"].partition(".")[2].strip("0") else "integer"
+    else:
+        return None
+    return int(found["sign"] + "1") * value, form, found.end()
+
+
+# --- with what stands around it --------------------------------------------------------------------------
+
+
+_LEAD = re.compile(r'\\(?:approx|therefore|sim)(?![a-zA-Z]) ?|"([^"]*)" ?|([A-Za-z][a-z]+) (?=[0-9+\-.\\])')
+_LEAD_IN_WORDS = re.compile(r"()([A-Za-z][a-z']*(?: [a-z']+)*[:=]?) ?(?=[0-9+\-.\\$])")
+
+
+def _leads(text: str, in_words: bool) -> Iterator[str]:
+    """The text, then without what introduces the number. in_words: all of it stood in \\text."""
+    yield text
+    for _ in range(4):
+        found = (_LEAD_IN_WORDS if in_words else _LEAD).match(text)
+        if not found or ((found[1] or found[2]) and not harmless_lead(found[1] or found[2])):
+            return
+        text = text[found.end() :]
+        yield text
+
+
+def read_number(text: str) -> Number | None:
+    """The plain number, with its unit, that a normalised text is; None when it is anything else.
+
+    Integers, decimals, fractions, mixed numbers, repeating decimals, powers of ten and number words count;
+    whatever still has to be worked out does not.
+    """
+    text = text.strip()
+    in_words = text.startswith('"') and text.endswith('"') and text.count('"') == 2
+    if in_words:
+        text = text[1:-1].strip(" .")
+        if text.lower() in NUMBER_WORDS:
+            return Number(Fraction(NUMBER_WORDS[text.lower()]), "integer", (), frozenset())
+    elif text in NUMBER_WORDS:
+        return Number(Fraction(NUMBER_WORDS[text]), "integer", (), frozenset())
+    for rest in _leads(text, in_words):
+        sign, money = "", ""
+        if found := re.match(r"([+-]?) ?(\\\$|€|£) ?", rest):
+            sign, money, rest = found[1], CURRENCY[found[2]], rest[found.end() :]
+            if rest[:1] in ("+", "-"):
+                return None
+        started = _leading_number(rest)
+        if started is None:
+            continue
+        value, form, length = started
+        behind = read_units(rest[length:], value)
+        if behind is None:
+            return None
+        scale, (unit, nouns) = behind
+        if money and not any(name in ("dollar", "euro") for name, _ in unit):
+            unit = tuple(sorted((*unit, (money, 1))))
+        value = int(sign + "1") * value * scale
+        if scale > 1 and form == "decimal" and value.denominator == 1:
+            form = "integer"
+        return Number(value, form, unit, nouns)
+    return None
+
+
+def same_number(gold: Number, answer: Number) -> bool:
+    """Whether the answer is the gold, worked out as far, and in its unit where both name one.
+
+    50% is 50, 0.5 and 1/2; 25 is 25%, but not 0.25.
+    """
+    if conflict(gold.around, answer.around):
+        return False
+    percents = ("percent", 1) in gold.unit, ("percent", 1) in answer.unit
+    if _equal(gold, answer):
+        return True
+    if percents == (True, False):
+        return _equal(gold._replace(value=gold.value / 100, form="decimal"), answer)
+    if percents == (False, True):
+        return _equal(gold, answer._replace(value=answer.value / 100))
+    return False
+
+
+def _equal(gold: Number, answer: Number) -> bool:
+    if gold.value == answer.value:
+        # 25/5 for 5 still has to be worked out
+        return gold.form != "integer" or answer.form not in ("fraction", "mixed")
+    # a decimal stands for the fractions that round to it at six places, as in math-verify
+    forms = {gold.form, answer.form}
+    if "decimal" not in forms or not forms & {"fraction", "mixed", "repeating"}:
+        return False
+    rounded = round(gold.value, 6)
+    return rounded != 0 and rounded == round(answer.value, 6)

@@ -1,0 +1,357 @@
+"""How a problem is framed as the text a model continues."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension
+
+from steer.errors import SteerError, one_line, shown
+
+log = logging.getLogger("steer")
+
+_STEP_BY_STEP = r"Please reason step by step, and put your final answer within \boxed{}."
+_SLOT, _WORKED = "{problem}", "{answer}"
+
+
+class Template(NamedTuple):
+    """One way to frame a problem.
+
+    `instruction` holds `{problem}` where the problem goes; in a chat, one without that slot is a system turn.
+    """
+
+    instruction: str
+    chat: bool  # whether the tokenizer's own chat template lays the turns out
+    description: str
+    example: str = ""  # of a template that is no chat: a worked example, before the problem's own turn
+
+
+TEMPLATES: dict[str, Template] = {
+    "boxed": Template(
+        _STEP_BY_STEP,
+        True,
+        r"chat: a system turn asks for steps and a \boxed{} answer, the user turn is the problem",
+    ),
+    "boxed_short": Template(
+        _SLOT + r" Give the answer as $\boxed{answer}$.",
+        True,
+        r"chat: one user turn that asks for \boxed{answer} and no steps, no system text; for tiny models",
+    ),
+    "qwen_math": Template(
+        f"<|im_start|>system\n{_STEP_BY_STEP}<|im_end|>\n<|im_start|>user\n{_SLOT}<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        False,
+        "plain text in the format of the Qwen-Math models, whatever the tokenizer's chat template",
+        f"<|im_start|>user\n{_SLOT}<|im_end|>\n<|im_start|>assistant\n{_WORKED}<|im_end|>\n",
+    ),
+    "plain": Template(
+        f"{_SLOT}\nAnswer:",
+        False,
+        "plain text: the problem, then 'Answer:'",
+        f"{_SLOT}\nAnswer: {_WORKED}\n\n",
+    ),
+    "think": Template(
+        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
+        "The Assistant first thinks about the reasoning process in the mind and then provides the User "
+        "with the answer. The reasoning process is enclosed within <think> </think> and the answer within "
+        "<answer> </answer> tags, i.e., <think> reasoning process here </think> <answer> answer here "
+        "</answer>. Inside the answer tags, put the final answer within \\boxed{}.\n"
+        f"User: {_SLOT}\nAssistant: <think>",
+        False,
+        r"plain text: the R1-Zero conversation with <think> and <answer> tags, the answer still in \boxed{}",
+        f"User: {_SLOT}\nAssistant: <think> {_WORKED} </think>\n",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """
+    How problems are put to a model: all that decides the text of a prompt but the problem and the tokenizer.
+
+    Args:
+        template: name of a prompt template, a key of `TEMPLATES`.
+        prefix: forced opening of the model's own turn, such as "To" or "Step".
+        system: a constant system text, before the template's own where it has one.
+        chat_template_kwargs: variables of the tokenizer's chat template: `{"enable_thinking": False}`.
+        examples: worked examples before the problem, each a problem and its answer as the model should write
+            it (`steer.tasks.elicited.choose`): turns of a chat, text in a template that is none.
+    """
+
+    template: str = "boxed"
+    prefix: str = ""
+    system: str = ""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    examples: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of_training(cls, provenance: Mapping[str, Any] | None, template: str = "boxed") -> PromptSpec:
+        """
+        The prompts that vectors were trained with, as their artifact's provenance tells.
+
+        Args:
+            provenance: `config.provenance` of an artifact.
+            template: the template where the provenance names none.
+
+        Raises:
+            SteerError: the provenance describes no prompt, being altered or of another program.
+        """
+        run, training = (recorded(provenance, part) for part in ("run", "training"))
+        found = cls(
+            run.get("template") or template,
+            run.get("prefix") or "",
+            chat_template_kwargs=training.get("chat_template_kwargs") or None,
+        )
+        for name, value, kind in (
+            ("run.template", found.template, str),
+            ("run.prefix", found.prefix, str),
+            ("training.chat_template_kwargs", found.chat_template_kwargs or {}, dict),
+        ):
+            if not isinstance(value, kind):
+                raise SteerError(
+                    f"the artifact's provenance says {name} = {shown(value)}, which is no {kind.__name__}; "
+                    "correct its steering_config.json, or remove that entry"
+                )
+        return found
+
+    def but(
+        self,
+        template: str | None = None,
+        prefix: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> PromptSpec:
+        """
+        The same with what is given here; None keeps what there is. A plain template leaves out the
+        `chat_template_kwargs` of a chat.
+        """
+        chosen = self.template if template is None else template
+        if chat_template_kwargs is None and chosen in TEMPLATES and TEMPLATES[chosen].chat:
+            chat_template_kwargs = self.chat_template_kwargs
+        return PromptSpec(
+            chosen, self.prefix if prefix is None else prefix, self.system, chat_template_kwargs
+        )
+
+    def render(self, problem: str, tokenizer: Any) -> str:
+        """The prompt of `problem`, as `render` makes it."""
+        return render(
+            problem,
+            tokenizer,
+            self.template,
+            self.prefix,
+            self.system,
+            self.chat_template_kwargs,
+            self.examples,
+        )
+
+    def frame(self, tokenizer: Any) -> Callable[[str], str]:
+        """`render` with this tokenizer."""
+        return lambda problem: self.render(problem, tokenizer)
+
+
+def recorded(provenance: Mapping[str, Any] | None, part: str) -> Mapping[str, Any]:
+    """One part of an artifact's provenance, such as "run"; empty where it has none."""
+    found = (provenance or {}).get(part)
+    return found if isinstance(found, dict) else {}
+
+
+def render(
+    problem: str,
+    tokenizer: Any,
+    template: str = "boxed",
+    prefix: str = "",
+    system: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    examples: Sequence[tuple[str, str]] = (),
+) -> str:
+    """
+    The full prompt text, to be tokenized with `add_special_tokens=False`; ends where the model writes on.
+
+    The text opens with the BOS token when `tokenizer` would put one before a text by itself, or when its chat
+    template writes one. A chat template that refuses or drops the system turn gets the system text as the
+    opening of the user turn.
+
+    Args:
+        problem: the problem's text.
+        tokenizer: a tokenizer of transformers.
+        template, prefix, system, chat_template_kwargs, examples: as in `PromptSpec`.
+
+    Raises:
+        SteerError: an unknown template; a chat template asked of a tokenizer that has none; a system text or
+            `chat_template_kwargs` for a template that is no chat; a variable that the chat template never
+            reads; a chat template that fails, or whose text lacks the problem or the instruction.
+    """
+    if template not in TEMPLATES:
+        raise SteerError(f"unknown prompt template {template!r}; expected one of {', '.join(TEMPLATES)}")
+    chosen = TEMPLATES[template]
+    chats = ", ".join(name for name, other in TEMPLATES.items() if other.chat)
+    if system and not chosen.chat:
+        raise SteerError(f"prompt template {template!r} has no turn for a system text; use one of {chats}")
+    if chat_template_kwargs and not chosen.chat:
+        raise SteerError(
+            f"chat_template_kwargs={shown(dict(chat_template_kwargs))} are for the tokenizer's chat "
+            f"template, and prompt template {template!r} is no chat; leave them out, or use one of {chats}"
+        )
+    text = (
+        _chat_text(problem, tokenizer, template, system, chat_template_kwargs or {}, examples)
+        if chosen.chat
+        else _plain_text(problem, chosen, examples)
+    )
+    # Many chat templates write BOS themselves, some after white space: the model knows one BOS, at the start.
+    if (bos := getattr(tokenizer, "bos_token", None)) and text.lstrip().startswith(bos):
+        text = text.lstrip()
+    else:
+        text = _own_bos(tokenizer) + text
+    return text + prefix
+
+
+# What rendering a faulty template raises: jinja2's errors, and those of Python's operators and methods in it.
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+
+def _plain_text(problem: str, template: Template, examples: Sequence[tuple[str, str]]) -> str:
+    opening, _, rest = template.example.partition(_SLOT)
+    between, _, end = rest.partition(_WORKED)
+    # where the problem's own turn begins, which is where an example begins
+    start = template.instruction.rindex(opening + _SLOT)
+    head, turn = template.instruction[:start], template.instruction[start:]
+    worked = "".join(f"{opening}{example}{between}{answer}{end}" for example, answer in examples)
+    return head + worked + turn.replace(_SLOT, problem)
+
+
+def _chat_text(
+    problem: str,
+    tokenizer: Any,
+    template: str,
+    constant: str,
+    variables: Mapping[str, Any],
+    examples: Sequence[tuple[str, str]] = (),
+) -> str:
+    without = ", ".join(name for name, other in TEMPLATES.items() if not other.chat)
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    if not getattr(tokenizer, "chat_template", None):
+        raise SteerError(
+            f"prompt template {template!r} needs a chat template and tokenizer {name!r} has none; "
+            f"use one of {without}"
+        )
+    if variables:
+        check_chat_template_kwargs(tokenizer, variables)
+    instruction = TEMPLATES[template].instruction
+    form = instruction if _SLOT in instruction else _SLOT
+    # an empty system turn keeps the default text out that some chat templates put there
+    system = constant if _SLOT in instruction else f"{constant}\n{instruction}".lstrip("\n")
+    user = form.replace(_SLOT, problem)
+    dialogue = []
+    for example, answer in examples:
+        dialogue.append({"role": "user", "content": form.replace(_SLOT, example)})
+        dialogue.append({"role": "assistant", "content": answer})
+    dialogue.append({"role": "user", "content": user})
+    opening, *later = dialogue
+    worked = [turn["content"] for turn in dialogue[:-1]]
+    in_user_turn = f"{system}\n\n{opening['content']}" if system else opening["content"]
+    told = ""
+    for turns in (
+        [{"role": "system", "content": system}, *dialogue],
+        [{"role": "user", "content": in_user_turn}, *later],
+    ):
+        try:
+            text = str(
+                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables)
+            )
+        except _TEMPLATE_ERRORS as error:
+            told = told or one_line(error)
+            continue
+        lost = [part for part in (user, system, *worked) if not _holds(text, part)]
+        if not lost:
+            if turns[0]["role"] == "user" and system:
+                _tell(f"the chat template of {name} has no system turn: its text opens the user turn instead")
+            if "strftime_now" in tokenizer.get_chat_template() and not variables:
+                _tell(
+                    f"the chat template of {name} may write today's date into the prompts, which then "
+                    "differ from day to day; set the date in chat_template_kwargs where it has a variable"
+                )
+            return text
+        told = told or f"it leaves out {shown(lost[0])}"
+    raise SteerError(
+        f"the tokenizer's chat template refused prompt template {template!r} ({told}); correct the chat "
+        f"template, or use one of {without}" + (", or no examples (--examples 0)" if examples else "")
+    )
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether `part` is in `text`, white space aside: templates strip and join what they are given."""
+    return " ".join(part.split()) in " ".join(text.split())
+
+
+@cache
+def _tell(message: str) -> None:
+    """Log `message`, once for all prompts it is true of."""
+    log.info("%s", message)
+
+
+def check_chat_template_kwargs(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """
+    Check that the tokenizer's chat template reads each of `variables`; one that it never reads would be
+    ignored.
+
+    Raises:
+        SteerError: names the first that it does not read, and those that it does.
+    """
+    known = chat_template_variables(tokenizer.get_chat_template())
+    for variable in variables:
+        if variable not in known:
+            reads = f"reads {', '.join(sorted(known))}" if known else "reads no settings at all"
+            raise SteerError(
+                f"chat_template_kwargs names {variable!r}, which the tokenizer's chat template never reads; "
+                f"it {reads}: leave {variable!r} out ('{{}}' for none)"
+            )
+
+
+class _Generation(Extension):
+    """The tag `generation` of transformers' chat templates, as the plain block that it is in a prompt."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@cache
+def chat_template_variables(template: str) -> frozenset[str]:
+    """
+    The variables that a chat template reads and that its user may set: not the turns, the special tokens and
+    what transformers provides.
+    """
+    environment = jinja2.Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    provided = ("raise_exception", "strftime_now", "messages", "add_generation_prompt")
+    try:
+        tree = environment.parse(template)
+    except jinja2.TemplateError as error:
+        raise SteerError(f"the tokenizer's chat template cannot be read: {one_line(error)}") from error
+    # A name that the template sets itself is the user's only where the template asks whether it was given.
+    asks: list[nodes.Test | nodes.Filter] = [
+        test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined", "none")
+    ]
+    asks += [use for use in tree.find_all(nodes.Filter) if use.name in ("default", "d")]
+    asked = {ask.node.name for ask in asks if isinstance(ask.node, nodes.Name)}
+    targets: list[nodes.Node] = [a.target for a in tree.find_all(nodes.Assign)]
+    targets += [block.target for block in tree.find_all(nodes.AssignBlock)]
+    targets += [argument for macro in tree.find_all(nodes.Macro) for argument in macro.args]
+    own = {target.name for target in targets if isinstance(target, nodes.Name)} - asked
+    found = meta.find_undeclared_variables(tree) - own
+    return frozenset(name for name in found if name not in provided and not name.endswith("_token"))
+
+
+def _own_bos(tokenizer: Any) -> str:
+    """The BOS text that `tokenizer(text)` would prepend by itself, "" when it prepends none."""
+    bos = getattr(tokenizer, "bos_token", None)
+    if not bos:
+        return ""
+    ids = tokenizer("a")["input_ids"]
+    return str(bos) if ids and ids[0] == tokenizer.bos_token_id else ""

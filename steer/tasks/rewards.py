@@ -1,0 +1,249 @@
+r"""Reward functions in trl's form: `f(prompts, completions, completion_ids, **columns) -> list of floats`.
+
+Each completion is a string, or a list of messages whose last one is the model's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
+
+from steer.errors import SteerError, shown
+from steer.tasks.grading import Checker, Verdict, extract_boxed
+
+__all__ = [
+    "REWARDS",
+    "Checker",
+    "Correctness",
+    "LengthPenalty",
+    "RandomReward",
+    "Verdict",
+    "extract_boxed",
+    "format_reward",
+    "guard",
+    "make_reward",
+]
+
+RewardFunction = Callable[..., list[float]]
+
+REWARDS = {
+    "correct": r"+1 when the \boxed answer is right, -1 otherwise",
+    "correct01": r"1 when the \boxed answer is right, 0 otherwise",
+    "format": r"1 when the text ends in its one and only \boxed answer, 0 otherwise",
+    "random": "1 or 0 by a coin, whatever the text: a control",
+}
+
+
+def make_reward(name: str, checker: Checker) -> RewardFunction:
+    """The reward function of that name in `REWARDS`; SteerError lists the known ones for another name."""
+    if name == "correct":
+        return Correctness(checker)
+    if name == "correct01":
+        return Correctness(checker, wrong=0.0)
+    if name == "format":
+        return format_reward
+    if name == "random":
+        return RandomReward()
+    raise SteerError(f"unknown reward {name!r}; expected one of {', '.join(REWARDS)}")
+
+
+class Correctness:
+    """`right` for a right answer and `wrong` for any other, judged by `checker` against column `answer`."""
+
+    __name__ = "correctness"  # trl names its metrics after this
+
+    def __init__(self, checker: Checker, wrong: float = -1.0, right: float = 1.0) -> None:
+        self.checker, self.wrong, self.right = checker, wrong, right
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        if columns.get("answer") is None:
+            raise SteerError(
+                f"the correctness reward needs a column 'answer'; the data set has {sorted(columns)}"
+            )
+        verdicts = self.checker.check([_text(c) for c in completions], columns["answer"])
+        if log_extra := columns.get("log_extra"):
+            log_extra("answer_given", [v.answer if v.answer is not None else "" for v in verdicts])
+        if (log_metric := columns.get("log_metric")) and verdicts:
+            log_metric("accuracy", sum(v.correct for v in verdicts) / len(verdicts))
+        return [self.right if v.correct else self.wrong for v in verdicts]
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# what may follow the box: punctuation and closing delimiters
+_CLOSING = re.compile(r"(?:[\s$.,;:!*)\]\\]|</answer>)*")
+
+
+def format_reward(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Any] | None = None,
+    **columns: Any,
+) -> list[float]:
+    r"""1.0 for a text with exactly one \boxed, which is not empty and ends the text; 0.0 otherwise.
+
+    After the box only whitespace, punctuation, closing math delimiters and </answer> may stand.
+    """
+    return [float(_ends_in_its_box(_text(completion))) for completion in completions]
+
+
+def _ends_in_its_box(text: str) -> bool:
+    openings = [match.end() for match in _BOX.finditer(text)]
+    content = extract_boxed(text)
+    if len(openings) != 1 or content is None or not content.strip():
+        return False
+    return _CLOSING.fullmatch(text, openings[-1] + len(content) + 1) is not None
+
+
+class LengthPenalty:
+    """Soft overlong penalty (DAPO): 0 up to `target_tokens`, then linear to -1 at `max_tokens` and on."""
+
+    __name__ = "length_penalty"
+
+    def __init__(self, target_tokens: int, max_tokens: int) -> None:
+        if not 0 <= target_tokens < max_tokens:
+            raise SteerError(
+                f"length penalty got target_tokens={target_tokens}, max_tokens={max_tokens}; "
+                "expected 0 <= target < max"
+            )
+        self.target_tokens, self.max_tokens = target_tokens, max_tokens
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any],
+        **columns: Any,
+    ) -> list[float]:
+        span = self.max_tokens - self.target_tokens
+        return [-min(1.0, max(0, len(ids) - self.target_tokens) / span) for ids in completion_ids]
+
+
+class RandomReward:
+    """
+    A control that learns nothing from the text: 1.0 with probability `p`.
+
+    Drawn from Python's own generator, which the trainer seeds for each process and keeps in its checkpoints.
+    """
+
+    __name__ = "random_reward"
+
+    def __init__(self, p: float = 0.5) -> None:
+        if not 0 <= p <= 1:
+            raise SteerError(f"random reward got p={p}; expected a probability from 0 to 1")
+        self.p = p
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        return [float(random.random() < self.p) for _ in completions]
+
+
+def guard(reward_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`reward_fn` with its result checked: one finite number, or None for "does not apply", per completion.
+
+    The wrapped function (async when `reward_fn` is) raises SteerError with the name and first bad place.
+    """
+    name = getattr(reward_fn, "__name__", type(reward_fn).__name__)
+
+    if inspect.iscoroutinefunction(reward_fn) or inspect.iscoroutinefunction(type(reward_fn).__call__):
+
+        async def checked_async(
+            prompts: Any, completions: Any, completion_ids: Any = None, **columns: Any
+        ) -> Any:
+            rewards = await reward_fn(
+                prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+            )
+            return _checked(name, rewards, len(completions))
+
+        checked: Callable[..., Any] = checked_async
+    else:
+
+        def checked_sync(prompts: Any, completions: Any, completion_ids: Any = None, **columns: Any) -> Any:
+            rewards = reward_fn(
+                prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+            )
+            return _checked(name, rewards, len(completions))
+
+        checked = checked_sync
+
+    functools.update_wrapper(checked, reward_fn, assigned=("__doc__", "__module__"), updated=())
+    checked.__name__ = name
+    return checked
+
+
+def _checked(name: str, rewards: Any, expected: int) -> list[float | None]:
+    # Not what iterates over something else than one value a completion, in their order.
+    shape = tuple(getattr(rewards, "shape", ()) or ())
+    unordered = isinstance(rewards, Mapping | Set | str | bytes | bytearray)
+    if unordered or len(shape) > 1 or not isinstance(rewards, Iterable):
+        kind = type(rewards).__name__ + (f" of shape {shape}" if shape else "")
+        text = " ".join(shown(rewards).split())
+        raise SteerError(
+            f"reward function {name!r} returned {kind}, {text}; expected a list of {expected} numbers"
+        )
+    try:
+        values = list(rewards)
+    except TypeError as error:  # a tensor without dimensions
+        raise SteerError(
+            f"reward function {name!r} returned {type(rewards).__name__}, {shown(rewards)}, which is one "
+            f"value; expected a list of {expected} numbers"
+        ) from error
+    if len(values) != expected:
+        raise SteerError(
+            f"reward function {name!r} returned {len(values)} rewards for {expected} completions; "
+            "expected one each"
+        )
+    numbers = [_finite(value) for value in values]
+    bad = [
+        i
+        for i, (value, number) in enumerate(zip(values, numbers, strict=True))
+        if value is not None and number is None
+    ]
+    if bad:
+        raise SteerError(
+            f"reward function {name!r} returned {len(bad)} of {expected} rewards that are not finite "
+            f"numbers, first {str(values[bad[0]])[:50]!r} at index {bad[0]}; return a float, or None where "
+            "it does not apply"
+        )
+    return numbers
+
+
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32
+
+
+def _finite(value: Any) -> float | None:
+    """
+    The value as a float; None when it is not a finite number of float32, in which rewards are added up. Takes
+    numpy and torch scalars.
+    """
+    if value is None or isinstance(value, str | bytes) or getattr(value, "shape", None):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if abs(number) <= _LARGEST else None
+
+
+def _text(completion: Any) -> str:
+    """The text of a completion given as a string or as messages (the last one's content)."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else ""
+    if isinstance(content, list):  # content blocks, as multimodal chats have them
+        content = "".join(block.get("text", "") for block in content)
+    return content or ""

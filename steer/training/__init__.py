@@ -1,0 +1,6 @@
+"""Training: trl's GRPO for vectors, its sampler, its update, and the run on disk."""
+
+from steer.training.config import SteeringGRPOConfig
+from steer.training.steering_trainer import SteeringGRPOTrainer
+
+__all__ = ["SteeringGRPOConfig", "SteeringGRPOTrainer"]

@@ -1,0 +1,180 @@
+"""
+What steering is compared with: full fine-tuning and peft's own methods, trained by the same trainer, sampler
+and loss as vectors are.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
+
+from steer.config import SteeringConfig
+from steer.errors import SteerError
+from steer.sites import find_decoder
+from steer.training.config import SteeringGRPOConfig
+from steer.training.group_trainer import GroupGRPOTrainer
+
+METHODS = {
+    "full": "every weight of the model",
+    "lora": "LoRA (arXiv 2106.09685)",
+    "beft": "a bias on each of target_modules; on down_proj the same function as steering vectors",
+    "tinylora": "TinyLoRA (arXiv 2602.04118): tinylora_u numbers for each of target_modules",
+}
+_LINEAR = (nn.Linear, Conv1D)
+# peft's names; older versions have neither TinyLoRA nor BEFT.
+_CONFIGS = {"lora": "LoraConfig", "beft": "BeftConfig", "tinylora": "TinyLoraConfig"}
+
+
+@dataclass
+class Baseline:
+    """What is trained instead of vectors."""
+
+    _argument_group_name = "what is trained"
+
+    method: str = field(
+        default="full", metadata={"help": "; ".join(f"{k} = {v}" for k, v in METHODS.items()) + "."}
+    )
+    lora_rank: int = field(default=4, metadata={"help": "Rank of LoRA, and of the frozen part of TinyLoRA."})
+    lora_alpha: float = field(default=32.0, metadata={"help": "LoRA's update is scaled by alpha / rank."})
+    tinylora_u: int = field(default=13, metadata={"help": "Trained numbers of each module, for tinylora."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Modules to adapt, by the end of their names; all-linear: all but the head."},
+    )
+    target_layers: str = field(
+        default="all",
+        metadata={
+            "help": "Layers whose modules are adapted: 'all', an index, a range, or a comma-separated mix of "
+            "those."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise SteerError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+        for name in ("lora_rank", "tinylora_u"):
+            if getattr(self, name) < 1:
+                raise SteerError(f"{name}={getattr(self, name)} is below 1")
+
+
+def peft_config(baseline: Baseline, model: PreTrainedModel) -> Any:
+    """peft's configuration of this method; SteerError where this peft lacks it or the model the modules."""
+    kind = getattr(peft, _CONFIGS[baseline.method], None)
+    if kind is None:
+        raise SteerError(
+            f"method={baseline.method}: peft {peft.__version__} has no {_CONFIGS[baseline.method]}; install "
+            "a newer peft"
+        )
+    options: dict[str, Any] = {
+        "target_modules": _modules(baseline, model),
+        "task_type": "CAUSAL_LM",
+    }
+    if baseline.method == "lora":
+        options |= {"r": baseline.lora_rank, "lora_alpha": baseline.lora_alpha, "lora_dropout": 0.0}
+    if baseline.method == "tinylora":
+        # the random projections are drawn again from their seed
+        options |= {"r": baseline.lora_rank, "u": baseline.tinylora_u, "save_projection": False}
+    return kind(**options)
+
+
+def _modules(baseline: Baseline, model: PreTrainedModel) -> list[str]:
+    """The full names of the modules to adapt."""
+    decoder = find_decoder(model)
+    layers = SteeringConfig(layers=baseline.target_layers).resolve_layers(decoder.depth)
+    linear = [name for name, module in decoder.layers[0].named_modules() if isinstance(module, _LINEAR)]
+    wanted = baseline.target_modules
+    chosen = [name for name in linear if wanted == ["all-linear"] or name.split(".")[-1] in wanted]
+    unknown = set(wanted) - {"all-linear"} - {name.split(".")[-1] for name in chosen}
+    if unknown or not chosen:
+        have = ", ".join(name.split(".")[-1] for name in linear)
+        raise SteerError(
+            f"target_modules={wanted}: the linear modules in a layer of {type(model).__name__} are {have}; "
+            f"there is no {', '.join(sorted(unknown)) or 'such one'}"
+        )
+    return [f"{decoder.name}.{layer}.{name}" for layer in layers for name in chosen]
+
+
+class BaselineGRPOTrainer(GroupGRPOTrainer):
+    """
+    Train all of `model`, or a peft adapter on it, as `baseline` says; all other arguments are trl's.
+
+    A checkpoint holds what is trained (an adapter as peft saves it, or the whole model as safetensors) and
+    the optimizer's state. Full fine-tuning wants the model in float32: small updates are lost in bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reward_funcs: Any,
+        args: SteeringGRPOConfig,
+        baseline: Baseline,
+        **kwargs: Any,
+    ):
+        if args.lr_by_layer is not None:
+            raise SteerError(
+                f"lr_by_layer={args.lr_by_layer!r} is for vectors; give method={baseline.method} one "
+                "learning_rate"
+            )
+        self.adapted: peft.PeftModel | None = None
+        inner: nn.Module = model
+        if baseline.method == "full":
+            if args.beta:
+                raise SteerError(
+                    f"beta={args.beta} with method=full needs the untrained model beside the trained one; "
+                    "set beta=0, as in the published recipe, or choose another method"
+                )
+            model.requires_grad_(True)
+        else:
+            if args.use_vllm:
+                raise SteerError(f"method={baseline.method} samples with steer's own sampler; drop use_vllm")
+            set_seed(args.seed)  # the adapter's random start belongs to the run
+            self.adapted = peft.get_peft_model(model, peft_config(baseline, model))
+            inner = self.adapted.get_base_model()
+        super().__init__(inner, reward_funcs, args, **kwargs)
+        if self.sharded and (self.adapted is not None or self.is_deepspeed_enabled):
+            raise SteerError(
+                f"method={baseline.method} cannot be sharded by this launcher; launch with "
+                "recipes/accelerate/ddp.yaml"
+            )
+
+    def reference(self) -> AbstractContextManager:
+        """Inside, the adapter is off. A full fine-tune puts nothing aside, and no KL term asks for it."""
+        return nullcontext() if self.adapted is None else self.adapted.disable_adapter()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter as peft does, or the whole model and its tokenizer."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self.adapted is None:
+            super().save_model(str(folder), _internal_call=True)
+            if self.args.should_save:  # a pickle of the settings, which are in run.json
+                (folder / "training_args.bin").unlink(missing_ok=True)
+        elif self.args.should_save:
+            self.adapted.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.adapted is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
+            peft.set_peft_model_state_dict(self.adapted, saved)
+
+
+def readable(checkpoint: Path) -> None:
+    """Raise SteerError where a weights file of `checkpoint` is missing or cut short."""
+    files = list(checkpoint.glob("*.safetensors"))
+    try:
+        for file in files:
+            safe_open(file, "pt")
+    except SafetensorError as error:
+        raise SteerError(f"{checkpoint} is damaged ({error})") from error
+    if not files:
+        raise SteerError(f"{checkpoint} holds no weights")

@@ -1,0 +1,220 @@
+"""
+`SteeringGRPOConfig`: trl's GRPO settings with defaults that fit vectors, and the few settings only vectors
+have.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from steer.engine.logprobs import logprobs_mode
+from steer.errors import SteerError
+from steer.training.settings import check, check_ranges
+
+ADVANTAGES = ("loo", "group")
+# The losses of trl by what they average over; `skip_zero_advantage` must know it of every one.
+ROW_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
+BATCH_TOKEN_LOSSES = ("bnpo",)
+STEP_TOKEN_LOSSES = ("dapo", "cispo", "vespo")
+LOSSES = ROW_LOSSES + BATCH_TOKEN_LOSSES + STEP_TOKEN_LOSSES
+# Keys that `generation_kwargs` would take, for which there is a setting that the scores follow too.
+_SAMPLING = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    **dict.fromkeys(("max_new_tokens", "max_tokens"), "max_completion_length"),
+}
+_RATE = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_PART = re.compile(rf"(\d+)(?:-(\d+))?:({_RATE})")
+_GEOMETRIC = re.compile(rf"geometric:({_RATE}):({_RATE})")
+
+
+@dataclass
+class SteeringGRPOConfig(GRPOConfig):
+    """
+    All of trl's `GRPOConfig`. The defaults follow "Small Vectors, Big Effects" (arXiv 2509.06608):
+    leave-one-out baseline, no division by the standard deviation, no KL term, one update a batch, token-level
+    loss, gradient clip 2, constant learning rate after 3 % warm-up. Vectors want rates about a thousand times
+    those of a full fine-tune.
+    """
+
+    _argument_group_name = "training"
+
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of every vector that `lr_by_layer` does not name."}
+    )
+    lr_by_layer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rates of single layers: '0:0.003,3-7:0.007', or 'geometric:FIRST:LAST' "
+            "for equal ratios "
+            "from the first steered layer to the last. Late layers want rates up to 30 times those of "
+            "early ones."
+        },
+    )
+    advantage: str = field(
+        default="loo",
+        metadata={
+            "help": "loo: reward minus the mean of the other samples of its prompt (RLOO, arXiv "
+            "2402.14740); needs "
+            "scale_rewards none. group: reward minus the group's mean, scaled as `scale_rewards` says (GRPO)."
+        },
+    )
+    fast_sampler: bool = field(
+        default=True,
+        metadata={
+            "help": "Sample with steer's own loop (shared prompts, row-wise seeds) instead of generate()."
+        },
+    )
+    sample_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows that fast_sampler draws at once on a device, whole groups; default: all of a step."
+        },
+    )
+    update_rows: int = field(
+        default=32,
+        metadata={
+            "help": "Rows whose activations an update holds at once; the others follow, and the gradient is "
+            "the same. 0: all of per_device_train_batch_size."
+        },
+    )
+    share_prompts: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute a prompt shared by a group once in the update. Off under gradient checkpointing."
+        },
+    )
+    skip_zero_advantage: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave rows whose advantage is zero out of the update, where that changes no gradient."
+        },
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={
+            "help": "Divide advantages by the standard deviation of the 'group', the 'batch' or 'none'."
+        },
+    )
+    num_generations: int | None = field(default=16, metadata={"help": "Samples of each prompt."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Samples in one forward and backward pass on each device."}
+    )
+    max_grad_norm: float = field(
+        default=2.0, metadata={"help": "Clip the norm of all gradients together; 0 is off."}
+    )
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "Schedule of the learning rate."}
+    )
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up steps, or a share of all steps when below 1."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every this many updates."})
+    router_aux_loss_coef: float | None = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture of experts, whose router is frozen here; "
+            "null in a config: the model's own weight, as in trl."
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Recompute activations in the backward pass: less memory, more time."},
+    )
+    bf16: bool | None = field(
+        default=False,
+        metadata={"help": "Autocast to bfloat16. Not needed when the base model is loaded in bfloat16."},
+    )
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bar."})
+    save_steps: float = field(default=10, metadata={"help": "Write a checkpoint every this many updates."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        super().__post_init__()
+        check(self)
+        if self.loss_type not in LOSSES:
+            raise SteerError(f"loss_type={self.loss_type!r} is unknown; choose one of {', '.join(LOSSES)}")
+        if self.advantage not in ADVANTAGES:
+            raise SteerError(
+                f"advantage={self.advantage!r} is unknown; choose one of {', '.join(ADVANTAGES)}"
+            )
+        if not isinstance(self.chat_template_kwargs, (dict, type(None))):
+            raise SteerError(
+                f"chat_template_kwargs={self.chat_template_kwargs!r} is no mapping; give variables of the "
+                "chat template, such as {enable_thinking: false} (on the command line as JSON)"
+            )
+        if self.advantage == "loo" and self.scale_rewards != "none":
+            raise SteerError(
+                "advantage=loo does not divide by a standard deviation, but "
+                f"scale_rewards={self.scale_rewards!r}; "
+                "set scale_rewards=none or advantage=group"
+            )
+        if self.advantage == "loo" and self.multi_objective_aggregation != "sum_then_normalize":
+            raise SteerError(
+                "advantage=loo does not divide by a standard deviation, but "
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} does; set it to "
+                "sum_then_normalize, or advantage=group"
+            )
+        extra: dict[str, Any] = self.generation_kwargs or {}
+        if named := sorted(_SAMPLING.keys() & extra.keys()):
+            raise SteerError(
+                f"generation_kwargs has {', '.join(named)}, which samples are scored without; set "
+                f"{', '.join(_SAMPLING[name] for name in named)} instead"
+            )
+        if self.use_vllm:
+            logprobs_mode(self)  # refuses sampling whose log-probabilities do not compare
+        elif self.vllm_structured_outputs_regex is not None:
+            raise SteerError(
+                "vllm_structured_outputs_regex has no effect without vLLM; set use_vllm=true, or leave it out"
+            )
+        if self.sync_ref_model:
+            raise SteerError(
+                "sync_ref_model=true cannot work: the reference policy is the same model with its "
+                "vectors off; "
+                "set sync_ref_model=false"
+            )
+        if self.lr_by_layer is not None:
+            self.lr_by_layer = str(self.lr_by_layer).replace(" ", "")
+            if geometric := _GEOMETRIC.fullmatch(self.lr_by_layer):
+                if not float(geometric[1]) or not float(geometric[2]):
+                    raise SteerError(
+                        f"lr_by_layer={self.lr_by_layer!r} starts or ends at zero, which has no ratio; "
+                        "give rates above zero"
+                    )
+            else:
+                for part in self.lr_by_layer.split(","):
+                    match = _PART.fullmatch(part)
+                    if not match or int(match[2] or match[1]) < int(match[1]):
+                        raise SteerError(
+                            f"lr_by_layer={self.lr_by_layer!r} is not readable at {part!r}; write "
+                            "'0:0.003,3-7:0.007' "
+                            "or 'geometric:0.003:0.1'"
+                        )
+
+    def layer_rates(self, layers: list[int], depth: int) -> dict[int | None, float]:
+        """
+        The learning rate of each of `layers`, by layer. One table may serve runs of single layers: a layer
+        of the model that is not steered may be named, one that the model (of `depth` layers) lacks raises
+        SteerError.
+        """
+        rates: dict[int | None, float] = dict.fromkeys(layers, self.learning_rate)
+        if self.lr_by_layer is None:
+            return rates
+        if geometric := _GEOMETRIC.fullmatch(self.lr_by_layer):
+            first, last = float(geometric[1]), float(geometric[2])
+            steps = max(len(layers) - 1, 1)
+            return {layer: first * (last / first) ** (i / steps) for i, layer in enumerate(layers)}
+        for part in self.lr_by_layer.split(","):
+            match = _PART.fullmatch(part)
+            assert match
+            for layer in range(int(match[1]), int(match[2] or match[1]) + 1):
+                if layer >= depth:
+                    raise SteerError(
+                        f"lr_by_layer names layer {layer}; the model has layers 0 to {depth - 1}"
+                    )
+                rates[layer] = float(match[3])
+        return {layer: rates[layer] for layer in layers}

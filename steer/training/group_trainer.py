@@ -1,0 +1,474 @@
+"""
+`GroupGRPOTrainer`: trl's GRPOTrainer with a cheaper step, whatever is trained; subclasses say what that is.
+
+What differs from trl is in small overridden methods: the reference policy is the same model with what was
+trained put aside, prompts shared by a group are computed once, rows without an advantage are left out,
+activations are held for some rows at a time, and samples do not depend on how many processes drew them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from math import ceil
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, ProgressCallback
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from steer.errors import SteerError
+from steer.generation import cpu
+from steer.generation.decoding import inputs
+from steer.generation.sampler import Sampling, rollout, uniforms
+from steer.generation.scoring import Scored, add_group_scoring
+from steer.generation.verify import fast_attention, fast_paths, no_router_loss
+from steer.tasks.rewards import guard
+from steer.training.callbacks import ProgressBar, Seconds
+from steer.training.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
+from steer.training.loss import group_advantages, importance_weights, total_rewards
+
+ROLLOUT_FILE = "rollouts.pt"
+
+
+class _Reference:
+    """Stands in trl's code for a reference model: the policy's own model, scored inside `reference()`."""
+
+
+class _Shuffle(Sampler):
+    """
+    trl's sampler with an order that the epoch decides. trl's own depends on the epochs this process has seen,
+    so that a run resumed in its second epoch would meet the problems in the order of the first.
+    """
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]):
+        self.sampler = sampler
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch())
+        return iter(self.sampler)
+
+
+class GroupGRPOTrainer(GRPOTrainer):
+    """
+    Train a causal LM, or part of one, by group-based policy gradients (GRPO, arXiv 2402.03300; RLOO, arXiv
+    2402.14740). What of `model` requires a gradient is trained; a subclass writes and reads it (`save_model`,
+    `_load_from_checkpoint`) and puts it aside (`reference`).
+
+    All arguments are trl's. Reward functions are checked: a wrong number of rewards, NaN or Inf raise
+    SteerError.
+    """
+
+    args: SteeringGRPOConfig
+    optimizer: torch.optim.Optimizer | None
+    _buffered_inputs: list[dict[str, Any]] | None
+    _unweighed: dict[str, Any] | None = None  # rows of another engine that the next scores weigh
+
+    def __init__(self, model: nn.Module, reward_funcs: Any, args: SteeringGRPOConfig, **kwargs: Any):
+        data = kwargs.get("train_dataset")
+        wanted = args.generation_batch_size // args.num_generations
+        if isinstance(data, Sized) and len(data) < wanted:
+            raise SteerError(
+                f"the data set has {len(data)} problems, a step takes {wanted}; give more problems, or lower "
+                "per_device_train_batch_size or gradient_accumulation_steps"
+            )
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        functions = [f if isinstance(f, (nn.Module, str)) else guard(f) for f in functions]
+        # trl loads a second base model when beta != 0; ours is the same one without what was trained.
+        beta, args.beta = args.beta, 0.0
+        try:
+            super().__init__(model=model, reward_funcs=functions, args=args, **kwargs)
+        finally:
+            args.beta = beta
+        self.beta = beta
+        if beta != 0.0:
+            self.ref_model = _Reference()
+        if self.accelerator.device.type == "cpu":
+            cpu.prepare()
+        self.model_accepts_loss_kwargs = False
+        add_group_scoring(self.model, self.temperature)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(Seconds(self._metrics["train"]))
+        if not args.disable_tqdm:
+            self.add_callback(ProgressBar())
+
+    # ---- what is trained
+
+    def reference(self) -> AbstractContextManager:
+        """Inside, the model is the one that training began with."""
+        raise NotImplementedError
+
+    def scoring(self, prompt_length: int | torch.Tensor) -> AbstractContextManager:
+        """
+        Around each forward pass over rows whose first `prompt_length` columns, of all or of each (rows,), are
+        prompts.
+        """
+        return nullcontext()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is in shards: every process must run as many forward passes as the others."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # it had been stopped after its last update
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    # ---- sampling
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        return _Shuffle(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        # A prompt that already begins with the BOS text (a rendered chat template) must not get a second one.
+        bos = self._tokenizer.bos_token
+        if isinstance(prompts[0], str) and bos and all(p.startswith(bos) for p in prompts):
+            return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}
+        return super()._tokenize_prompts(prompts)
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, *args: Any, **kwargs: Any
+    ) -> tuple:
+        # What only `generate()` can do goes there: trl's engines, tools, penalties, generation settings.
+        special = (
+            self.use_vllm
+            or self.use_transformers_continuous_batching
+            or multimodal_fields
+            or self.tools
+            or self.repetition_penalty != 1.0
+            or self.args.generation_kwargs
+            or self.args.cache_implementation
+        )
+        if special or not self.args.fast_sampler:
+            base = self.accelerator.unwrap_model(self.model)
+            if not (self.use_vllm or self.use_transformers_continuous_batching):
+                _check_padding(base, [len(ids) for ids in prompt_ids])
+            with fast_attention(base):
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        sampling = Sampling(
+            self.max_completion_length,
+            tuple(self.eos_token_ids),
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+        )
+        first = self.accelerator.process_index * len(prompt_ids)
+        rows = range(first, first + len(prompt_ids))
+        training = self.model.training
+        # Evaluation draws from streams of its own.
+        seed = self.args.seed if training else self.args.seed + (1 << 32)
+        noise = uniforms(rows, self.max_completion_length, seed, self._step)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self.accelerator.autocast(),
+        ):
+            model.eval()
+            together = self._any_process if self.sharded else None
+            size = self.args.sample_rows or len(prompt_ids)
+            ids: list[list[int]] = []
+            for i in range(0, len(prompt_ids), size):
+                part = slice(i, i + size)
+                ids += rollout(model, prompt_ids[part], sampling, noise[part], together).ids
+            model.train(training)
+        return ids, None
+
+    def _any_process(self, flag: bool) -> bool:
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not inputs:
+            raise SteerError(
+                "a process got no prompts: the data set is smaller than one batch; lower the batch size"
+            )
+        # To weigh what an engine drew, trl scores it in a pass of its own; the update's scores are the same.
+        weighed = patch.object(self, "vllm_importance_sampling_correction", False)
+        with weighed if self._one_update() else nullcontext():
+            output = super()._generate_and_score_completions(inputs)
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            rewards = total_rewards(self._scores, self.reward_weights.to(self._scores.device))
+            group = self.num_generations if self.model.training else self.num_generations_eval
+            found = group_advantages(rewards, group, self.args)
+            own = self.accelerator.process_index * len(inputs)
+            output["advantages"] = found[own : own + len(inputs)]
+            logged = self._logs["advantages"]  # as long as a generation: what does not fit has left it
+            for _ in range(min(len(found), len(logged))):
+                logged.pop()
+            logged.extend(found.tolist())
+        return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._scores = super()._calculate_rewards(*args, **kwargs)  # (rows of all processes, functions)
+        return self._scores
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        # trl shuffles a generation's rows before it cuts them into micro-batches. When all enter one update
+        # the order means nothing, and rows of one prompt stay together so that they can share it.
+        if not self._one_update():
+            return super()._prepare_inputs(generation_batch)
+        if self._step % self.args.steps_per_generation == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            size = self.args.per_device_train_batch_size
+            self._buffered_inputs = [
+                _rows(batch, slice(i, i + size)) for i in range(0, len(batch["prompt_ids"]), size)
+            ]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _one_update(self) -> bool:
+        """Whether a generation's rows all enter one update, the next."""
+        aligned = self.args.steps_per_generation == self.args.gradient_accumulation_steps
+        return self.model.training and aligned and self.num_iterations == 1
+
+    # ---- scoring and loss
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
+        if isinstance(model, _Reference):
+            with self.reference():
+                return self._score(self.model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        scored = self._score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        self._scored = scored[0].detach()
+        if self._unweighed is not None:  # trl reads the ratio when it has scored
+            weights, _ = importance_weights(
+                self._scored,
+                self._unweighed["sampling_per_token_logps"],
+                loss_mask(self._unweighed),
+                self.args,
+            )
+            self._unweighed["importance_sampling_ratio"] = weights
+        return scored
+
+    def _score(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
+        prompt = input_ids.shape[1] - logits_to_keep
+        base = self.accelerator.unwrap_model(self.model)
+        options = fast_paths(base).scoring()
+        others = {k for k, v in kwargs.items() if v is not None and k not in _PLAIN_ARGUMENTS}
+        # Under checkpointing the backward pass runs the layers again, outside of this block.
+        with nullcontext() if base.is_gradient_checkpointing else fast_attention(base):
+            if others or kwargs.get("compute_aux_loss"):  # images, a router's loss: trl's own way
+                _check_padding(base, attention_mask[:, :prompt].sum(1).tolist())
+                if reason := fast_paths(base).head or (not others and no_router_loss(base)):
+                    raise SteerError(
+                        f"{type(base).__name__}: {reason}, and images and a router's loss are computed by "
+                        "trl alone; set router_aux_loss_coef=0 and leave images out"
+                    )
+                with self.scoring(prompt):
+                    return super()._get_per_token_logps_and_entropies(
+                        model if others else partial(_placed, base, model),
+                        input_ids,
+                        attention_mask,
+                        logits_to_keep,
+                        *args,
+                        **kwargs,
+                    )
+            options["share"] &= self.args.share_prompts
+            options["share"] &= not base.is_gradient_checkpointing and not self.sharded
+            size = None if options["share"] else kwargs.get("batch_size")
+            parts = [
+                self._score_rows(model, ids, mask, prompt, options)
+                for ids, mask in zip(
+                    input_ids.split(size or len(input_ids)),
+                    attention_mask.split(size or len(input_ids)),
+                    strict=True,
+                )
+            ]
+        entropy = torch.cat([part.entropy for part in parts]) if kwargs.get("compute_entropy") else None
+        return torch.cat([part.log_probs for part in parts]), entropy, None
+
+    def _score_rows(
+        self, model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt: int, options: dict[str, bool]
+    ) -> Scored:
+        lengths = mask[:, :prompt].sum(1)
+        # Columns of padding that all these prompts share do nothing.
+        spare = prompt - int(lengths.max())
+        ids, mask, prompt = ids[:, spare:], mask[:, spare:], prompt - spare
+        # Rows that are read whole are padded on the right.
+        with self.scoring(prompt if options["share"] else lengths), self.accelerator.autocast():
+            return model(
+                score_group=True,
+                prompt_ids=ids[:, :prompt],
+                prompt_mask=mask[:, :prompt],
+                completion_ids=ids[:, prompt:],
+                completion_mask=mask[:, prompt:],
+                **options,
+            )
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        kept = inputs
+        if self._zero_advantage_is_zero_gradient():
+            active = inputs["advantages"] != 0
+            # trl gathers numbers row by row: every process keeps as many rows as the one that needs most.
+            count = max(1, int(self.accelerator.gather(active.sum()).max()))
+            if count < len(active):
+                kept = _rows(inputs, active.int().argsort(descending=True, stable=True)[:count])
+        *earlier, last = self._parts(kept)
+        done = torch.zeros((), device=self.accelerator.device)
+        for part in earlier:  # their graphs are gone before the next one's is made
+            with self.accelerator.no_sync(model):
+                loss = self._share(part, inputs) * self._loss(model, part)
+                with torch.autocast(loss.device.type, enabled=False):
+                    self.accelerator.backward(loss)
+            done += loss.detach()
+        return self._share(last, inputs) * self._loss(model, last) + done
+
+    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows in parts of about equal size, none above `update_rows`, where that changes no gradient."""
+        count = len(inputs["advantages"])
+        in_step = self.is_fsdp_enabled or self.is_deepspeed_enabled  # their backward passes
+        if not (self.model.training and self.args.update_rows and self._one_by_one()) or in_step:
+            return [inputs]
+        size = ceil(count / ceil(count / self.args.update_rows))
+        return [_rows(inputs, slice(i, i + size)) for i in range(0, count, size)]
+
+    def _share(self, part: dict[str, Any], whole: dict[str, Any]) -> float | torch.Tensor:
+        """
+        The weight of a part's loss: trl's losses are means over the rows or tokens they are given, or divide
+        by the tokens of the whole step.
+        """
+        if self.loss_type in ROW_LOSSES:
+            return len(part["advantages"]) / len(whole["advantages"])
+        if self.loss_type in BATCH_TOKEN_LOSSES:
+            return part["completion_mask"].sum() / whole["completion_mask"].sum().clamp(min=1)
+        return 1.0
+
+    def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.use_vllm and self.vllm_importance_sampling_correction and self._one_update():
+            self._unweighed = inputs = dict(inputs)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._unweighed = None
+
+    def _zero_advantage_is_zero_gradient(self) -> bool:
+        wanted = self.args.skip_zero_advantage and self.model.training
+        return wanted and self.beta == 0.0 and self._one_by_one()
+
+    def _one_by_one(self) -> bool:
+        """Whether a row's part of the loss does not depend on which other rows are computed with it."""
+        return (
+            not self._entropy_bonus_enabled and not self.aux_loss_enabled and self.top_entropy_quantile == 1.0
+        )
+
+    # ---- checkpoints
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: trl's card tells its reader to load a whole model, which is not there."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The samples still to be used belong to the state when a generation feeds more than one update. They
+        # are written first: the last file of a checkpoint, trainer_state.json, marks it whole.
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        cycle = self.args.steps_per_generation * self.num_iterations
+        pending = self._buffered_inputs if self._step % cycle else None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(
+                {"step": self._step, "buffer": pending},
+                folder / f"{self.accelerator.process_index}-{ROLLOUT_FILE}",
+            )
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            # torch's archive writer reports a full disk as a RuntimeError of its own
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            reason = getattr(error, "strerror", None) or "the disk did not take it all"
+            raise SteerError(
+                f"cannot write {folder}: {reason}; make room and start again, the run goes on from the "
+                "checkpoint before"
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # trainer_state.json comes next and marks the checkpoint whole, for every process
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / f"{self.accelerator.process_index}-{ROLLOUT_FILE}"
+        if path.exists():
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self._step, self._buffered_inputs = state["step"], state["buffer"]
+
+
+_PLAIN_ARGUMENTS = ("batch_size", "compute_entropy", "compute_aux_loss")
+
+
+def _placed(base: Any, model: Any, **batch: Any) -> Any:
+    """`model`'s forward pass with the positions that trl does not pass, which count no padding."""
+    return model(**inputs(base, batch.pop("input_ids"), batch.pop("attention_mask")), **batch)
+
+
+def _check_padding(model: Any, lengths: Sequence[int]) -> None:
+    """SteerError where padding prompts of these lengths on the left would change what `model` says."""
+    reason = fast_paths(model).padding
+    if reason and len(set(lengths)) > 1:
+        raise SteerError(
+            f"{type(model).__name__}: {reason}, and these prompts are of unequal length ({min(lengths)} to "
+            f"{max(lengths)} tokens); use steer's own sampler and scorer, which pad on the right: leave "
+            "fast_sampler on, and generation_kwargs, repetition_penalty, tools, images and router losses out"
+        )
+
+
+def newest_checkpoint(folder: str | os.PathLike[str], read: Callable[[Path], object]) -> Path | None:
+    """
+    The newest whole checkpoint in a run folder: one whose trainer state, written last, is readable, and that
+    `read` takes without an OSError or ValueError.
+    """
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            read(path)
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
+    """(rows, tokens), 1 at the completion tokens that count in the loss."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def _rows(batch: dict[str, Any], rows: slice | torch.Tensor) -> dict[str, Any]:
+    """Those rows of every per-row tensor; scalars (the token count of the whole batch) stay."""
+    size = len(batch["prompt_ids"])
+    per_row = (torch.is_tensor(v) and v.dim() > 0 and len(v) == size for v in batch.values())
+    return {k: v[rows] if cut else v for (k, v), cut in zip(batch.items(), per_row, strict=True)}

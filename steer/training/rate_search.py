@@ -1,0 +1,137 @@
+"""
+Which learning rate: short runs at each of several, scored on problems that are split off the training set for
+this alone. Held-out problems take no part.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import json
+import logging
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from steer.errors import SteerError
+from steer.files import replace_file
+from steer.training.config import SteeringGRPOConfig
+from steer.training.recipe import Recipe, conduct
+from steer.training.run import RunConfig
+
+log = logging.getLogger("steer")
+
+SWEEP_FILE = "sweep.json"
+
+
+@dataclass
+class SweepArguments:
+    """A choice of the learning rate before the run."""
+
+    _argument_group_name = "learning rate sweep"
+
+    lr_sweep: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rates to try first, each in a run of its own under OUTPUT_DIR-sweep; the best "
+            "one by sampled accuracy on validation problems is then used. Held-out problems play no part."
+        },
+    )
+    sweep_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Updates of each of these runs; default: as many as of the run. Few favour larger rates."
+        },
+    )
+    sweep_only: bool = field(default=False, metadata={"help": "Stop once the rate is chosen."})
+    validation: float = field(
+        default=0.3, metadata={"help": "Share of the training problems that the sweep validates on."}
+    )
+    validation_samples: int = field(
+        default=8, metadata={"help": "Answers to each validation problem, at temperature 1."}
+    )
+
+
+def split(problems: Dataset, share: float) -> tuple[Dataset, list[dict[str, Any]]]:
+    """
+    Problems to train and to validate on. A hash of the problem's words, whatever their order, decides, so
+    that 3 + 4 and 4 + 3 stay together.
+    """
+
+    def validates(row: dict[str, Any]) -> bool:
+        words = sorted(re.findall(r"\w+|[^\w\s]", row["problem"]))
+        return int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:8], "big") / 2**64 < share
+
+    validation = problems.filter(validates)
+    rest = problems.filter(lambda row: not validates(row))
+    if not len(validation) or not len(rest):
+        raise SteerError(
+            f"validation={share} leaves {len(rest)} problems to train and {len(validation)} to validate on, "
+            f"of {len(problems)}; give a share between 0 and 1 that leaves both, or more problems"
+        )
+    return rest, validation.to_list()
+
+
+def choose(
+    run: RunConfig,
+    training: SteeringGRPOConfig,
+    sweep: SweepArguments,
+    recipe: Recipe,
+    problems: Dataset,
+) -> float:
+    """
+    The rate among `sweep.lr_sweep` with the best validation accuracy; of equals the smallest. What each one
+    reached is kept in `sweep.json`, and a sweep that was stopped goes on where it was.
+    """
+    rates = sorted(set(sweep.lr_sweep or ()))
+    if not rates or rates[0] <= 0:
+        raise SteerError(f"lr_sweep={sweep.lr_sweep} names no rates above zero")
+    if training.lr_by_layer is not None:
+        raise SteerError("lr_sweep and lr_by_layer both set the learning rates; drop one of them")
+    folder = Path(f"{training.output_dir}-sweep")
+    train, validation = split(problems, sweep.validation)
+    tried: list[dict[str, Any]] = []
+    for rate in rates:
+        one = copy.copy(training)
+        one.learning_rate, one.output_dir = rate, str(folder / f"lr-{rate:g}")
+        one.max_steps = sweep.sweep_steps or training.max_steps
+        log.info("learning rate %g, on %d validation problems", rate, len(validation))
+        samples = sweep.validation_samples
+        results = conduct(run, one, recipe, train, validation, ("after",), samples)
+        gc.collect()  # trainers are cycles of references, and the next one needs their memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tried.append(
+            {
+                "learning_rate": rate,
+                "accuracy": results["after"]["accuracy"],
+                **{key: results[key] for key in ("steps", "training_seconds", "training_cpu_seconds")},
+            }
+        )
+        if PartialState().is_main_process:
+            place = Path(one.output_dir)  # its scores are kept, its weights are not
+            for heavy in (*place.glob("checkpoint-*"), place / recipe.artifact):
+                shutil.rmtree(heavy, ignore_errors=True)
+    best = max(tried, key=lambda row: (row["accuracy"], -row["learning_rate"]))["learning_rate"]
+    found = {
+        "chosen": best,
+        "validation_problems": len(validation),
+        "samples": sweep.validation_samples,
+        "seed": training.seed,
+        "tried": tried,
+    }
+    if PartialState().is_main_process:
+        replace_file(folder / SWEEP_FILE, (json.dumps(found, indent=2) + "\n").encode())
+    for row in tried:
+        log.info("learning rate %-8g validation accuracy %.3f", row["learning_rate"], row["accuracy"])
+    if len(rates) > 1 and best in (rates[0], rates[-1]):
+        side, way = ("smallest", "smaller") if best == rates[0] else ("largest", "larger")
+        log.info("the best rate is the %s that was tried: a %s one may be better still", side, way)
+    return best

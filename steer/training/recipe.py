@@ -1,0 +1,394 @@
+"""
+What a recipe of reinforcement learning does around its trainer, whatever that trains: read the settings, load
+problems and model, score before and after, train from where it stopped, and report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.distributed import DistBackendError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+from trl import TrlParser
+
+from steer.errors import SteerError, print_any_text
+from steer.evaluation.heldout import Answered, answer, constant, score, ways
+from steer.files import held, read_json, replace_file
+from steer.models import check_context, context_length, fast_dtype, load_model, load_tokenizer
+from steer.sharded import shape
+from steer.tasks.data import load_problems
+from steer.tasks.elicited import UNTRAINED, choose
+from steer.tasks.prompts import PromptSpec
+from steer.tasks.rewards import Checker, make_reward
+from steer.training import run as runs
+from steer.training.config import SteeringGRPOConfig
+from steer.training.group_trainer import GroupGRPOTrainer, newest_checkpoint
+from steer.training.run import RunConfig
+from steer.training.settings import check_recipe, idle
+from steer.training.summary import plot_training, sample_answers, score_table
+
+log = logging.getLogger("steer")
+
+Problems = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how it lies on disk."""
+
+    name: str  # of the trained model in tables
+    settings: dict[str, Any]  # its part of a run's settings: name of the part, then the fields
+    artifact: str  # folder inside the run's that holds what was trained
+    make: Callable[..., GroupGRPOTrainer]  # (model, reward functions, training, data, tokenizer)
+    readable: Callable[[Path], object]  # raises OSError or ValueError for a damaged checkpoint
+    dtype: str  # precision the base is loaded in
+
+
+# What torch's backends say when a process on the other side of a connection is gone.
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout")
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run the `main` of a recipe. An error that names its mend ends the program with that one line."""
+    print_any_text()
+    try:
+        main()
+    except SteerError as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        lost = isinstance(error, DistBackendError) or any(text in str(error) for text in _GONE)
+        state = PartialState()
+        if not lost or state.num_processes == 1:
+            raise
+        reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()).splitlines()[0].split(". ")[0]
+        print(
+            f"\nerror: process {state.process_index} of {state.num_processes} lost another one ({reason}); "
+            "see why that one ended, and start the same command again on all machines: the run goes on from "
+            "its last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the usual way out would wait for the process that is gone
+
+
+# ---- settings
+
+
+def parse(
+    parts: Sequence[type], description: str | None, script: str, arguments: Sequence[str] | None = None
+) -> tuple[Any, ...]:
+    """One object for each dataclass of `parts`, from --config and the command line, or from `arguments`."""
+    usage = f"accelerate launch recipes/{script} --config FILE [--setting VALUE ...]"
+    escaped = [runs.escape_percents(part) for part in parts]
+    parser = TrlParser(escaped, description=description, usage=usage, formatter_class=_Help)
+    parser.error = _refuse
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; see recipes/configs")
+    try:
+        found = parser.parse_args_and_config(arguments)[: len(parts)]
+    except OSError as error:
+        raise SteerError(
+            f"no config file {error.filename} ({error.strerror}); those that come with steer are in "
+            "recipes/configs"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SteerError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # trl and transformers on unknown or contradictory settings
+        raise SteerError(" ".join(str(error).split())) from error
+    for part in found:
+        # what "fast" means here is what the run is continued with, wherever that is
+        if isinstance(part, RunConfig) and part.model_dtype == "fast":
+            part.model_dtype = fast_dtype()
+    return found
+
+
+def begin(run: RunConfig, training: SteeringGRPOConfig) -> None:
+    """Quiet the libraries, and check what can be checked before anything is loaded."""
+    main_process = PartialState().is_main_process
+    logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s")
+    transformers_logging.set_verbosity_error()
+    for noisy in ("httpx", "accelerate", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    check_recipe(training)
+    for name, why in idle(training).items():
+        log.info("%s=%r plays no part: %s", name, getattr(training, name), why)
+    if training.reward_weights is not None and len(training.reward_weights) != len(run.rewards):
+        raise SteerError(
+            f"{len(training.reward_weights)} reward_weights for {len(run.rewards)} rewards "
+            f"({', '.join(run.rewards)}); give one for each"
+        )
+    if run.examples < 0:
+        raise SteerError(f"examples is {run.examples}; expected the number of worked examples, 0 for none")
+
+
+def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
+    """Training problems as a data set, and held-out ones as a list (None when there are none)."""
+    with PartialState().main_process_first():
+        train = load_problems(
+            run.train_data,
+            run.train_split,
+            limit=run.train_limit,
+            levels=run.levels,
+            max_chars=run.max_problem_chars,
+            exclude=run.exclude,
+            arithmetic=run.arithmetic(run.generated_problems),
+        )
+        source = run.eval_data or ("arithmetic" if run.train_data == "arithmetic" else "none")
+        if source == "none":
+            return train, None
+        split = "heldout" if source == "arithmetic" else run.eval_split
+        held_out = load_problems(
+            source, split, limit=run.eval_limit, arithmetic=run.arithmetic(run.eval_limit)
+        )
+    kept = {" ".join(text.split()) for text in held_out["problem"]}
+    unseen = train.filter(lambda row: " ".join(row["problem"].split()) not in kept)
+    if len(unseen) < len(train):
+        log.info(
+            "%d training problems are among the held-out ones and were dropped", len(train) - len(unseen)
+        )
+    if not len(unseen):
+        raise SteerError(
+            f"every problem of {run.train_data} is held out too; train and test on different files"
+        )
+    return unseen, held_out.to_list()
+
+
+def fitting(
+    train: Dataset,
+    held_out: Problems | None,
+    frame: Callable[[str], str],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    answer: int,
+) -> Dataset:
+    """
+    The training problems whose `prompt` leaves room for `answer` tokens in the model's context; how many are
+    left out is logged. SteerError when none fits, and for a held-out problem that does not fit.
+    """
+
+    def tokens(texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    context = context_length(model.config)
+    if context is None:
+        return train
+    if held_out:
+        longest = max(tokens([frame(row["problem"]) for row in held_out]))
+        check_context(model.config, longest, answer, "--max_completion_length", "held-out problems: ")
+    lengths = tokens(train["prompt"])
+    kept = [i for i, length in enumerate(lengths) if length + answer <= context]
+    if not kept:
+        check_context(model.config, min(lengths), answer, "--max_completion_length", "training problems: ")
+    if len(kept) == len(lengths):
+        return train
+    log.warning(
+        "%d of %d training problems are left out: their prompts, of up to %d tokens, and answers of "
+        "max_completion_length=%d do not fit the context of %d tokens",
+        len(lengths) - len(kept),
+        len(lengths),
+        max(lengths),
+        answer,
+        context,
+    )
+    return train.select(kept)
+
+
+# ---- the run
+
+
+def conduct(
+    run: RunConfig,
+    training: SteeringGRPOConfig,
+    recipe: Recipe,
+    train: Dataset,
+    held_out: Problems | None,
+    stages: Sequence[str] = (*UNTRAINED, "after"),
+    samples: int = 0,
+) -> dict[str, Any]:
+    """
+    Carry out the run in `training.output_dir`, or what is missing of it, and return its results.
+
+    `held_out` problems are answered greedily in each of `stages`: "before", "longer" (a longer limit) and
+    "elicited" (and worked examples) with the untrained model. With `samples` each is answered that often at
+    temperature 1 instead. SteerError when the folder holds another run.
+    """
+    folder = Path(training.output_dir)
+    with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
+        return _conduct(folder, run, training, recipe, train, held_out, stages, samples)
+
+
+def _conduct(
+    folder: Path,
+    run: RunConfig,
+    training: SteeringGRPOConfig,
+    recipe: Recipe,
+    train: Dataset,
+    held_out: Problems | None,
+    stages: Sequence[str],
+    samples: int,
+) -> dict[str, Any]:
+    state = PartialState()
+    if state.is_main_process:
+        runs.claim(folder, runs.settings(run, recipe.settings, training))
+    state.wait_for_everyone()
+    asked = [training.max_steps, training.num_train_epochs]
+    done = runs.read_results(folder)
+    if done.get("asked") == asked and (held_out is None or "after" in done):
+        log.info("this run is finished; its results:")
+        return done
+
+    tokenizer = load_tokenizer(run.model, revision=run.model_revision)
+    prompts = runs.prompts(run, training)
+    frame = prompts.frame(tokenizer)
+    data = train.map(lambda row: {"prompt": frame(row["problem"])}, desc="framing prompts")
+    model = load_model(
+        run.model,
+        revision=run.model_revision,
+        dtype=recipe.dtype,
+        attn_implementation=run.attn_implementation,
+    )
+    data = fitting(data, held_out, frame, tokenizer, model, training.max_completion_length or 1)
+    with Checker() as checker:
+        rewards = [make_reward(name, checker) for name in run.rewards]
+        trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
+        if trainer.sharded and held_out is not None:
+            raise SteerError(
+                "a sharded model is not evaluated in training; pass --eval_data none, score it later"
+            )
+
+        way: dict[str, tuple[PromptSpec, int]] = {}
+        if held_out is not None:
+            examples = choose(train, run.examples, [row["problem"] for row in held_out])
+            context = context_length(model.config)
+            limit = training.max_completion_length
+            way = ways(prompts, limit, examples, held_out, tokenizer, context)
+
+        def evaluate(stage: str) -> None:
+            wanted = stage in stages and stage in way and stage not in runs.read_results(folder)
+            if held_out is not None and wanted:
+                _evaluate(folder, stage, trainer, tokenizer, held_out, way[stage], checker, samples)
+
+        with trainer.reference():
+            for stage in UNTRAINED:
+                evaluate(stage)
+        if held_out is not None and run.examples and "before" in stages and state.is_main_process:
+            always = constant(held_out, checker)
+            runs.write_results(folder, {**runs.read_results(folder), "constant": always})
+        state.wait_for_everyone()
+        _train(trainer, recipe, folder, asked)
+        state.wait_for_everyone()
+        evaluate("after")
+    state.wait_for_everyone()
+    return runs.read_results(folder)
+
+
+def _evaluate(
+    folder: Path,
+    stage: str,
+    trainer: GroupGRPOTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Problems,
+    way: tuple[PromptSpec, int],
+    checker: Checker,
+    samples: int,
+) -> None:
+    state = PartialState()
+    prompts, limit = way
+    rows = [row for row in held_out for _ in range(samples or 1)]
+    numbers = range(state.process_index, len(rows), state.num_processes)
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    mine = answer(
+        model,
+        tokenizer,
+        [rows[i] for i in numbers],
+        prompts.frame(tokenizer),
+        checker,
+        limit,
+        trainer.eos_token_ids,
+        label=f"held-out problems, {stage}",
+        temperature=1.0 if samples else 0.0,
+        numbers=numbers,
+    )
+    answered = [a for turn in zip_longest(*gather_object([mine])) for a in turn if a is not None]
+    if not state.is_main_process:
+        return
+    kept = json.dumps([asdict(a) for a in answered], indent=1).encode()
+    replace_file(folder / f"samples_{stage}.json", kept)
+    if prompts.examples:
+        replace_file(folder / "examples.json", json.dumps(prompts.examples, indent=1).encode())
+    found = {**asdict(score(answered)), "max_new_tokens": limit, "examples": len(prompts.examples)}
+    runs.write_results(folder, {**runs.read_results(folder), stage: found})
+
+
+def _train(trainer: GroupGRPOTrainer, recipe: Recipe, folder: Path, asked: list[float]) -> None:
+    """
+    Train to the end, from the last whole checkpoint when there is one; what was trained lands in the run's
+    folder.
+    """
+    checkpoint = newest_checkpoint(folder, recipe.readable)
+    if checkpoint is not None:
+        log.info("going on from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(folder / recipe.artifact))
+    if not trainer.accelerator.is_main_process:
+        return
+    results = runs.read_results(folder)
+    results.pop("after", None)
+    history = trainer.state.log_history
+    each = max(1, int(trainer.args.logging_steps))  # logs hold the mean over this many updates
+    results.update(
+        asked=asked,
+        steps=trainer.state.global_step,
+        training_seconds=round(each * sum(row.get("seconds/wall") or 0 for row in history), 3),
+        training_cpu_seconds=round(each * sum(row.get("seconds/cpu") or 0 for row in history), 3),
+        trained_numbers=sum(shape(p).numel() for p in trainer.model.parameters() if p.requires_grad),
+        versions={name: version(name) for name in ("steer", "torch", "transformers", "trl", "peft")},
+    )
+    runs.write_results(folder, results)
+
+
+def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:
+    """Print the table, some answers, and where everything is; draw the curves."""
+    results = runs.read_results(folder)
+    checkpoint = newest_checkpoint(folder, recipe.readable)
+    if checkpoint is not None:
+        history = read_json(checkpoint / "trainer_state.json")["log_history"]
+        plot_training(history, folder / "training.png", f"{run.model} on {run.train_data}")
+    if "before" in results and "after" in results:
+        before, after = (
+            [Answered(**row) for row in read_json(folder / f"samples_{s}.json")] for s in ("before", "after")
+        )
+        print(f"\n{sample_answers(before, after, run.samples_shown, recipe.name)}\n")
+        print(score_table(results, recipe.name))
+    size = sum(file.stat().st_size for file in (folder / recipe.artifact).iterdir())
+    print(
+        f"\n{recipe.artifact:10}{folder / recipe.artifact}  ({results['trained_numbers']:,} trained numbers, "
+        f"{size / 1000:,.0f} KB)"
+        f"\nresults   {folder / runs.RESULTS_FILE}"
+        f"\ncurves    {folder / 'training.png'}"
+        f"\ntraining  {results['steps']} updates in {results['training_seconds'] / 60:.1f} minutes"
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    raise SteerError(f"{message}; --help lists the settings")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the text above."""

@@ -1,0 +1,220 @@
+"""One training run on disk: what was asked of it, what it has done so far, and whether it may go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+from steer.config import SteeringConfig
+from steer.errors import SteerError
+from steer.files import HOLDER_FILE, LOCK_FILE, read_json, replace_file
+from steer.tasks.data import Arithmetic
+from steer.tasks.elicited import EXAMPLES
+from steer.tasks.prompts import TEMPLATES, PromptSpec
+from steer.tasks.rewards import REWARDS
+
+RUN_FILE = "run.json"
+RESULTS_FILE = "results.json"
+
+# Settings of trl that change how a run is watched or how long it goes on, not what it computes.
+_FREE: tuple[str, ...] = (
+    "logging",
+    "save",
+    "report",
+    "eval",
+    "push",
+    "hub",
+    "log_",
+    "run_name",
+    "output_dir",
+    "max_steps",
+    "disable_tqdm",
+)
+_FREE += (
+    "dataloader",
+    "overwrite",
+    "project",
+    "trackio",
+    "num_completions_to_print",
+    "resume",
+    "accelerator",
+    "local_rank",
+)
+# Like the number of updates, the schedule may change when a run goes on: what was computed stays what it was.
+_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
+# Decides how the untrained model is measured beside the run, and nothing of what is trained.
+_MEASURED = ("examples",)
+
+
+@dataclass
+class RunConfig:
+    """The base model, the problems and the reward of one training run."""
+
+    _argument_group_name = "model, data and reward"
+
+    model: str = field(
+        default="smollm2-135m-instruct",
+        metadata={"help": "Base model: hub id, local folder, .gguf file or the name of bundled weights."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of a hub model."})
+    model_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the frozen base: float32, bfloat16, float16, auto (as it was saved) or "
+            "fast (bfloat16 where this machine has instructions for it, else float32)."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of transformers, e.g. sdpa or flash_attention_2."}
+    )
+    train_data: str = field(
+        default="arithmetic",
+        metadata={
+            "help": "Problems to train on: arithmetic (generated), gsm8k, math, deepscaler, a hub id, "
+            "or a .jsonl or "
+            ".parquet file with columns problem and answer."
+        },
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of a hub data set."})
+    train_limit: int | None = field(default=None, metadata={"help": "Use at most this many problems."})
+    levels: list[int] | None = field(default=None, metadata={"help": "Keep problems of these levels only."})
+    max_problem_chars: int | None = field(default=None, metadata={"help": "Drop problems longer than this."})
+    exclude: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Benchmarks whose problems must not be trained on, e.g. math500."},
+    )
+    eval_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out problems for the greedy score before and after, named as in train_data; "
+            "generated "
+            "arithmetic holds its own out, 'none' skips the evaluation."
+        },
+    )
+    eval_split: str = field(default="test", metadata={"help": "Split of the held-out data set on the hub."})
+    eval_limit: int = field(default=200, metadata={"help": "Number of held-out problems."})
+    examples: int = field(
+        default=EXAMPLES,
+        metadata={
+            "help": "Worked examples, out of the training problems, in the prompts of the elicited base: the "
+            "untrained model is also scored with these and a longer limit. 0 leaves that out."
+        },
+    )
+    template: str = field(
+        default="boxed",
+        metadata={"help": "Prompt: " + "; ".join(f"{k} = {t.description}" for k, t in TEMPLATES.items())},
+    )
+    prefix: str = field(
+        default="", metadata={"help": "Forced opening of every answer, e.g. To or Step (a control)."}
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["correct"],
+        metadata={
+            "help": "Reward functions, added up with reward_weights: "
+            + "; ".join(f"{k} = {v}" for k, v in REWARDS.items())
+        },
+    )
+    operators: str = field(default="+-", metadata={"help": "Operators of generated arithmetic."})
+    digits: int = field(default=2, metadata={"help": "Largest number of digits in generated arithmetic."})
+    terms: int = field(default=2, metadata={"help": "Operands of a generated problem."})
+    generated_problems: int = field(
+        default=4000, metadata={"help": "Number of generated problems to train on."}
+    )
+    heldout: float = field(
+        default=0.2, metadata={"help": "Share of all possible generated problems that is never trained on."}
+    )
+    samples_shown: int = field(default=3, metadata={"help": "Answers printed before and after."})
+
+    def arithmetic(self, problems: int) -> Arithmetic:
+        return Arithmetic(self.operators, self.digits, self.terms, problems, heldout=self.heldout)
+
+
+# What a run may choose about its vectors; the other fields of SteeringConfig are filled in from the model.
+_HINTS = get_type_hints(SteeringConfig)
+SteeringArguments = make_dataclass(
+    "SteeringArguments",
+    [
+        (f.name, _HINTS[f.name], f)
+        for f in fields(SteeringConfig)
+        if f.name in ("kind", "rank", "layers", "site", "positions", "scale", "dtype")
+    ],
+    namespace={"_argument_group_name": SteeringConfig._argument_group_name},
+)
+
+
+def escape_percents(config: type) -> type:
+    """`config` with '%' doubled in its help texts, which argparse would take for format codes."""
+    for f in fields(config):
+        if "help" in f.metadata:
+            text = str(f.metadata["help"]).replace("%%", "%").replace("%", "%%")
+            f.metadata = MappingProxyType({**f.metadata, "help": text})
+    return config
+
+
+def settings(run: RunConfig, trained: dict[str, Any], training: Any) -> dict[str, Any]:
+    """
+    All that decides what the run computes, as JSON types; two runs with equal settings are the same run.
+    `trained` is the part that says what is trained: {"steering": its fields}.
+    """
+    chosen = {k: v for k, v in training.to_dict().items() if not k.startswith(_FREE)}
+    chosen.pop("per_device_eval_batch_size", None)
+    return json.loads(json.dumps({"run": asdict(run), **trained, "training": chosen}, default=str))
+
+
+def prompts(run: RunConfig, training: Any) -> PromptSpec:
+    """How the run puts its problems to the model."""
+    return PromptSpec(run.template, run.prefix, chat_template_kwargs=training.chat_template_kwargs)
+
+
+def claim(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
+    """
+    Make `folder` the home of the run with these settings; SteerError when it holds another run or other
+    files. A run that goes on may have another schedule of its learning rate.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held = {file.name for file in path.iterdir()} - {LOCK_FILE, HOLDER_FILE}
+        if RUN_FILE in held and len(held) > 1:
+            have = read_json(path / RUN_FILE)
+            _same(path, have, wanted)
+            if have != wanted:
+                replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
+        elif held - {RUN_FILE}:
+            raise SteerError(f"{path} holds files that are no run of steer; give another --output_dir")
+        else:  # a run that stopped at a mistake in its settings has computed nothing yet
+            replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
+    except OSError as error:
+        raise SteerError(
+            f"cannot use {path} for this run: {error.strerror}; give another --output_dir"
+        ) from error
+
+
+def _same(path: Path, have: dict[str, Any], wanted: dict[str, Any]) -> None:
+    changed = [
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for part, new in wanted.items()
+        for old in [have.get(part, {})]
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name) and name not in _SCHEDULE + _MEASURED
+    ]
+    if changed:
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        raise SteerError(
+            f"{path} holds another run: {'; '.join(changed[:3])}{more}; give another --output_dir or "
+            "remove the folder"
+        )
+
+
+def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The results so far; empty when there are none."""
+    path = Path(folder) / RESULTS_FILE
+    return read_json(path) if path.exists() else {}
+
+
+def write_results(folder: str | os.PathLike[str], results: dict[str, Any]) -> None:
+    replace_file(Path(folder) / RESULTS_FILE, (json.dumps(results, indent=2) + "\n").encode())

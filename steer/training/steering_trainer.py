@@ -1,0 +1,185 @@
+"""
+`SteeringGRPOTrainer`: group-based policy gradients for vectors on a frozen model.
+
+The reference policy is the same model with its vectors off, each layer may have a learning rate of its own,
+and a checkpoint is an artifact plus optimizer state: the base model is never written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+import transformers.trainer
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import Trainer
+
+from steer import artifact
+from steer.config import SteeringConfig
+from steer.errors import SteerError
+from steer.identity import tokenizer_checksum
+from steer.training.callbacks import VectorLog
+from steer.training.config import SteeringGRPOConfig
+from steer.training.group_trainer import GroupGRPOTrainer, loss_mask, newest_checkpoint
+from steer.training.loss import importance_weights, limited_shares
+from steer.vectors import SteeringVectors, attach, attached, detach
+
+
+class SteeringGRPOTrainer(GroupGRPOTrainer):
+    """
+    Train steering vectors by group-based policy gradients (GRPO, arXiv 2402.03300; RLOO, arXiv 2402.14740).
+
+    `model`: a transformers causal LM, with vectors already attached or to be attached as `steering` says. All
+    other arguments are trl's. Reward functions are checked: a wrong number of rewards, NaN or Inf raise
+    SteerError.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "steering-vectors"]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reward_funcs: Any,
+        args: SteeringGRPOConfig,
+        steering: SteeringConfig | None = None,
+        **kwargs: Any,
+    ):
+        if kwargs.get("peft_config") is not None:
+            raise SteerError(
+                "steering vectors are trained on a frozen base; drop peft_config or use trl's GRPOTrainer"
+            )
+        has_vectors = "steering_vectors" in model.__dict__
+        if has_vectors and steering is not None:
+            raise SteerError(
+                "the model already has steering vectors; pass no `steering`, or steer.detach(model) first"
+            )
+        self.vectors: SteeringVectors = attached(model) if has_vectors else attach(model, steering)
+        # transformers trains a quantised model only when it carries an adapter it knows of; vectors are one.
+        quantised = getattr(model, "is_quantized", False)
+        quantised = quantised and not getattr(model, "_hf_peft_config_loaded", False)
+        if quantised:
+            model._hf_peft_config_loaded = True  # type: ignore[assignment]
+        try:
+            with self._engine(args):
+                super().__init__(model, reward_funcs, args, **kwargs)
+        except BaseException:
+            if not has_vectors:
+                detach(model)
+            raise
+        finally:
+            if quantised:
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+        self.vectors.config.tokenizer_checksum = tokenizer_checksum(self._tokenizer)
+        self.add_callback(VectorLog(self.vectors, self._metrics["train"]))
+
+    def reference(self) -> AbstractContextManager:
+        """Inside, the vectors are off."""
+        return self.vectors.disabled()
+
+    def scoring(self, prompt_length: int | torch.Tensor) -> AbstractContextManager:
+        return self.vectors.prompt_length(prompt_length)
+
+    # ---- an engine that is sent the vectors alone
+
+    def _engine(self, args: SteeringGRPOConfig) -> AbstractContextManager:
+        """Inside, `use_vllm` means an engine that is sent the vectors alone."""
+        if not args.use_vllm:
+            return nullcontext()
+        from steer.engine.rollout import vector_rollouts
+
+        return vector_rollouts(self.vectors, args)
+
+    def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        loss = super()._loss(model, inputs)
+        if self.use_vllm:
+            from steer.engine.rollout import mismatch
+
+            found: dict[str, float] = {"sync_seconds": self.vllm_generation.sync_seconds}
+            found |= {"sync_bytes": self.vllm_generation.sync_bytes}
+            if self.vllm_generation.logprobs_mode is not None:
+                mask, sampled = loss_mask(inputs), inputs["sampling_per_token_logps"]
+                found |= mismatch(self._scored, sampled, mask)
+                if self.vllm_importance_sampling_correction:
+                    weighed = inputs.get("old_per_token_logps", self._scored)  # as when they were sampled
+                    _, limited = importance_weights(weighed, sampled, mask, self.args)
+                    found |= limited_shares(limited, mask)
+            for name, value in found.items():
+                self._metrics["train"][f"engine/{name}"].append(value)
+        return loss
+
+    # ---- optimizer, checkpoints
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
+            self.optimizer = make_optimizer(self.args, self.vectors, trained)
+        return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the artifact; the base model is never written."""
+        tensors = self.vectors.tensors()  # every process takes part in the gathering of sharded ones
+        vectors = artifact.Artifact(self.vectors.config, tensors)
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save:
+            artifact.write(folder, vectors)
+            if self.args.push_to_hub and not _internal_call:
+                self._push(folder)
+
+    def _push(self, folder: str) -> None:
+        HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            allow_patterns=[artifact.CONFIG_FILE, artifact.TENSOR_FILE, artifact.CARD_FILE],
+            commit_message="Steering vectors",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.should_save and self.args.hub_strategy != "end":
+            self._push(checkpoint_folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with _base_left_out():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple:
+        with _base_left_out() if self.is_deepspeed_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.vectors.set_tensors(artifact.read(resume_from_checkpoint).tensors)
+
+
+def _base_left_out() -> AbstractContextManager:
+    """
+    Inside, transformers' checkpoints under DeepSpeed (as for PEFT models) and FSDP do without the frozen
+    base; they would hold all of it each time.
+    """
+    return patch.multiple(
+        transformers.trainer,
+        _is_peft_model=lambda model: True,
+        save_fsdp_model=lambda *args, **kwargs: None,
+    )
+
+
+def make_optimizer(
+    args: SteeringGRPOConfig, vectors: SteeringVectors, trained: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer that `args` asks for, with each layer's rate. `trained`: the parameters of `vectors`."""
+    by_layer = args.layer_rates(vectors.layers, vectors.depth)
+    rates = [by_layer.get(i, args.learning_rate) for i in vectors.parameter_layers()]
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, vectors.model)
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(trained, rates, strict=True)]
+    return kind(groups, **{**options, "weight_decay": args.weight_decay})
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest whole checkpoint of vectors in a run folder."""
+    return newest_checkpoint(folder, artifact.read)

@@ -1,0 +1,1 @@
+"""Many independent sets of vectors trained at once on one frozen model."""

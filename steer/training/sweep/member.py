@@ -1,0 +1,247 @@
+"""
+One member of a population: an independent run, with what it needs to go on after any update.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, get_scheduler
+
+from steer.config import SteeringConfig
+from steer.errors import SteerError
+from steer.tasks.rewards import RewardFunction, guard
+from steer.training.callbacks import VectorLog
+from steer.training.config import SteeringGRPOConfig
+from steer.training.loss import LOSSES
+from steer.training.steering_trainer import make_optimizer
+from steer.vectors import SteeringVectors
+
+# What members may differ in, and what all of them share: everything of `SteeringGRPOConfig` that a population
+# heeds. Fields that are in neither must be at their defaults.
+OWN = frozenset(
+    {
+        "seed", "learning_rate", "lr_by_layer", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+        "max_steps", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+        "max_grad_norm", "advantage", "scale_rewards", "loss_type", "beta", "reward_weights",
+        "mask_truncated_completions", "shuffle_dataset", "skip_zero_advantage", "use_bias_correction_kl",
+        "importance_sampling_level", "epsilon", "epsilon_high", "delta",
+    }
+)  # fmt: skip
+SHARED = frozenset(
+    {
+        "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "generation_batch_size", "steps_per_generation", "max_completion_length", "temperature", "top_k",
+        "top_p", "min_p", "sample_rows", "num_train_epochs", "save_steps", "save_strategy", "disable_tqdm",
+        "chat_template_kwargs",
+        "use_cpu", "output_dir", "use_vllm", "vllm_mode", "vllm_gpu_memory_utilization",
+        "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
+        "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_min",
+        "vllm_importance_sampling_clip_max", "disable_dropout", "router_aux_loss_coef",
+    }
+)  # fmt: skip
+# They say how a run is watched or started; here they change nothing.
+IDLE = frozenset(
+    {
+        "logging_steps", "logging_first_step", "logging_strategy", "log_level",
+        "log_on_each_node", "save_total_limit", "dataloader_pin_memory", "dataloader_num_workers",
+        "ddp_timeout", "run_name", "per_device_eval_batch_size",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class Member:
+    """
+    One run: `name`, and what `SteeringGRPOTrainer` would be given. Below, what it has become: `step` updates,
+    a record of each in `log`, and in `stopped` why no more will follow.
+    """
+
+    name: str
+    reward_funcs: Sequence[RewardFunction]
+    args: SteeringGRPOConfig
+    steering: SteeringConfig
+    step: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str | None = None
+
+    def prepare(self, vectors: SteeringVectors, problems: int) -> None:
+        """Optimizer, schedule and random numbers, as a run over that many problems begins with them."""
+        args = self.args
+        self.vectors = vectors
+        self.reward_funcs = [_reward(f) for f in self.reward_funcs]
+        weights = args.reward_weights
+        if weights is not None and len(weights) != len(self.reward_funcs):
+            raise SteerError(
+                f"member {self.name}: {len(weights)} reward_weights for {len(self.reward_funcs)} reward "
+                "functions; give one each"
+            )
+        self.reward_weights = torch.tensor(weights or [1.0] * len(self.reward_funcs))
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        # A member's whole batch is on its process, however many there are.
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        group = args.num_generations
+        if not group or rows % group:
+            raise SteerError(
+                f"an update of a member has {rows} samples (per_device_train_batch_size x "
+                f"gradient_accumulation_steps), which is no multiple of num_generations={group}"
+            )
+        self.prompts_a_step = rows // group
+        self.steps_an_epoch = problems // self.prompts_a_step
+        if not self.steps_an_epoch:
+            raise SteerError(
+                f"the data set has {problems} problems, a step takes {self.prompts_a_step}; give more "
+                "problems, or lower per_device_train_batch_size or gradient_accumulation_steps"
+            )
+        self.problems = problems
+        epochs = ceil(args.num_train_epochs * self.steps_an_epoch)
+        self.steps = args.max_steps if args.max_steps > 0 else epochs
+        self.optimizer = make_optimizer(args, vectors, vectors.parameters())
+        self.scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=self.optimizer,
+            num_warmup_steps=args.get_warmup_steps(self.steps),
+            num_training_steps=self.steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        # A reward may draw from Python's generator, which a run seeds for itself and keeps in checkpoints.
+        self.random = random.Random(args.seed).getstate()
+        self.watch = VectorLog(vectors, self.metrics)
+        self.watch.on_train_begin(args, None, None)
+
+    @property
+    def active(self) -> bool:
+        return self.stopped is None and self.step < self.steps
+
+    def draw(self) -> list[int]:
+        """The problems of the coming update, each `num_generations` times: the order of trl's sampler."""
+        epoch, turn = divmod(self.step, self.steps_an_epoch)
+        order = torch.arange(self.problems)
+        if self.args.shuffle_dataset:
+            order = torch.randperm(
+                self.problems, generator=torch.Generator().manual_seed(self.args.seed + epoch)
+            )
+        chosen = order[turn * self.prompts_a_step : (turn + 1) * self.prompts_a_step]
+        return chosen.repeat_interleave(self.args.num_generations or 1).tolist()
+
+    def state(self) -> dict[str, Any]:
+        """All that the coming updates depend on, in types that `torch.load` reads without executing any."""
+        return {
+            "vectors": self.vectors.tensors(),
+            "saved": self.watch.saved,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": self.random,
+            "step": self.step,
+            "log": self.log,
+            "stopped": self.stopped,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.vectors.set_tensors(state["vectors"])
+        self.watch.saved = state["saved"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.random = state["random"]
+        self.step, self.log, self.stopped = state["step"], state["log"], state["stopped"]
+
+
+def _reward(function: Any) -> RewardFunction:
+    """`function`, checked at every call; SteerError for the kinds of reward that trl alone can call."""
+    if isinstance(function, str | nn.Module):
+        raise SteerError(
+            "a population takes reward functions, not reward models; train with recipes/grpo_steer.py"
+        )
+    if inspect.iscoroutinefunction(checked := guard(function)):
+        raise SteerError(
+            f"reward function {checked.__name__!r} is async, which a population does not call; give a plain "
+            "function"
+        )
+    return checked
+
+
+def check_model(model: PreTrainedModel, args: SteeringGRPOConfig) -> None:
+    """SteerError for a model that a run alone trains with a term or noise that a population does not have."""
+    if model.is_gradient_checkpointing:
+        raise SteerError("a population cannot be trained with gradient checkpointing; switch it off")
+    config = model.config.get_text_config()
+    weight = args.router_aux_loss_coef
+    if weight is None and hasattr(config, "output_router_logits"):
+        weight = getattr(config, "router_aux_loss_coef", 0.0)
+    if weight:
+        raise SteerError(
+            f"a population has no router loss of mixtures of experts, whose weight is {weight} here; set "
+            "router_aux_loss_coef=0"
+        )
+    for name, module in model.named_modules():
+        rate = 0.0 if args.disable_dropout or not isinstance(module, nn.Dropout) else module.p
+        if isinstance(own := getattr(module, "attention_dropout", None), float):
+            rate = rate or own
+        if rate:
+            raise SteerError(
+                f"{name} has a dropout of {rate}, which a population does not apply; set "
+                "disable_dropout=true, and attention_dropout=0 in the model's config where it has one"
+            )
+
+
+def check_supported(args: SteeringGRPOConfig) -> None:
+    """SteerError for a setting that a population does not heed and that is not at its default."""
+    if args.loss_type not in LOSSES:
+        raise SteerError(
+            f"loss_type={args.loss_type!r} is not for a population, which knows {', '.join(LOSSES)}; train "
+            "this one alone with recipes/grpo_steer.py"
+        )
+    if args.num_iterations != 1 or args.steps_per_generation != args.gradient_accumulation_steps:
+        raise SteerError(
+            "in a population a generation feeds one update: leave num_iterations at 1 and "
+            "steps_per_generation and generation_batch_size unset"
+        )
+    default: Any = SteeringGRPOConfig(output_dir=args.output_dir, use_cpu=args.use_cpu)
+    names = sorted({f.name for f in fields(args)} - OWN - SHARED - IDLE)
+    changed = [n for n in names if getattr(args, n) != getattr(default, n)]
+    if changed:
+        told = ", ".join(f"{name}={getattr(args, name)!r}" for name in changed[:3])
+        raise SteerError(
+            f"a population does not know what to do with {told}; leave it out, or train with "
+            "recipes/grpo_steer.py"
+        )
+
+
+def agreed(all_args: Sequence[SteeringGRPOConfig]) -> SteeringGRPOConfig:
+    """The settings that members share; SteerError where they do not."""
+    if not all_args:
+        raise SteerError("the population has no members; give at least one")
+    first = all_args[0]
+    for name in sorted(SHARED):
+        values = {repr(getattr(args, name)) for args in all_args}
+        if len(values) > 1:
+            raise SteerError(
+                f"members share one batch, but {name} is {' and '.join(sorted(values))}; give all the same"
+            )
+    return first
+
+
+def read_states(folder: Path) -> dict[str, dict[str, Any]]:
+    """By member, the furthest state in `folder`, whichever process wrote it; `file` says where it was."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("state-*.pt")):
+        try:
+            states = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch has no single kind for a file that is not one of its own
+            raise SteerError(
+                f"{path} is no state of a population ({type(error).__name__}); remove it to begin "
+                "its members again"
+            ) from error
+        for name, state in states.items():
+            if name not in found or state["step"] > found[name]["step"]:
+                found[name] = {**state, "file": path.name}
+    return found

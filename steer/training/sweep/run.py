@@ -1,0 +1,308 @@
+"""
+A population's run on disk: which members it has, how far each is, which go on, and what each left behind.
+
+    run.json            what all members share             state-0.pt       where process 0's members stand
+    population.json     what each member changes           halving.json     who was stopped where, and why
+    results.json        the untrained model's score        members/NAME/    vectors, results.json, log.json,
+                                                                            samples_after.json
+
+Several processes divide the members among them, each on a copy of the base: nothing is exchanged but scores.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import zip_longest
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steer import artifact
+from steer.errors import SteerError
+from steer.evaluation.heldout import Answered, answer_greedily, constant, score, ways
+from steer.files import read_json, replace_file
+from steer.models import context_length
+from steer.tasks.elicited import STAGES, UNTRAINED, choose
+from steer.tasks.prompts import PromptSpec
+from steer.tasks.rewards import Checker, make_reward
+from steer.training import run as runs
+from steer.training.config import SteeringGRPOConfig
+from steer.training.run import RunConfig
+from steer.training.sweep.grid import PopulationArguments, Settings
+from steer.training.sweep.member import OWN, Member, read_states
+from steer.training.sweep.trainer import PopulationTrainer
+
+log = logging.getLogger("steer")
+
+POPULATION_FILE, HALVING_FILE, MEMBERS = "population.json", "halving.json", "members"
+# Updates whose mean reward ranks a member.
+LAST = 5
+
+Problems = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all members share."""
+
+    folder: Path
+    run: RunConfig
+    asked: PopulationArguments
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSpec
+    checker: Checker
+    train: Dataset  # with a column `prompt`
+    held_out: Problems | None
+
+    def answer(
+        self,
+        trainer: PopulationTrainer,
+        problems: Problems,
+        label: str,
+        way: tuple[PromptSpec, int] | None = None,
+    ) -> list[Answered]:
+        """Answers to `problems`, asked as in training or in another `way`: prompts and limit in tokens."""
+        prompts, limit = way or (self.prompts, trainer.args.max_completion_length or 1)
+        return answer_greedily(
+            self.model,
+            self.tokenizer,
+            problems,
+            prompts.frame(self.tokenizer),
+            self.checker,
+            limit,
+            trainer.eos_token_ids,
+            label=label,
+        )
+
+
+def claim(
+    folder: Path, run: RunConfig, training: SteeringGRPOConfig, members: Sequence[Settings], now: set[str]
+) -> None:
+    """
+    Make `folder` the home of this population. Members may be added to one that is there; SteerError when it
+    shares other settings, or when a member of the same name, among those to train `now`, has others.
+    """
+    shared = runs.settings(replace(run, rewards=[]), {"recipe": {"name": "layer_sweep"}}, training)
+    # with more processes there are more rows at once, but not more rows of a member
+    skipped = OWN | {"generation_batch_size"}
+    shared["training"] = {k: v for k, v in shared["training"].items() if k not in skipped}
+    runs.claim(folder, shared)
+    path = folder / POPULATION_FILE
+    have = read_json(path) if path.exists() else {}
+    wanted = json.loads(json.dumps({m.name: m.own() for m in members}))
+    for name in sorted(now & set(have)):
+        changed = [
+            f"{key} was {have[name][part].get(key)!r}, now {value!r}"
+            for part in ("steering", "training")
+            for key, value in wanted[name][part].items()
+            if have[name][part].get(key) != value
+        ]
+        if have[name]["rewards"] != wanted[name]["rewards"]:
+            changed.append(f"rewards were {have[name]['rewards']}, now {wanted[name]['rewards']}")
+        if changed:
+            raise SteerError(
+                f"{folder} holds another member {name}: {'; '.join(changed[:3])}; give this one a `name` of "
+                "its own, or remove the folder"
+            )
+    replace_file(path, (json.dumps({**have, **wanted}, indent=2) + "\n").encode())
+
+
+def conduct(study: Study, members: Sequence[Settings]) -> None:
+    """
+    Train `members` in the study's folder, or what is missing of it, and leave there what each became.
+    """
+    state, folder = PartialState(), study.folder
+    for launcher in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{launcher}", "false").lower() == "true":
+            raise SteerError(
+                f"a population has a whole copy of the base in each process; {launcher} would not shard it: "
+                "launch with recipes/accelerate/ddp.yaml, or train single members with grpo_steer.py"
+            )
+    if len(members) < state.num_processes:
+        raise SteerError(
+            f"{len(members)} members cannot be divided among {state.num_processes} processes; start no more "
+            "processes than members"
+        )
+    mine = list(members)[state.process_index :: state.num_processes]
+    trainer = PopulationTrainer(
+        study.model,
+        [
+            Member(m.name, [make_reward(r, study.checker) for r in m.run.rewards], m.training, m.steering)
+            for m in mine
+        ],
+        study.train,
+        study.tokenizer,
+        folder / f"state-{state.process_index}.pt",
+    )
+    if trainer.args.use_vllm:
+        from steer.engine.sweep_sampler import EngineSampler
+
+        trainer.engine = EngineSampler(
+            study.run.model, trainer.args, study.model.dtype, len(mine), trainer.eos_token_ids
+        )
+    states = read_states(folder)
+    trainer.load(states)
+    if states:
+        furthest = max((states[m.name]["step"] for m in mine if m.name in states), default=0)
+        log.info("going on from update %d", furthest)
+    state.wait_for_everyone()  # all have read before one writes
+    _score_untrained(study, trainer)
+    for rung in study.asked.halve_at or []:
+        trainer.train(until=rung)
+        _halve(study, trainer, rung)
+    trainer.train()
+    settings = {m.name: m for m in mine}
+    for member in trainer.members:
+        _finish(study, trainer, member, settings[member.name])
+    trainer.population.remove_all()
+    state.wait_for_everyone()
+
+
+# ---- who goes on
+
+
+def _halve(study: Study, trainer: PopulationTrainer, rung: int) -> None:
+    """Stop the members that are not among the best at `rung`; who was kept or stopped before stays so."""
+    state, path = PartialState(), study.folder / HALVING_FILE
+    decided: dict[str, Any] = read_json(path) if path.exists() else {}
+    record = decided.get(str(rung), {})
+    new = [m for m in trainer.members if m.step >= rung and m.stopped is None and m.name not in record]
+    mine = [(m.name, _rank_by(study, trainer, m, rung), _league(study, trainer, m)) for m in new]
+    for name, value, league in sorted(gather_object(mine)):
+        record[name] = {"score": value, "among": league}
+    for entry in record.values():
+        rivals = [e["score"] for e in record.values() if e["among"] == entry["among"]]
+        places = ceil(study.asked.keep * len(rivals))
+        better = sum(value > entry["score"] for value in rivals)
+        entry.setdefault("kept", better < places)
+        entry.setdefault("of", len(rivals))
+    for member in trainer.members:
+        entry = record.get(member.name)
+        if entry and not entry["kept"] and member.stopped is None:
+            member.stopped = (
+                f"halved at update {rung}: {study.asked.halve_on} {entry['score']:.3f}, not among the best "
+                f"{ceil(study.asked.keep * entry['of'])} of {entry['of']}"
+            )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        replace_file(path, (json.dumps({**decided, str(rung): record}, indent=2) + "\n").encode())
+        kept = sum(entry["kept"] for entry in record.values())
+        log.info("update %d: %d of %d members go on", rung, kept, len(record))
+    trainer.save()
+    state.wait_for_everyone()
+
+
+def _rank_by(study: Study, trainer: PopulationTrainer, member: Member, rung: int) -> float:
+    if study.asked.halve_on == "reward":
+        return mean_reward(member.log[:rung])
+    problems = study.train.select(range(min(study.asked.validation_problems, len(study.train)))).to_list()
+    with trainer.population.only(member.name):
+        return score(study.answer(trainer, problems, f"validating {member.name}")).accuracy
+
+
+def _league(study: Study, trainer: PopulationTrainer, member: Member) -> list[str]:
+    """What members that are compared have in common."""
+    common = [str(getattr(f, "__name__", f)) for f in member.reward_funcs]
+    common += map(str, member.args.reward_weights or [])
+    if study.asked.halve_among == "layers":
+        common += [f"layer {i}" for i in member.steering.resolve_layers(trainer.population.depth)]
+    return common
+
+
+def mean_reward(log: Sequence[dict[str, Any]]) -> float:
+    """Mean training reward of the last `LAST` updates; what has none is last of all."""
+    rewards = [row["reward"] for row in log[-LAST:] if row["reward"] is not None]
+    return sum(rewards) / len(rewards) if rewards else -sys.float_info.max
+
+
+# ---- what is left behind
+
+
+def _score_untrained(study: Study, trainer: PopulationTrainer) -> None:
+    if study.held_out is None:
+        return
+    state = PartialState()
+    examples = choose(study.train, study.run.examples, [row["problem"] for row in study.held_out])
+    context = context_length(study.model.config)
+    limit = trainer.args.max_completion_length or 1
+    asked = ways(study.prompts, limit, examples, study.held_out, study.tokenizer, context)
+    for stage in UNTRAINED:
+        results = runs.read_results(study.folder)
+        state.wait_for_everyone()  # all have read before one writes
+        if stage in results or stage not in asked:
+            continue
+        share = study.held_out[state.process_index :: state.num_processes]
+        mine = study.answer(trainer, share, f"held-out problems, {stage}", asked[stage])
+        answered = [a for turn in zip_longest(*gather_object([mine])) for a in turn if a is not None]
+        if state.is_main_process:
+            _write_answers(study.folder / f"samples_{stage}.json", answered)
+            runs.write_results(study.folder, {**results, stage: _scored(answered, *asked[stage])})
+        state.wait_for_everyone()
+    if state.is_main_process and study.run.examples:
+        always = constant(study.held_out, study.checker)
+        runs.write_results(study.folder, {**runs.read_results(study.folder), "constant": always})
+    state.wait_for_everyone()
+
+
+def _scored(answered: Sequence[Answered], prompts: PromptSpec, limit: int) -> dict[str, Any]:
+    return {**asdict(score(answered)), "max_new_tokens": limit, "examples": len(prompts.examples)}
+
+
+def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: Settings) -> None:
+    """The folder of a member that is trained or stopped: its artifact, log, answers and results."""
+    folder = study.folder / MEMBERS / member.name
+    results = runs.read_results(folder)
+    if results.get("steps") == member.step and (study.held_out is None or "after" in results):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = runs.read_results(study.folder)
+    base = {stage: shared[stage] for stage in (*UNTRAINED, "constant") if stage in shared}
+    results = {
+        "asked": [member.args.max_steps, member.args.num_train_epochs],
+        "steps": member.step,
+        "stopped": member.stopped,
+        "training_seconds": round(sum(row["step_time"] for row in member.log), 1),
+        "trained_numbers": sum(p.numel() for p in member.vectors.parameters()),
+        "reward": mean_reward(member.log),
+        **base,
+    }
+    if study.held_out is not None:
+        with trainer.population.only(member.name):
+            answered = study.answer(trainer, study.held_out, f"held-out problems, {member.name}")
+        _write_answers(folder / "samples_after.json", answered)
+        results["after"] = _scored(answered, study.prompts, trainer.args.max_completion_length or 1)
+    replace_file(folder / "log.json", json.dumps(member.log).encode())
+    config = replace(member.vectors.config, provenance=_provenance(settings, results))
+    artifact.write(folder / "vectors", artifact.Artifact(config, member.vectors.tensors()))
+    runs.write_results(folder, results)  # last: it says that all is there
+
+
+def _write_answers(path: Path, answered: Sequence[Answered]) -> None:
+    replace_file(path, json.dumps([asdict(a) for a in answered], indent=1).encode())
+
+
+def _provenance(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
+    names = "learning_rate lr_by_layer advantage loss_type beta num_generations per_device_train_batch_size "
+    names += "gradient_accumulation_steps max_completion_length temperature max_steps seed "
+    names += "chat_template_kwargs"
+    return {
+        "recipe": "layer_sweep",
+        "member": settings.name,
+        "run": asdict(settings.run),
+        "training": {name: getattr(settings.training, name) for name in names.split()},
+        "stopped": results["stopped"],
+        "versions": {name: version(name) for name in ("steer", "torch", "transformers", "trl")},
+        "results": {stage: results[stage] for stage in STAGES if stage in results},
+    }

@@ -1,0 +1,88 @@
+"""docs/models.md: the checks find what is wrong, hold on models of each family, and the page is current."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from helpers.paths import ROOT
+
+from evals import models_table
+from evals.architectures import causal_lm_types
+from evals.model_checks import CHECKS, Outcome, check
+from steer import SteerError
+from steer.kinds import Gate, SteeringVector
+
+PAGE = ROOT / "docs" / "models.md"
+# Rotary, learned and ALiBi positions; norms before and after; windows; experts; latent attention; states.
+REPRESENTATIVES = [
+    *("llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "falcon", "bloom", "opt", "mamba", "rwkv"),
+    *("qwen3_next", "falcon_h1", "granite", "deepseek_v3", "gpt_oss"),
+]
+
+
+def bad(found: dict[str, Outcome]) -> dict[str, Outcome]:
+    return {name: outcome for name, outcome in found.items() if outcome.state in ("wrong", "crash")}
+
+
+@pytest.mark.parametrize("model_type", REPRESENTATIVES)
+def test_every_capability_works_or_is_refused_with_a_reason(model_type):
+    found = check(model_type)
+    assert list(found) == list(CHECKS)
+    assert not bad(found)
+    assert all(outcome.why for outcome in found.values() if outcome.state != "works")
+    if model_type in ("llama", "qwen3", "gpt2"):
+        assert {outcome.state for outcome in found.values()} == {"works"}
+    if model_type == "rwkv":
+        assert found["sampling"].state == found["update"].state == "plain path"
+
+
+def test_a_site_that_steers_by_something_else_is_wrong(monkeypatch):
+    def weaker(self, hidden):
+        return hidden + 0.9 * self.vector
+
+    monkeypatch.setattr(SteeringVector, "forward", weaker)
+    states = {name: outcome.state for name, outcome in check("llama").items()}
+    assert states["resid_post"] == states["resid_mid"] == states["attn_out"] == "wrong"
+
+
+def test_a_position_off_by_one_is_wrong(monkeypatch):
+    place = Gate.place
+
+    def later(self, tokens, *args):
+        place(self, tokens, *args)
+        self.mask = self.mask.roll(1, dims=-2)
+
+    monkeypatch.setattr(Gate, "place", later)
+    found = check("llama")
+    assert found["positions"].state == found["generate"].state == "wrong"
+    assert found["resid_post"].state == "works"
+
+
+def test_crashes_and_refusals_are_told_apart(monkeypatch):
+    def fails(error):
+        def place(*args):
+            raise error
+
+        return place
+
+    monkeypatch.setattr(Gate, "place", fails(SteerError("no positions here")))
+    assert check("llama")["positions"] == Outcome("refused", "no positions here")
+    monkeypatch.setattr(Gate, "place", fails(KeyError("mask")))
+    outcome = check("llama")["positions"]
+    assert outcome.state == "crash"
+    assert "KeyError: 'mask'" in outcome.why
+
+
+def test_a_model_that_cannot_be_built_is_not_built():
+    assert {outcome.state for outcome in check("gemma4_assistant").values()} == {"not built"}
+
+
+@pytest.mark.models
+def test_the_page_is_current_and_nothing_on_it_is_wrong():
+    names = causal_lm_types()
+    table = dict(models_table.check_all(names, os.cpu_count() or 1))
+    assert {name: bad(found) for name, found in table.items() if bad(found)} == {}
+    unbuilt = [name for name, found in table.items() if found["attach"].state == "not built"]
+    assert len(unbuilt) < 0.05 * len(names)
+    assert models_table.page(table) == PAGE.read_text(), "write it again: python -m evals.models_table --out"

@@ -1,0 +1,259 @@
+"""Fast paths of sampling and scoring: right on every model, or replaced by plain ones that are."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers.training import far
+from transformers import DynamicCache, PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
+import steer
+from evals.architectures import tiny
+from steer.errors import SteerError
+from steer.generation import cpu
+from steer.generation.decoding import pad_left
+from steer.generation.sampler import Sampling, rollout, uniforms
+from steer.generation.scoring import add_group_scoring
+from steer.generation.verify import fast_paths
+
+# The last two have a common beginning with the first; they are longer than the tiny models' windows of 8.
+PROMPTS = [[5, 9, 33], [7], [5, 9, 33, 80, 21, 60, 9, 12, 44, 10, 70], [5, 9, 80, 81, 8, 17]]
+NEVER = 96
+# What is known to be slow on an architecture, and a word of the reason; all others are fast.
+SLOW = {
+    "llama": {},
+    "falcon": {},
+    "gpt2": {},
+    "deepseek_v3": {},
+    "gemma2": {},
+    "bloom": {},
+    "mpt": {"common": "differ"},  # ALiBi by columns: padding between tokens counts
+    "qwen3_next": dict.fromkeys(("scorer", "common"), "LinearAttentionLayer"),
+    "falcon_h1": dict.fromkeys(("scorer", "common"), "LinearAttentionAndFullAttentionLayer"),
+    "kimi_linear": dict.fromkeys(("scorer", "common"), "LinearAttentionLayer"),
+    "minimax": dict.fromkeys(("sampler", "scorer", "common"), "MiniMaxCache"),
+    "deepseek_v32": dict.fromkeys(("scorer", "common"), "DynamicIndexedLayer"),
+    "deepseek_v4": {
+        **dict.fromkeys(("padding", "sampler", "scorer", "common"), "compress_rates"),
+    },
+    "rwkv": {"padding": "differ|changes", **dict.fromkeys(("sampler", "scorer", "common"), "state instead")},
+    "moshi": dict.fromkeys(("sampler", "scorer", "common"), "masks do not"),
+    "mamba": dict.fromkeys(("sampler", "scorer", "common"), "cache_params instead"),
+    "llama4_text": {"head": "base_model"},
+    "modernbert-decoder": {"head": "differs"},
+}
+
+
+@pytest.fixture(params=list(SLOW))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def ready(kind: str) -> PreTrainedModel:
+    """A tiny model as the trainer prepares it."""
+    model = tiny(kind)
+    add_fused_lm_head(model, 0.7, outputs=("log_probs", "entropy"))
+    add_group_scoring(model, 0.7)
+    return model
+
+
+def steered(model: PreTrainedModel, positions: str = "all") -> steer.SteeringVectors:
+    vectors = steer.attach(model, steer.SteeringConfig(positions=positions))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in vectors.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    return vectors
+
+
+def naive(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """Logits (tokens, vocabulary) of one row, without padding, cache or any other row."""
+    return model(torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def test_what_is_fast_and_why_not(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = ready(kind)
+    with caplog.at_level(logging.WARNING):
+        found = fast_paths(model)
+        assert fast_paths(model) is found
+    reasons = {name: reason for name, reason in vars(found).items() if reason}
+    assert reasons.keys() == SLOW[kind].keys()
+    for name, word in SLOW[kind].items():
+        assert any(part in reasons[name] for part in word.split("|")), reasons[name]
+    # one line for each path that is replaced; the common beginning goes with the shared prompt
+    lines = [r.getMessage() for r in caplog.records if r.name == "steer.generation.verify"]
+    assert len(lines) == len(reasons.keys() - ({"common"} if "scorer" in reasons else set()))
+    assert all(line.startswith(type(model).__name__) for line in lines)
+
+
+@torch.no_grad()
+def test_samples_are_those_of_naive_passes(kind: str) -> None:
+    model = tiny(kind)
+    order = [2, 0, 0, 3, 1, 2]
+    noise = uniforms(range(6), 8, 3, 5)
+    prompts = [PROMPTS[i] for i in order]
+    free = rollout(model, prompts, Sampling(8, (NEVER,)), noise)
+    eos = free.ids[1][2]  # ends one row early: the others go on in a smaller batch
+    done = rollout(model, prompts, Sampling(8, (eos,)), noise)
+    greedy = rollout(model, prompts, Sampling(4, (NEVER,), temperature=0.0))
+    assert min(map(len, done.ids)) < 8 and len({tuple(ids) for ids in free.ids}) > 3
+    for prompt, ids, logps in zip(prompts, done.ids, done.logps, strict=True):
+        table = torch.log_softmax(naive(model, prompt + ids), -1)[len(prompt) - 1 : -1]
+        # float32 with padding and a cache in another order; logits reach 10
+        expected = table.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(logps), expected, rtol=1e-3, atol=2e-4)
+    for prompt, ids in zip(prompts, greedy.ids, strict=True):
+        for n, token in enumerate(ids):
+            scores = naive(model, prompt + ids[:n])[-1]
+            assert scores[token] > scores.max() - 1e-3
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_scores_are_those_of_naive_passes(kind: str, share: bool) -> None:
+    model = ready(kind)
+    order, lengths = [1, 0, 2, 0, 2, 3], [1, 9, 3, 6, 9, 4]
+    options = fast_paths(model).scoring()
+    options["share"] &= share
+    torch.manual_seed(2)
+    completions = [torch.randint(3, 97, (n,)).tolist() for n in lengths]
+    prompt_ids, prompt_mask = pad_left([PROMPTS[i] for i in order], torch.device("cpu"))
+    longest = max(lengths)
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in completions])
+    mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths])
+    got = model(
+        score_group=True,
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=ids,
+        completion_mask=mask,
+        **options,
+    )
+    for i, (prompt, row) in enumerate(zip((PROMPTS[j] for j in order), completions, strict=True)):
+        table = torch.log_softmax(naive(model, prompt + row)[len(prompt) - 1 : -1] / 0.7, -1)
+        expected = table.gather(1, torch.tensor(row)[:, None]).squeeze(1)
+        entropy = -(table.exp() * table).sum(-1)
+        torch.testing.assert_close(got.log_probs[i, : len(row)], expected, rtol=1e-3, atol=5e-4)
+        torch.testing.assert_close(got.entropy[i, : len(row)], entropy, rtol=1e-3, atol=5e-4)
+        assert (got.log_probs[i, len(row) :] == 0).all() and (got.entropy[i, len(row) :] == 0).all()
+
+
+# ---- what training does with it
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bloom", "rwkv", "modernbert-decoder"])
+@pytest.mark.parametrize("setting", [{"share_prompts": False}, {"gradient_checkpointing": True}])
+def test_the_plain_update_is_the_default_one(run, kind: str, setting: dict) -> None:
+    # Prompts are of unequal length: padding that counted as a position moved GPT-2's vectors by 82 %.
+    default, other = (
+        run(model=tiny(kind), optim="sgd", max_grad_norm=0.0, folder=str(len(options)), **options).vectors
+        for options in ({}, setting)
+    )
+    assert far(other.tensors(), default.tensors()) < 1e-5
+    assert all(t.norm() > 0 for t in default.tensors().values())
+
+
+@pytest.mark.parametrize("positions", ["prompt", "last_prompt", "completion", "first_completion"])
+@pytest.mark.parametrize("kind", ["gpt2", "rwkv", "qwen3_next"])
+def test_positions_are_the_same_on_plain_paths(kind: str, positions: str) -> None:
+    model = ready(kind)
+    vectors = steered(model, positions)
+    options = fast_paths(model).scoring()
+    prompts, rows = [PROMPTS[2], PROMPTS[0]], [[8, 9], [50, 51, 52, 53]]
+    prompt_ids, prompt_mask = pad_left(prompts, torch.device("cpu"))
+    ids = torch.tensor([[*rows[0], 0, 0], rows[1]])
+    batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": ids}
+    batch["completion_mask"] = (ids > 0).long()
+    for share in {options["share"], False}:
+        columns = prompt_ids.shape[1] if share else prompt_mask.sum(1)
+        with vectors.prompt_length(columns):
+            got = model(score_group=True, **batch, **{**options, "share": share})
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            with vectors.prompt_length(len(prompt)):
+                table = torch.log_softmax(naive(model, prompt + row)[len(prompt) - 1 : -1] / 0.7, -1)
+            expected = table.gather(1, torch.tensor(row)[:, None]).squeeze(1)
+            torch.testing.assert_close(got.log_probs[i, : len(row)], expected, rtol=1e-3, atol=5e-4)
+    with torch.no_grad():
+        drawn = rollout(model, prompts * 2, Sampling(3, (NEVER,), temperature=0.0))
+        for prompt, row, logps in zip(prompts * 2, drawn.ids, drawn.logps, strict=True):
+            with vectors.prompt_length(len(prompt)):
+                table = torch.log_softmax(naive(model, prompt + row)[len(prompt) - 1 : -1], -1)
+            expected = table.gather(1, torch.tensor(row)[:, None]).squeeze(1)
+            torch.testing.assert_close(torch.tensor(logps), expected, rtol=1e-3, atol=5e-4)
+
+
+def test_what_cannot_pad_on_the_left_is_not_padded_there(run) -> None:
+    with pytest.raises(SteerError, match=r"padding on the left.*fast_sampler"):
+        run(model=tiny("rwkv"), fast_sampler=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("llama4_text", "LM head"), ("granitemoe", "num_experts"), ("doge", "no router logits")],
+)
+def test_a_routers_loss_that_trl_cannot_compute_is_refused(run, kind: str, reason: str) -> None:
+    with pytest.raises(SteerError, match=f"{reason}.*router_aux_loss_coef=0"):
+        run(model=tiny(kind), router_aux_loss_coef=0.01)
+    run(model=tiny(kind))
+
+
+# ---- the trial itself
+
+
+@pytest.mark.parametrize("kind", ["xlnet", "cpmant"])
+def test_a_model_that_sees_later_tokens_is_refused(kind: str) -> None:
+    with pytest.raises(SteerError, match=r"later tokens.*causal language model"):
+        rollout(tiny(kind), PROMPTS, Sampling(2, (NEVER,), temperature=0.0))
+
+
+def test_the_trial_leaves_no_trace_and_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ready("llama")
+    vectors = steered(model, "completion")
+    model.train()
+    model.model.layers[1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    passes: list[int] = []
+    model.model.register_forward_pre_hook(lambda *args: passes.append(1))
+    fast_paths(model)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert vectors._gate.enabled and vectors._gate.prompt_length is None
+    assert all(p.grad is None for p in model.parameters())
+    assert 0 < len(passes) <= 17  # of thirty tokens at most
+    passes.clear()
+    fast_paths(model)
+    assert not passes
+
+
+def broken_cache(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that get each other's keys and values."""
+    original = DynamicCache.reorder_cache
+    monkeypatch.setattr(DynamicCache, "reorder_cache", lambda self, rows: original(self, rows.roll(1)))
+
+
+def broken_attention(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask is forgotten."""
+    original = cpu.grouped_attention
+
+    def forgetful(module, query, key, value, mask, *args, **kwargs):
+        return original(module, query, key, value, torch.ones_like(mask), *args, **kwargs)
+
+    monkeypatch.setattr(cpu, "grouped_attention", forgetful)
+
+
+@pytest.mark.parametrize(("path", "breaks"), [("sampler", broken_cache), ("attention", broken_attention)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fault_of_a_fast_path_is_found(path: str, breaks, dtype, monkeypatch, caplog) -> None:
+    model = tiny("llama").to(dtype)
+    breaks(model, monkeypatch)
+    found = fast_paths(model)
+    assert "differ" in getattr(found, path)
+    assert path != "attention" or found.sampler is None  # the others are tried without it
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mixtral", "gpt2", "falcon_h1", "qwen3_next"])
+def test_bfloat16_is_as_fast_as_float32(kind: str) -> None:
+    exact, rounded = (vars(fast_paths(tiny(kind).to(t))) for t in (torch.float32, torch.bfloat16))
+    assert {name for name, why in exact.items() if why} == {name for name, why in rounded.items() if why}

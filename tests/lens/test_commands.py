@@ -1,0 +1,144 @@
+"""`steer lens` on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from helpers.training import model_folder
+
+import steer
+from steer import SteerError
+from steer.artifact import write
+from steer.cli.lens import add_commands
+from steer.lens.findings import RULES
+
+RUN = {
+    "template": "plain",
+    "train_data": "arithmetic",
+    "operators": "+",
+    "digits": 1,
+    "terms": 2,
+    "heldout": 0.4,
+}
+
+
+def call(*argv: Any) -> None:
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers(required=True))
+    args = parser.parse_args(["lens", *map(str, argv)])
+    args.run(args)
+
+
+@torch.no_grad()
+def test_a_control_takes_the_place_of_the_trained_vectors(artifact, capsys) -> None:
+    found = {}
+    for control in (None, "random", "shuffled", "mean-difference"):
+        chosen = ("--control", control) if control else ()
+        call("persistence", artifact, *COMMON, "--json", "--seed", "3", *chosen)
+        found[control] = json.loads(capsys.readouterr().out)["size"]
+    assert len({str(size) for size in found.values()}) == 4
+
+
+@pytest.fixture
+def artifact(tmp_path, tiny_llama, tiny_tokenizer):
+    """An artifact that names its model, its data and its frame."""
+    folder = model_folder(tmp_path / "model", tiny_llama, tiny_tokenizer)
+    provenance = {"run": RUN, "training": {"max_completion_length": 4}}
+    config = steer.SteeringConfig(layers="0-2", base_model=str(folder), provenance=provenance)
+    vectors = steer.attach(tiny_llama, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in vectors.parameters():
+            parameter.copy_(torch.randn(32, generator=generator))
+    return vectors.save(tmp_path / "vectors")
+
+
+COMMON = ("--problems", "4")
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"),
+    [
+        (("logit", "--top", "3"), "layers"),
+        (("logit", "--scripts", "--control", "shuffled"), "promoted"),
+        (("shift", *COMMON, "--layers", "last"), "first_share"),
+        (("shift", *COMMON, "--force", "7"), "share"),
+        (("patch", *COMMON), "recovered"),
+        (("patch", *COMMON, "--layers", "1", "--heads", "-1", "--direction", "remove"), "recovered"),
+        (("patch", *COMMON, "--frozen", "--control", "random"), "recovered"),
+        (("persistence", *COMMON, "--layers", "0-1"), "diff_diff"),
+        (("compose", *COMMON, "--layers", "0,2"), "score"),
+        (("compose", *COMMON, "--leave-one-out"), "likelihood"),
+        (("sweep", *COMMON, "--scales", "-1", "0", "1"), "accuracy"),
+    ],
+)
+def test_json_and_text_and_figure(artifact, argv, key, capsys, tmp_path) -> None:
+    name, *rest = argv
+    call(name, artifact, *rest, "--json", "--plot", tmp_path / "figure.svg")
+    assert key in json.loads(capsys.readouterr().out)
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+    call(name, artifact, *rest)
+    assert len(capsys.readouterr().out.splitlines()) > 1
+
+
+def test_directions_reads_artifacts_alone(artifact, capsys) -> None:
+    call("directions", artifact, artifact, "--json")
+    assert json.loads(capsys.readouterr().out)["to_last"][0][0] == pytest.approx(1)
+
+
+def test_report_writes_a_page(artifact, tmp_path, capsys) -> None:
+    call("report", artifact, *COMMON, "--out", tmp_path / "page.html", "--figures", tmp_path / "lens")
+    table = (tmp_path / "lens" / "findings.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert sum(line.count("|") == 5 for line in rows) == len(RULES) + 2
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    assert "not testable" in capsys.readouterr().out
+
+
+def test_transfer_of_one_model_is_a_mistake(artifact) -> None:
+    with pytest.raises(SteerError, match="two models or more"):
+        call("transfer", artifact, *COMMON)
+
+
+def test_compose_with_a_jointly_trained_set(artifact, tmp_path, capsys) -> None:
+    summed = tmp_path / "sum"
+    write(summed, steer.read(artifact) + steer.read(artifact))
+    call("compose", summed, *COMMON, "--layers", "0,2", "--json")
+    assert json.loads(capsys.readouterr().out)["joint"] is None
+    call("compose", summed, *COMMON, "--layers", "0,2", "--joint", artifact, "--json")
+    joint = json.loads(capsys.readouterr().out)["joint"]
+    call("compose", artifact, *COMMON, "--layers", "0,2", "--json")
+    assert json.loads(capsys.readouterr().out)["joint"] == joint
+    call("compose", artifact, *COMMON, "--layers", "0,2", "--control", "random")
+    assert "undefined: no jointly trained set was measured" in capsys.readouterr().out
+    with pytest.raises(SteerError, match="outcome of arithmetic"):
+        call("compose", artifact, *COMMON, "--layers", "0,2", "--joint", summed)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("scales", *COMMON), "scale maps need adaptive vectors"),
+        (("patch", *COMMON, "--heads", "3"), "layer 3 does not exist"),
+        (("compose", *COMMON, "--likelihood"), "none of the 4 steered answers is right"),
+        (("report", *COMMON, "--out", "nowhere/page.html"), "there is no folder nowhere"),
+        (("logit", "--reading", "angle"), "choose one of dot, cosine"),
+    ],
+)
+def test_mistakes(artifact, argv, expected) -> None:
+    with pytest.raises(SteerError, match=expected):
+        call(argv[0], artifact, *argv[1:])
+
+
+def test_help_teaches_and_does_not_import_torch() -> None:
+    code = "import sys; from steer.cli import main\ntry: main(['lens', 'patch', '--help'])\n"
+    code += "except SystemExit: sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "steer lens patch my-vectors --layers 28 --solve" in done.stdout

@@ -1,0 +1,184 @@
+"""The report: its findings' rules, its page as HTML, and the page in headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from helpers.lens import PROBLEMS, Exact, subject_of
+
+from steer import SteerError
+from steer.lens.findings import NOT_SEEN, NOT_TESTABLE, RULES, SEEN, judge
+from steer.lens.page import render
+from steer.lens.report import Report, save_figures, study
+
+HOSTILE = '<script>alert("1")</script> & <b>'
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+MADE: dict[str, Any] = {}  # once for all tests: it takes seconds
+
+
+@pytest.fixture
+def report(build_tiny, tiny_tokenizer) -> Report:
+    """The study of a tiny model, with a problem that is hostile to a page."""
+    if "report" not in MADE:
+        subject = subject_of(build_tiny("llama", num_hidden_layers=4), tiny_tokenizer, std=1.0)
+        subject.vectors.config.provenance = {"run": {"model": HOSTILE}, "training": {"lr": 0.1}}
+        problems = [{"problem": HOSTILE, "answer": "7"}, *PROBLEMS * 3]
+        MADE["report"] = study(subject, problems, Exact(), seed=1)
+    return MADE["report"]
+
+
+@pytest.fixture
+def page(report) -> str:
+    if "page" not in MADE:
+        MADE["page"] = render(report)
+    return MADE["page"]
+
+
+class Checked(HTMLParser):
+    """Every element closed in order; what the page refers to."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.seen.append(tag)
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), (tag, names)
+        self.links += [value for name, value in attrs if name in ("src", "href", "data", "action", "srcset")]
+        assert not [name for name in names if name.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style"} & set(self.open):
+            self.text += data
+
+
+def test_the_page_is_whole_escaped_and_refers_to_nothing_outside(report, page) -> None:
+    checked = Checked()
+    checked.feed(page)
+    checked.close()
+    assert checked.open == []
+    assert page.startswith("<!DOCTYPE html>")
+    assert checked.seen.count("html") == checked.seen.count("body") == checked.seen.count("title") == 1
+    assert "script" not in checked.seen
+    assert HOSTILE in checked.text  # the problem, shown as it is
+    assert all(link.startswith("data:image/png;base64,") for link in checked.links)
+    assert checked.seen.count("img") == len(report.results) == len(checked.links)
+    assert "@import" not in page and "url(" not in page
+    for finding in report.findings:
+        assert finding.claim in checked.text
+    assert "NaN" not in checked.text and " nan " not in checked.text
+
+
+def test_every_finding_has_its_numbers_and_its_control(report) -> None:
+    assert [finding.claim for finding in report.findings] == [rule.claim for rule in RULES]
+    judged = [f for f in report.findings if f.verdict != NOT_TESTABLE]
+    assert len(judged) >= 6
+    assert all(finding.numbers and finding.control for finding in judged)
+    assert {
+        "base",
+        "steered",
+        "random vectors of equal length",
+        "layers shuffled",
+        "mean-difference vectors",
+    } <= set(report.accuracy)
+    found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert found["accuracy"]["base"]["low"] <= found["accuracy"]["base"]["accuracy"]
+
+
+def test_figures_and_numbers_are_written(report, tmp_path) -> None:
+    few = {name: report.results[name] for name in ("directions", "later layers frozen")}
+    folder = save_figures(replace(report, results=few), tmp_path)
+    images = {path.name for path in folder.glob("*.png")}
+    assert images == {"directions.png", "later-layers-frozen.png"}
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in images)
+    assert json.loads((folder / "findings.json").read_text())["findings"]
+
+
+def test_every_result_turns_into_json(report) -> None:
+    for name, result in report.results.items():
+        assert json.loads(json.dumps(result.to_dict(), allow_nan=False)), name
+
+
+def test_rules_by_their_numbers() -> None:
+    good = {
+        "base_interval_top": 0.1,
+        "steered_interval_bottom": 0.8,
+        "random_vectors_accuracy": 0.0,
+        "last_first_share": 0.9,
+        "last_concentration": 0.8,
+        "random_last_first_share": 0.2,
+        "random_last_concentration": 0.1,
+        "forced_share": 0.75,
+        "control_forced_share": 0.1,
+    }
+    verdicts = {finding.claim: finding.verdict for finding in judge(good)}
+    assert sum(v == SEEN for v in verdicts.values()) == 3
+    assert sum(v == NOT_TESTABLE for v in verdicts.values()) == len(RULES) - 3
+    # the same effect in the control is no finding
+    for control, value in (
+        ("random_vectors_accuracy", 0.9),
+        ("random_last_first_share", 0.95),
+        ("control_forced_share", 0.8),
+    ):
+        found = [finding.verdict for finding in judge({**good, control: value})]
+        assert found.count(SEEN) == 2 and found.count(NOT_SEEN) == 1
+    assert all(finding.verdict == NOT_TESTABLE for finding in judge({}))
+
+
+def test_too_few_problems(report) -> None:
+    with pytest.raises(SteerError, match="at least 4 problems, got 3"):
+        study(report.subject, PROBLEMS, Exact())
+
+
+def test_the_page_opens_in_chromium(report, page, tmp_path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
+    file, picture = tmp_path / "page.html", tmp_path / "page.png"
+    file.write_text(page)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    flags += [
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-quic",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    common = [chromium, *flags, "--window-size=900,1400"]
+    subprocess.run(
+        [*common, f"--screenshot={picture}", file.as_uri()], check=True, capture_output=True, timeout=120
+    )
+    from matplotlib.image import imread
+
+    pixels = imread(picture)[..., :3]
+    assert pixels.shape[:2] == (1400, 900)
+    dark = (pixels.mean(-1) < 0.5).mean()
+    assert 0.01 < dark < 0.5  # text on white, not an empty or an error page
+    done = subprocess.run(
+        [*common, "--dump-dom", file.as_uri()], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert len(re.findall(r"<img ", done.stdout)) == len(report.results)
+    assert "The paper’s findings" in done.stdout

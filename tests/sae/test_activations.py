@@ -1,0 +1,251 @@
+"""Reading activations: the right site, without special tokens, shuffled once each, and on from anywhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers.steering import fill, layers_of, message
+
+import steer
+from steer.errors import SteerError
+from steer.sae.activations import ActivationStream, Reader, Window, read_all, windows
+from steer.sae.cache import CachedActivations, write_cache
+from steer.sae.texts import Texts
+
+TEXTS = [f"{a} plus {b} is {a + b}, and {a} times {b} is {a * b}." for a in range(4) for b in range(6)]
+
+
+@pytest.fixture
+def stream(tiny_llama, tiny_tokenizer):
+    def make(**changes):
+        settings = {"length": 16, "block": 200, **changes}
+        return ActivationStream(Reader(tiny_llama, 1), TEXTS, tiny_tokenizer, **settings)
+
+    return make
+
+
+def plain_windows(tokenizer, length=16):
+    return [
+        Window(ids, [place > 0 and token not in tokenizer.all_special_ids for place, token in enumerate(ids)])
+        for text in TEXTS
+        for all_ids in [tokenizer(text)["input_ids"]]
+        for start in range(0, len(all_ids), length)
+        for ids in [all_ids[start : start + length]]
+    ]
+
+
+def one_by_one(model, tokenizer, layer=1):
+    """Hidden states as transformers returns them, a window at a time, without batches or padding."""
+    found = []
+    for window in plain_windows(tokenizer):
+        ids = torch.tensor([window.ids])
+        with torch.no_grad():
+            hidden = model(ids, output_hidden_states=True).hidden_states[layer + 1][0]
+        found.append(hidden[torch.tensor(window.keep)])
+    return torch.cat(found)
+
+
+def test_windows_keep_neither_special_nor_first_tokens(tiny_tokenizer):
+    text = "<s>12 and</s> 3"
+    (window,) = windows([text], tiny_tokenizer)
+    kept = tiny_tokenizer.convert_ids_to_tokens([t for t, k in zip(*window, strict=True) if k])
+    assert "".join(kept) == "12 and 3"
+    (first,) = windows(["abcdef"], tiny_tokenizer, length=4, skip=2)  # of "ef" nothing would be kept
+    assert first.keep == [False, False, True, True]
+
+
+def test_a_window_that_keeps_nothing_is_left_out(tiny_tokenizer):
+    assert [len(w.ids) for w in windows(["abcdef"], tiny_tokenizer, length=5)] == [5]
+
+
+def test_activations_are_those_that_transformers_gives(tiny_model, tiny_tokenizer):
+    """Every architecture; batches and padding change the last bits: 1e-5."""
+    found = read_all(Reader(tiny_model, 1), plain_windows(tiny_tokenizer))
+    torch.testing.assert_close(found, one_by_one(tiny_model, tiny_tokenizer), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "attn_out", "mlp_out"])
+def test_every_site_is_read_where_vectors_stand(site, tiny_llama, tiny_tokenizer):
+    """What steering at the site changes there is exactly the vector."""
+    some = plain_windows(tiny_tokenizer)[:8]
+    before = read_all(Reader(tiny_llama, 1, site), some)
+    vectors = fill(steer.attach(tiny_llama, steer.SteeringConfig(layers=1, site=site)))
+    after = read_all(Reader(tiny_llama, 1, site), some)
+    expected = next(iter(vectors.effective().values())).expand_as(before)
+    torch.testing.assert_close(after - before, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_base_and_difference_of_a_steered_model(tiny_llama, tiny_tokenizer):
+    some = plain_windows(tiny_tokenizer)[:8]
+    base = read_all(Reader(tiny_llama, 2), some)
+    fill(steer.attach(tiny_llama))
+    steered = read_all(Reader(tiny_llama, 2), some)
+    assert torch.equal(read_all(Reader(tiny_llama, 2, what="base"), some), base)
+    assert torch.equal(read_all(Reader(tiny_llama, 2, what="difference"), some), steered - base)
+    assert (steered - base).norm() > 1
+
+
+def test_the_model_is_left_as_it_was(tiny_llama, tiny_tokenizer):
+    tiny_llama.train()
+    read_all(Reader(tiny_llama, 1), plain_windows(tiny_tokenizer)[:2])
+    assert tiny_llama.training
+    assert not any(module._forward_hooks for module in tiny_llama.modules())
+
+
+def test_a_stream_gives_every_activation_once(stream, tiny_llama, tiny_tokenizer):
+    size = 10
+    batches = list(stream(block=10**6).batches(size))
+    assert all(batch.shape == (size, 32) for batch in batches)
+    found, expected = torch.cat(batches), one_by_one(tiny_llama, tiny_tokenizer)
+    assert len(found) == len(expected) // size * size
+    nearest = torch.cdist(found.double(), expected.double()).min(1)
+    assert nearest.values.max() < 1e-4
+    # equal prefixes of two texts give equal activations, so indices may repeat, but the sums tell
+    in_order = nearest.indices[1:] > nearest.indices[:-1]
+    assert 0.3 < in_order.double().mean() < 0.7  # shuffled
+
+
+def test_a_stream_goes_on_anywhere(stream):
+    whole = list(stream(epochs=2).batches(32))
+    assert len(whole) > 8
+    for start in (1, 5, len(whole) - 1):
+        rest = list(stream(epochs=2).batches(32, start))
+        assert len(rest) == len(whole) - start
+        assert all(torch.equal(a, b) for a, b in zip(rest, whole[start:], strict=True))
+    assert not list(stream().batches(32, 10**6))
+
+
+def test_seeds_shuffle_and_epochs_repeat(stream):
+    first, other = next(stream().batches(32)), next(stream(seed=1).batches(32))
+    assert not torch.equal(first, other)
+    once, twice = (sum(len(b) for b in stream(epochs=n, block=10**6).batches(1)) for n in (1, 2))
+    assert twice == 2 * once
+
+
+def test_two_processes_share_the_windows(stream):
+    whole = {tuple(w.ids) for w in stream().windows()}
+    halves = [{tuple(w.ids) for w in stream(rank=rank, world=2).windows()} for rank in (0, 1)]
+    assert halves[0] | halves[1] == whole
+    counts = [sum(1 for _ in stream(rank=rank, world=2).windows()) for rank in (0, 1)]
+    assert abs(counts[0] - counts[1]) <= 1
+
+
+def test_numbers_that_are_not_finite_are_named(tiny_llama, tiny_tokenizer):
+    with torch.no_grad():
+        next(layers_of(tiny_llama)[0].parameters()).fill_(float("inf"))
+    with pytest.raises(SteerError) as error:
+        read_all(Reader(tiny_llama, 1), plain_windows(tiny_tokenizer)[:2])
+    assert "resid_post of layer 1 are not finite" in message(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"layer": 3}, "layers 0 to 2"),
+        ({"layer": 0, "site": "stream"}, "resid_post"),
+        ({"layer": 0, "what": "steered"}, "as_is, base, difference"),
+        ({"layer": 0, "what": "difference"}, "no steering vectors"),
+    ],
+)
+def test_readers_that_cannot_be_are_refused(settings, part, tiny_llama):
+    with pytest.raises(SteerError) as error:
+        Reader(tiny_llama, **settings)
+    assert part in message(error)
+
+
+# --- on disk
+
+
+def test_a_cache_holds_what_the_stream_gives(stream, tiny_llama, tiny_tokenizer, tmp_path):
+    """float16 keeps 11 bits: 1e-3 of the largest numbers."""
+    cached = write_cache(stream(), tmp_path)
+    expected = one_by_one(tiny_llama, tiny_tokenizer)
+    assert len(cached) == len(expected)
+    torch.testing.assert_close(cached.take(torch.arange(len(cached))), expected, rtol=1e-3, atol=2e-3)
+    order = torch.cat(list(cached.batches(16)))
+    assert len(order) == len(expected) // 16 * 16
+    assert not torch.allclose(order[:100], expected[:100], atol=0.1)
+    again = list(CachedActivations(tmp_path, epochs=2).batches(16))
+    part = list(CachedActivations(tmp_path, epochs=2).batches(16, len(again) - 3))
+    assert all(torch.equal(a, b) for a, b in zip(part, again[-3:], strict=True))
+    halves = [next(CachedActivations(tmp_path, rank=rank, world=2).batches(8)) for rank in (0, 1)]
+    both = torch.stack(halves, 1).flatten(0, 1)
+    assert torch.equal(both, next(CachedActivations(tmp_path).batches(16)))
+
+
+def test_a_cache_that_was_stopped_goes_on(stream, tmp_path):
+    whole = write_cache(stream(), tmp_path / "whole")
+
+    def stop(done: int) -> None:
+        if done > 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(stream(), tmp_path / "parts", progress=stop)
+    with (tmp_path / "parts" / "activations.f16").open("ab") as file:
+        file.write(b"part of a block")
+    before = json.loads((tmp_path / "parts" / "cache.json").read_text())
+    assert not before["done"]
+    parts = write_cache(stream(), tmp_path / "parts")
+    everything = torch.arange(len(whole))
+    assert torch.equal(parts.take(everything), whole.take(everything))
+
+
+def test_a_cache_stops_at_the_tokens_asked_for(stream, tmp_path):
+    assert len(write_cache(stream(), tmp_path, tokens=233)) == 233
+    assert len(write_cache(stream(), tmp_path, tokens=233)) == 233  # finished: nothing is computed
+    with pytest.raises(SteerError) as error:
+        write_cache(stream(), tmp_path, tokens=444)
+    assert "another asked: 233, now 444" in message(error)
+
+
+def test_bad_caches_are_refused(stream, tmp_path):
+    with pytest.raises(SteerError) as error:
+        CachedActivations(tmp_path)
+    assert "no stored activations" in message(error)
+    write_cache(stream(), tmp_path)
+    (tmp_path / "activations.f16").write_bytes(b"short")
+    with pytest.raises(SteerError) as error:
+        CachedActivations(tmp_path)
+    assert "cut short" in message(error)
+
+
+# --- texts
+
+
+def test_texts_come_from_lines_and_records_of_each_source_in_turn(tmp_path):
+    plain, records = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    plain.write_text("one\n\ntwo\n")
+    rows = [
+        {"text": "three"},
+        {"problem": "2+2", "solution": "sum", "answer": "4"},
+        {"problem": "3+3", "answer": "6"},
+        {"question": "5?", "answer": "five"},
+    ]
+    records.write_text("\n".join(map(json.dumps, rows)))
+    texts = Texts([str(plain), str(records)])
+    assert list(texts) == ["one", "three", "two", "2+2\n\nsum", "3+3\n\n6", "5?\n\nfive"]
+    assert list(texts) == list(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{', "line 2 is not JSON"),
+        ("a.jsonl", '{"prompt": "a"}', "no text in prompt"),
+        ("a.jsonl", "[1]", "line 1: no text in list"),
+        ("a.txt", None, "no file"),
+        ("gsm8k", None, "expected a .txt or .jsonl file or a hub data set"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_named(name, content, part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SteerError) as error:
+        list(Texts([name]))
+    assert part in message(error)
+    with pytest.raises(SteerError):
+        Texts([])

@@ -1,0 +1,159 @@
+"""
+`recipes/train_sae.py`: from a config to SAEs on disk, its overrides and its mistakes, one process and two.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from helpers.paths import ROOT
+from helpers.steering import message
+
+from steer.errors import SteerError
+from steer.sae import SAEConfig, load_sae
+from steer.sae.trainer import TrainConfig
+
+RECIPE = ROOT / "recipes" / "train_sae.py"
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("sae-*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("train_sae", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_sae"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["train_sae"]
+
+
+@pytest.fixture
+def config(build_tiny, tiny_tokenizer, tmp_path):
+    """A config file with a tiny model and texts beside it."""
+    folder = tmp_path / "model"
+    build_tiny("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    texts = tmp_path / "texts.jsonl"
+    rows = [{"problem": f"What is {a} + {b}?", "solution": f"{a + b}"} for a in range(30) for b in range(10)]
+    texts.write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "run.yaml"
+    settings = {
+        "model": str(folder),
+        "layer": 1,
+        "texts": [str(texts)],
+        "window": 32,
+        "block": 1000,
+        "tokens": 2048,
+        "batch_size": 128,
+        "log_every": 4,
+        "saes": {"topk": {"d_sae": 64, "k": 4}, "kron": {"d_sae": 64, "k": 4, "encoder": "kron"}},
+        "output_dir": str(tmp_path / "run"),
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_a_run_writes_saes_that_load(recipe, config, tmp_path, capsys):
+    trained = recipe.main(["--config", str(config)])
+    for name in ("topk", "kron"):
+        sae = load_sae(tmp_path / "run" / name)
+        assert torch.equal(sae.W_dec, trained[name].W_dec)
+        assert sae.cfg.source["layer"] == 1
+        assert sae.cfg.source["texts"] == [str(tmp_path / "texts.jsonl")]
+        assert name in capsys.readouterr().out or name == "kron"
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12, 16]
+    stopped = (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns
+    again = recipe.main(["--config", str(config)])  # finished: nothing is trained again
+    assert torch.equal(again["topk"].W_dec, trained["topk"].W_dec)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() == lines
+    assert (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns >= stopped
+
+
+def test_a_cache_serves_a_second_run(recipe, config, tmp_path):
+    overrides = [f"cache={tmp_path / 'cache'}", "cache_tokens=1500", "epochs=2"]
+    recipe.main(["--config", str(config), *overrides])
+    written = (tmp_path / "cache" / "activations.f16").stat().st_mtime_ns
+    recipe.main(["--config", str(config), *overrides, f"output_dir={tmp_path / 'second'}", "saes.topk.k=2"])
+    assert (tmp_path / "cache" / "activations.f16").stat().st_mtime_ns == written
+    assert load_sae(tmp_path / "second" / "topk").cfg.k == 2
+
+
+def test_a_stream_that_ends_early_leaves_a_checkpoint(recipe, config, tmp_path):
+    with pytest.raises(SteerError) as error:
+        recipe.main(["--config", str(config), "tokens=1000000", "save_every=5"])
+    assert "the stream ended after" in message(error)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["step"] > 10
+
+
+def test_two_processes_train_one_sae(config, tmp_path):
+    """Data parallel on two CPU processes: it finishes, and both read their share of the texts."""
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+    launch += [
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    done = subprocess.run(
+        [*launch, str(RECIPE), "--config", str(config)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 16
+    assert line["tokens"] == 2048
+    sae = load_sae(tmp_path / "run" / "topk")
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["lr"], "has no '='"),
+        (["rate=1"], "unknown setting 'rate'"),
+        (["saes.topk.size=1"], "unknown settings size"),
+        (["saes=4"], "saes must be a mapping"),
+        (["lr.max=1"], "'lr' has no settings of its own"),
+        (["saes.topk.k=65"], "k=65 is more than"),
+        (["saes.topk.d_in=31"], "give d_in=32"),
+        (["layer=7"], "layer 7 does not exist"),
+        (["texts=nowhere.txt"], "no file 'nowhere.txt'"),
+    ],
+)
+def test_mistakes_are_named(recipe, config, overrides, part):
+    with pytest.raises(SteerError) as error:
+        recipe.main(["--config", str(config), "lr=1e-3", *overrides])
+    assert part in message(error)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_hold_settings_that_can_be(recipe, path):
+    run, training = recipe.parse(["--config", str(path)])
+    for settings in run.saes.values():
+        SAEConfig(**{"d_in": 576, **settings})
+    assert training.steps > 100
+
+
+def test_published_settings_are_in_the_configs(recipe):
+    _, training = recipe.parse(["--config", str(ROOT / "recipes/configs/sae-kron-qwen2.5-1.5b.yaml")])
+    assert (training.lr, training.final_lr, training.warmup) == (8e-4, 1e-6, 0.1)
+    assert (training.batch_size, training.auxiliary, training.tokens) == (8192, 1 / 32, 125_000_000)
+    assert TrainConfig().lr == 8e-4
+
+
+def test_help_lists_every_setting(recipe, capsys):
+    with pytest.raises(SystemExit):
+        recipe.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("batch_size", "prefixes", "cache_tokens"))

@@ -1,0 +1,155 @@
+"""The trainer's checkpoints: small and whole, and a resumed run is the unbroken one."""
+
+from __future__ import annotations
+
+import errno
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.training import SPREAD, logged, same
+from transformers import TrainerCallback
+
+import steer
+from steer import SteerError, artifact
+from steer.tasks.rewards import RandomReward
+from steer.training.steering_trainer import SteeringGRPOTrainer, last_checkpoint
+
+
+def vectors(trainer: SteeringGRPOTrainer) -> dict[str, torch.Tensor]:
+    return trainer.vectors.tensors()
+
+
+def test_a_checkpoint_holds_the_artifact_and_no_base_weights(run, tmp_path: Path, build_tiny) -> None:
+    trainer = run(save_strategy="steps", save_steps=2)
+    folder = tmp_path / "run" / "checkpoint-2"
+    names = {path.name for path in folder.iterdir()}
+    assert {artifact.TENSOR_FILE, artifact.CONFIG_FILE, "optimizer.pt", "trainer_state.json"} <= names
+    assert not any(name.startswith(("model", "pytorch_model", "adapter")) for name in names)
+    # three vectors of 32 numbers, twice more in Adam's moments; the base has 40 times as many
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
+    assert same(artifact.read(folder).tensors, vectors(trainer))
+    loaded = steer.load(folder, build_tiny("llama", initializer_range=SPREAD))
+    assert same(loaded.tensors(), vectors(trainer))
+
+
+RESUMED = {
+    "plain": {},
+    "random reward": {"reward": RandomReward()},
+    "sampler of transformers": {"fast_sampler": False},
+    "several micro-batches": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    # a generation feeds four updates: steps 3 and 5 lie in the middle of one
+    "in a cycle": {"num_iterations": 2, "steps_per_generation": 2, "per_device_train_batch_size": 4},
+    "reference": {"beta": 0.5, "num_iterations": 2},
+    # eight prompts, two a step: the checkpoints at 3 and 5 are in the first and the second pass over the data
+    "second epoch": {"max_steps": 7, "save_steps": 5},
+    "at the end of an epoch": {"max_steps": 6, "save_steps": 4},
+}
+
+
+@pytest.mark.parametrize("case", list(RESUMED))
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(run, tmp_path: Path, case: str) -> None:
+    settings = {"max_steps": 5, "save_steps": 3, "save_strategy": "steps", "lr_scheduler_type": "linear"}
+    settings |= RESUMED[case]
+    whole = run(folder="whole", **settings)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{settings['save_steps']}"
+    random.seed(99)  # what the first run left in the generators must not help
+    torch.manual_seed(99)
+    resumed = run(folder="resumed", resume=checkpoint, **settings)
+    assert resumed.state.global_step == settings["max_steps"]
+    assert not same(artifact.read(checkpoint).tensors, vectors(whole))
+    assert same(vectors(resumed), vectors(whole))
+    assert logged(resumed, "reward") == logged(whole, "reward")
+
+
+def test_last_checkpoint_skips_what_was_cut_short(run, tmp_path: Path) -> None:
+    run(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=10)
+    folder = tmp_path / "run"
+    assert last_checkpoint(folder) == folder / "checkpoint-4"
+    state = folder / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])
+    assert last_checkpoint(folder) == folder / "checkpoint-3"
+    (folder / "checkpoint-3" / artifact.TENSOR_FILE).unlink()
+    assert last_checkpoint(folder) == folder / "checkpoint-2"
+    tensors = folder / "checkpoint-2" / artifact.TENSOR_FILE
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    assert last_checkpoint(folder) == folder / "checkpoint-1"
+    (folder / "checkpoint-1" / "trainer_state.json").unlink()
+    assert last_checkpoint(folder) is None
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_last_checkpoint_ignores_folders_that_only_look_like_one(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-old").mkdir()
+    assert last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("full_at", ["artifact", "optimizer.pt", "rollouts.pt", "trainer_state.json"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    run, tmp_path: Path, monkeypatch, full_at: str
+) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
+
+    class Fill(TrainerCallback):
+        """The disk fills up after the first update."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step < 2:
+                return
+            if full_at == "artifact":
+                monkeypatch.setattr(artifact.os, "fsync", fail)
+            elif full_at == "trainer_state.json":
+                monkeypatch.setattr(type(state), "save_to_json", fail)
+            else:
+                monkeypatch.setattr(torch, "save", full_archive)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    write = torch.save
+
+    def full_archive(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if full_at in str(path):  # what torch's archive writer really raises
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file"
+            )
+        write(value, path, *args, **kwargs)
+
+    with pytest.raises(SteerError, match="checkpoint-2") as caught:
+        run(save_strategy="steps", save_steps=1, callbacks=[Fill()])
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    found = last_checkpoint(tmp_path / "run")
+    assert found == tmp_path / "run" / "checkpoint-1"
+    resumed = run(resume=found, folder="after")
+    assert resumed.state.global_step == 2
+
+
+def test_save_model_writes_the_artifact(run, tmp_path: Path) -> None:
+    trainer = run()
+    trainer.save_model(str(tmp_path / "out"))
+    files = {artifact.TENSOR_FILE, artifact.CONFIG_FILE, artifact.CARD_FILE}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == files
+    assert same(artifact.read(tmp_path / "out").tensors, vectors(trainer))
+
+
+def test_push_to_hub_sends_the_artifact_alone(run, tmp_path: Path, monkeypatch) -> None:
+    sent: list[dict[str, Any]] = []
+
+    class Api:
+        def upload_folder(self, **arguments: Any) -> None:
+            sent.append(arguments)
+
+    def repo(self: SteeringGRPOTrainer, token: str | None = None) -> None:
+        self.hub_model_id = "someone/vectors"
+
+    monkeypatch.setattr("steer.training.steering_trainer.HfApi", Api)
+    monkeypatch.setattr(SteeringGRPOTrainer, "init_hf_repo", repo)
+    trainer = run(push_to_hub=True, save_strategy="steps", save_steps=1, max_steps=2)
+    assert [Path(call["folder_path"]).name for call in sent] == ["checkpoint-1", "checkpoint-2"]
+    trainer.save_model(str(tmp_path / "vectors"))
+    assert sent[-1]["repo_id"] == "someone/vectors" and sent[-1]["folder_path"] == str(tmp_path / "vectors")
+    patterns = [artifact.CONFIG_FILE, artifact.TENSOR_FILE, artifact.CARD_FILE]
+    assert sent[-1]["allow_patterns"] == patterns

@@ -1,0 +1,353 @@
+"""The comparison as one command on a tiny model: everything once, nothing twice, failures told at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from helpers.evaluating import make_base
+from helpers.paths import ROOT
+from helpers.training import write_problems
+
+from steer.errors import SteerError
+from steer.evaluation import run as evaluation
+from steer.evaluation.pack import read_packed
+from steer.evaluation.plan import read_plan
+from steer.tasks.data import load_problems
+from steer.tasks.elicited import choose
+from steer.training import rate_search
+
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("compare-*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "recipes" / "compare.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compare"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture
+def plan(place: Path, build_tiny: Callable, tiny_tokenizer: Any) -> Path:
+    """A comparison of three methods and a control on a tiny model, two seeds."""
+    if not (place / "compare.yaml").exists():
+        make_base(place, build_tiny, tiny_tokenizer)
+        write_problems(place / "train.jsonl", range(40), modulus=10)
+        training = {
+            "model": str(place / "model"),
+            "train_data": str(place / "train.jsonl"),
+            "eval_data": str(place / "sums.jsonl"),
+            "template": "plain",
+            "rewards": ["correct01", "format"],
+            "max_steps": 2,
+            "num_generations": 8,
+            "per_device_train_batch_size": 16,
+            "max_completion_length": 3,
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        (place / "train.yaml").write_text(yaml.safe_dump(training))
+        comparison = {
+            "config": str(place / "train.yaml"),
+            "launcher": "recipes/accelerate/cpu.yaml",
+            "seeds": [0, 1],
+            "sweep": {"sweep_steps": 1, "validation_samples": 2},
+            "reference": "full",
+            "methods": {
+                "steering": {"recipe": "grpo_steer", "learning_rate": 0.02},
+                "full": {"recipe": "grpo_baseline", "method": "full", "lr_sweep": [1e-4, 1e-3]},
+                "random-reward": {"like": "steering", "rewards": ["random"]},
+            },
+            "prefixes": ["To"],
+            "examples": 2,
+            "evaluation": {"benchmarks": [str(place / "sums.jsonl")], "samples": 2},
+            "output_dir": str(place / "work"),
+            "out": str(place / "out"),
+        }
+        (place / "compare.yaml").write_text(yaml.safe_dump(comparison))
+    return place / "compare.yaml"
+
+
+@pytest.fixture
+def calls(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs the processes inside this one, which has everything imported already; returns what they were."""
+    seen: list[list[str]] = []
+
+    def call(self: Any, words: list[str]) -> None:
+        seen.append(words)
+        if "steer.evaluation.run" in words:
+            code = evaluation.main(words[words.index("steer.evaluation.run") + 1 :])
+        else:
+            script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+            monkeypatch.setattr(sys, "argv", words[script:])
+            try:
+                code = runpy.run_path(str(ROOT / words[script]), run_name="__main__") and 0
+            except SystemExit as error:
+                code = error.code
+        if code:
+            raise recipe.Failed(f"exit code {code}")
+
+    monkeypatch.setattr(recipe.Comparison, "call", call)
+    return seen
+
+
+def test_everything_is_done_once_and_reported(recipe, plan, calls, place, capsys):
+    assert recipe.main(["--config", str(plan)]) == 0
+    out = place / "out"
+    names = {"base", "elicited", *(f"{m}-{s}" for m in ("steering", "full", "random-reward") for s in (0, 1))}
+    assert {path.stem for path in (out / "runs").iterdir()} == names
+
+    # the elicited base has examples out of the training problems that all runs share
+    elicited = read_packed(out / "runs" / "elicited.json")["settings"]["variants"]["base, 2 examples"]
+    training = load_problems(str(place / "train.jsonl")).to_list()
+    held_out = [row["problem"] for row in load_problems(str(place / "sums.jsonl"))]
+    assert elicited["asked"]["sums"]["examples"] == [list(pair) for pair in choose(training, 2, held_out)]
+
+    # a rate was chosen among those asked for, on problems that are neither trained on then nor held out
+    chosen = json.loads((out / "sweeps" / "full.json").read_text())
+    tried = {row["learning_rate"]: row["accuracy"] for row in chosen["tried"]}
+    assert set(tried) == {1e-4, 1e-3} and tried[chosen["chosen"]] == max(tried.values())
+    assert not list((place / "work" / "full-sweep").rglob("*.safetensors"))
+
+    about = {path.stem: read_packed(path)["about"] for path in (out / "runs").iterdir()}
+    assert about["full-1"]["learning_rate"] == chosen["chosen"]
+    assert about["random-reward-0"]["learning_rate"] == 0.02
+    assert about["steering-1"]["seed"] == 1
+    results = about["steering-0"]["results"]
+    assert results["trained_numbers"] == 3 * 32 and results["steps"] == 2
+    assert results["training_cpu_seconds"] > 0 and results["versions"]["torch"]
+    assert len(about["steering-0"]["curve"]["reward"]) == 2
+
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["base"] == "base" and scores["reference"] == "full"
+    seeds = {row["method"]: row["seeds"] for row in scores["rows"]}
+    untrained = {"base": 1, "base + To": 1, "base, 2 examples": 1}
+    assert seeds == untrained | {"steering": 2, "full": 2, "random-reward": 2}
+    numbers = {row["method"]: row["parameters"] for row in scores["rows"]}
+    assert numbers["steering"] == 96 and numbers["full"] == results_of(about, "full")["trained_numbers"]
+    for file in ("index.html", "table.md", "training.md", "accuracy.png", "training.png"):
+        assert (out / file).stat().st_size > 0
+    assert "| steering | 96 | 0.02 | 0, 1 | 2 |" in (out / "training.md").read_text()
+
+    # nothing is done again, not even without the folder of work
+    calls.clear()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (place / "work").rename(place / "elsewhere")
+    assert recipe.main(["--config", str(plan)]) == 0
+    (place / "elsewhere").rename(place / "work")
+    assert calls == []
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def results_of(about: dict[str, Any], method: str) -> dict[str, Any]:
+    return about[f"{method}-0"]["results"]
+
+
+def test_what_fails_holds_up_no_other(recipe, plan, calls, place, capsys, monkeypatch):
+    broken = yaml.safe_load(plan.read_text())
+    broken["methods"]["steering"]["layers"] = "7"  # the model has three
+    broken |= {"seeds": [0], "output_dir": str(place / "broken"), "out": str(place / "broken-out")}
+    broken["methods"].pop("full")
+    broken["methods"]["random-reward"]["layers"] = "all"
+    (place / "broken.yaml").write_text(yaml.safe_dump(broken))
+    assert recipe.main(["--config", str(place / "broken.yaml")]) == 1
+    assert "failed: steering-0" in capsys.readouterr().err
+    kept = {path.stem for path in (place / "broken-out" / "runs").iterdir()}
+    assert kept == {"base", "elicited", "random-reward-0"}
+
+
+def test_methods_alone(recipe, plan, calls, place, capsys):
+    chosen = ["--config", str(plan), "--out", str(place / "alone"), "--seeds", "1", "--methods"]
+    assert recipe.main([*chosen, "random-reward"]) == 0
+    assert {path.stem for path in (place / "alone" / "runs").iterdir()} == {"random-reward-1"}
+    assert recipe.main([*chosen, "magic"]) == 1
+    assert "no method magic" in capsys.readouterr().err
+
+
+def test_results_of_other_settings_are_not_taken_for_these(recipe, plan, calls, place):
+    comparison = recipe.Comparison(recipe.read_plan(str(plan)))
+    comparison.untrained()
+    changed = replace(comparison.plan, evaluation={**comparison.plan.evaluation, "samples": 3})
+    with pytest.raises(SteerError, match=r"base\.json was made with other settings"):
+        recipe.Comparison(changed).untrained()
+
+
+def test_the_best_system_prompt_is_chosen_on_validation_problems(
+    recipe, plan, place, calls, build_tiny, tiny_tokenizer
+):
+    make_base(place / "chat", build_tiny, tiny_tokenizer, max_position_embeddings=512)
+    training = yaml.safe_load((place / "train.yaml").read_text()) | {"template": "boxed_short"}
+    training["model"] = str(place / "chat" / "model")
+    (place / "chat.yaml").write_text(yaml.safe_dump(training))
+    plan = yaml.safe_load((place / "compare.yaml").read_text())
+    plan |= {"config": str(place / "chat.yaml"), "systems": ["Be brief.", "Box it."]}
+    plan |= {"output_dir": str(place / "chat-work"), "out": str(place / "chat-out")}
+    (place / "chat-compare.yaml").write_text(yaml.safe_dump(plan))
+    recipe.Comparison(recipe.read_plan(str(place / "chat-compare.yaml"))).system_prompt()
+    packed = read_packed(place / "chat-out" / "runs" / "system-prompt.json")
+    tried = packed["about"]["tried"]
+    assert set(tried) == {"Be brief.", "Box it."}
+    assert tried[packed["about"]["chosen"]] == max(tried.values())
+    assert packed["settings"]["variants"]["system prompt"]["system"] == packed["about"]["chosen"]
+    held_out = {row["problem"] for row in packed["problems"]}
+    validation = load_problems(str(place / "chat-work" / "validation.jsonl"))["problem"]
+    assert validation and not held_out & set(validation)
+
+
+def test_a_stopped_comparison_leaves_no_process_behind(recipe, plan, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    opened: list[Any] = []
+
+    class Interrupted(subprocess.Popen):
+        """As if Ctrl-C came once its child, a process of its own as a launcher's is, has begun."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if opened:
+                return super().wait(timeout)
+            opened.append((tmp_path / "fifo").open())
+            assert opened[0].readline() == "begun\n"
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    script = f"(echo begun; sleep 60; echo lives on) > {tmp_path}/fifo & wait"
+    with pytest.raises(KeyboardInterrupt):
+        recipe.Comparison(read_plan(plan)).call(["sh", "-c", script])
+    with opened[0] as fifo:
+        assert fifo.read() == "", "its end: no process has it open any more"
+
+
+# ---- the sweep
+
+
+def test_a_validation_split_keeps_like_problems_together():
+    from datasets import Dataset
+
+    texts = [f"What is {a} {op} {b}?" for a in range(12) for b in range(12) for op in "+*"]
+    train, validation = rate_search.split(Dataset.from_dict({"problem": texts}), 0.3)
+    assert 0.2 < len(validation) / len(texts) < 0.4
+    words = [{tuple(sorted(row["problem"][:-1].split())) for row in part} for part in (train, validation)]
+    assert not words[0] & words[1]
+    assert {row["problem"] for part in (train, validation) for row in part} == set(texts)
+
+
+def test_a_split_that_leaves_nothing_is_said():
+    from datasets import Dataset
+
+    with pytest.raises(SteerError, match=r"validation=1\.0 leaves 0 problems to train and 3 to validate on"):
+        rate_search.split(Dataset.from_dict({"problem": ["a", "b", "c"]}), 1.0)
+
+
+# ---- the files
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_comparisons_that_come_with_steer(recipe, path, monkeypatch):
+    """Readable, its recipes take its settings, and `lora-equal` has as many numbers as the vectors."""
+    monkeypatch.chdir(ROOT)
+    comparison = recipe.Comparison(recipe.read_plan(str(path)))
+    assert comparison.plan.reference in comparison.plan.methods
+    assert {"steering", "full", "lora-equal", "lora-r4", "random-reward", "format-reward"} <= set(
+        comparison.plan.methods
+    )
+    for text in comparison.plan.evaluation["benchmarks"]:
+        evaluation.benchmarks.parse(text)
+    for name in comparison.plan.methods:
+        settings, launcher = comparison.settings(name)
+        assert Path(launcher).is_file()
+        known = [*module_fields(settings["recipe"]), "recipe"]
+        assert set(settings) <= set(known)
+    lora, _ = comparison.settings("lora-r4")  # as published: arXiv 2509.06608 and its authors' files
+    assert (lora["method"], lora["lora_rank"], lora["lora_alpha"]) == ("lora", 4, 4)
+    assert lora["target_modules"] == ["down_proj"]
+    assert 1e-4 in (lora.get("learning_rate"), *comparison.plan.methods["lora-r4"].get("lr_sweep", []))
+    width, depth = SHAPES[comparison.shared["model"]]
+    equal = comparison.plan.methods["lora-equal"]
+    assert equal["target_modules"] == ["o_proj"] and equal["lora_rank"] == 1
+    assert len(equal["target_layers"].split(",")) * 2 * width == depth * width
+
+
+def test_the_paper_comparison_has_the_published_rates(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = recipe.read_plan("recipes/configs/compare-paper.yaml")
+    rates = {name: plan.methods[name]["learning_rate"] for name in ("steering", "full", "lora-r4")}
+    assert rates == {"steering": 1e-3, "full": 1e-6, "lora-r4": 1e-4}
+
+
+def test_results_that_are_kept_were_made_with_the_settings_of_their_plan(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    comparison = recipe.Comparison(recipe.read_plan("recipes/configs/compare-tiny.yaml"))
+    found = set()
+    for file in sorted(comparison.runs.glob("*.json")):
+        about = recipe.read_packed(file)["about"]
+        if "method" in about:
+            settings, _ = comparison.settings(about["method"])
+            settings |= {"seed": about["seed"], "learning_rate": comparison.rate(about["method"])}
+            assert file.stem == f"{about['method']}-{about['seed']}"
+            assert comparison.done(file.stem, {"evaluation": comparison.asked(), "training": settings})
+            found.add(about["method"])
+    assert found == set(comparison.plan.methods) - {"lora-r4"}
+
+
+# width and depth; in all of them the output projection is square
+SHAPES = {
+    "smollm2-135m-instruct": (576, 30),
+    "qwen2.5-coder-1.5b-instruct": (1536, 28),
+    "Qwen/Qwen2.5-Math-7B": (3584, 28),
+}
+
+
+def module_fields(script: str) -> list[str]:
+    from dataclasses import fields
+
+    from steer.training.baselines import Baseline
+    from steer.training.config import SteeringGRPOConfig
+    from steer.training.run import RunConfig, SteeringArguments
+
+    trained = SteeringArguments if script == "grpo_steer" else Baseline
+    parts = (RunConfig, trained, SteeringArguments, SteeringGRPOConfig, rate_search.SweepArguments)
+    return [f.name for part in parts for f in fields(part)]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"methodz": {}}, r"unknown \['methodz'\]"),
+        ({"methods": {"a": {"learning_rate": 1.0}}}, "method 'a' has no recipe"),
+        ({"methods": {"a": {"recipe": "grpo_steer"}}}, "neither learning_rate nor lr_sweep"),
+        ({"methods": {"a": {"like": "b"}}}, "method 'a' has no recipe"),
+        ({"config": "nowhere.yaml"}, r"no training config nowhere\.yaml"),
+    ],
+)
+def test_mistakes_in_a_plan_are_one_line(recipe, plan, tmp_path, capsys, change, expected):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(yaml.safe_load(plan.read_text()) | change))
+    assert recipe.main(["--config", str(wrong)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and len(message.splitlines()) == 1
+    assert re.search(expected, message)
+
+
+def test_no_plan_at_all(recipe, tmp_path, capsys):
+    assert recipe.main(["--config", str(tmp_path / "none.yaml")]) == 1
+    assert "no comparison at" in capsys.readouterr().err

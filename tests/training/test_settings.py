@@ -1,0 +1,138 @@
+"""Every setting of trl is honoured, named as without effect, or refused; none is ignored without a word."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from steer.errors import SteerError
+from steer.training import settings
+from steer.training.config import SteeringGRPOConfig
+
+# Honoured by transformers, trl or steer, or about logs, checkpoints and the hub. A name that is new in trl
+# belongs here only when it was seen to have its effect; else to the tables of `steer.training.settings`.
+HONOURED = """
+    accelerator_config adam_beta1 adam_beta2 adam_epsilon advantage auto_find_batch_size
+    average_tokens_across_devices beta bf16 cache_implementation cast_lm_head_to_fp32
+    chat_template_kwargs dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
+    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
+    dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed delta disable_dropout
+    disable_tqdm do_train ds3_gather_for_generation enable_jit_checkpoint entropy_coef epsilon
+    epsilon_high fast_sampler fp16 fsdp fsdp_config full_determinism generation_batch_size
+    generation_kwargs gradient_accumulation_steps gradient_checkpointing hub_always_push hub_model_id
+    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip importance_sampling_level
+    include_num_input_tokens_seen learning_rate local_rank log_completions
+    log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node
+    log_unique_prompts logging_first_step logging_nan_inf_filter logging_steps logging_strategy
+    loss_type lr_by_layer lr_scheduler_kwargs lr_scheduler_type mask_truncated_completions
+    max_completion_length max_grad_norm max_steps min_p multi_objective_aggregation neftune_noise_alpha
+    num_completions_to_print num_generations num_iterations num_train_epochs off_policy_mask_threshold
+    optim optim_args output_dir pad_to_multiple_of parallelism_config per_device_train_batch_size
+    project push_to_hub repetition_penalty report_to restore_callback_states_from_checkpoint
+    reward_weights router_aux_loss_coef run_name save_on_each_node save_steps save_strategy
+    save_total_limit scale_rewards seed share_prompts shuffle_dataset skip_memory_metrics
+    skip_zero_advantage steps_per_generation sync_ref_model temperature tf32 top_entropy_quantile top_k
+    top_p torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+    trackio_bucket_id trackio_space_id trackio_static_space_id update_rows use_adaptive_entropy
+    use_bias_correction_kl use_cache use_cpu use_transformers_continuous_batching use_transformers_paged
+    use_vllm warmup_steps weight_decay
+    """
+
+
+def make(**changes: Any) -> SteeringGRPOConfig:
+    return SteeringGRPOConfig(**{"output_dir": "unused", "use_cpu": True, "report_to": "none", **changes})
+
+
+def test_every_field_is_somewhere() -> None:
+    named = set(settings.IGNORED) | set(settings.IGNORED_BY_RECIPES)
+    prefixes = tuple(name for switch in settings.SWITCHES for name in switch.names)
+    known = {f.name for f in fields(SteeringGRPOConfig)}
+    assert {name for name in known - named if not name.startswith(prefixes)} == set(HONOURED.split())
+    assert (named | set(settings.RANGES)) <= known
+
+
+def test_the_defaults_are_in_range_and_nothing_is_idle() -> None:
+    assert settings.idle(make()) == {}
+    settings.check_recipe(make())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0.*above 0: at 0 all samples"),
+        ({"temperature": math.nan}, "temperature=nan is no finite"),
+        ({"learning_rate": math.inf}, "learning_rate=inf is no finite"),
+        ({"num_generations": 0}, "num_generations=0.*from 2"),
+        ({"save_steps": math.inf}, "save_steps"),
+        ({"top_p": 1.5}, "top_p=1.5.*above 0 to 1"),
+        ({"max_completion_length": 0}, "max_completion_length=0.*from 1"),
+        ({"max_steps": 0}, "max_steps=0 trains for num_train_epochs"),
+        ({"reward_weights": [1.0, math.nan]}, "reward_weights"),
+        ({"trust_remote_code": True}, "trust_remote_code=True has no effect: the model is loaded before"),
+        ({"data_seed": 3}, "data_seed=3 has no effect: the order"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"chat_template_kwargs": "[1]"}, "no mapping"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(SteerError, match=named) as caught:
+        make(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 16},
+        {"do_eval": True},
+        {"resume_from_checkpoint": "runs/demo/checkpoint-10"},
+        {"save_only_model": True},
+        {"max_tool_calling_iterations": 3},
+    ],
+)
+def test_what_a_recipe_does_not_read_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(SteerError, match="a recipe"):
+        settings.check_recipe(make(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"vllm_gpu_memory_utilization": 0.5}, "use_vllm is false"),
+        ({"sapo_temperature_neg": 2.0}, "loss_type is not sapo"),
+        ({"ref_model_mixup_alpha": 0.5}, "sync_ref_model is false"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "gradient_checkpointing is false"),
+        ({"sample_rows": 4, "fast_sampler": False}, "fast_sampler is false"),
+        ({"per_device_eval_batch_size": 16}, "trl evaluates nothing here"),
+    ],
+)
+def test_what_plays_no_part_is_named(changes: dict[str, Any], why: str) -> None:
+    (name, *_) = changes
+    assert settings.idle(make(**changes)) == {name: why}
+
+
+def test_what_has_its_switch_is_not_idle() -> None:
+    assert settings.idle(make(loss_type="sapo", sapo_temperature_neg=2.0)) == {}
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(
+        sorted(f.name for f in fields(SteeringGRPOConfig) if f.type in ("int", "float", int, float))
+    ),
+    st.sampled_from([0, -1, math.nan, math.inf, 10**30, 1e-300]),
+)
+def test_odd_numbers_are_a_config_or_a_named_refusal(name: str, value: float) -> None:
+    try:
+        make(**{name: value})
+    except ValueError as error:  # SteerError, or trl's and transformers' own
+        assert str(error)

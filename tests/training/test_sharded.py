@@ -1,0 +1,97 @@
+"""
+Models in shards: two CPU processes under FSDP2 and DeepSpeed, launched with the shipped configs, become what
+one process becomes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.launching import LAUNCHERS, ROOT, launcher, run_folder, started
+from helpers.training import far, same
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from steer import artifact
+
+STEPS = 4
+deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
+)
+# The launcher, and the share of the model that each of two processes holds.
+CASES = [
+    pytest.param("fsdp2", 0.5, id="fsdp2"),
+    pytest.param("deepspeed-zero2", 1.0, id="zero2", marks=deepspeed),
+    pytest.param("deepspeed-zero3", 0.5, id="zero3", marks=deepspeed),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture
+def base(
+    place: Path, build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    settings = {"learning_rate": "2e-2", "max_steps": STEPS, "eval_data": "none"}
+    return run_folder(place, build_tiny, tiny_tokenizer, 6, **settings)
+
+
+def train(base: Path, folder: Path, config: str | None, *changes: str) -> str:
+    """The recipe in one process, or in two of the launcher `config`; what it said."""
+    words = [str(ROOT / "recipes" / "grpo_steer.py"), "--config", str(base / "config.yaml")]
+    words += ["--output_dir", str(folder), *changes]
+    if config is None:
+        done = started([sys.executable, *words, "--use_cpu", "true"], base)
+    else:
+        two = launcher(LAUNCHERS / f"{config}.yaml", "--num_processes", "2")
+        wrapper = str(ROOT / "tests" / "helpers" / "sharded_launch.py")
+        done = started([*two, wrapper, *words, "--per_device_train_batch_size", "16"], base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("config", "share"), CASES)
+def test_two_processes_become_what_one_becomes(base: Path, config: str, share: float) -> None:
+    """A reference policy, vectors that share directions, and a position that prompts decide are all in it."""
+    kind = ("--kind", "shared", "--rank", "2", "--beta", "0.1", "--positions", "completion")
+    if not (base / "one").exists():
+        train(base, base / "one", None, *kind)
+    folder = base / config
+    said = train(base, folder, config, *kind)
+    assert [f"process {i} holds {share:.2f} of the model" in said for i in (0, 1)] == [True, True]
+    got, expected = artifact.read(folder / "vectors"), artifact.read(base / "one" / "vectors")
+    assert all(tensor.norm() > 0 for tensor in expected.tensors.values())
+    # the gradient is summed in another order; samples and rewards are the same ones
+    assert far(got.tensors, expected.tensors) < 1e-4
+    assert got.config.base_checksum == expected.config.base_checksum is not None
+    results = [json.loads((f / "results.json").read_text()) for f in (folder, base / "one")]
+    assert results[0]["trained_numbers"] == results[1]["trained_numbers"] == 2 * 32 + 3 * 2
+
+
+@pytest.mark.parametrize(("config", "share"), CASES)
+def test_a_checkpoint_holds_no_base_and_the_run_goes_on_from_it(
+    base: Path, config: str, share: float, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    train(base, folder, config)
+    whole = artifact.read(folder / "vectors").tensors
+    left = folder / f"checkpoint-{STEPS - 2}"
+    weights = load_file(base / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    first = weights[0].numpy().tobytes()
+    assert first in (base / "model" / "model.safetensors").read_bytes()
+    assert not [p for p in left.rglob("*") if p.is_file() and first in p.read_bytes()], "the base's weights"
+    for name in (f"checkpoint-{STEPS}", "vectors"):
+        shutil.rmtree(folder / name)
+    (folder / "results.json").unlink()
+    said = train(base, folder, config)
+    assert f"going on from {left}" in said
+    assert same(artifact.read(folder / "vectors").tensors, whole)
