@@ -42,7 +42,7 @@ vllm: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 
 engine-test: $(VENV)/ready
-	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu" tests/engine/test_plugin.py tests/engine/test_bank.py \
+	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu" tests/engine
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

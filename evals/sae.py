@@ -2,10 +2,10 @@
 The SAE results of the README: tables at equal FLOPs, at equal tokens and over l0, speed, and the DiffSAE of a
 demo's vectors.
 
-    python evals/sae.py all --texts train.jsonl --heldout test.jsonl --vectors runs/demo/vectors
-    python evals/sae.py tables --texts train.jsonl --heldout test.jsonl
-    python evals/sae.py speed
-    python evals/sae.py diff --vectors runs/demo/vectors
+    python -m evals.sae all --texts train.jsonl --heldout test.jsonl --vectors runs/demo/vectors
+    python -m evals.sae tables --texts train.jsonl --heldout test.jsonl
+    python -m evals.sae speed
+    python -m evals.sae diff --vectors runs/demo/vectors
 
 `tables` stores the activations of one layer once, trains every SAE of its list (each goes on where it was
 when the command is given again) and measures all of them on the held-out texts. Whatever is finished is not
@@ -17,17 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from steer.threads import passive_waiting
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.update(passive_waiting())
 
 import torch
 from tqdm.auto import tqdm

@@ -1,6 +1,6 @@
 """How much faster the answer checker grades than plain math-verify calls do, on generated answers.
 
-python evals/speed_rewards.py --answers 1000 --numbers 0.9
+python -m evals.speed_rewards --answers 1000 --numbers 0.9
 """
 
 from __future__ import annotations

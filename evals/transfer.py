@@ -1,6 +1,6 @@
 """What is left of trained vectors in another model: a fine-tune of their own, and one of another family.
 
-    python evals/transfer.py --vectors runs/demo/vectors --out evals/results/transfer.json
+    python -m evals.transfer --vectors runs/demo/vectors --out evals/results/transfer.json
 
 Trains SmolLM2-135M-Instruct fully, by supervised learning, on word problems and on bare sums, and copies the
 demo's vectors into either; maps them into Gemma-3-270M, which has another width, depth, family and tokenizer.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import sys
 import time
@@ -21,10 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
-
-from steer.threads import passive_waiting
-
-os.environ.update(passive_waiting())
 
 import torch
 from tqdm.auto import tqdm

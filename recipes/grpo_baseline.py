@@ -1,87 +1,10 @@
-"""
-Train what steering vectors are compared with, exactly as they are trained: a full fine-tune, or LoRA, BEFT or
-TinyLoRA of peft. Data, rewards, samples, budget and logs are those of `grpo_steer.py`.
+"""Train what steering vectors are compared with: a full fine-tune, or LoRA, BEFT or TinyLoRA of peft."""
 
-    accelerate launch recipes/grpo_baseline.py --config recipes/configs/demo.yaml \\
-        --method full --model_dtype float32 --lr_sweep 3e-6 1e-5 3e-5 --output_dir runs/demo-full
-    accelerate launch recipes/grpo_baseline.py --config recipes/configs/demo.yaml \\
-        --method lora --lora_rank 4 --learning_rate 1e-3 --output_dir runs/demo-lora
-    accelerate launch recipes/grpo_baseline.py --config recipes/configs/demo.yaml \\
-        --method beft --target_modules down_proj --output_dir runs/demo-beft
-
-`--lr_sweep` chooses the learning rate on problems split off the training set, and keeps what each rate
-reached in `OUTPUT_DIR-sweep/sweep.json`. A run that was stopped goes on where it was when it is started again
-with the same settings; a finished one says so. The output folder ends up with `adapter/` (peft's format) or
-`model/` (a whole model), `results.json`, `training.png`, the graded answers and the checkpoints.
-"""
-
-from __future__ import annotations
-
-import logging
-import os
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
-from steer.threads import passive_waiting
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.update(passive_waiting())
-
-from accelerate import PartialState
-
-from steer.errors import SteerError
-from steer.training import recipe
-from steer.training.baselines import Baseline, BaselineGRPOTrainer, readable
-from steer.training.config import SteeringGRPOConfig
-from steer.training.rate_search import SweepArguments, choose
-from steer.training.recipe import Recipe
-from steer.training.run import RunConfig, SteeringArguments
-
-log = logging.getLogger("steer")
-
-# Above this a full fine-tune by policy gradients falls apart.
-FULL_RATE = 1e-4
-
-
-def main() -> None:
-    # A config may be one of grpo_steer's; what it says of vectors is read and plays no part.
-    parts = (RunConfig, Baseline, SteeringGRPOConfig, SweepArguments, SteeringArguments)
-    run, baseline, training, sweep, vectors = recipe.parse(parts, __doc__, "grpo_baseline.py")
-    recipe.begin(run, training)
-    if vectors != SteeringArguments():
-        log.info("no vectors are trained here: %s plays no part", vectors)
-    chosen = trained(run, baseline)
-    train, held_out = recipe.problems(run)
-    if baseline.method == "full" and not sweep.lr_sweep and training.learning_rate > FULL_RATE:
-        log.warning(
-            "learning_rate=%g is a rate for vectors; a full fine-tune wants about a thousandth (--lr_sweep)",
-            training.learning_rate,
-        )
-    if sweep.lr_sweep:
-        training.learning_rate = choose(run, training, sweep, chosen, train)
-        if sweep.sweep_only:
-            return
-    recipe.conduct(run, training, chosen, train, held_out)
-    if PartialState().is_main_process:
-        recipe.report(Path(training.output_dir), run, chosen)
-
-
-def trained(run: RunConfig, baseline: Baseline) -> Recipe:
-    """What this recipe trains; SteerError for a full fine-tune of weights that would swallow its updates."""
-    full = baseline.method == "full"
-    if full and run.model_dtype not in ("float32", "auto"):
-        raise SteerError(
-            f"model_dtype={run.model_dtype} with method=full: small updates are lost in weights of that "
-            "precision; set --model_dtype float32, and --bf16 true to compute in bfloat16 on a GPU"
-        )
-
-    def make(model: Any, rewards: Any, training: SteeringGRPOConfig, **data: Any) -> BaselineGRPOTrainer:
-        return BaselineGRPOTrainer(model, rewards, training, baseline, **data)
-
-    artifact, dtype = ("model", "float32") if full else ("adapter", run.model_dtype)
-    return Recipe(baseline.method, {"baseline": asdict(baseline)}, artifact, make, readable, dtype)
-
+from steer.threads import prepare_environment
 
 if __name__ == "__main__":
-    recipe.start(main)
+    prepare_environment()
+    from steer.cli.train_baseline import main
+    from steer.training.recipe import start
+
+    start(main)

@@ -23,8 +23,7 @@ def passive_waiting(environment: Mapping[str, str] | None = None) -> dict[str, s
     """
     The variables that make OpenMP's threads sleep at barriers, if other processes keep the CPUs busy.
 
-    Every script that computes on a CPU does `os.environ.update(passive_waiting())` before it imports torch:
-    the library reads the variables once, when it is loaded. Processes started later inherit them.
+    The library reads the variables once, when it is loaded. Processes started later inherit them.
 
     Args:
         environment: The variables that are set; default `os.environ`.
@@ -36,6 +35,16 @@ def passive_waiting(environment: Mapping[str, str] | None = None) -> dict[str, s
     if PASSIVE.keys() & known.keys() or busy_cpus() < IDLE:
         return {}
     return dict(PASSIVE)
+
+
+def prepare_environment() -> None:
+    """
+    Set what the libraries read from the environment when they are loaded, where the user has not: how threads
+    wait (`passive_waiting`), and no tokenizer threads, which do not survive the fork of a data loader.
+    Every program calls this before it imports torch.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.update(passive_waiting())
 
 
 def busy_cpus(seconds: float = 0.1) -> float:

@@ -9,7 +9,7 @@ import warnings
 
 from steer.cli import convert, generate, info, lens, sae, serve
 from steer.errors import SteerError, one_line, print_any_text
-from steer.threads import passive_waiting
+from steer.threads import prepare_environment
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     print_any_text()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.update(passive_waiting())
+    prepare_environment()
     parser = _parser()
     args, more = parser.parse_known_args(argv)
     if more and "more" not in args:

@@ -16,8 +16,8 @@ from typing import Any
 
 from steer.evaluation import best_base, scores
 from steer.evaluation.collect import Collection, Row
-from steer.evaluation.compare import by_method, caution, cells, columns, constant_cells
 from steer.evaluation.page_assets import SCRIPT, STYLE
+from steer.evaluation.tables import by_method, caution, cells, columns, constant_cells
 
 # Answers beyond this many characters are left out, problems gained or lost last; a page must open quickly.
 MAX_CHARACTERS = 12_000_000

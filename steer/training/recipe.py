@@ -65,7 +65,7 @@ class Recipe:
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout")
 
 
-def start(main: Callable[[], None]) -> None:
+def start(main: Callable[[], object]) -> None:
     """Run the `main` of a recipe. An error that names its mend ends the program with that one line."""
     print_any_text()
     try:

@@ -1,4 +1,4 @@
-"""`python evals/sae.py tables` on a tiny model: every SAE trained and measured once, whatever stops it."""
+"""`python -m evals.sae tables` on a tiny model: every SAE trained and measured once, whatever stops it."""
 
 from __future__ import annotations
 

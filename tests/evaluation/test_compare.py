@@ -17,7 +17,7 @@ from helpers.evaluating import make_run
 from helpers.steering import message
 
 from steer.errors import SteerError
-from steer.evaluation import browse, compare, page, scores
+from steer.evaluation import browse, compare, page, scores, tables
 from steer.evaluation.collect import collect
 
 N = 40
@@ -79,7 +79,7 @@ def test_better_is_said_only_where_it_is_shown(one, capsys):
 
 
 def test_table_is_markdown_with_every_method(one):
-    text = compare.table(compare.score(collect([one]), "base"))
+    text = tables.table(compare.score(collect([one]), "base"))
     lines = text.splitlines()
     assert lines[0] == "**sums**, 40 problems"
     assert len({len(line) for line in lines[2:]}) == 1, "columns are aligned"
@@ -96,7 +96,7 @@ def test_a_verdict_on_one_seed_is_a_verdict_on_one_run(one, capsys):
     assert "one seed of training: good, same, noisy. Their intervals are over problems only" in printed
     rows = by_key(compare.score(collect([one]), "base"))
     assert rows["good", "greedy"]["one_seed"] and not rows["base", "greedy"]["one_seed"]
-    assert compare.gain(rows["good", "greedy"]).endswith("better (one seed)")
+    assert tables.gain(rows["good", "greedy"]).endswith("better (one seed)")
     assert "better, one seed" in (one / "page" / "index.html").read_text()
 
 
@@ -104,8 +104,8 @@ def test_seeds_that_agree_make_it_a_verdict_on_the_method(tmp_path):
     seeds = {f"steering#{k}": [n % 4 == 0 or n % 10 != k for n in range(N)] for k in (1, 2, 3)}
     folder = make_run(tmp_path / "r", {n: verdicts(r) for n, r in {"base": BASE, **seeds}.items()})
     rows = compare.score(collect([folder]), "base")
-    assert "steering on sums, greedily: better than base" in compare.sentences(rows, "base")[0]
-    assert not compare.single_runs(rows)
+    assert "steering on sums, greedily: better than base" in tables.sentences(rows, "base")[0]
+    assert not tables.single_runs(rows)
 
 
 def test_trained_methods_are_paired_with_one_another(one, tmp_path, capsys):
@@ -136,7 +136,7 @@ def test_seeds_are_one_method(tmp_path):
     expected = [np.mean(right) for right in seeds.values()]
     assert list(row["by_seed"].values()) == expected
     assert row["accuracy"]["value"] == pytest.approx(np.mean(expected))
-    assert "(3 seeds)" in compare.table(list(rows.values()))
+    assert "(3 seeds)" in tables.table(list(rows.values()))
 
 
 def test_seeds_of_several_runs_are_one_method_where_they_were_run_alike(tmp_path):
@@ -154,7 +154,7 @@ def test_share_of_the_references_gain(tmp_path):
     )
     rows = by_key(compare.score(collect([folder]), "base", "full"))
     assert rows["s", "greedy"]["gain_share"]["value"] == pytest.approx(0.5)
-    sentences = compare.sentences(list(rows.values()), "base")
+    sentences = tables.sentences(list(rows.values()), "base")
     assert "; 50% of full's gain (" in sentences[0]
     with pytest.raises(SteerError, match="no method 'fool' in these runs; they have base, s, full"):
         compare.score(collect([folder]), "base", "fool")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +19,7 @@ from helpers.evaluating import make_base
 from helpers.paths import ROOT
 from helpers.training import write_problems
 
+from steer.cli import compare
 from steer.errors import SteerError
 from steer.evaluation import run as evaluation
 from steer.evaluation.pack import read_packed
@@ -28,18 +27,9 @@ from steer.evaluation.plan import read_plan
 from steer.tasks.data import load_problems
 from steer.tasks.elicited import choose
 from steer.training import rate_search
+from steer.training.comparison import Comparison, Failed
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("compare-*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "recipes" / "compare.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +80,7 @@ def plan(place: Path, build_tiny: Callable, tiny_tokenizer: Any) -> Path:
 
 
 @pytest.fixture
-def calls(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs the processes inside this one, which has everything imported already; returns what they were."""
     seen: list[list[str]] = []
 
@@ -106,14 +96,14 @@ def calls(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
             except SystemExit as error:
                 code = error.code
         if code:
-            raise recipe.Failed(f"exit code {code}")
+            raise Failed(f"exit code {code}")
 
-    monkeypatch.setattr(recipe.Comparison, "call", call)
+    monkeypatch.setattr(Comparison, "call", call)
     return seen
 
 
-def test_everything_is_done_once_and_reported(recipe, plan, calls, place, capsys):
-    assert recipe.main(["--config", str(plan)]) == 0
+def test_everything_is_done_once_and_reported(plan, calls, place, capsys):
+    assert compare.main(["--config", str(plan)]) == 0
     out = place / "out"
     names = {"base", "elicited", *(f"{m}-{s}" for m in ("steering", "full", "random-reward") for s in (0, 1))}
     assert {path.stem for path in (out / "runs").iterdir()} == names
@@ -154,7 +144,7 @@ def test_everything_is_done_once_and_reported(recipe, plan, calls, place, capsys
     calls.clear()
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (place / "work").rename(place / "elsewhere")
-    assert recipe.main(["--config", str(plan)]) == 0
+    assert compare.main(["--config", str(plan)]) == 0
     (place / "elsewhere").rename(place / "work")
     assert calls == []
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -164,37 +154,37 @@ def results_of(about: dict[str, Any], method: str) -> dict[str, Any]:
     return about[f"{method}-0"]["results"]
 
 
-def test_what_fails_holds_up_no_other(recipe, plan, calls, place, capsys, monkeypatch):
+def test_what_fails_holds_up_no_other(plan, calls, place, capsys, monkeypatch):
     broken = yaml.safe_load(plan.read_text())
     broken["methods"]["steering"]["layers"] = "7"  # the model has three
     broken |= {"seeds": [0], "output_dir": str(place / "broken"), "out": str(place / "broken-out")}
     broken["methods"].pop("full")
     broken["methods"]["random-reward"]["layers"] = "all"
     (place / "broken.yaml").write_text(yaml.safe_dump(broken))
-    assert recipe.main(["--config", str(place / "broken.yaml")]) == 1
+    assert compare.main(["--config", str(place / "broken.yaml")]) == 1
     assert "failed: steering-0" in capsys.readouterr().err
     kept = {path.stem for path in (place / "broken-out" / "runs").iterdir()}
     assert kept == {"base", "elicited", "random-reward-0"}
 
 
-def test_methods_alone(recipe, plan, calls, place, capsys):
+def test_methods_alone(plan, calls, place, capsys):
     chosen = ["--config", str(plan), "--out", str(place / "alone"), "--seeds", "1", "--methods"]
-    assert recipe.main([*chosen, "random-reward"]) == 0
+    assert compare.main([*chosen, "random-reward"]) == 0
     assert {path.stem for path in (place / "alone" / "runs").iterdir()} == {"random-reward-1"}
-    assert recipe.main([*chosen, "magic"]) == 1
+    assert compare.main([*chosen, "magic"]) == 1
     assert "no method magic" in capsys.readouterr().err
 
 
-def test_results_of_other_settings_are_not_taken_for_these(recipe, plan, calls, place):
-    comparison = recipe.Comparison(recipe.read_plan(str(plan)))
+def test_results_of_other_settings_are_not_taken_for_these(plan, calls, place):
+    comparison = Comparison(read_plan(str(plan)))
     comparison.untrained()
     changed = replace(comparison.plan, evaluation={**comparison.plan.evaluation, "samples": 3})
     with pytest.raises(SteerError, match=r"base\.json was made with other settings"):
-        recipe.Comparison(changed).untrained()
+        Comparison(changed).untrained()
 
 
 def test_the_best_system_prompt_is_chosen_on_validation_problems(
-    recipe, plan, place, calls, build_tiny, tiny_tokenizer
+    plan, place, calls, build_tiny, tiny_tokenizer
 ):
     make_base(place / "chat", build_tiny, tiny_tokenizer, max_position_embeddings=512)
     training = yaml.safe_load((place / "train.yaml").read_text()) | {"template": "boxed_short"}
@@ -204,7 +194,7 @@ def test_the_best_system_prompt_is_chosen_on_validation_problems(
     plan |= {"config": str(place / "chat.yaml"), "systems": ["Be brief.", "Box it."]}
     plan |= {"output_dir": str(place / "chat-work"), "out": str(place / "chat-out")}
     (place / "chat-compare.yaml").write_text(yaml.safe_dump(plan))
-    recipe.Comparison(recipe.read_plan(str(place / "chat-compare.yaml"))).system_prompt()
+    Comparison(read_plan(str(place / "chat-compare.yaml"))).system_prompt()
     packed = read_packed(place / "chat-out" / "runs" / "system-prompt.json")
     tried = packed["about"]["tried"]
     assert set(tried) == {"Be brief.", "Box it."}
@@ -215,7 +205,7 @@ def test_the_best_system_prompt_is_chosen_on_validation_problems(
     assert validation and not held_out & set(validation)
 
 
-def test_a_stopped_comparison_leaves_no_process_behind(recipe, plan, tmp_path, monkeypatch):
+def test_a_stopped_comparison_leaves_no_process_behind(plan, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
     opened: list[Any] = []
 
@@ -232,7 +222,7 @@ def test_a_stopped_comparison_leaves_no_process_behind(recipe, plan, tmp_path, m
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
     script = f"(echo begun; sleep 60; echo lives on) > {tmp_path}/fifo & wait"
     with pytest.raises(KeyboardInterrupt):
-        recipe.Comparison(read_plan(plan)).call(["sh", "-c", script])
+        Comparison(read_plan(plan)).call(["sh", "-c", script])
     with opened[0] as fifo:
         assert fifo.read() == "", "its end: no process has it open any more"
 
@@ -262,10 +252,10 @@ def test_a_split_that_leaves_nothing_is_said():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_comparisons_that_come_with_steer(recipe, path, monkeypatch):
+def test_comparisons_that_come_with_steer(path, monkeypatch):
     """Readable, its recipes take its settings, and `lora-equal` has as many numbers as the vectors."""
     monkeypatch.chdir(ROOT)
-    comparison = recipe.Comparison(recipe.read_plan(str(path)))
+    comparison = Comparison(read_plan(str(path)))
     assert comparison.plan.reference in comparison.plan.methods
     assert {"steering", "full", "lora-equal", "lora-r4", "random-reward", "format-reward"} <= set(
         comparison.plan.methods
@@ -287,19 +277,19 @@ def test_comparisons_that_come_with_steer(recipe, path, monkeypatch):
     assert len(equal["target_layers"].split(",")) * 2 * width == depth * width
 
 
-def test_the_paper_comparison_has_the_published_rates(recipe, monkeypatch):
+def test_the_paper_comparison_has_the_published_rates(monkeypatch):
     monkeypatch.chdir(ROOT)
-    plan = recipe.read_plan("recipes/configs/compare-paper.yaml")
+    plan = read_plan("recipes/configs/compare-paper.yaml")
     rates = {name: plan.methods[name]["learning_rate"] for name in ("steering", "full", "lora-r4")}
     assert rates == {"steering": 1e-3, "full": 1e-6, "lora-r4": 1e-4}
 
 
-def test_results_that_are_kept_were_made_with_the_settings_of_their_plan(recipe, monkeypatch):
+def test_results_that_are_kept_were_made_with_the_settings_of_their_plan(monkeypatch):
     monkeypatch.chdir(ROOT)
-    comparison = recipe.Comparison(recipe.read_plan("recipes/configs/compare-tiny.yaml"))
+    comparison = Comparison(read_plan("recipes/configs/compare-tiny.yaml"))
     found = set()
     for file in sorted(comparison.runs.glob("*.json")):
-        about = recipe.read_packed(file)["about"]
+        about = read_packed(file)["about"]
         if "method" in about:
             settings, _ = comparison.settings(about["method"])
             settings |= {"seed": about["seed"], "learning_rate": comparison.rate(about["method"])}
@@ -339,15 +329,15 @@ def module_fields(script: str) -> list[str]:
         ({"config": "nowhere.yaml"}, r"no training config nowhere\.yaml"),
     ],
 )
-def test_mistakes_in_a_plan_are_one_line(recipe, plan, tmp_path, capsys, change, expected):
+def test_mistakes_in_a_plan_are_one_line(plan, tmp_path, capsys, change, expected):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump(yaml.safe_load(plan.read_text()) | change))
-    assert recipe.main(["--config", str(wrong)]) == 1
+    assert compare.main(["--config", str(wrong)]) == 1
     message = capsys.readouterr().err
     assert message.startswith("error: ") and len(message.splitlines()) == 1
     assert re.search(expected, message)
 
 
-def test_no_plan_at_all(recipe, tmp_path, capsys):
-    assert recipe.main(["--config", str(tmp_path / "none.yaml")]) == 1
+def test_no_plan_at_all(tmp_path, capsys):
+    assert compare.main(["--config", str(tmp_path / "none.yaml")]) == 1
     assert "no comparison at" in capsys.readouterr().err

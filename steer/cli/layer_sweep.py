@@ -1,0 +1,89 @@
+"""
+Train many sets of steering vectors at once on one frozen model: every layer alone, learning rates, controls.
+
+    accelerate launch recipes/layer_sweep.py --config recipes/configs/layer-sweep-demo.yaml
+    accelerate launch recipes/layer_sweep.py --config recipes/configs/demo.yaml \\
+        --learning_rates 1e-3 3e-3 1e-2 --output_dir runs/rates
+    accelerate launch recipes/layer_sweep.py --config recipes/configs/layer-sweep-demo.yaml \\
+        --halve_at 10 20 --output_dir runs/halved
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/layer_sweep.py \\
+        --config recipes/configs/deepscaler-qwen2.5-math-7b-single-layer.yaml --each_layer all
+
+All settings of grpo_steer.py are here too, and a member of the population ends up with the vectors that
+grpo_steer.py gives it alone. A run that was stopped goes on where it was when it is started again; members
+may be added to it (a longer list, more layers or rates), and `--only NAME` goes on with some. Several
+processes divide the members among them.
+
+The output folder ends up with `members/NAME/vectors` (an artifact each), `sweep.md`, `sweep.json` and
+`sweep.png` (the table, and gain by layer with 95 % intervals) and `pairs.json` (the best layers in pairs).
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from accelerate import PartialState
+
+from steer.files import held
+from steer.lens import layer_study
+from steer.models import load_model, load_tokenizer
+from steer.sites import find_decoder
+from steer.tasks.rewards import Checker
+from steer.training import recipe
+from steer.training import run as runs
+from steer.training.config import SteeringGRPOConfig
+from steer.training.run import RunConfig, SteeringArguments
+from steer.training.sweep import grid
+from steer.training.sweep.grid import PopulationArguments
+from steer.training.sweep.run import Study, claim, conduct
+
+PARTS = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
+
+
+def main() -> None:
+    run, _, training, asked = recipe.parse(PARTS, __doc__, "layer_sweep.py")
+    recipe.begin(run, training)
+    train_population(run, training, asked)
+
+
+def train_population(run: RunConfig, training: SteeringGRPOConfig, asked: PopulationArguments) -> None:
+    """Train the members, or what is missing of them, and print the table; all share this command line."""
+    folder = Path(training.output_dir)
+    with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
+        _train_population(folder, run, training, asked)
+
+
+def _train_population(
+    folder: Path, run: RunConfig, training: SteeringGRPOConfig, asked: PopulationArguments
+) -> None:
+    tokenizer = load_tokenizer(run.model, revision=run.model_revision)
+    model = load_model(
+        run.model,
+        revision=run.model_revision,
+        dtype=run.model_dtype,
+        attn_implementation=run.attn_implementation,
+    ).to(training.device)
+    everyone = grid.members(asked, training, find_decoder(model).depth, sys.argv[1:])
+    now = grid.chosen(everyone, asked.only)
+    train, held_out = recipe.problems(run)
+    prompts = runs.prompts(run, training)
+    frame = prompts.frame(tokenizer)
+    train = train.map(lambda row: {"prompt": frame(row["problem"])}, desc="framing prompts")
+    train = recipe.fitting(train, held_out, frame, tokenizer, model, training.max_completion_length or 1)
+    main_process = PartialState().is_main_process
+    if main_process:
+        claim(folder, run, training, everyone, {settings.name for settings in now})
+    PartialState().wait_for_everyone()
+    with Checker() as checker:
+        conduct(Study(folder, run, asked, model, tokenizer, prompts, checker, train, held_out), now)
+        if not main_process:
+            return
+        best = layer_study.best_layers(layer_study.rows(folder), asked.winners) if asked.winners else []
+        if len(best) > 1 and held_out is not None:
+            tokens = training.max_completion_length
+            layer_study.compose_pairs(folder, best, model, tokenizer, checker, held_out, prompts, tokens)
+    print(f"\n{layer_study.report(folder, f'{run.model} on {run.train_data}')}")
+    print(f"table     {folder / 'sweep.md'}, {folder / 'sweep.json'}\nplot      {folder / 'sweep.png'}")
+    print(f"vectors   {folder / 'members'}/NAME/vectors\n")

@@ -1,0 +1,199 @@
+"""
+Train sparse autoencoders on the activations of any causal language model, steered or not.
+
+    python recipes/train_sae.py --config recipes/configs/sae-demo.yaml
+    python recipes/train_sae.py --config FILE layer=20 saes.topk.k=64 output_dir=runs/layer-20
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/train_sae.py --config FILE
+
+A config file is one run; `name=value` overrides one of its settings, with dots for nested ones. All SAEs of a
+run are trained on one stream. A run that was stopped goes on where it was when it is started again. The
+output folder ends up with a folder per SAE (`steer.sae.load_sae` reads it), `metrics.jsonl` and the last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+import steer
+from steer.errors import SteerError
+from steer.files import held
+from steer.generation.cpu import keep_freed_memory
+from steer.models import load_model, load_tokenizer
+from steer.sae import SAE, SAEConfig, save_sae
+from steer.sae.activations import ActivationStream, Reader
+from steer.sae.cache import CachedActivations, write_cache
+from steer.sae.texts import Texts
+from steer.sae.trainer import SAETrainer, TrainConfig
+
+
+@dataclass
+class RunConfig:
+    """Where the activations come from, and where the SAEs go."""
+
+    saes: dict[str, dict[str, Any]] = field(
+        metadata={"help": "The SAEs, by name: fields of SAEConfig (d_in is filled in)."}
+    )
+    texts: list[str] = field(
+        metadata={"help": ".txt or .jsonl files, or data sets on the hub (owner/name[:config]:split)."}
+    )
+    output_dir: str = field(metadata={"help": "Folder of the run."})
+    model: str = field(
+        default="smollm2-135m-instruct",
+        metadata={"help": "Hub id, local folder, .gguf file or the name of bundled weights."},
+    )
+    model_dtype: str = field(default="auto", metadata={"help": "Precision of the language model."})
+    vectors: str | None = field(default=None, metadata={"help": "Steering vectors that the model wears."})
+    what: str = field(
+        default="as_is", metadata={"help": "as_is, base (vectors off) or difference (steered minus base)."}
+    )
+    layer: int = field(default=-1, metadata={"help": "Layer whose activations are read."})
+    site: str = field(default="resid_post", metadata={"help": "Site in the layer, as in steer.sites."})
+    window: int = field(default=256, metadata={"help": "Longest piece of a text, in tokens."})
+    skip: int = field(default=1, metadata={"help": "First tokens of a piece that are left out."})
+    block: int = field(default=1 << 18, metadata={"help": "Activations that are shuffled together."})
+    epochs: int = field(default=1, metadata={"help": "How often the texts are read."})
+    cache: str | None = field(default=None, metadata={"help": "Folder for activations on disk."})
+    cache_tokens: int | None = field(default=None, metadata={"help": "Most activations to store there."})
+
+
+def main(arguments: list[str]) -> dict[str, SAE]:
+    """Run with these command-line arguments; the trained SAEs."""
+    run, training = parse(arguments)
+    accelerator = Accelerator()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers_logging.set_verbosity_error()
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    folder = Path(run.output_dir)
+    with held(folder, "output_dir") if accelerator.is_main_process else nullcontext():
+        return train(folder, run, training, accelerator)
+
+
+def train(folder: Path, run: RunConfig, training: TrainConfig, accelerator: Accelerator) -> dict[str, SAE]:
+    """Train the SAEs in `folder`, or what is missing of them."""
+    stream = open_stream(run, accelerator)
+    configs = {name: SAEConfig(**{"d_in": stream.width, **values}) for name, values in run.saes.items()}
+    with tqdm(total=training.tokens, unit=" tokens", disable=not accelerator.is_main_process) as bar:
+
+        def show(line: dict[str, Any]) -> None:
+            bar.update(line["tokens"] - bar.n)
+            bar.set_postfix_str(summary(line, list(configs)))
+
+        trainer = SAETrainer(configs, stream, training, folder, accelerator, show)
+        trained = trainer.train()
+    if accelerator.is_main_process:
+        for name, sae in trained.items():
+            save_sae(sae, folder / name)
+            print(f"{name:16} {folder / name}")
+    return trained
+
+
+def open_stream(run: RunConfig, accelerator: Accelerator) -> ActivationStream | CachedActivations:
+    """The activations: straight from the model, or from the cache, which is written first."""
+    tokenizer = load_tokenizer(run.model)
+    model = load_model(run.model, dtype=run.model_dtype).to(accelerator.device)
+    if run.vectors:
+        steer.load(run.vectors, model, tokenizer=tokenizer)
+    reader = Reader(model, run.layer, run.site, run.what)
+    mine = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    texts = Texts(run.texts)
+    if run.cache is None:
+        return ActivationStream(
+            reader, texts, tokenizer, run.window, run.block, run.epochs, skip=run.skip, **mine
+        )
+    if accelerator.is_main_process:
+        whole = ActivationStream(reader, texts, tokenizer, run.window, run.block, skip=run.skip)
+        with tqdm(total=run.cache_tokens, unit=" activations", desc="storing") as bar:
+            write_cache(whole, run.cache, run.cache_tokens, lambda done: bar.update(done - bar.n))
+    accelerator.wait_for_everyone()
+    return CachedActivations(run.cache, run.epochs, **mine)
+
+
+def summary(line: dict[str, Any], names: list[str]) -> str:
+    """The live metrics of a step on one line: explained variance by l0, the real l0, dead features' share."""
+    parts = []
+    for name in names:
+        explained = " ".join(f"{n}:{v:.3f}" for n, v in line[name]["explained_variance"].items())
+        parts.append(f"{name} {explained} l0 {line[name]['l0']:.0f} dead {line[name]['dead']:.2f}")
+    return "; ".join(parts)
+
+
+def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
+    """The settings from --config and the overrides; SteerError names what is wrong with them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_help()
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file; see recipes/configs/sae-*"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="settings in place of the file's")
+    parsed = parser.parse_args(arguments)
+    try:
+        values = yaml.safe_load(Path(parsed.config).read_text())
+    except OSError as error:
+        raise SteerError(
+            f"cannot read {parsed.config}: {error.strerror}; see recipes/configs/sae-*"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SteerError(f"{parsed.config} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise SteerError(f"{parsed.config} holds no settings; see recipes/configs/sae-*")
+    for override in parsed.overrides:
+        _override(values, override)
+    known: dict[str, dict[str, Any]] = {"run": {}, "training": {}}
+    for name, value in values.items():
+        if name in {f.name for f in fields(TrainConfig)}:
+            known["training"][name] = value
+        elif name in {f.name for f in fields(RunConfig)}:
+            known["run"][name] = value
+        else:
+            raise SteerError(f"unknown setting {name!r}; --help lists them")
+    missing = [name for name in ("saes", "texts", "output_dir") if name not in known["run"]]
+    if missing:
+        raise SteerError(f"the settings lack {', '.join(missing)}; give them in the file or as name=value")
+    run = RunConfig(**known["run"])
+    if isinstance(run.texts, str):
+        run.texts = [run.texts]
+    if not isinstance(run.saes, dict) or not all(isinstance(v, dict) for v in run.saes.values()):
+        raise SteerError("saes must be a mapping from names to settings, such as topk: {d_sae: 4096, k: 32}")
+    for name, settings in run.saes.items():
+        unknown = sorted(set(settings) - {f.name for f in fields(SAEConfig)})
+        if unknown:
+            raise SteerError(f"SAE {name!r} has unknown settings {', '.join(unknown)}; --help lists them")
+    return run, TrainConfig(**known["training"])
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, sign, text = override.partition("=")
+    if not sign:
+        raise SteerError(f"override {override!r} has no '='; write name=value, such as saes.topk.k=64")
+    *parents, last = path.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise SteerError(f"override {override!r}: {parent!r} has no settings of its own")
+    value = yaml.safe_load(text)
+    # YAML 1.1 takes 1e-3 for a text; nobody who writes it means one
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    values[last] = value
+
+
+def _help() -> str:
+    lines = []
+    for title, config in (("run", RunConfig), ("training", TrainConfig), ("each SAE (saes.NAME)", SAEConfig)):
+        lines.append(f"settings of {title}:")
+        lines += [f"  {f.name:13} {f.metadata['help']}" for f in fields(config)]
+    return "\n".join(lines)

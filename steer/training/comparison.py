@@ -1,0 +1,342 @@
+"""
+Do a few vectors give what full fine-tuning gives? Train and measure both, other methods and the controls, and
+write tables, plots and a page.
+
+    python recipes/compare.py --config recipes/configs/compare-tiny.yaml
+    python recipes/compare.py --config recipes/configs/compare-tiny.yaml --report
+
+Each run of training is a process of its own, started by `accelerate launch`, and is scored on held-out
+problems by `steer.evaluation.run`. Learning rates are chosen once for each method, on problems split off the
+training set. Whatever was finished is one small file under OUT/runs or OUT/sweeps and is not done again, on
+this machine or another; a run that was stopped goes on where it was; one that fails is told of at the end and
+holds up no other. Seeds are outermost: after a part of the time there is one seed of everything. `--report`
+only makes the tables and the page of what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from steer.errors import SteerError
+from steer.evaluation import compare, plots
+from steer.evaluation.pack import pack, read_packed
+from steer.evaluation.plan import Plan
+from steer.files import replace_file
+
+# Settings of how a run is watched and kept, which change none of its numbers.
+_WATCHING = ("logging", "log_", "save", "report", "disable_tqdm", "dataloader", "samples_shown")
+ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
+
+
+class Failed(Exception):
+    """A process of a run ended with an error."""
+
+
+class Comparison:
+    """The plan, and what of it is done."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.shared = {**yaml.safe_load(Path(plan.config).read_text()), **plan.settings}
+        self.work = Path(plan.output_dir)
+        self.runs, self.sweeps = Path(plan.out, "runs"), Path(plan.out, "sweeps")
+
+    def jobs(self) -> Iterator[tuple[str, Any]]:
+        """What there is to do, in order: the name of its file and a call that makes it."""
+        yield "base", self.untrained
+        if self.plan.longer:
+            yield "base-longer", self.longer
+        if self.plan.examples:
+            yield "elicited", self.elicited
+        if self.plan.systems:
+            yield "system-prompt", self.system_prompt
+        for seed in self.plan.seeds:
+            for name in self.plan.methods:
+                yield f"{name}-{seed}", lambda name=name, seed=seed: self.trained(name, seed)
+
+    # ---- controls that train nothing
+
+    def untrained(self) -> None:
+        """The base, greedily and at temperature 1, and with forced openings."""
+        asked = {"evaluation": self.asked(), "prefixes": self.plan.prefixes}
+        if not self.done("base", asked):
+            prefixes = ["--prefixes", *self.plan.prefixes] if self.plan.prefixes else []
+            self.evaluate("base", ["--model", self.shared["model"], "--examples", "0", *prefixes], asked)
+
+    def longer(self) -> None:
+        """The base with more room for its answers."""
+        asked = {"evaluation": self.asked(), "longer": self.plan.longer}
+        if not self.done("base-longer", asked):
+            name = ["--name", f"base, {self.plan.longer} tokens", "--max-new-tokens", str(self.plan.longer)]
+            name += ["--examples", "0"]
+            self.evaluate("base-longer", ["--model", self.shared["model"], *name], asked)
+
+    def elicited(self) -> None:
+        """The base with worked examples in its prompts, out of the training problems, and a longer limit."""
+        asked = {"evaluation": self.asked(), "examples": self.plan.examples}
+        if self.done("elicited", asked):
+            return
+        file = self.work / "training.jsonl"
+        _write_problems(file, self.training_problems())
+        examples = ["--examples", str(self.plan.examples), "--examples-from", str(file)]
+        self.evaluate("elicited", ["--model", self.shared["model"], "--no-base", *examples], asked)
+
+    def system_prompt(self) -> None:
+        """The candidate that is best on problems split off the training set, on the held-out ones."""
+        asked = {"evaluation": self.asked(), "systems": self.plan.systems, "sweep": self.plan.sweep}
+        if self.done("system-prompt", asked):
+            return
+        from steer.training.rate_search import SweepArguments, split
+
+        share = self.plan.sweep.get("validation", SweepArguments.validation)
+        _, validation = split(self.training_problems(), share)
+        file = self.work / "validation.jsonl"
+        _write_problems(file, validation)
+        named = {f"system {n}": text for n, text in enumerate(self.plan.systems, 1)}
+        out = self.work / "eval-systems"
+        systems = [f"{name}={text}" for name, text in named.items()]
+        model = ["--model", self.shared["model"], "--no-base", "--systems", *systems]
+        self.call([*self.evals(out), "--benchmarks", str(file), "--samples", "0", *model])
+        rows = json.loads((out / "scores.json").read_text())["rows"]
+        tried = {named[row["method"]]: row["accuracy"]["value"] for row in rows}
+        best = max(tried, key=lambda text: tried[text])
+        chosen = {"validation_problems": len(validation), "tried": tried, "chosen": best}
+        model = ["--model", self.shared["model"], "--no-base", "--systems", f"system prompt={best}"]
+        self.evaluate("system-prompt", model, asked, chosen)
+
+    def training_problems(self) -> Any:
+        """The training problems that the runs share, as a data set."""
+        from steer.training.recipe import problems
+        from steer.training.run import RunConfig
+
+        known = {f.name for f in fields(RunConfig)}
+        return problems(RunConfig(**{k: v for k, v in self.shared.items() if k in known}))[0]
+
+    # ---- training
+
+    def trained(self, name: str, seed: int) -> None:
+        """One method with one seed: trained, scored, packed."""
+        settings, launcher = self.settings(name)
+        settings |= {"seed": seed, "learning_rate": self.rate(name)}
+        job = f"{name}-{seed}"
+        asked = {"evaluation": self.asked(), "training": settings}
+        if self.done(job, asked):
+            return
+        folder = self.work / job
+        self.launch(job, settings | {"output_dir": str(folder)}, launcher)
+        results = json.loads((folder / "results.json").read_text())
+        kind = next(kind for kind in ARTIFACTS if (folder / kind).is_dir())
+        if kind == "model":
+            model = ["--model", str(folder / kind), "--name", f"{name}#{seed}", "--fine-tuned"]
+        else:
+            source = f"{name}#{seed}={folder / kind}"
+            model = ["--model", self.shared["model"], "--no-base", ARTIFACTS[kind], source]
+        about = {
+            "method": name,
+            "seed": seed,
+            "learning_rate": settings["learning_rate"],
+            "results": results,
+            "curve": _curve(folder),
+        }
+        # In the precision of its training: what a full fine-tune changed is less than bfloat16 tells apart.
+        dtype = self.plan.evaluation.get("dtype", settings.get("model_dtype", "auto"))
+        self.evaluate(job, [*model, "--dtype", dtype], asked, about)
+        for checkpoint in folder.glob("checkpoint-*"):  # the run is finished, and these are its bulk
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def settings(self, name: str) -> tuple[dict[str, Any], str]:
+        """All settings of a method's runs but seed, rate and folder, and its launcher."""
+        method = self.plan.methods[name]
+        whole = {**self.shared, **self.plan.methods.get(method.get("like", name), {}), **method}
+        launcher = whole.pop("launcher", None) or self.plan.launcher or _launcher()
+        return {k: v for k, v in whole.items() if k not in ("like", "lr_sweep", "output_dir")}, launcher
+
+    def rate(self, name: str) -> float:
+        """The learning rate of a method: given, that of the method it is like, or chosen by its sweep."""
+        method = self.plan.methods[name]
+        if "learning_rate" in method:
+            return float(method["learning_rate"])
+        if "lr_sweep" not in method:
+            return self.rate(method["like"])
+        settings, launcher = self.settings(name)
+        asked = {"training": {**settings, "seed": 0}, **self.plan.sweep, "lr_sweep": method["lr_sweep"]}
+        file = self.sweeps / f"{name}.json"
+        if file.exists():
+            found = json.loads(file.read_text())
+            _check(file, found["hash"], asked)
+            return found["chosen"]
+        folder = self.work / name
+        training = {**settings, "seed": 0, **self.plan.sweep, "lr_sweep": method["lr_sweep"]}
+        training |= {"sweep_only": True, "output_dir": str(folder)}
+        self.launch(f"{name}-sweep", training, launcher)
+        found = json.loads(Path(f"{folder}-sweep", "sweep.json").read_text())
+        self.sweeps.mkdir(parents=True, exist_ok=True)
+        replace_file(file, (json.dumps({**found, "hash": _hash(asked)}, indent=1) + "\n").encode())
+        return found["chosen"]
+
+    def launch(self, job: str, settings: dict[str, Any], launcher: str) -> None:
+        """Train as a user would, from a config file that says all."""
+        config = self.work / "configs" / f"{job}.yaml"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        script = f"recipes/{settings['recipe']}.py"
+        text = yaml.safe_dump({k: v for k, v in settings.items() if k != "recipe"}, sort_keys=False)
+        replace_file(config, text.encode())
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launcher]
+        threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+        self.call([*start, "--num_cpu_threads_per_process", threads, script, "--config", str(config)])
+
+    # ---- scoring
+
+    def asked(self) -> dict[str, Any]:
+        """What every model is asked, with the template and length of training where the plan has no other."""
+        shared = self.shared
+        from_training = {
+            "template": shared.get("template", "boxed"),
+            "max_new_tokens": shared["max_completion_length"],
+            "dtype": shared.get("model_dtype", "auto"),
+            "samples": 8,
+        }
+        if shared.get("chat_template_kwargs"):
+            from_training["chat_template_kwargs"] = json.dumps(shared["chat_template_kwargs"])
+        return {**from_training, **self.plan.evaluation}
+
+    def evals(self, out: Path) -> list[str]:
+        asked = self.asked()
+        words = [sys.executable, "-m", "steer.evaluation.run", "--out", str(out)]
+        for name in ("template", "max_new_tokens", "dtype", "engine", "chat_template_kwargs"):
+            words += [f"--{name.replace('_', '-')}", str(asked[name])] if name in asked else []
+        return words
+
+    def evaluate(
+        self, job: str, model: list[str], asked: dict[str, Any], about: dict[str, Any] | None = None
+    ) -> None:
+        out = self.work / f"eval-{job}"
+        what = ["--benchmarks", *self.asked()["benchmarks"], "--samples", str(self.asked()["samples"])]
+        self.call([*self.evals(out), *what, *model])
+        self.runs.mkdir(parents=True, exist_ok=True)
+        machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
+        known = {"hash": _hash(asked), **(about or {}), "machine": machine}
+        pack(out, self.runs / f"{job}.json", known)
+
+    # ---- what is done
+
+    def done(self, job: str, asked: dict[str, Any]) -> bool:
+        file = self.runs / f"{job}.json"
+        if file.exists():
+            _check(file, read_packed(file)["about"]["hash"], asked)
+        return file.exists()
+
+    def call(self, words: list[str]) -> None:
+        """Run a process to its end; it writes to this terminal, and dies with this process, children too."""
+        process = subprocess.Popen(words, start_new_session=True)
+        try:
+            if process.wait():
+                raise Failed(f"exit code {process.returncode}: {' '.join(words)}")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # a launcher leaves what it launched to itself
+                process.wait()
+
+    def report(self) -> None:
+        """Tables, plots and page of the runs that are there."""
+        order = [job for job, _ in self.jobs()]
+        files = [file for job in order if (file := self.runs / f"{job}.json").exists()]
+        if not files:
+            raise SteerError(f"{self.runs} holds no finished runs yet; start without --report")
+        about = [read_packed(file)["about"] for file in files]
+        trained = [one for one in about if "method" in one]
+        have = {one["method"] for one in trained}
+        reference = self.plan.reference if self.plan.reference in have else None
+        compare.report(files, "base", reference, self.plan.out)
+        table = _training_table(trained)
+        print(f"\n{table}")
+        replace_file(Path(self.plan.out, "training.md"), f"{table}\n".encode())
+        curves: dict[str, list[list[float]]] = {}
+        for one in trained:
+            curves.setdefault(one["method"], []).append(one["curve"]["accuracy"])
+        if curves:
+            replace_file(Path(self.plan.out, "training.png"), plots.curves(curves))
+        print(f"\npage  {Path(self.plan.out, 'index.html')}")
+
+
+def _write_problems(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _training_table(trained: Sequence[dict[str, Any]]) -> str:
+    """What each method's runs took, in Markdown: means over its seeds."""
+    lines = ["| method | trained numbers | learning rate | seeds | updates | minutes | CPU minutes |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name in dict.fromkeys(one["method"] for one in trained):
+        of = [one for one in trained if one["method"] == name]
+        results = [one["results"] for one in of]
+        wall, cpu = (
+            sum(r[key] for r in results) / len(results) / 60
+            for key in ("training_seconds", "training_cpu_seconds")
+        )
+        lines.append(
+            f"| {name} | {results[0]['trained_numbers']:,} | {of[0]['learning_rate']:g} | "
+            f"{', '.join(str(one['seed']) for one in of)} | {results[0]['steps']} | {wall:.1f} | {cpu:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _curve(folder: Path) -> dict[str, list[float]]:
+    """Reward, accuracy and length of the samples, by update; kept when the checkpoints are gone."""
+    kept = folder / "curve.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    rows = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    keys = {"reward": "reward", "accuracy": "accuracy", "length": "completions/mean_length"}
+    rows = [row for row in rows if "reward" in row]
+    found = {name: [round(row[key], 4) for row in rows if key in row] for name, key in keys.items()}
+    replace_file(kept, json.dumps(found).encode())
+    return found
+
+
+def _hash(asked: dict[str, Any]) -> str:
+    """Of what decides the numbers, not of how the run is watched."""
+    training = {k: v for k, v in asked.get("training", {}).items() if not k.startswith(_WATCHING)}
+    text = json.dumps({**asked, "training": training}, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check(file: Path, have: str, asked: dict[str, Any]) -> None:
+    if have != _hash(asked):
+        raise SteerError(
+            f"{file} was made with other settings than these; move it away to have it made again, or give "
+            "another --out"
+        )
+
+
+def _launcher() -> str:
+    import torch
+
+    return f"recipes/accelerate/{'gpu' if torch.cuda.is_available() else 'cpu'}.yaml"
+
+
+def _processor() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
