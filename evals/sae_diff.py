@@ -29,7 +29,7 @@ from steer.sae.intervene import answer_without, shifted
 from steer.sae.trainer import SAETrainer, TrainConfig
 from steer.stats import wilson
 from steer.tasks.data import Arithmetic, load_problems
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 from steer.tasks.lenient import extract_lenient
 from steer.tasks.prompts import PromptSpec, recorded
 
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
     """Sample, train, compare, intervene; write `diff.json`, `diff.md`, `features.html` and the SAE."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    with Checker() as checker:
-        subject = Subject(args.model, args.vectors, checker)
+    with MathGrader() as grader:
+        subject = Subject(args.model, args.vectors, grader)
         completions = subject.sample(args.samples)
         right = sum(c.correct for c in completions)
         reader = Reader(subject.model, args.diff_layer, what="difference")
@@ -133,14 +133,14 @@ class Change:
 class Subject:
     """The model with its vectors, and the problems, prompts and limits that they were trained with."""
 
-    def __init__(self, model: str, vectors: str, checker: Checker):
+    def __init__(self, model: str, vectors: str, grader: MathGrader):
         self.tokenizer, self.model = load_tokenizer(model), load_model(model, dtype="float32")
         self.vectors = steer.load(vectors, self.model, tokenizer=self.tokenizer)
-        self.checker = checker
+        self.grader = grader
         provenance = self.vectors.config.provenance
         self.trained = recorded(provenance, "run")
         self.length: int = recorded(provenance, "training").get("max_completion_length", 16)
-        self.frame = PromptSpec.of_training(provenance, "boxed_short").frame(self.tokenizer)
+        self.format_prompt = PromptSpec.of_training(provenance, "boxed_short").formatter(self.tokenizer)
         self.eos = (self.tokenizer.eos_token_id,)
         names = ("operators", "digits", "terms", "heldout")
         settings = {k: self.trained[k] for k in names if k in self.trained}
@@ -150,7 +150,7 @@ class Subject:
         )
 
     def prompts(self, problems: list[dict[str, Any]]) -> list[list[int]]:
-        framed = [self.frame(row["problem"]) for row in problems]
+        framed = [self.format_prompt(row["problem"]) for row in problems]
         return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in framed]
 
     def sample(self, samples: int) -> list[Completion]:
@@ -167,7 +167,7 @@ class Subject:
             sampling = Sampling(self.length, self.eos)
             ids = rollout(self.model, [prompt for prompt, _ in part], sampling, noise).ids
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            verdicts = self.checker.check(texts, [answer for _, answer in part])
+            verdicts = self.grader.check(texts, [answer for _, answer in part])
             found += [
                 Completion(list(prompt), list(tokens), verdict.correct)
                 for (prompt, _), tokens, verdict in zip(part, ids, verdicts, strict=True)
@@ -187,8 +187,8 @@ class Subject:
             ids = answer_without(sae, reader, change.ablated, prompts, self.length, self.eos)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         golds = [row["answer"] for row in self.heldout]
-        hits = sum(verdict.correct for verdict in self.checker.check(texts, golds))
-        lenient = sum(verdict.correct for verdict in self.checker.check(texts, golds, extract_lenient))
+        hits = sum(verdict.correct for verdict in self.grader.check(texts, golds))
+        lenient = sum(verdict.correct for verdict in self.grader.check(texts, golds, extract_lenient))
         low, high = wilson(hits, len(texts))
         return {"accuracy": hits / len(texts), "low": low, "high": high, "lenient": lenient / len(texts)}
 

@@ -1,4 +1,4 @@
-"""How much faster the answer checker grades than plain math-verify calls do, on generated answers.
+"""How much faster the answer grader grades than plain math-verify calls do, on generated answers.
 
 python -m evals.speed_rewards --answers 1000 --numbers 0.9
 """
@@ -11,7 +11,7 @@ import time
 
 from math_verify import parse, verify
 
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 
 
 def make_answers(count: int, numbers: float, seed: int) -> tuple[list[str], list[str]]:
@@ -42,10 +42,10 @@ def main() -> None:
     args = parser.parse_args()
     completions, golds = make_answers(args.answers, args.numbers, args.seed)
     verify(parse("$x+1$"), parse("$1+x$"))  # both sides start warm
-    with Checker(workers=args.workers) as checker:
-        checker.check([r"\boxed{x+1}"], ["1+x"])
+    with MathGrader(workers=args.workers) as grader:
+        grader.check([r"\boxed{x+1}"], ["1+x"])
         start = time.perf_counter()
-        verdicts = [v.correct for v in checker.check(completions, golds)]
+        verdicts = [v.correct for v in grader.check(completions, golds)]
         ours = time.perf_counter() - start
     start = time.perf_counter()
     plain = [verify(parse(f"${g}$"), parse(c)) for c, g in zip(completions, golds, strict=True)]

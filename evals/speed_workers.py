@@ -65,7 +65,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     from trl import GRPOConfig, GRPOTrainer
 
     from steer.models import load_model, load_tokenizer
-    from steer.tasks.prompts import render
+    from steer.tasks.prompts import format_prompt
     from steer.training.config import SteeringGRPOConfig
     from steer.training.steering_trainer import SteeringGRPOTrainer
 
@@ -75,7 +75,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     model = load_model(model_name, dtype=dtype)
     if on_gpu:
         model.cuda()
-    texts = [render(p, tokenizer, "boxed") for p in problems(PROMPTS * steps)]
+    texts = [format_prompt(p, tokenizer, "boxed") for p in problems(PROMPTS * steps)]
     # Nobody stops early, since the model has no logit for this token: all variants compute the same tokens.
     model.generation_config.eos_token_id = None
     tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
@@ -234,11 +234,11 @@ def _peak() -> int:
 def generate(cache: str | None, dtype: str, model_name: str) -> dict[str, float]:
     """Tokens a second of transformers' `generate`, with its dynamic cache or the static one."""
     from steer.models import load_model, load_tokenizer
-    from steer.tasks.prompts import render
+    from steer.tasks.prompts import format_prompt
 
     tokenizer, model = load_tokenizer(model_name), load_model(model_name, dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    texts = [render(p, tokenizer, "boxed") for p in problems(BATCH)]
+    texts = [format_prompt(p, tokenizer, "boxed") for p in problems(BATCH)]
     inputs = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True).to(model.device)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "cache_implementation": cache}
 
@@ -268,11 +268,11 @@ def vllm(method: str, dtype: str, model_name: str) -> dict[str, float]:
 
     from steer import artifact, engine
     from steer.models import load_tokenizer
-    from steer.tasks.prompts import render
+    from steer.tasks.prompts import format_prompt
     from steer.weights import model_path
 
     tokenizer = load_tokenizer(model_name)
-    texts = [render(p, tokenizer, "boxed") for p in problems(BATCH)]
+    texts = [format_prompt(p, tokenizer, "boxed") for p in problems(BATCH)]
     prompts: Any = [{"prompt_token_ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in texts]
     llm: Any = LLM(str(model_path(model_name)), dtype=dtype, max_model_len=1024, seed=0)
     with torch.device("meta"):

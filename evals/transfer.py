@@ -31,7 +31,7 @@ from steer.evaluation.heldout import answer_greedily, score
 from steer.files import replace_file
 from steer.models import load_model, load_tokenizer
 from steer.tasks.data import Arithmetic, load_problems
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import PromptSpec
 from steer.transfer import transfer
 from steer.weights import cache_dir
@@ -136,8 +136,8 @@ def main() -> None:
     start = time.time()
     source = read(args.vectors)
     results: dict[str, Any] = {"vectors": source.config.base_model, "rows": [], "maps": {}}
-    with Checker() as checker:
-        for row, report in conditions(source, args.problems, args.steps, checker):
+    with MathGrader() as grader:
+        for row, report in conditions(source, args.problems, args.steps, grader):
             results["rows"].append(row)
             if report is not None:
                 results["maps"][f"{row['model']}: {row['vectors']}"] = report
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def conditions(
-    source: Artifact, count: int, steps: int, checker: Checker
+    source: Artifact, count: int, steps: int, grader: MathGrader
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """One measured row after the other, with the report of the transfer that made its vectors."""
     run = (source.config.provenance or {})["run"]
@@ -174,15 +174,15 @@ def conditions(
         name: str,
         vectors: Artifact | None,
         label: str,
-        frame: Callable[[str], str],
+        format_problem: Callable[[str], str],
     ) -> dict[str, Any]:
         if vectors is not None:
             steer.load(vectors, model)
         ends = [tokenizer.eos_token_id]
-        answered = answer_greedily(model, tokenizer, problems, frame, checker, 16, ends, label=label)
+        answered = answer_greedily(model, tokenizer, problems, format_problem, grader, 16, ends, label=label)
         if not right:
             right.extend((a.problem, a.completion) for a in answered if a.correct)
-        probability = log_probability(model, tokenizer, right, frame)
+        probability = log_probability(model, tokenizer, right, format_problem)
         if vectors is not None:
             steer.detach(model)
         examples = [asdict(a) for a in answered[:3]]
@@ -194,7 +194,7 @@ def conditions(
             "examples": examples,
         }
 
-    chat = PromptSpec.of_training(source.config.provenance).frame(donor_tokenizer)
+    chat = PromptSpec.of_training(source.config.provenance).formatter(donor_tokenizer)
 
     own = (donor, donor_tokenizer, donor_name)
     yield measure(*own, source, "its own", chat), None
@@ -252,12 +252,12 @@ def log_probability(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     answers: list[tuple[str, str]],
-    frame: Callable[[str], str],
+    format_problem: Callable[[str], str],
 ) -> float:
     """Mean over (problem, answer) of the log-probability of the answer, in nats: whole, not by token."""
     total = 0.0
     for problem, answer in answers:
-        prompt = frame(problem)
+        prompt = format_problem(problem)
         gap = "" if prompt[-1].isspace() else " "
         before, ids = (
             tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, prompt + gap + answer)

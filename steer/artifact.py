@@ -4,7 +4,7 @@ The artifact: a folder of two small files that holds a set of steering vectors.
 Format, version 1
 -----------------
 `steering.safetensors`
-    The trained numbers of every steered layer, named exactly as the parameters are named inside the model,
+    The trainable parameters of every steered layer, named exactly as the parameters are named inside the model,
     all finite and of the config's dtype. The file's metadata holds the key `steering_config`: the JSON text
     of the config, so this one file is a whole artifact; and `sha256`: that of this text followed by every
     tensor's name and bytes, in the order of the names, compared where it is there.

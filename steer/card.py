@@ -17,7 +17,7 @@ MARK = "<!-- written by steer; delete this line to keep your own text -->"
 def card(config: SteeringConfig, decoder: str, numbers: int, size: int) -> str:
     """
     The card's Markdown. `decoder` is the name of the list of layers in the base, `numbers` the count of
-    trained numbers, `size` the tensor file's bytes.
+    trainable parameters, `size` the tensor file's bytes.
     """
     made = config.provenance or {}
     parts = [

@@ -24,13 +24,13 @@ def find_final_norm(model: nn.Module) -> nn.Module | None:
     def note(layer: bool, module: nn.Module, args: tuple, output: Any) -> None:
         called.clear() if layer else called.append(module)
 
-    others = [child for child in decoder.trunk.children() if child is not decoder.layers]
+    others = [child for child in decoder.backbone.children() if child is not decoder.layers]
     modules = [(True, layer) for layer in decoder.layers] + [(False, child) for child in others]
     handles = [module.register_forward_hook(partial(note, layer)) for layer, module in modules]
     try:
         vectors = model.__dict__.get("steering_vectors")  # off, they need not know where a prompt ends
-        with probing(decoder.trunk) as ids, vectors.disabled() if vectors else nullcontext():
-            decoder.trunk(ids, use_cache=False)
+        with probing(decoder.backbone) as ids, vectors.disabled() if vectors else nullcontext():
+            decoder.backbone(ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,7 @@ from torch import nn
 from steer.errors import SteerError
 
 
-class Gate:
+class SteeringState:
     """
     What all vectors of one model share: on or off, the scale, and which tokens of the running pass are
     steered.
@@ -77,16 +77,18 @@ class SteeringVector(nn.Module):
     h <- h + scale * s ("Small Vectors, Big Effects", arXiv 2509.06608, section 2).
     """
 
-    def __init__(self, width: int, gate: Gate, dtype: torch.dtype = torch.float32, device: Any = None):
+    def __init__(
+        self, width: int, state: SteeringState, dtype: torch.dtype = torch.float32, device: Any = None
+    ):
         super().__init__()
         self.vector = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
-        self.gate = gate
+        self.state = state
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.gate.enabled:
+        if not self.state.enabled:
             return hidden
         # Added in the precision of the stream, as a bias would be; the vector itself keeps its own.
-        return self.gate.add(hidden, (self.gate.scale * self.vector).to(hidden.device, hidden.dtype))
+        return self.state.add(hidden, (self.state.scale * self.vector).to(hidden.device, hidden.dtype))
 
     def effective(self) -> torch.Tensor:
         """The direction that is added, (width,), as long as its effect is strong."""
@@ -105,20 +107,20 @@ class AdaptiveVector(nn.Module):
         width: int,
         inner: int,
         layer: int,
-        gate: Gate,
+        state: SteeringState,
         dtype: torch.dtype = torch.float32,
         device: Any = None,
     ):
         super().__init__()
         self.vector = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
         self.readout = nn.Parameter(_kaiming(inner, inner, layer).to(device, dtype))
-        self.gate = gate
+        self.state = state
 
     def forward(self, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if not self.gate.enabled:
+        if not self.state.enabled:
             return hidden
-        vector = (self.gate.scale * self.vector).to(hidden.device, hidden.dtype)
-        return self.gate.add(hidden, self.coefficient(x).unsqueeze(-1) * vector)
+        vector = (self.state.scale * self.vector).to(hidden.device, hidden.dtype)
+        return self.state.add(hidden, self.coefficient(x).unsqueeze(-1) * vector)
 
     def coefficient(self, x: torch.Tensor) -> torch.Tensor:
         """How much of the vector each token gets: (batch, tokens) from x (batch, tokens, inner)."""
@@ -147,7 +149,7 @@ class SharedVector(nn.Module):
         self,
         shared: SharedDirections,
         layer: int,
-        gate: Gate,
+        state: SteeringState,
         dtype: torch.dtype = torch.float32,
         device: Any = None,
     ):
@@ -155,12 +157,12 @@ class SharedVector(nn.Module):
         rank = len(shared.directions)
         self.mix = nn.Parameter(_kaiming(rank, rank, layer).to(device, dtype))
         self._shared = [shared]  # in a list, so that it is no child: the directions are the model's, once
-        self.gate = gate
+        self.state = state
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.gate.enabled:
+        if not self.state.enabled:
             return hidden
-        return self.gate.add(hidden, (self.gate.scale * self.effective()).to(hidden.device, hidden.dtype))
+        return self.state.add(hidden, (self.state.scale * self.effective()).to(hidden.device, hidden.dtype))
 
     def effective(self) -> torch.Tensor:
         """The layer's vector, (width,)."""

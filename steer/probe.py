@@ -41,7 +41,7 @@ def verify(decoder: Decoder, layers: Sequence[int], kind: str, site: str, places
     """
     if not layers:
         return
-    if out_of_reach(decoder.trunk):
+    if out_of_reach(decoder.backbone):
         logger.warning(
             "the weights are not at hand (meta device or sharded): site %s is not checked on this model", site
         )
@@ -134,8 +134,8 @@ class _Probe:
                         handles.append(
                             child.register_forward_pre_hook(partial(self._child, layer), with_kwargs=True)
                         )
-            with probing(self.decoder.trunk) as ids:
-                self.decoder.trunk(ids.repeat(2, 1), use_cache=False)
+            with probing(self.decoder.backbone) as ids:
+                self.decoder.backbone(ids.repeat(2, 1), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()

@@ -28,11 +28,11 @@ from steer.names import canonical
 @dataclass(frozen=True)
 class Decoder:
     """
-    The stack of decoder layers. `trunk` is the module whose forward runs them, `name` the list's name in the
-    plain model, without what wraps it.
+    The stack of decoder layers. `backbone` is the module whose forward runs them, `name` the list's name in
+    the plain model, without what wraps it.
     """
 
-    trunk: nn.Module
+    backbone: nn.Module
     layers: nn.ModuleList
     name: str
     width: int
@@ -167,23 +167,23 @@ def _parent(model: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def probing(trunk: nn.Module) -> Iterator[torch.Tensor]:
+def probing(backbone: nn.Module) -> Iterator[torch.Tensor]:
     """
-    Inside, a forward pass of `trunk` over the token ids that are given, (1, 3), leaves no trace in the model:
-    no dropout, no gradients, no compiled graph, the random state and the modules' modes as they were.
+    Inside, a forward pass of `backbone` over the token ids that are given, (1, 3), leaves no trace in the
+    model: no dropout, no gradients, no compiled graph, the random state and the modules' modes as they were.
     """
-    if not hasattr(trunk, "get_input_embeddings"):
+    if not hasattr(backbone, "get_input_embeddings"):
         raise SteerError(
-            f"the decoder layers lie in a {type(trunk).__name__}, which takes no token ids; steering vectors "
-            "need a model whose layers lie in the module that embeds the tokens"
+            f"the decoder layers lie in a {type(backbone).__name__}, which takes no token ids; "
+            "steering vectors need a model whose layers lie in the module that embeds the tokens"
         )
-    embeddings: Any = trunk.get_input_embeddings()  # type: ignore[operator]
+    embeddings: Any = backbone.get_input_embeddings()  # type: ignore[operator]
     ids = torch.arange(1, 4, device=embeddings.weight.device)[None]  # 0 is often padding
-    training = [module for module in trunk.modules() if module.training]
-    devices = {p.device for p in trunk.parameters() if p.device.type == "cuda"}
+    training = [module for module in backbone.modules() if module.training]
+    devices = {p.device for p in backbone.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(list(devices)), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            trunk.eval()
+            backbone.eval()
             yield ids
     finally:
         for module in training:
@@ -199,8 +199,8 @@ def _added_to_residual(decoder: Decoder, layers: list[int], attention: list[str]
     blocks = [_Block(decoder.layers[index], name) for index, name in zip(layers, attention, strict=True)]
     handles = [handle for block in blocks for handle in block.watch()]
     try:
-        with probing(decoder.trunk) as ids:
-            decoder.trunk(ids, use_cache=False)
+        with probing(decoder.backbone) as ids:
+            decoder.backbone(ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -77,7 +77,7 @@ class Population:
                 self._handles.append(hook(self._places[key], site))
             self._places[key].vectors[name] = module
         if config.positions != "all":
-            self._handles.append(PromptWatch(self.model, vectors._gate))
+            self._handles.append(PromptWatch(self.model, vectors._state))
         self.sets[name] = vectors
         return vectors
 

@@ -25,7 +25,7 @@ from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hook
 from steer.identity import base_checksum, describe, tokenizer_checksum
-from steer.kinds import AdaptiveVector, Gate, SharedDirections, SharedVector, SteeringVector
+from steer.kinds import AdaptiveVector, SharedDirections, SharedVector, SteeringState, SteeringVector
 from steer.probe import verify
 from steer.sharded import fill, gathered, shape, whole
 from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_sites
@@ -46,25 +46,25 @@ class SteeringVectors:
         model: nn.Module,
         config: SteeringConfig,
         modules: dict[str, AnyVector],
-        gate: Gate,
+        state: SteeringState,
         shared: tuple[str, SharedDirections] | None = None,
     ):
         self.model = model
         self.config = config
         self._modules = modules  # by name, first layer first
-        self._gate = gate
+        self._state = state
         self._shared = shared  # the directions that all layers mix, and their name
         self._handles: list[Any] = []
         self._was_trainable: list[str] = []
 
     @property
     def scale(self) -> float:
-        return self._gate.scale
+        return self._state.scale
 
     @scale.setter
     def scale(self, value: float) -> None:
         self.config = replace(self.config, scale=value)
-        self._gate.scale = self.config.scale
+        self._state.scale = self.config.scale
 
     @property
     def depth(self) -> int:
@@ -134,11 +134,11 @@ class SteeringVectors:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base model again, exactly."""
-        before, self._gate.enabled = self._gate.enabled, False
+        before, self._state.enabled = self._state.enabled, False
         try:
             yield
         finally:
-            self._gate.enabled = before
+            self._state.enabled = before
 
     @contextmanager
     def prompt_length(self, columns: int | torch.Tensor) -> Iterator[None]:
@@ -150,11 +150,11 @@ class SteeringVectors:
         backward pass inside too when activations are checkpointed: the recomputation asks again where the
         prompt ends.
         """
-        before, self._gate.prompt_length = self._gate.prompt_length, columns
+        before, self._state.prompt_length = self._state.prompt_length, columns
         try:
             yield
         finally:
-            self._gate.prompt_length = before
+            self._state.prompt_length = before
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """
@@ -187,9 +187,9 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
         decoder.layers[layer].steering = module
         vectors._handles.append(hook(module, place))
     if vectors._shared is not None:
-        decoder.trunk.steering = vectors._shared[1]
+        decoder.backbone.steering = vectors._shared[1]
     if config.positions != "all":
-        vectors._handles.append(PromptWatch(model, vectors._gate))
+        vectors._handles.append(PromptWatch(model, vectors._state))
     vectors._was_trainable = trainable
     model.__dict__["steering_vectors"] = vectors
     return vectors
@@ -204,11 +204,13 @@ def build(model: nn.Module, config: SteeringConfig) -> tuple[SteeringVectors, li
     layers = config.resolve_layers(decoder.depth)
     known = {k: getattr(config, k) for k in ("base_model", "base_revision", "base_checksum")}
     config = replace(config, **{**describe(model), **{k: v for k, v in known.items() if v is not None}})
-    gate = Gate(config.positions, config.scale)
-    shared, modules, places = _make(decoder, layers, config, gate)
+    state = SteeringState(config.positions, config.scale)
+    shared, modules, places = _make(decoder, layers, config, state)
     named = {f"{decoder.name}.{i}.steering": module for i, module in zip(layers, modules, strict=True)}
     root = artifact.directions_name(decoder.name).rpartition(".")[0]
-    return SteeringVectors(model, config, named, gate, (root, shared) if shared is not None else None), places
+    return SteeringVectors(
+        model, config, named, state, (root, shared) if shared is not None else None
+    ), places
 
 
 def attached(model: nn.Module) -> SteeringVectors:
@@ -231,7 +233,7 @@ def detach(model: nn.Module) -> None:
     for layer in vectors.layers:
         del decoder.layers[layer].steering
     if vectors._shared is not None:
-        del decoder.trunk.steering
+        del decoder.backbone.steering
     for name in vectors._was_trainable:
         model.get_parameter(name).requires_grad_(True)
     del model.__dict__["steering_vectors"]
@@ -284,7 +286,7 @@ def _differ(one: str | None, other: str | None) -> bool:
 
 
 def _make(
-    decoder: Decoder, layers: list[int], config: SteeringConfig, gate: Gate
+    decoder: Decoder, layers: list[int], config: SteeringConfig, state: SteeringState
 ) -> tuple[SharedDirections | None, list[AnyVector], list[Site]]:
     """The modules of `config.kind`, one a layer, and where each stands; the directions that they share."""
     dtype = getattr(torch, config.dtype)
@@ -292,7 +294,7 @@ def _make(
     if config.kind == "adaptive":
         downs = find_down_projections(decoder, layers)
         adaptive: list[AnyVector] = [
-            AdaptiveVector(decoder.width, inner, layer, gate, dtype, device)
+            AdaptiveVector(decoder.width, inner, layer, state, dtype, device)
             for layer, device, (_, inner) in zip(layers, devices, downs, strict=True)
         ]
         return None, adaptive, [Site(module, with_input=True) for module, _ in downs]
@@ -305,27 +307,27 @@ def _make(
             )
         shared = SharedDirections(config.rank, decoder.width, dtype, devices[0])
         mixed: list[AnyVector] = [
-            SharedVector(shared, i, gate, dtype, d) for i, d in zip(layers, devices, strict=True)
+            SharedVector(shared, i, state, dtype, d) for i, d in zip(layers, devices, strict=True)
         ]
         return shared, mixed, sites
-    return None, [SteeringVector(decoder.width, gate, dtype, device) for device in devices], sites
+    return None, [SteeringVector(decoder.width, state, dtype, device) for device in devices], sites
 
 
 class PromptWatch:
     """
-    Lets the vectors of `gate` know which tokens they steer: before each forward pass of `model`, and during
+    Lets the vectors of `state` know which tokens they steer: before each forward pass of `model`, and during
     its `generate()` where the prompt ends. `remove()` ends it; of several, the last one first.
     """
 
-    def __init__(self, model: nn.Module, gate: Gate):
+    def __init__(self, model: nn.Module, state: SteeringState):
         self.model = model
-        self.handle = find_decoder(model).trunk.register_forward_pre_hook(
-            partial(_place, gate), prepend=True, with_kwargs=True
+        self.handle = find_decoder(model).backbone.register_forward_pre_hook(
+            partial(_place, state), prepend=True, with_kwargs=True
         )
         # Assisted decoding and prefilling in chunks do not begin with a pass over the prompt alone.
         self.before = model.__dict__.get("generate")
         if hasattr(model, "generate"):
-            model.__dict__["generate"] = partial(_generate, gate, model.generate)
+            model.__dict__["generate"] = partial(_generate, state, model.generate)
 
     def remove(self) -> None:
         self.handle.remove()
@@ -334,23 +336,23 @@ class PromptWatch:
             self.model.__dict__["generate"] = self.before
 
 
-def _generate(gate: Gate, generate: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate(state: SteeringState, generate: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` with the prompt's length told, unless a caller tells."""
     config = kwargs.get("generation_config")
     if (kwargs.get("guidance_scale") or getattr(config, "guidance_scale", None) or 1) != 1:
         raise SteerError(
-            f"positions={gate.positions!r} cannot be told under guidance_scale: the negative prompt has a "
+            f"positions={state.positions!r} cannot be told under guidance_scale: the negative prompt has a "
             "length of its own; use positions='all'"
         )
     given = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
     prompt = next((tensor for tensor in given if tensor is not None), None)
-    before = gate.prompt_length
+    before = state.prompt_length
     if before is None:
-        gate.prompt_length = 1 if prompt is None else prompt.shape[1]  # without a prompt, BOS
+        state.prompt_length = 1 if prompt is None else prompt.shape[1]  # without a prompt, BOS
     try:
         return generate(*args, **kwargs)
     finally:
-        gate.prompt_length = before
+        state.prompt_length = before
 
 
 def _device(block: nn.Module) -> torch.device:
@@ -364,16 +366,16 @@ def _device(block: nn.Module) -> torch.device:
     return next(block.parameters()).device
 
 
-def _place(gate: Gate, trunk: nn.Module, args: tuple, kwargs: dict) -> None:
-    if not gate.enabled:  # the base model needs no prompt length
+def _place(state: SteeringState, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
+    if not state.enabled:  # the base model needs no prompt length
         return
     if any(kwargs.get(name) is not None for name in ("state", "mems", "cache_params")):
         raise SteerError(
-            f"positions={gate.positions!r}: what {type(trunk).__name__} keeps between passes does not say "
-            "how many tokens it has seen; use positions='all', or one pass over all tokens in "
+            f"positions={state.positions!r}: what {type(backbone).__name__} keeps between passes "
+            "does not say how many tokens it has seen; use positions='all', or one pass over all tokens in "
             "`with vectors.prompt_length(n):`"
         )
     tokens = args[0] if args else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
-    gate.place(tokens.shape[1], kwargs.get("past_key_values"), tokens.device)
+    state.place(tokens.shape[1], kwargs.get("past_key_values"), tokens.device)

@@ -31,7 +31,7 @@ def test_the_gain_is_what_the_norm_multiplies_with(model_type: str) -> None:
     norm = find_final_norm(model)
     assert norm is not None
     handle = norm.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    hidden = find_decoder(model).trunk(torch.tensor([[4, 5, 6]]), use_cache=False)[0]
+    hidden = find_decoder(model).backbone(torch.tensor([[4, 5, 6]]), use_cache=False)[0]
     handle.remove()
     x = seen[-1][0, -1].double()
     assert torch.equal(norm(seen[-1]), hidden)  # nothing comes after it
@@ -41,7 +41,7 @@ def test_the_gain_is_what_the_norm_multiplies_with(model_type: str) -> None:
     found = through_final_norm(model, x[None].float())[0].double()
     # The norm's epsilon is beside the stream's mean square; float32 rounds the rest.
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4 * float(x.norm()) / width)
-    assert torch.equal(find_decoder(model).trunk(torch.tensor([[4, 5, 6]]), use_cache=False)[0], hidden)
+    assert torch.equal(find_decoder(model).backbone(torch.tensor([[4, 5, 6]]), use_cache=False)[0], hidden)
 
 
 def test_vectors_that_must_know_where_the_prompt_ends() -> None:

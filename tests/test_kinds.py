@@ -50,8 +50,8 @@ def test_fresh_vectors_change_no_output_and_leave_no_trace(dense, kind):
 
 def test_parameters_have_the_names_of_the_model_and_their_shapes(dense, kind):
     vectors = attach(dense, kind, layers="0,2", dtype="float64")
-    trunk = {"gpt2": "transformer", "gpt_neox": "gpt_neox"}.get(dense.config.model_type, "model")
-    decoder = f"{trunk}.{'h' if trunk == 'transformer' else 'layers'}"
+    backbone = {"gpt2": "transformer", "gpt_neox": "gpt_neox"}.get(dense.config.model_type, "model")
+    decoder = f"{backbone}.{'h' if backbone == 'transformer' else 'layers'}"
     parts = {"adaptive": {"vector": (32,), "readout": (DOWN[dense.config.model_type][1],)}}
     expected = {
         f"{decoder}.{layer}.steering.{part}": shape
@@ -59,7 +59,7 @@ def test_parameters_have_the_names_of_the_model_and_their_shapes(dense, kind):
         for part, shape in parts.get(kind, {"mix": (RANK,)}).items()
     }
     if kind == "shared":
-        expected[f"{trunk}.steering.directions"] = (RANK, 32)
+        expected[f"{backbone}.steering.directions"] = (RANK, 32)
     ours = vectors.named_parameters()
     assert {name: tuple(p.shape) for name, p in ours.items()} == expected
     assert {p.dtype for p in ours.values()} == {torch.float64}

@@ -214,7 +214,7 @@ def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any)
     import steer
     from steer.evaluation.heldout import answer_greedily, score
     from steer.tasks.data import Arithmetic, load_problems
-    from steer.tasks.grading import Checker
+    from steer.tasks.grading import MathGrader
     from steer.tasks.prompts import PromptSpec, recorded
 
     run = recorded(made.config.provenance, "run")
@@ -229,12 +229,12 @@ def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any)
     vectors = steer.load(made, model, tokenizer=tokenizer)
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [tokenizer.eos_token_id if stops is None else stops]
-    frame = PromptSpec.of_training(made.config.provenance).frame(tokenizer)
+    format_problem = PromptSpec.of_training(made.config.provenance).formatter(tokenizer)
 
     def measure(label: str) -> dict[str, Any]:
-        with Checker() as checker:
+        with MathGrader() as grader:
             answers = answer_greedily(
-                model, tokenizer, problems, frame, checker, args.max_new_tokens, stops, label=label
+                model, tokenizer, problems, format_problem, grader, args.max_new_tokens, stops, label=label
             )
         return asdict(score(answers))
 

@@ -44,7 +44,7 @@ def _generate(args: argparse.Namespace) -> None:
     if args.scale is not None:
         vectors.scale = args.scale
     trained = PromptSpec.of_training(vectors.config.provenance)
-    prompt = trained.but(args.template, None, args.chat_template_kwargs).render(args.prompt, tokenizer)
+    prompt = trained.but(args.template, None, args.chat_template_kwargs).format_prompt(args.prompt, tokenizer)
     inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
 
     check_context(model.config, inputs["input_ids"].shape[1], args.max_new_tokens, "--max-new-tokens")

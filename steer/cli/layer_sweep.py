@@ -30,14 +30,14 @@ from steer.files import held
 from steer.lens import layer_study
 from steer.models import load_model, load_tokenizer
 from steer.sites import find_decoder
-from steer.tasks.rewards import Checker
+from steer.tasks.rewards import MathGrader
 from steer.training import recipe
 from steer.training import run as runs
 from steer.training.config import SteeringGRPOConfig
 from steer.training.run import RunConfig, SteeringArguments
 from steer.training.sweep import grid
 from steer.training.sweep.grid import PopulationArguments
-from steer.training.sweep.run import Study, claim, conduct
+from steer.training.sweep.run import Study, claim_sweep_dir, train_members
 
 PARTS = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
 
@@ -69,21 +69,23 @@ def _train_population(
     now = grid.chosen(everyone, asked.only)
     train, held_out = recipe.problems(run)
     prompts = runs.prompts(run, training)
-    frame = prompts.frame(tokenizer)
-    train = train.map(lambda row: {"prompt": frame(row["problem"])}, desc="framing prompts")
-    train = recipe.fitting(train, held_out, frame, tokenizer, model, training.max_completion_length or 1)
+    format_problem = prompts.formatter(tokenizer)
+    train = train.map(lambda row: {"prompt": format_problem(row["problem"])}, desc="formatting prompts")
+    train = recipe.fitting(
+        train, held_out, format_problem, tokenizer, model, training.max_completion_length or 1
+    )
     main_process = PartialState().is_main_process
     if main_process:
-        claim(folder, run, training, everyone, {settings.name for settings in now})
+        claim_sweep_dir(folder, run, training, everyone, {settings.name for settings in now})
     PartialState().wait_for_everyone()
-    with Checker() as checker:
-        conduct(Study(folder, run, asked, model, tokenizer, prompts, checker, train, held_out), now)
+    with MathGrader() as grader:
+        train_members(Study(folder, run, asked, model, tokenizer, prompts, grader, train, held_out), now)
         if not main_process:
             return
         best = layer_study.best_layers(layer_study.rows(folder), asked.winners) if asked.winners else []
         if len(best) > 1 and held_out is not None:
             tokens = training.max_completion_length
-            layer_study.compose_pairs(folder, best, model, tokenizer, checker, held_out, prompts, tokens)
+            layer_study.compose_pairs(folder, best, model, tokenizer, grader, held_out, prompts, tokens)
     print(f"\n{layer_study.report(folder, f'{run.model} on {run.train_data}')}")
     print(f"table     {folder / 'sweep.md'}, {folder / 'sweep.json'}\nplot      {folder / 'sweep.png'}")
     print(f"vectors   {folder / 'members'}/NAME/vectors\n")

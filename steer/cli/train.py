@@ -61,10 +61,10 @@ def main() -> None:
         training.learning_rate = choose(run, training, sweep, chosen, train)
         if sweep.sweep_only:
             return
-    recipe.conduct(run, training, chosen, train, held_out)
+    recipe.train_run(run, training, chosen, train, held_out)
     if PartialState().is_main_process:
         folder = Path(training.output_dir)
-        seal(folder)
+        write_scores(folder)
         recipe.report(folder, run, chosen)
         command = [Path(sys.executable).with_name("steer"), "generate", run.model]
         command += ["--vectors", folder / "vectors", "--prompt", "What is 7 + 5?"]
@@ -103,7 +103,7 @@ def provenance(run: RunConfig, training: SteeringGRPOConfig) -> dict[str, Any]:
     }
 
 
-def seal(folder: Path) -> None:
+def write_scores(folder: Path) -> None:
     """Write the scores into the finished artifact and its card."""
     results = runs.read_results(folder)
     vectors = artifact.read(folder / "vectors")

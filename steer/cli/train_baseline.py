@@ -56,7 +56,7 @@ def main() -> None:
         training.learning_rate = choose(run, training, sweep, chosen, train)
         if sweep.sweep_only:
             return
-    recipe.conduct(run, training, chosen, train, held_out)
+    recipe.train_run(run, training, chosen, train, held_out)
     if PartialState().is_main_process:
         recipe.report(Path(training.output_dir), run, chosen)
 

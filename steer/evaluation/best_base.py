@@ -16,7 +16,7 @@ import numpy as np
 from steer.evaluation import scores
 from steer.evaluation.collect import Cell, Collection
 from steer.tasks.elicited import constant_answer
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 
 
 def best(cells: Sequence[Cell]) -> Cell | None:
@@ -49,14 +49,14 @@ def lenient_columns(cell: Cell, base: Cell | None, reference: Cell | None) -> di
 def constant_rows(collection: Collection) -> list[dict[str, Any]]:
     """The best constant answer of each benchmark, and its score on the compared problems."""
     rows = []
-    with Checker() as checker:
+    with MathGrader() as grader:
         for benchmark in collection.benchmarks():
             cells = collection.cells(benchmark, True) or collection.cells(benchmark, False)
             if not cells:
                 continue
             golds = [str(collection.problems[benchmark][key]["answer"]) for key in cells[0].problems]
             answer = constant_answer(golds)
-            verdicts = checker.check([rf"\boxed{{{answer}}}"] * len(golds), golds)
+            verdicts = grader.check([rf"\boxed{{{answer}}}"] * len(golds), golds)
             right = np.array([[verdict.correct for verdict in verdicts]], dtype=float)
             rows.append(
                 {

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Method:
-    """One row of the table: its trained numbers, and its completions by seed, benchmark and problem."""
+    """One row of the table: its trainable parameters, and its completions by seed, benchmark and problem."""
 
     name: str
     parameters: int

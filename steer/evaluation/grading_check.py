@@ -30,7 +30,7 @@ from typing import Any
 
 from steer.errors import SteerError
 from steer.evaluation.collect import collect
-from steer.tasks.grading import Checker, Verdict, extract_boxed
+from steer.tasks.grading import MathGrader, Verdict, extract_boxed
 
 # lm-eval 0.4.13, tasks/gsm8k/gsm8k.yaml
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -171,8 +171,8 @@ def check_samples(path: str, sample: int, seed: int) -> list[Graded]:
     random.Random(seed).shuffle(rows)
     rows = rows[:sample]
     references = [target.rpartition("#### ")[2].strip().replace(",", "") for _, _, target, _, _ in rows]
-    with Checker() as checker:
-        verdicts = checker.check([text for _, text, _, _, _ in rows], references)
+    with MathGrader() as grader:
+        verdicts = grader.check([text for _, text, _, _, _ in rows], references)
     return [
         Graded(grader, text, reference, verdict, theirs, extracted)
         for (grader, text, _, theirs, extracted), reference, verdict in zip(
@@ -200,8 +200,8 @@ def agreement(path: str) -> tuple[int, list[tuple[str, str, Verdict]]]:
             f'{path}, line {number}: expected {{"gold": ..., "answer": ..., "correct": true or false}} '
             f"({type(error).__name__}: {error})"
         ) from error
-    with Checker() as checker:
-        verdicts = checker.check(
+    with MathGrader() as grader:
+        verdicts = grader.check(
             [f"\\boxed{{{answer}}}" for _, answer, _ in rows], [gold for gold, _, _ in rows]
         )
     pairs = zip(rows, verdicts, strict=True)

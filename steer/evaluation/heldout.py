@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.stats import wilson
 from steer.tasks.elicited import Example, constant_answer, fitting, longer
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 from steer.tasks.lenient import extract_lenient
 from steer.tasks.prompts import PromptSpec
 
@@ -65,22 +65,22 @@ def answer_greedily(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[dict[str, Any]],
-    frame: Callable[[str], str],
-    checker: Checker,
+    format_problem: Callable[[str], str],
+    grader: MathGrader,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     label: str = "evaluating",
 ) -> list[Answered]:
-    """The most likely completion of each problem as `frame` puts it, graded. Deterministic on one machine."""
-    return answer(model, tokenizer, problems, frame, checker, max_new_tokens, eos_token_ids, label)
+    """The most likely completion of each problem, graded. Deterministic on one machine."""
+    return answer(model, tokenizer, problems, format_problem, grader, max_new_tokens, eos_token_ids, label)
 
 
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[dict[str, Any]],
-    frame: Callable[[str], str],
-    checker: Checker,
+    format_problem: Callable[[str], str],
+    grader: MathGrader,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     label: str = "evaluating",
@@ -88,8 +88,8 @@ def answer(
     numbers: Sequence[int] | None = None,
 ) -> list[Answered]:
     """
-    One completion of each problem as `frame` puts it, graded; a problem that is there several times is read
-    once. `numbers` (default: 0, 1, ...) tell the random numbers of one row from another's where the
+    One completion of each problem as `format_problem` puts it, graded; a problem that is there several times
+    is read once. `numbers` (default: 0, 1, ...) tell the random numbers of one row from another's where the
     temperature is not 0.
     """
     sampling = Sampling(max_new_tokens, tuple(eos_token_ids), temperature)
@@ -101,14 +101,15 @@ def answer(
         for start in range(0, len(problems), BATCH):
             batch = problems[start : start + BATCH]
             prompts = [
-                tokenizer(frame(row["problem"]), add_special_tokens=False)["input_ids"] for row in batch
+                tokenizer(format_problem(row["problem"]), add_special_tokens=False)["input_ids"]
+                for row in batch
             ]
             noise = uniforms(numbers[start : start + BATCH], max_new_tokens, 0, 0) if temperature else None
             ids = rollout(model, prompts, sampling, noise).ids
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             golds = [row["answer"] for row in batch]
-            verdicts = checker.check(texts, golds)
-            lenient = checker.check(texts, golds, extract_lenient)
+            verdicts = grader.check(texts, golds)
+            lenient = grader.check(texts, golds, extract_lenient)
             for row, text, verdict, free, tokens in zip(batch, texts, verdicts, lenient, ids, strict=True):
                 ended = tokens[-1] in sampling.eos_token_ids
                 answered.append(
@@ -150,11 +151,11 @@ def score(answered: Sequence[Answered]) -> Score:
     )
 
 
-def constant(problems: Sequence[dict[str, Any]], checker: Checker) -> dict[str, Any]:
+def constant(problems: Sequence[dict[str, Any]], grader: MathGrader) -> dict[str, Any]:
     """The score of the best constant answer to `problems`, as a run's results hold it."""
     golds = [str(row["answer"]) for row in problems]
     given = constant_answer(golds)
-    verdicts = checker.check([rf"\boxed{{{given}}}"] * len(problems), golds)
+    verdicts = grader.check([rf"\boxed{{{given}}}"] * len(problems), golds)
     right = sum(verdict.correct for verdict in verdicts)
     low, high = _wilson(right, len(problems))
     share = right / len(problems)
@@ -186,8 +187,8 @@ def ways(
         return found
 
     def longest(some: Sequence[Example]) -> int:
-        frame = replace(prompts, examples=tuple(some)).frame(tokenizer)
-        texts = [frame(row["problem"]) for row in problems]
+        format_problem = replace(prompts, examples=tuple(some)).formatter(tokenizer)
+        texts = [format_problem(row["problem"]) for row in problems]
         return max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     wide = longer(limit)

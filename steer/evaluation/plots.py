@@ -71,7 +71,7 @@ def _accuracy(pyplot: Any, rows: Sequence[dict[str, Any]], colours: dict[str, st
 
 
 def _parameters(pyplot: Any, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> Any:
-    """Accuracy against trained numbers; what trained none is a dashed line."""
+    """Accuracy against trainable parameters; what trained none is a dashed line."""
     panels = {
         name: [r for r in of if r["decoding"] == of[-1]["decoding"]] for name, of in _panels(rows).items()
     }
@@ -99,7 +99,7 @@ def _parameters(pyplot: Any, rows: Sequence[dict[str, Any]], colours: dict[str, 
         trained = [row["parameters"] for row in of if row["parameters"]]
         ax.set_xlim(min(trained, default=1) / 5, max(trained, default=10) * 12)
         ax.set_title(f"{benchmark}, {of[0]['decoding']}", loc="left", fontsize=10, fontweight="bold")
-        ax.set_xlabel("trained numbers")
+        ax.set_xlabel("trainable parameters")
         ax.set_ylabel("accuracy")
     return figure
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 from steer.tasks.lenient import extract_lenient
 
 # What the grades are made from.
@@ -26,8 +26,8 @@ def regrade(columns: dict[str, list[Any]], problems: Sequence[dict[str, Any]]) -
     if not unread:
         return
     golds = {(p["benchmark"], p["id"]): p["answer"] for p in problems}
-    with Checker() as checker:
-        verdicts = checker.check(
+    with MathGrader() as grader:
+        verdicts = grader.check(
             [columns["text"][row] for row in unread],
             [golds[columns["benchmark"][row], columns["problem"][row]] for row in unread],
             extract_lenient,

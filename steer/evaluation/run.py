@@ -169,7 +169,7 @@ def _sample(
     import torch
     from tqdm import tqdm
 
-    from steer.tasks.grading import Checker
+    from steer.tasks.grading import MathGrader
 
     stop = stop_tokens(args.model, args.revision, tokenizer)
     engine: Engine
@@ -181,12 +181,12 @@ def _sample(
     on_gpu = args.engine == "vllm" and torch.cuda.is_available()
     size = args.batch_size or (options.BATCH_VLLM_GPU if on_gpu else options.BATCH)
     bar = tqdm(total=len(rows), initial=len(rows) - len(todo), unit="answer", smoothing=0.05)
-    with bar, Checker(workers=args.workers) as checker:
+    with bar, MathGrader(workers=args.workers) as grader:
         for variant, of_variant in groupby(todo, key=lambda row: row.variant):
             with engine.variant(variant):
                 for batch in _batches(list(of_variant), size):
                     began = time.perf_counter()
-                    graded = _answer(args, engine, checker, tokenizer, stop, batch)
+                    graded = _answer(args, engine, grader, tokenizer, stop, batch)
                     seconds = time.perf_counter() - began
                     for row in graded:
                         row["seconds"] = seconds / len(batch)
@@ -204,7 +204,7 @@ def _sample(
 def _answer(
     args: argparse.Namespace,
     engine: Engine,
-    checker: Any,
+    grader: Any,
     tokenizer: Any,
     stop: tuple[int, ...],
     batch: list[Row],
@@ -217,8 +217,8 @@ def _answer(
     completions = engine.complete([list(row.prompt) for row in batch], seeds, decoding)
     texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
     golds = [row.problem.answer for row in batch]
-    verdicts = checker.check(texts, golds)
-    lenient = checker.check(texts, golds, extract_lenient)
+    verdicts = grader.check(texts, golds)
+    lenient = grader.check(texts, golds, extract_lenient)
     return [
         {
             **dict(zip(("variant", "benchmark", "problem", "sample"), row.key, strict=True)),
@@ -338,7 +338,7 @@ def _rows(
                 continue
             examples, limit = (way.examples, way.max_new_tokens) if way else ((), b.max_new_tokens)
             spec = replace(prompts[b.name], prefix=variant.prefix, system=variant.system, examples=examples)
-            texts = [spec.render(p.problem, tokenizer) for p in problems[b.name]]
+            texts = [spec.format_prompt(p.problem, tokenizer) for p in problems[b.name]]
             tokens = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
             asked = sorted(zip(problems[b.name], tokens, strict=True), key=lambda pair: -len(pair[1]))
             for samples in ([GREEDY] if args.greedy else [], range(b.samples)):

@@ -39,7 +39,7 @@ def by_method(rows: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]
 def cells(group: dict[str, dict[str, Any]]) -> dict[str, str]:
     """One method's line of the table, by column."""
     one = next(iter(group.values()))
-    shown = {"method": one["method"], "trained numbers": f"{one['parameters']:,}"}
+    shown = {"method": one["method"], "trainable parameters": f"{one['parameters']:,}"}
     if one["seeds"] > 1:
         shown["method"] += f" ({one['seeds']} seeds)"
     for decoding, row in group.items():
@@ -68,12 +68,12 @@ def cells(group: dict[str, dict[str, Any]]) -> dict[str, str]:
 def constant_cells(row: dict[str, Any]) -> dict[str, str]:
     """The line of the best constant answer."""
     text = interval(row["accuracy"])
-    return {"method": row["method"], "trained numbers": "0", "greedy": text, "greedy, lenient": text}
+    return {"method": row["method"], "trainable parameters": "0", "greedy": text, "greedy, lenient": text}
 
 
 def columns(lines: Sequence[dict[str, str]]) -> list[str]:
     """The columns that these lines of a table have, in reading order."""
-    order = ["method", "trained numbers"]
+    order = ["method", "trainable parameters"]
     for name in ("greedy", "sampled"):
         order += [name, f"{name}, each seed", f"{name} against base", f"{name}, share of gain"]
         order += [f"{name}, lenient", f"{name} against elicited base"]

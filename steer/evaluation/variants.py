@@ -200,7 +200,7 @@ def _adapter(folder: Path) -> tuple[int, str]:
         digest.update((folder / name).read_bytes())
     try:
         for name, entry in deserialize((folder / ADAPTER_FILES[1]).read_bytes()):
-            # peft keeps TinyLoRA's frozen factors beside the trained numbers
+            # peft keeps TinyLoRA's frozen factors beside the trainable parameters
             frozen = ".tinylora_" in name and ".tinylora_v." not in name
             count += 0 if frozen else math.prod(entry["shape"])
     except SafetensorError as error:

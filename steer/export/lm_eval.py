@@ -44,7 +44,7 @@ def write(artifact: Artifact, path: str | os.PathLike[str]) -> Path:
     check_everywhere(config, "lm-eval")
     # the layer's output needs no table; the others are the outputs of their last matrix
     place = "" if config.site == "resid_post" else f".{bias_place(config, 'lm-eval')}"
-    stack = artifact.decoder.partition(".")[2]  # lm-eval looks below the module that holds the trunk
+    stack = artifact.decoder.partition(".")[2]  # lm-eval looks below the module that holds the backbone
     steers = {
         f"{stack}.{layer}{place}": {
             "steering_vector": vector.contiguous(),

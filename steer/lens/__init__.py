@@ -1,8 +1,8 @@
 """
 What trained vectors do to a model: the mechanistic half of "Small Vectors, Big Effects" (arXiv 2509.06608).
 
-A `subject.Subject` is a model with vectors in it, its tokenizer and the frame of its prompts. Each analysis
-is a function of a subject that returns plain data with `to_dict()` and `plot(path)`:
+A `subject.Subject` is a model with vectors in it, its tokenizer and the prompt format. Each
+analysis is a function of a subject that returns plain data with `to_dict()` and `plot(path)`:
 
 - `logit_lens`: which tokens a vector promotes and suppresses by itself; `scripts` counts writing systems
 - `token_shift`: whose probability changes, and where; what a forced opening gives without any vector
@@ -13,6 +13,6 @@ is a function of a subject that returns plain data with `to_dict()` and `plot(pa
 - `scale_maps`: how much of an adaptive vector each token of a text gets
 - `controls`: random, shuffled and mean-difference vectors, for whatever is claimed
 
-All of them run base and steered conditions as lanes of one batch (`lanes`, `passes`, `sampling`) with exact
-hooks on the unmodified model. `report` does everything and writes one page.
+All of them run base and steered conditions as conditions of one batch (`conditions`, `passes`, `sampling`)
+with exact hooks on the unmodified model. `report` does everything and writes one page.
 """

@@ -15,13 +15,13 @@ import torch
 
 from steer.config import SteeringConfig
 from steer.errors import SteerError
-from steer.lens.lanes import BASE, Lane, steered
+from steer.lens.conditions import BASE, Condition, steered
 from steer.lens.passes import passes
 from steer.lens.results import Result, share
 from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject, chunks
 from steer.stats import wilson
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 
 
 @dataclass
@@ -85,14 +85,14 @@ def as_trained(config: SteeringConfig) -> bool:
 def compose(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
-    checker: Checker | None,
+    grader: MathGrader | None,
     layers: Sequence[int] | None = None,
     rows: Sequence[Row] = (),
     label: str | None = None,
 ) -> Composition:
     """
     Greedy accuracy on `problems` with the vectors of `layers` (all by default) alone, in pairs, and together;
-    without a checker, the likelihood of `rows`, right answers, which tells sets apart that solve nothing yet.
+    without a grader, the likelihood of `rows`, right answers, which tells sets apart that solve nothing yet.
 
     For vectors that were trained alone, one artifact a layer, add the artifacts first: `steer.artifact`. The
     result then has no `joint`, since a sum was not trained: set it to the same measure of a jointly trained
@@ -102,17 +102,17 @@ def compose(
     if len(layers) < 2:
         raise SteerError(f"composition needs two layers or more, got {layers}")
     sets = [*([i] for i in layers), *map(list, combinations(layers, 2)), layers]
-    lanes = [BASE, steered(subject), *(Lane(frozenset(chosen)) for chosen in sets)]
-    if checker is None:
-        base, whole, *scores = likelihoods(subject, rows, lanes, label).tolist()
+    conditions = [BASE, steered(subject), *(Condition(frozenset(chosen)) for chosen in sets)]
+    if grader is None:
+        base, whole, *scores = likelihoods(subject, rows, conditions, label).tolist()
     else:
-        base, whole, *scores = accuracies(subject, problems, lanes, checker, label).tolist()
+        base, whole, *scores = accuracies(subject, problems, conditions, grader, label).tolist()
     n = len(layers)
     alone = torch.tensor(scores[:n], dtype=torch.float64)
     pairs = torch.diag(alone)
     for (i, j), value in zip(combinations(range(n), 2), scores[n:-1], strict=True):
         pairs[i, j] = pairs[j, i] = value
-    count, measure = (len(rows), "nats a token") if checker is None else (len(problems), "accuracy")
+    count, measure = (len(rows), "nats a token") if grader is None else (len(problems), "accuracy")
     joint = whole if as_trained(subject.vectors.config) else None
     return Composition(list(layers), alone, pairs, scores[-1], whole, base, count, measure, joint)
 
@@ -144,22 +144,22 @@ class LeaveOneOut(Result):
 def leave_one_out(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
-    checker: Checker | None,
+    grader: MathGrader | None,
     rows: Sequence[Row] | None = None,
     label: str | None = None,
 ) -> LeaveOneOut:
     """
     Leave each layer's vector out in turn. rows: completions whose likelihood is measured; by default the
-    greedy ones of the whole set. Without a checker only the likelihood is measured, and accuracies are NaN.
+    greedy ones of the whole set. Without a grader only the likelihood is measured, and accuracies are NaN.
     """
     all_layers = frozenset(subject.layers)
-    lanes = [steered(subject), BASE, *(Lane(all_layers - {layer}) for layer in subject.layers)]
+    conditions = [steered(subject), BASE, *(Condition(all_layers - {layer}) for layer in subject.layers)]
     if rows is None:
         (rows,) = complete(subject, subject.rows(problems), [steered(subject)], label=label)
-    likely = likelihoods(subject, rows, lanes, label)
-    accuracy = torch.full((len(lanes),), torch.nan, dtype=torch.float64)
-    if checker is not None:
-        accuracy = accuracies(subject, problems, lanes, checker, label)
+    likely = likelihoods(subject, rows, conditions, label)
+    accuracy = torch.full((len(conditions),), torch.nan, dtype=torch.float64)
+    if grader is not None:
+        accuracy = accuracies(subject, problems, conditions, grader, label)
     return LeaveOneOut(
         subject.layers,
         accuracy[2:],
@@ -173,13 +173,13 @@ def leave_one_out(
 
 
 def likelihoods(
-    subject: Subject, rows: Sequence[Row], lanes: Sequence[Lane], label: str | None = None
+    subject: Subject, rows: Sequence[Row], conditions: Sequence[Condition], label: str | None = None
 ) -> torch.Tensor:
-    """Mean log-probability of the completions' tokens in each lane, in nats a token: (lanes,)."""
+    """Mean log-probability of the completions' tokens in each condition, in nats a token: (conditions,)."""
     if not all(row.completion for row in rows):
         raise SteerError("a likelihood needs completions, some of these rows are prompts alone")
     found = []
-    for _, some in chunks(lanes, subject.batch_size):
+    for _, some in chunks(conditions, subject.batch_size):
         total = torch.zeros(len(some), dtype=torch.float64)
         for done in passes(subject, rows, some, label=label):
             for index, row in enumerate(done.rows):
@@ -220,7 +220,7 @@ SCALES = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 def scale_sweep(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
-    checker: Checker,
+    grader: MathGrader,
     scales: Sequence[float] = SCALES,
     label: str | None = None,
 ) -> ScaleSweep:
@@ -234,7 +234,7 @@ def scale_sweep(
             (rows,) = complete(
                 subject, subject.rows(problems), [steered(subject)], label=label and f"{label} {scale}"
             )
-            found.append(graded(subject, rows, problems, checker).double().mean())
+            found.append(graded(subject, rows, problems, grader).double().mean())
             lengths.append(torch.tensor([float(len(row.completion)) for row in rows]).mean())
     finally:
         subject.vectors.scale = before

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import normalize
 
 from steer.errors import SteerError
-from steer.lens.lanes import BASE
+from steer.lens.conditions import BASE
 from steer.lens.passes import streams
 from steer.lens.subject import Row, Subject
 from steer.vectors import SteeringVectors

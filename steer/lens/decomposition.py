@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from steer.errors import SteerError
 from steer.hooks import hidden_in, hidden_out
-from steer.lens.lanes import BASE, Lane
+from steer.lens.conditions import BASE, Condition
 from steer.lens.passes import run
 from steer.lens.results import Result
 from steer.lens.subject import Row, Subject, chunks
@@ -73,7 +73,7 @@ def decompose(
     if config.kind == "adaptive" or config.site != "resid_post":
         what = config.kind if config.kind == "adaptive" else config.site
         raise SteerError(f"the decomposition takes vectors at site resid_post, these are {what}")
-    lanes = [BASE, Lane(frozenset(subject.layers if layers is None else layers))]
+    conditions = [BASE, Condition(frozenset(subject.layers if layers is None else layers))]
     depth, last = subject.decoder.depth, subject.decoder.depth - 1
     writers = residual_writers(subject)
     shares, norms = ({kind: torch.zeros(depth, dtype=torch.float64) for kind in writers} for _ in range(2))
@@ -106,7 +106,7 @@ def decompose(
         at = torch.tensor([(i, starts[i] + n) for i, row in enumerate(batch) for n in row.predicting]).T
         end = torch.tensor([padded.ids.shape[1] - 1], device=subject.device)
         # Twice: first the whole change, then its parts, of which only sums are kept.
-        run(subject, padded, batch, lanes, end, finish, [last])
+        run(subject, padded, batch, conditions, end, finish, [last])
         total = torch.zeros_like(whole)
         handles = [
             module.register_forward_hook(partial(note, kind, layer))
@@ -114,7 +114,7 @@ def decompose(
             for layer, module in modules.items()
         ]
         try:
-            run(subject, padded, batch, lanes, end)
+            run(subject, padded, batch, conditions, end)
         finally:
             for handle in handles:
                 handle.remove()
@@ -126,7 +126,7 @@ def decompose(
             f"attention and MLP: they miss it by {error:.2g} of its length, expected 0"
         )
     return Decomposition(
-        sorted(lanes[1].layers),
+        sorted(conditions[1].layers),
         shares["vectors"] / tokens,
         shares["attention"] / tokens,
         shares["mlp"] / tokens,
@@ -161,7 +161,7 @@ def residual_writers(subject: Subject) -> dict[str, dict[int, nn.Module]]:
     handles += [child.register_forward_hook(partial(watched, name)) for name, child in named]
     try:
         with subject.vectors.disabled():
-            decoder.trunk(
+            decoder.backbone(
                 torch.tensor([[1, 2, 3]], device=subject.device), use_cache=False
             )  # 0 is often padding
     finally:

@@ -308,7 +308,7 @@ def compose_pairs(
     best: Sequence[dict[str, Any]],
     model: Any,
     tokenizer: Any,
-    checker: Any,
+    grader: Any,
     problems: list[dict[str, Any]],
     prompts: PromptSpec,
     tokens: int,
@@ -339,7 +339,7 @@ def compose_pairs(
             max_new_tokens=tokens,
             chat_template_kwargs=prompts.chat_template_kwargs,
         )
-        found = compose(subject, problems, checker, label="best layers in pairs")
+        found = compose(subject, problems, grader, label="best layers in pairs")
     finally:
         steer.detach(model)
     replace_file(path, (json.dumps({"norms": tried, **found.to_dict()}, indent=1) + "\n").encode())

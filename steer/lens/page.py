@@ -59,7 +59,7 @@ def _head(report: Report) -> str:
     config = report.subject.vectors.config
     count = sum(parameter.numel() for parameter in report.subject.vectors.parameters())
     return (
-        f"<h1>What {count:,} trained numbers do to {escape(str(config.base_model))}</h1>\n<p><small>Steering "
+        f"<h1>What {count:,} trainable parameters do to {escape(str(config.base_model))}</h1>\n<p><small>Steering "
         f"vectors ({escape(config.kind)}), {len(report.subject.layers)} of {config.depth} layers, read with "
         "the methods of <cite>Small Vectors, Big Effects</cite> (arXiv 2509.06608).</small></p>"
     )
@@ -190,7 +190,7 @@ def _sections(report: Report) -> str:
         )
         if isinstance(result, Paths) and (solved := result.first.accuracy) is not None:
             rows = [(n, percent(a)) for n, a in zip(result.first.names, solved.tolist(), strict=True)]
-            parts.append(_table(("route along which the model writes", "problems solved"), rows))
+            parts.append(_table(("path along which the model writes", "problems solved"), rows))
         if isinstance(result, TokenShift) and result.texts:
             parts.append(_strips(result.texts))
         if isinstance(result, ScaleMaps):

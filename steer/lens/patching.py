@@ -1,7 +1,8 @@
 """
 Path patching: through which part of the model the vectors' effect reaches the output (arXiv 2509.06608, the
-penultimate layer). A route (`lanes.Route`) lets the change pass some components and holds all others at what
-they give without it, in both directions: added to the base run, and removed from the steered run.
+penultimate layer). A path (`conditions.EffectPath`) lets the change pass some components and holds all
+others at what they give without it, in both directions: added to the base run, and removed from the steered
+run.
 """
 
 from __future__ import annotations
@@ -13,53 +14,53 @@ from typing import Any
 import torch
 
 from steer.errors import SteerError
-from steer.lens.lanes import EVERYTHING, NONE, NOTHING, Lane, Route, heads
+from steer.lens.conditions import EVERYTHING, NONE, NOTHING, Condition, EffectPath, heads
 from steer.lens.passes import passes
 from steer.lens.results import Result, spread
 from steer.lens.sampling import complete, graded
 from steer.lens.subject import Row, Subject
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 
 DIRECTIONS = {
-    "add": "the change is added to the base run along the route",
-    "remove": "the change is taken out of the steered run along the route",
+    "add": "the change is added to the base run along the path",
+    "remove": "the change is taken out of the steered run along the path",
 }
 ROUTES = {
     "everything": EVERYTHING,
-    "residual only": Route(True, NONE, NONE),
-    "attention only": Route(False, None, NONE),
-    "MLP only": Route(False, NONE, None),
-    "all but residual": Route(False, None, None),
-    "all but attention": Route(True, NONE, None),
-    "all but MLP": Route(True, None, NONE),
+    "residual only": EffectPath(True, NONE, NONE),
+    "attention only": EffectPath(False, None, NONE),
+    "MLP only": EffectPath(False, NONE, None),
+    "all but residual": EffectPath(False, None, None),
+    "all but attention": EffectPath(True, NONE, None),
+    "all but MLP": EffectPath(True, None, NONE),
     "nothing": NOTHING,
 }
 
 
-def later_frozen(layer: int) -> Route:
+def later_frozen(layer: int) -> EffectPath:
     """Through the layers up to `layer` and the residual stream: all later layers are held."""
     live = frozenset(range(layer + 1))
-    return Route(True, live, live)
+    return EffectPath(True, live, live)
 
 
-def frozen_routes(subject: Subject, first: int, count: int = 10) -> dict[str, Route]:
+def frozen_routes(subject: Subject, first: int, count: int = 10) -> dict[str, EffectPath]:
     """`later_frozen` from layer `first` on, evenly at no more than `count` layers, the last one included."""
     return {f"frozen after {i}": later_frozen(i) for i in spread(range(first, subject.decoder.depth), count)}
 
 
-def head_routes(subject: Subject, layer: int) -> dict[str, Route]:
-    """Through one query head of the attention of `layer`, and through no other component: a route each."""
+def head_routes(subject: Subject, layer: int) -> dict[str, EffectPath]:
+    """Through one query head of the attention of `layer`, and through no other component: a path each."""
     only = frozenset([layer])
-    return {f"head {h}": Route(False, only, NONE, frozenset([h])) for h in range(heads(subject))}
+    return {f"head {h}": EffectPath(False, only, NONE, frozenset([h])) for h in range(heads(subject))}
 
 
-def group_routes(subject: Subject, layer: int) -> dict[str, Route]:
+def group_routes(subject: Subject, layer: int) -> dict[str, EffectPath]:
     """The same for each key-value group: all query heads that read one key-value head."""
     config = subject.model.config.get_text_config()
     groups = int(getattr(config, "num_key_value_heads", None) or heads(subject))
     size, only = heads(subject) // groups, frozenset([layer])
     return {
-        f"group {g}": Route(False, only, NONE, frozenset(range(g * size, (g + 1) * size)))
+        f"group {g}": EffectPath(False, only, NONE, frozenset(range(g * size, (g + 1) * size)))
         for g in range(groups)
     }
 
@@ -67,11 +68,11 @@ def group_routes(subject: Subject, layer: int) -> dict[str, Route]:
 @dataclass
 class Patching(Result):
     """
-    One number per route. `logit_difference`: the logit of the token that the vectors lift most minus that of
-    the one they lower most, at each position, averaged over positions. `kl`: KL(steered || route) in nats,
-    averaged. `agreement`: share of positions where the most likely token is the steered run's. `accuracy`:
-    share of problems solved when the model writes greedily along the route, where problems were given. The
-    same for `base` and `steered` themselves, in this order.
+    One number per path. `logit_difference`: the logit of the token that the vectors lift most minus
+    that of the one they lower most, at each position, averaged over positions. `kl`: KL(steered ||
+    path) in nats, averaged. `agreement`: share of positions where the most likely token is the steered
+    run's. `accuracy`: share of problems solved when the model writes greedily along the path, where
+    problems were given. The same for `base` and `steered` themselves, in this order.
     """
 
     layers: list[int]
@@ -87,7 +88,7 @@ class Patching(Result):
 
     def recovered(self, score: str = "logit_difference") -> torch.Tensor:
         """
-        Each route's share of the way from base (0) to steered (1) by `score`; in the direction "remove", of
+        Each path's share of the way from base (0) to steered (1) by `score`; in the direction "remove", of
         the way from steered (0) to base (1). NaN where the two do not differ.
         """
         value: torch.Tensor = getattr(self, score)
@@ -97,7 +98,7 @@ class Patching(Result):
         return (value - start) / (end - start) if end != start else torch.full_like(value, torch.nan)
 
     def __getitem__(self, name: str) -> float:
-        """The share of the logit difference that the route `name` recovers."""
+        """The share of the logit difference that the path `name` recovers."""
         return self.recovered()[self.names.index(name)].item()
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,56 +123,62 @@ class Patching(Result):
 def patch(
     subject: Subject,
     rows: Sequence[Row],
-    routes: Mapping[str, Route] | None = None,
+    effect_paths: Mapping[str, EffectPath] | None = None,
     *,
     layers: Collection[int] | None = None,
     others: bool = False,
     direction: str = "add",
     problems: Sequence[dict[str, Any]] | None = None,
-    checker: Checker | None = None,
+    grader: MathGrader | None = None,
     label: str | None = None,
 ) -> Patching:
     """
-    Score `routes` (`ROUTES` by default) for the vectors of `layers` (all by default), along `rows`.
+    Score `effect_paths` (`ROUTES` by default) for the vectors of `layers` (all by default), along `rows`.
 
     rows: prompts, scored at the token that comes next, or with completions, scored at each of their tokens.
     others: whether the remaining layers' vectors are on, in all runs alike. direction: a key of `DIRECTIONS`.
-    problems, checker: those of `rows`, to solve along each route as well. Raises SteerError for layers
+    problems, grader: those of `rows`, to solve along each path as well. Raises SteerError for layers
     without a vector, for several vectors that stand inside modules, for heads of an attention that has no
-    output matrix, and for a model in which a change passes although no route is open.
+    output matrix, and for a model in which a change passes although no path is open.
     """
     if direction not in DIRECTIONS:
         raise SteerError(f"direction={direction!r} is unknown; choose one of {', '.join(DIRECTIONS)}")
-    if (problems is None) != (checker is None):
+    if (problems is None) != (grader is None):
         raise SteerError("accuracy needs both the problems and a checker; give both or neither")
-    routes = ROUTES if routes is None else routes
+    effect_paths = ROUTES if effect_paths is None else effect_paths
     chosen = frozenset(subject.layers if layers is None else layers)
     rest = frozenset(subject.layers) - chosen if others else NONE
-    ends = [Lane(rest), Lane(rest | chosen)]  # base, steered
+    ends = [Condition(rest), Condition(rest | chosen)]  # base, steered
     reference = 0 if direction == "add" else 1
     _check_closed(subject, rows[0], ends, reference)
-    lanes = [*ends, *(Lane(ends[1 - reference].layers, route, reference) for route in routes.values())]
-    lifted, kl, agree = (torch.zeros(len(lanes), dtype=torch.float64) for _ in range(3))
+    conditions = [
+        *ends,
+        *(
+            Condition(ends[1 - reference].layers, effect_path, reference)
+            for effect_path in effect_paths.values()
+        ),
+    ]
+    lifted, kl, agree = (torch.zeros(len(conditions), dtype=torch.float64) for _ in range(3))
     positions = 0
-    for done in passes(subject, rows, lanes, label=label):
+    for done in passes(subject, rows, conditions, label=label):
         for index in range(len(done.rows)):
-            logits = done.next_token(index)  # (lanes, positions, vocabulary)
+            logits = done.next_token(index)  # (conditions, positions, vocabulary)
             logs = logits.log_softmax(-1)
             moved = logs[1].exp() - logs[0].exp()
             pair = torch.stack([moved.argmax(-1), moved.argmin(-1)], -1)
-            up, down = logits.gather(-1, pair.expand(len(lanes), -1, -1)).unbind(-1)
+            up, down = logits.gather(-1, pair.expand(len(conditions), -1, -1)).unbind(-1)
             lifted += (up - down).double().sum(1).cpu()
             kl += (logs[1].exp() * (logs[1] - logs)).sum(-1).double().sum(1).cpu()
             agree += (logits.argmax(-1) == logits[1].argmax(-1)).double().sum(1).cpu()
             positions += logits.shape[1]
     scores = {"logit_difference": lifted / positions, "kl": kl / positions, "agreement": agree / positions}
-    if problems is not None and checker is not None:
-        scores["accuracy"] = _accuracy(subject, problems, checker, lanes, label)
+    if problems is not None and grader is not None:
+        scores["accuracy"] = _accuracy(subject, problems, grader, conditions, label)
     routed = {name: value[2:] for name, value in scores.items()}
     return Patching(
         sorted(chosen),
         direction,
-        list(routes),
+        list(effect_paths),
         routed["logit_difference"],
         routed["kl"],
         routed["agreement"],
@@ -182,13 +189,13 @@ def patch(
     )
 
 
-def _check_closed(subject: Subject, row: Row, ends: list[Lane], reference: int) -> None:
+def _check_closed(subject: Subject, row: Row, ends: list[Condition], reference: int) -> None:
     """
     SteerError unless a change that may pass nothing leaves the reference run as it is. It does where a model
     writes to the stream outside attention and MLP, adds the stream inside them or scales it.
     """
-    lanes = [*ends, Lane(ends[1 - reference].layers, NOTHING, reference)]
-    (done,) = passes(subject, [row], lanes)
+    conditions = [*ends, Condition(ends[1 - reference].layers, NOTHING, reference)]
+    (done,) = passes(subject, [row], conditions)
     logits = done.next_token(0)
     wanted, found = logits[reference], logits[2]
     error = ((found - wanted).abs().max() / wanted.std()).item()
@@ -198,7 +205,7 @@ def _check_closed(subject: Subject, row: Row, ends: list[Lane], reference: int) 
         run = "steered" if reference else "base"
         raise SteerError(
             f"path patching does not work on {type(subject.model).__name__} in {done.logits.dtype}: with "
-            f"every route closed the logits differ from the {run} run's by up to {error:.2g} of their "
+            f"every path closed the logits differ from the {run} run's by up to {error:.2g} of their "
             "standard deviation, so the change passes outside attention, MLP and residual stream; where half "
             "precision does it, load the model in float32"
         )
@@ -207,19 +214,20 @@ def _check_closed(subject: Subject, row: Row, ends: list[Lane], reference: int) 
 def _accuracy(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
-    checker: Checker,
-    lanes: list[Lane],
+    grader: MathGrader,
+    conditions: list[Condition],
     label: str | None,
 ) -> torch.Tensor:
     """
-    Accuracy of each lane; those with a route get a reference lane of their own, which writes what they write.
+    Accuracy of each condition; those with a path get a reference condition of their own, which writes
+    what they write.
     """
-    own = [*lanes[:2]]
-    for lane in lanes[2:]:
-        own += [lanes[lane.reference], Lane(lane.layers, lane.route, len(own))]
+    own = [*conditions[:2]]
+    for condition in conditions[2:]:
+        own += [conditions[condition.reference], Condition(condition.layers, condition.effect_path, len(own))]
     written = complete(subject, subject.rows(problems), own, label=label and f"{label}, writing")
     kept = [0, 1, *range(3, len(own), 2)]
-    return torch.stack([graded(subject, written[i], problems, checker).double().mean() for i in kept])
+    return torch.stack([graded(subject, written[i], problems, grader).double().mean() for i in kept])
 
 
 def by_layer(
@@ -228,7 +236,7 @@ def by_layer(
     layers: Sequence[int] | None = None,
     *,
     others: bool = False,
-    routes: Mapping[str, Route] | None = None,
+    effect_paths: Mapping[str, EffectPath] | None = None,
     label: str | None = None,
 ) -> list[Patching]:
     """`patch` for the vector of each layer by itself, added to the base run."""
@@ -236,5 +244,5 @@ def by_layer(
     found = []
     for n, layer in enumerate(layers, 1):
         text = label and f"{label}, layer {layer} ({n} of {len(layers)})"
-        found.append(patch(subject, rows, routes, layers=[layer], others=others, label=text))
+        found.append(patch(subject, rows, effect_paths, layers=[layer], others=others, label=text))
     return found

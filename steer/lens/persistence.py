@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from steer.lens.lanes import BASE, Lane
+from steer.lens.conditions import BASE, Condition
 from steer.lens.passes import streams
 from steer.lens.results import Result
 from steer.lens.subject import Row, Subject, chunks
@@ -102,7 +102,7 @@ def _some(
     label: str | None,
 ) -> list[torch.Tensor]:
     """The five tensors of a `Persistence`, for a few sources that run side by side."""
-    lanes = [BASE, *map(Lane, sources)]
+    conditions = [BASE, *map(Condition, sources)]
     depth, width, slots = subject.decoder.depth, subject.decoder.width, 2 * window
     shape = (len(sources), depth, slots + 1, width)  # the last slot: tokens outside the window
     sums, units = torch.zeros(shape), torch.zeros(shape)
@@ -128,7 +128,7 @@ def _some(
             count[source, layer].index_add_(0, place, moved)
             size[source, layer] += (length / base.norm(dim=-1).clamp(min=1e-30)).double().sum()
 
-    streams(subject, rows, lanes, seen, label=label)
+    streams(subject, rows, conditions, seen, label=label)
     tokens = sum(len(row.ids) - 1 for row in rows)
     total = count.sum(2)
     mean = normalize(sums.sum(2), dim=-1)  # (sources, depth, width)

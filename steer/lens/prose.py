@@ -147,14 +147,14 @@ def _paths(report: Report) -> Sentences:
     words = [f"{name.removesuffix(' only')} {percent(found[name])}" for name in names]
     control = [percent(random[name]) for name in names]
     told = [
-        "Of the effect on the logits, one route alone recovers: "
+        "Of the effect on the logits, one path alone recovers: "
         f"{_and(words)} (random vectors: {_and(control)}); all but the residual stream "
         f"{percent(found['all but residual'])}."
     ]
     if found.accuracy is not None:
         solved = dict(zip(found.names, found.accuracy.tolist(), strict=True))
         told.append(
-            "Writing along a route, the model solves "
+            "Writing along a path, the model solves "
             + _and([f"{percent(solved[n])} ({n})" for n in ("all but residual", "MLP only", "residual only")])
             + f", with everything {percent(solved['everything'])}."
         )

@@ -1,7 +1,7 @@
 """
 Every analysis of one artifact, with its controls, and the paper's findings judged by the numbers.
 
-`study` measures, `page.render` writes the result as one HTML page, `save_figures` as image files.
+`study` measures, `page.format_prompt` writes the result as one HTML page, `save_figures` as image files.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from steer.errors import SteerError
 from steer.files import replace_file
 from steer.lens import findings as rules
 from steer.lens.composition import compose, leave_one_out, likelihoods, scale_sweep
+from steer.lens.conditions import BASE, Condition, steered
 from steer.lens.controls import mean_difference, random_vectors, shuffled_layers, values
 from steer.lens.decomposition import decompose
 from steer.lens.directions import directions
 from steer.lens.findings import Finding
-from steer.lens.lanes import BASE, Lane, steered
 from steer.lens.logit_lens import logit_lens
 from steer.lens.patching import ROUTES, by_layer, frozen_routes, group_routes, head_routes, patch
 from steer.lens.persistence import persistence
@@ -38,12 +38,12 @@ from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import common_opening, prefix_substitution, token_shift
 from steer.stats import wilson
 from steer.tasks.elicited import best_base
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import recorded
 
 Record = dict[str, Any]
 ADDED = "added to the base run"
-SINGLE = 4  # texts that single vectors and controls of routes are measured on, all tokens of the answer
+SINGLE = 4  # texts that single vectors and controls of paths are measured on, all tokens of the answer
 
 
 @dataclass
@@ -83,19 +83,19 @@ class Report:
 def study(
     subject: Subject,
     problems: Sequence[Record],
-    checker: Checker,
+    grader: MathGrader,
     *,
     checkpoints: Sequence[str | os.PathLike[str]] = (),
     seed: int = 0,
 ) -> Report:
     """
     Run everything on `problems`: accuracies on all of them, sampled answers and scales on the first half,
-    routes on a fifth, single vectors on `SINGLE` answers. Shows its progress. checkpoints: artifacts of the
-    same run, the earliest first.
+    paths on a fifth, single vectors on `SINGLE` answers. Shows its progress. checkpoints: artifacts of
+    the same run, the earliest first.
     """
     if len(problems) < 4:
         raise SteerError(f"a report needs at least 4 problems, got {len(problems)}")
-    made = _Study(subject, list(problems), checker, list(checkpoints), seed)
+    made = _Study(subject, list(problems), grader, list(checkpoints), seed)
     return made.run()
 
 
@@ -103,9 +103,9 @@ class _Study:
     """The steps of a report, in order; each adds its results and numbers."""
 
     def __init__(
-        self, subject: Subject, problems: list[Record], checker: Checker, checkpoints: list[Any], seed: int
+        self, subject: Subject, problems: list[Record], grader: MathGrader, checkpoints: list[Any], seed: int
     ):
-        self.subject, self.problems, self.checker = subject, problems, checker
+        self.subject, self.problems, self.grader = subject, problems, grader
         self.checkpoints, self.seed = checkpoints, seed
         self.report = Report(subject, len(problems))
         self.last = subject.decoder.depth - 1
@@ -141,8 +141,8 @@ class _Study:
         subject, report = self.subject, self.report
         rows = subject.rows(self.problems)
         self.base, self.rows = complete(subject, rows, [BASE, steered(subject)], label="greedy answers")
-        self._score("base", graded(subject, self.base, self.problems, self.checker))
-        right = graded(subject, self.rows, self.problems, self.checker)
+        self._score("base", graded(subject, self.base, self.problems, self.grader))
+        right = graded(subject, self.rows, self.problems, self.grader)
         self._score("steered", right)
         report.notes.append(_elicited(subject.vectors.config.provenance))
         self.right = [row for row, ok in zip(self.rows, right.tolist(), strict=True) if ok]
@@ -161,7 +161,7 @@ class _Study:
             except SteerError as error:
                 report.notes.append(f"Control left out: {name} ({error}).")
                 continue
-            self._score(name, graded(subject, written, self.problems, self.checker))
+            self._score(name, graded(subject, written, self.problems, self.grader))
         plain = "plain" if subject.template != "plain" else "qwen_math"
         other = replace(subject, template=plain, prefix="", chat_template_kwargs=None)
         title = f"template {other.template} instead of {subject.template}"
@@ -173,7 +173,7 @@ class _Study:
         if asked:
             both = complete(other, asked, [BASE, steered(other)], label="another template")
             for name, some in zip(("base", "steered"), both, strict=True):
-                self._score(f"{name}, {title}", graded(other, some, self.problems, self.checker))
+                self._score(f"{name}, {title}", graded(other, some, self.problems, self.grader))
         random = report.accuracy["random vectors of equal length"][0]
         self._note(
             base_interval_top=report.accuracy["base"][2],
@@ -244,7 +244,7 @@ class _Study:
         openings = [text for text in openings if text]
         ends = self.report.accuracy["base"][0], self.report.accuracy["steered"][0]
         found = prefix_substitution(
-            subject, self.problems, openings, self.checker, ends=ends, label="forced openings"
+            subject, self.problems, openings, self.grader, ends=ends, label="forced openings"
         )
         self.report.results["prefix substitution"] = found
         share = dict(zip(openings, found.share.tolist(), strict=True))
@@ -257,19 +257,19 @@ class _Study:
         rows = self.rows[: self.few]
         problems = self.problems[: self.few]
         try:
-            added = patch(subject, rows, problems=problems, checker=self.checker, label="path patching, add")
+            added = patch(subject, rows, problems=problems, grader=self.grader, label="path patching, add")
             taken = patch(subject, rows, direction="remove", label="path patching, remove")
         except SteerError as error:
             self.report.notes.append(f"Path patching of all vectors at once left out: {error}.")
         else:
-            routes = frozen_routes(subject, min(subject.layers))
-            own = patch(subject, rows, routes, label="later layers frozen")
+            effect_paths = frozen_routes(subject, min(subject.layers))
+            own = patch(subject, rows, effect_paths, label="later layers frozen")
             with values(subject.vectors, self.random):
                 random = patch(subject, rows[:SINGLE], label="path patching, random")
-                control = patch(subject, rows[:SINGLE], routes, label="later layers frozen, random")
+                control = patch(subject, rows[:SINGLE], effect_paths, label="later layers frozen, random")
             parts = {ADDED: added, "taken out of the steered run": taken, "random vectors, added": random}
             results["path patching"] = Paths(parts)
-            ends = [int(name.split()[-1]) for name in routes]
+            ends = [int(name.split()[-1]) for name in effect_paths]
             results["later layers frozen"] = Frozen(ends, own.recovered(), control.recovered())
         try:
             results["decomposition"] = decompose(subject, self.rows[: self.few], label="decomposition")
@@ -294,13 +294,13 @@ class _Study:
             for name, done in (("", found), ("random_", control)):
                 self._note(**{f"{name}penultimate_without_attention": done["all but attention"]})
                 self._note(**{f"{name}penultimate_without_mlp": done["all but MLP"]})
-            routes = {**head_routes(subject, self.last), **group_routes(subject, self.last)}
-            heads = patch(subject, rows, routes, layers=[before], label="heads")
+            effect_paths = {**head_routes(subject, self.last), **group_routes(subject, self.last)}
+            heads = patch(subject, rows, effect_paths, layers=[before], label="heads")
             results["heads of the last layer"] = heads
         some = spread([layer for layer in subject.layers if layer < self.last], 8)
         kept = {name: ROUTES[name] for name in ("attention only", "MLP only", "residual only")}
         if some:
-            each = by_layer(subject, rows, some, routes=kept, label="path patching by layer")
+            each = by_layer(subject, rows, some, effect_paths=kept, label="path patching by layer")
             shares = {name: torch.tensor([done[name] for done in each]) for name in kept}
             results["paths by layer"] = PathsByLayer(some, shares)
 
@@ -336,10 +336,10 @@ class _Study:
         self.report.results["leave one out"] = leave_one_out(
             subject, self.problems, None, rows, "leave one out"
         )
-        lanes = [BASE, *(Lane(frozenset([layer])) for layer in subject.layers)]
-        own = likelihoods(subject, rows, lanes, "single layers")
+        conditions = [BASE, *(Condition(frozenset([layer])) for layer in subject.layers)]
+        own = likelihoods(subject, rows, conditions, "single layers")
         with values(subject.vectors, self.random):
-            control = likelihoods(subject, rows, lanes, "single layers, random")
+            control = likelihoods(subject, rows, conditions, "single layers, random")
         self.report.results["single layers"] = SingleLayers(
             subject.layers, own[1:] - own[0], control[1:] - control[0]
         )
@@ -361,7 +361,7 @@ class _Study:
     def scales(self) -> None:
         subject = self.subject
         self.report.results["scale sweep"] = scale_sweep(
-            subject, self.problems[: len(self.problems) // 2], self.checker, label="scale"
+            subject, self.problems[: len(self.problems) // 2], self.grader, label="scale"
         )
         if subject.vectors.config.kind == "adaptive":
             maps = scale_maps(subject, self.rows)

@@ -15,7 +15,7 @@ from steer.lens.results import Result
 
 @dataclass
 class Paths(Result):
-    """The same routes for several changes, the first of which is that of the trained vectors; by label."""
+    """The same paths for several changes, the first of which is that of the trained vectors; by label."""
 
     parts: dict[str, Patching]
 
@@ -24,7 +24,7 @@ class Paths(Result):
         return next(iter(self.parts.values()))
 
     def figure(self) -> Any:
-        """Bars of the share of the logit difference that each route recovers."""
+        """Bars of the share of the logit difference that each path recovers."""
         from steer.lens import plots
 
         layers = self.first.layers
@@ -37,7 +37,8 @@ class Paths(Result):
 @dataclass
 class PathsByLayer(Result):
     """
-    Share of the logit difference that each route recovers, for each layer's vector alone: (layers,) a route.
+    Share of the logit difference that each path recovers, for each layer's vector alone: (layers,) a
+    path.
     """
 
     layers: list[int]

@@ -18,10 +18,10 @@ from steer.errors import SteerError
 from steer.files import replace_file
 from steer.lens.composition import SCALES, as_trained, leave_one_out, likelihoods, scale_sweep
 from steer.lens.composition import compose as pairs_of
+from steer.lens.conditions import BASE, steered
 from steer.lens.controls import mean_difference, random_vectors, shuffled_layers
 from steer.lens.directions import checkpoints
 from steer.lens.directions import directions as along
-from steer.lens.lanes import BASE, steered
 from steer.lens.logit_lens import logit_lens
 from steer.lens.page import render
 from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes
@@ -38,7 +38,7 @@ from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
 from steer.models import load_model, load_tokenizer
 from steer.tasks.data import Arithmetic, load_problems
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import PromptSpec, recorded
 
 Records = list[dict[str, Any]]
@@ -52,10 +52,10 @@ def _subject(args: argparse.Namespace) -> Subject:
         raise SteerError("the artifact does not name its base model; give --model")
     tokenizer = load_tokenizer(name)
     vectors = steer.load(found, load_model(name, dtype=args.dtype), tokenizer=tokenizer)
-    return Subject(vectors, tokenizer, **_frame(args, found.config.provenance))
+    return Subject(vectors, tokenizer, **_prompt_settings(args, found.config.provenance))
 
 
-def _frame(args: argparse.Namespace, provenance: dict[str, Any] | None) -> dict[str, Any]:
+def _prompt_settings(args: argparse.Namespace, provenance: dict[str, Any] | None) -> dict[str, Any]:
     def told(name: str, value: Any = None) -> Any:
         given = getattr(args, name, None)
         return value if given is None else given
@@ -114,10 +114,10 @@ def _answers(subject: Subject, problems: Records, temperature: float = 0.0, seed
     return written
 
 
-def _right(subject: Subject, problems: Records, checker: Checker) -> list[Row]:
+def _right(subject: Subject, problems: Records, grader: MathGrader) -> list[Row]:
     """The steered model's greedy answers that are right; SteerError when there is none."""
     rows = _answers(subject, problems)
-    right = graded(subject, rows, problems, checker).tolist()
+    right = graded(subject, rows, problems, grader).tolist()
     found = [row for row, ok in zip(rows, right, strict=True) if ok]
     if not found:
         raise SteerError(f"none of the {len(rows)} steered answers is right: there is none to weigh")
@@ -174,9 +174,9 @@ def shift(args: argparse.Namespace) -> None:
     subject, problems = _ready(args)
     layers = _layers(args, subject)
     if args.force:
-        with Checker() as checker:
+        with MathGrader() as grader:
             forced = prefix_substitution(
-                subject, problems, args.force, checker, layers=layers, label="answers"
+                subject, problems, args.force, grader, layers=layers, label="answers"
             )
         rows = zip(forced.openings, forced.accuracy.tolist(), forced.share.tolist(), strict=True)
         gained = forced.steered > forced.base
@@ -205,12 +205,12 @@ def shift(args: argparse.Namespace) -> None:
 
 def patch(args: argparse.Namespace) -> None:
     subject, problems = _ready(args)
-    routes = ROUTES
+    effect_paths = ROUTES
     if args.heads is not None:
         layer = range(subject.decoder.depth)[_in(args.heads, subject.decoder.depth)]
-        routes = {**head_routes(subject, layer), **group_routes(subject, layer)}
+        effect_paths = {**head_routes(subject, layer), **group_routes(subject, layer)}
     if args.frozen:
-        routes = frozen_routes(subject, min(_layers(args, subject) or subject.layers))
+        effect_paths = frozen_routes(subject, min(_layers(args, subject) or subject.layers))
     common: dict[str, Any] = {
         "layers": _layers(args, subject),
         "others": args.others,
@@ -218,12 +218,12 @@ def patch(args: argparse.Namespace) -> None:
     }
     rows = _answers(subject, problems)
     if args.solve:
-        with Checker() as checker:
+        with MathGrader() as grader:
             found = patch_routes(
-                subject, rows, routes, problems=problems, checker=checker, label="patching", **common
+                subject, rows, effect_paths, problems=problems, grader=grader, label="patching", **common
             )
     else:
-        found = patch_routes(subject, rows, routes, label="patching", **common)
+        found = patch_routes(subject, rows, effect_paths, label="patching", **common)
 
     def lines() -> Iterator[str]:
         yield f"{'share of the effect':20} {'logit diff':>10} {'KL':>8}" + (
@@ -278,9 +278,9 @@ def _joint(source: str, subject: Subject) -> Subject:
 
 def compose(args: argparse.Namespace) -> None:
     subject, problems = _ready(args)
-    with Checker() as checker:
+    with MathGrader() as grader:
         if args.leave_one_out:
-            out = leave_one_out(subject, problems, checker, label="leave one out")
+            out = leave_one_out(subject, problems, grader, label="leave one out")
             rows = zip(out.layers, out.accuracy.tolist(), out.likelihood.tolist(), strict=True)
             told = [f"without {layer:3}  accuracy {a:.3f}  {p:7.3f} nats a token" for layer, a, p in rows]
             whole = f"with all     accuracy {out.whole:.3f}  {out.whole_likelihood:7.3f} nats a token"
@@ -288,10 +288,10 @@ def compose(args: argparse.Namespace) -> None:
             return
         layers = _layers(args, subject)
         if args.likelihood:
-            right = _right(subject, problems, checker)
+            right = _right(subject, problems, grader)
             found = pairs_of(subject, [], None, layers, right, "composition")
         else:
-            found = pairs_of(subject, problems, checker, layers, label="composition")
+            found = pairs_of(subject, problems, grader, layers, label="composition")
         if args.control:
             found.joint = None  # a control was not trained
         if args.joint:
@@ -299,7 +299,7 @@ def compose(args: argparse.Namespace) -> None:
             if args.likelihood:
                 measured = likelihoods(trained, right, [steered(trained)], "jointly trained")
             else:
-                measured = accuracies(trained, problems, [steered(trained)], checker, "jointly trained")
+                measured = accuracies(trained, problems, [steered(trained)], grader, "jointly trained")
             found.joint = measured[0].item()
 
     def lines() -> Iterator[str]:
@@ -315,8 +315,8 @@ def compose(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     subject, problems = _ready(args)
-    with Checker() as checker:
-        found = scale_sweep(subject, problems, checker, args.scales or SCALES, label="scale")
+    with MathGrader() as grader:
+        found = scale_sweep(subject, problems, grader, args.scales or SCALES, label="scale")
     rows = zip(found.scales, found.accuracy.tolist(), found.tokens.tolist(), strict=True)
     _show(args, found, (f"scale {s:6g}  accuracy {a:.3f}  {t:6.1f} tokens" for s, a, t in rows))
 
@@ -353,19 +353,19 @@ def transfer(args: argparse.Namespace) -> None:
         name = found.config.base_model
         if not name:
             raise SteerError(f"{source} does not name its base model, which the matrix needs")
-        frame = _frame(args, found.config.provenance)
+        asked_as = _prompt_settings(args, found.config.provenance)
         model = load_model(name, dtype="float32")
-        asked = (frame[part] for part in ("template", "prefix", "chat_template_kwargs"))
+        asked = (asked_as[part] for part in ("template", "prefix", "chat_template_kwargs"))
         entries.append(Entry(name, model, load_tokenizer(name), found, *asked))
     problems = _problems(args, entries[0].artifact.config.provenance)
-    with Checker() as checker:
+    with MathGrader() as grader:
         options = {
-            "max_new_tokens": frame["max_new_tokens"],
+            "max_new_tokens": asked_as["max_new_tokens"],
             "batch_size": args.batch_size,
             "force": args.force,
             "seed": args.seed,
         }
-        made = transfer_matrix(entries, problems, checker, label="transfer", **options)
+        made = transfer_matrix(entries, problems, grader, label="transfer", **options)
 
     def lines() -> Iterator[str]:
         for i, name in enumerate(made.names):
@@ -386,8 +386,8 @@ def report(args: argparse.Namespace) -> None:
         raise SteerError(f"there is no folder {out.parent} to write {out.name} to")
     subject, problems = _ready(args)
     run = checkpoints(args.checkpoints or Path(args.artifact).parent)
-    with Checker() as checker:
-        found = study(subject, problems, checker, checkpoints=run, seed=args.seed)
+    with MathGrader() as grader:
+        found = study(subject, problems, grader, checkpoints=run, seed=args.seed)
     replace_file(out, render(found).encode())
     if args.figures:
         Path(args.figures).mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """
-Completions of prompts in lanes, and whether they are right.
+Completions of prompts in conditions, and whether they are right.
 
 Sampling adds Gumbel noise drawn from (seed, row, step) to the logits and takes the largest (Gumbel-max), so
-what a row says depends neither on the batch nor on its neighbours, and all lanes draw with the same luck.
+what a row says depends neither on the batch nor on its neighbours, and all conditions draw with the same
+luck.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from steer.errors import SteerError
-from steer.lens.lanes import Lane, open_lanes
+from steer.lens.conditions import Condition, open_lanes
 from steer.lens.passes import prompt_columns
 from steer.lens.subject import Row, Subject, chunks
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 
 
 @torch.no_grad()
 def complete(
     subject: Subject,
     rows: Sequence[Row],
-    lanes: Sequence[Lane],
+    conditions: Sequence[Condition],
     *,
     temperature: float = 0.0,
     seed: int = 0,
@@ -33,30 +34,33 @@ def complete(
 ) -> list[list[Row]]:
     """
     What the model writes after each row, up to `subject.max_new_tokens` tokens with the end token included,
-    for each lane: greedily, or at `temperature`. What a row already has after its prompt counts as written.
+    for each condition: greedily, or at `temperature`. What a row already has after its prompt counts as
+    written.
 
-    A lane with a route drags its reference lane along, which then writes the same; it needs one for itself,
-    and gives rows of its own.
+    A condition with a path drags its reference condition along, which then writes the same; it needs
+    one for itself, and gives rows of its own.
     """
-    followers = {lane.reference: i for i, lane in enumerate(lanes) if lane.route is not None}
-    if len(followers) < sum(lane.route is not None for lane in lanes):
-        raise SteerError("two lanes with a route share a reference lane; in generation each needs its own")
-    written: list[list[Row]] = [[] for _ in lanes]
+    followers = {
+        condition.reference: i for i, condition in enumerate(conditions) if condition.effect_path is not None
+    }
+    if len(followers) < sum(condition.effect_path is not None for condition in conditions):
+        raise SteerError("two conditions with a path share a reference; in generation each needs its own")
+    written: list[list[Row]] = [[] for _ in conditions]
     with tqdm(total=len(rows), desc=label, unit="text", leave=False, disable=label is None) as bar:
-        for first, batch in chunks(rows, subject.batch_size // len(lanes)):
+        for first, batch in chunks(rows, subject.batch_size // len(conditions)):
             # generate() appends at the right edge, so prompts of unequal length must stand there
             padded = subject.padded(batch, side="left")
             columns = padded.ids.shape[1]
             forced = min(len(row.completion) for row in batch)
             config = _config(subject, max(1, subject.max_new_tokens - forced))
-            noise: list[Any] = [_Lockstep(len(lanes), followers)] if followers else []
+            noise: list[Any] = [_Lockstep(len(conditions), followers)] if followers else []
             if temperature > 0:
                 noise.insert(
                     0, _Gumbel(temperature, seed, first, len(batch), [len(r.completion) for r in batch])
                 )
-            prompt = prompt_columns(padded, batch).repeat(len(lanes)).to(subject.device)
-            whole = padded.repeat(len(lanes))
-            with open_lanes(subject, lanes), subject.vectors.prompt_length(prompt):
+            prompt = prompt_columns(padded, batch).repeat(len(conditions)).to(subject.device)
+            whole = padded.repeat(len(conditions))
+            with open_lanes(subject, conditions), subject.vectors.prompt_length(prompt):
                 ids = subject.model.generate(
                     input_ids=whole.ids,
                     attention_mask=whole.mask,
@@ -74,26 +78,26 @@ def complete(
 
 
 def graded(
-    subject: Subject, rows: Sequence[Row], problems: Sequence[dict[str, Any]], checker: Checker
+    subject: Subject, rows: Sequence[Row], problems: Sequence[dict[str, Any]], grader: MathGrader
 ) -> torch.Tensor:
     """Which completions hold the right \\boxed answer: bool (rows,)."""
-    verdicts = checker.check(subject.answers(rows), [str(problem["answer"]) for problem in problems])
+    verdicts = grader.check(subject.answers(rows), [str(problem["answer"]) for problem in problems])
     return torch.tensor([verdict.correct for verdict in verdicts])
 
 
 def accuracies(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
-    lanes: Sequence[Lane],
-    checker: Checker,
+    conditions: Sequence[Condition],
+    grader: MathGrader,
     label: str | None = None,
 ) -> torch.Tensor:
-    """Share of problems that each lane's greedy completion gets right: (lanes,). For lanes without routes."""
+    """Share of problems that each condition's greedy completion gets right: (conditions,). No paths."""
     found = []
-    for first, some in chunks(lanes, subject.batch_size):
-        text = label and f"{label} ({first + len(some)} of {len(lanes)} conditions)"
+    for first, some in chunks(conditions, subject.batch_size):
+        text = label and f"{label} ({first + len(some)} of {len(conditions)} conditions)"
         for rows in complete(subject, subject.rows(problems), some, label=text):
-            found.append(graded(subject, rows, problems, checker).double().mean())
+            found.append(graded(subject, rows, problems, grader).double().mean())
     return torch.stack(found)
 
 
@@ -116,7 +120,7 @@ def _config(subject: Subject, new_tokens: int) -> GenerationConfig:
 
 
 class _Gumbel(LogitsProcessor):
-    """logits / temperature + Gumbel noise by (seed, row, step), the same in every lane."""
+    """logits / temperature + Gumbel noise by (seed, row, step), the same in every condition."""
 
     def __init__(self, temperature: float, seed: int, first: int, rows: int, written: list[int]):
         self.temperature, self.seed, self.first, self.rows, self.written = (
@@ -140,13 +144,13 @@ class _Gumbel(LogitsProcessor):
 
 
 class _Lockstep(LogitsProcessor):
-    """Makes a reference lane write what the lane that is compared with it writes."""
+    """Makes a reference condition write what the condition that is compared with it writes."""
 
-    def __init__(self, lanes: int, followers: dict[int, int]):
-        self.lanes, self.followers = lanes, followers
+    def __init__(self, conditions: int, followers: dict[int, int]):
+        self.conditions, self.followers = conditions, followers
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        blocks = scores.unflatten(0, (self.lanes, -1)).clone()
-        for reference, lane in self.followers.items():
-            blocks[reference] = blocks[lane]
+        blocks = scores.unflatten(0, (self.conditions, -1)).clone()
+        for reference, condition in self.followers.items():
+            blocks[reference] = blocks[condition]
         return blocks.flatten(0, 1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from steer.errors import SteerError
-from steer.lens.lanes import steered
+from steer.lens.conditions import steered
 from steer.lens.passes import run
 from steer.lens.results import Result
 from steer.lens.subject import Row, Subject, chunks
@@ -67,8 +67,8 @@ def scale_maps(subject: Subject, rows: Sequence[Row], *, texts: int = 8) -> Scal
     now: dict[int, torch.Tensor] = {}
 
     def note(layer: int, module: Any, args: tuple, output: torch.Tensor) -> None:
-        given = module.coefficient(args[1]) * module.gate.scale
-        mask = module.gate.mask
+        given = module.coefficient(args[1]) * module.state.scale
+        mask = module.state.mask
         now[layer] = (given if mask is None else given * mask[..., 0]).float().cpu()
 
     maps: list[ScaleMap] = []

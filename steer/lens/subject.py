@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steer.errors import SteerError
 from steer.models import check_context
 from steer.sites import Decoder, find_decoder
-from steer.tasks.prompts import render
+from steer.tasks.prompts import format_prompt
 from steer.vectors import SteeringVectors
 
 T = TypeVar("T")
@@ -42,7 +42,8 @@ class Row(NamedTuple):
 @dataclass
 class Subject:
     """
-    A model with vectors attached, and the frame of its prompts (`steer.tasks.prompts.render`).
+    A model with vectors attached, and the prompt format
+    (`steer.tasks.prompts.format_prompt`).
 
     batch_size: sequences per forward pass, and with the length of the texts all that memory depends on.
     Neither it nor `padding_side` ("left" or "right") changes a result beyond rounding; a model on which
@@ -85,7 +86,7 @@ class Subject:
 
     def row(self, problem: str, forced: str | Sequence[int] = "") -> Row:
         """The prompt of one problem; `forced` (text or token ids) is a completion's opening that is given."""
-        text = render(
+        text = format_prompt(
             problem,
             self.tokenizer,
             self.template,
@@ -161,9 +162,12 @@ class Padded(NamedTuple):
     positions: torch.Tensor
     start: torch.Tensor  # (rows,)
 
-    def repeat(self, lanes: int) -> Padded:
+    def repeat(self, conditions: int) -> Padded:
         return Padded(
-            self.ids.repeat(lanes, 1), self.mask.repeat(lanes, 1), self.positions.repeat(lanes, 1), self.start
+            self.ids.repeat(conditions, 1),
+            self.mask.repeat(conditions, 1),
+            self.positions.repeat(conditions, 1),
+            self.start,
         )
 
 

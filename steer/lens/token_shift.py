@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from steer.errors import SteerError
-from steer.lens.lanes import BASE, Lane
+from steer.lens.conditions import BASE, Condition
 from steer.lens.passes import passes
 from steer.lens.results import Result, share
 from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject
 from steer.stats import wilson
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 
 
 @dataclass
@@ -95,7 +95,7 @@ def token_shift(
     prompts with completions that `sampling.complete` wrote. Each completion counts up to its `positions`-th
     token. The first `texts` rows are kept token by token.
     """
-    lane = Lane(frozenset(subject.layers if layers is None else layers))
+    condition = Condition(frozenset(subject.layers if layers is None else layers))
     rows = [Row(row.ids[: row.prompt + positions], row.prompt) for row in rows]
     longest = max(max(1, len(row.completion)) for row in rows)
     variation, kl, count = (torch.zeros(longest, dtype=torch.float64) for _ in range(3))
@@ -104,7 +104,7 @@ def token_shift(
     size = len(subject.model.get_output_embeddings().weight)
     first_change, change = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
     kept: list[TextShift] = []
-    for done in passes(subject, rows, [BASE, lane], whole=True, label=label):
+    for done in passes(subject, rows, [BASE, condition], whole=True, label=label):
         for index, row in enumerate(done.rows):
             logs = done.next_token(index, whole=True).log_softmax(-1).cpu()
             base, steered = logs.exp()
@@ -140,7 +140,7 @@ def token_shift(
         return [(subject.token(i), i, values[i].item()) for i in ids]
 
     return TokenShift(
-        layers=sorted(lane.layers),
+        layers=sorted(condition.layers),
         variation=variation / count.clamp(min=1),
         kl=kl / count.clamp(min=1),
         count=count,
@@ -193,7 +193,7 @@ def prefix_substitution(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
     openings: Sequence[str],
-    checker: Checker,
+    grader: MathGrader,
     *,
     layers: Collection[int] | None = None,
     ends: tuple[float, float] | None = None,
@@ -207,13 +207,13 @@ def prefix_substitution(
     if not openings:
         raise SteerError("prefix substitution needs an opening to force, such as 'To'")
     if ends is None:
-        lane = Lane(frozenset(subject.layers if layers is None else layers))
-        free = accuracies(subject, problems, [BASE, lane], checker, label)
+        condition = Condition(frozenset(subject.layers if layers is None else layers))
+        free = accuracies(subject, problems, [BASE, condition], grader, label)
         ends = free[0].item(), free[1].item()
     forced = []
     for opening in openings:
         (rows,) = complete(subject, subject.rows(problems, forced=opening), [BASE], label=label)
-        forced.append(graded(subject, rows, problems, checker).double().mean())
+        forced.append(graded(subject, rows, problems, grader).double().mean())
     return PrefixSubstitution(list(openings), torch.stack(forced), *ends, len(problems))
 
 

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import steer
 from steer.artifact import Artifact
 from steer.errors import SteerError
+from steer.lens.conditions import BASE, steered
 from steer.lens.controls import random_vectors, values
-from steer.lens.lanes import BASE, steered
 from steer.lens.results import Result, share
 from steer.lens.sampling import accuracies
 from steer.lens.subject import Subject
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 from steer.transfer import transfer
 
 
@@ -87,7 +87,7 @@ class TransferMatrix(Result):
 def transfer_matrix(
     entries: Sequence[Entry],
     problems: Sequence[dict[str, Any]],
-    checker: Checker,
+    grader: MathGrader,
     *,
     max_new_tokens: int = 64,
     batch_size: int = 128,
@@ -124,12 +124,12 @@ def transfer_matrix(
                     chat_template_kwargs=to.chat_template_kwargs,
                 )
                 text = label and f"{label}: {of.name} in {to.name}"
-                lanes = [steered(subject), *([BASE] if i == j else [])]
-                found = accuracies(subject, problems, lanes, checker, text)
+                conditions = [steered(subject), *([BASE] if i == j else [])]
+                found = accuracies(subject, problems, conditions, grader, text)
                 if i == j:
                     base[j] = found[1]
                     with values(vectors, random_vectors(vectors, seed)):
-                        (random[j],) = accuracies(subject, problems, lanes[:1], checker, text)
+                        (random[j],) = accuracies(subject, problems, conditions[:1], grader, text)
             finally:
                 steer.detach(to.model)
             accuracy[i, j] = found[0]

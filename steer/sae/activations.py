@@ -70,7 +70,7 @@ class Reader:
             raise SteerError(f"layer {layer} does not exist: the model has layers 0 to {decoder.depth - 1}")
         if what not in ("as_is", "base", "difference"):
             raise SteerError(f"what={what!r} is unknown; choose one of as_is, base, difference")
-        self.model, self.trunk, self.width = model, decoder.trunk, decoder.width
+        self.model, self.backbone, self.width = model, decoder.backbone, decoder.width
         self.layer, self.site, self.what = layer % decoder.depth, site, what
         self._site = find_sites(decoder, [self.layer], site)[0]
         self._vectors = attached(model) if what != "as_is" else None
@@ -137,7 +137,7 @@ class Reader:
         was_training = self.model.training
         self.model.eval()
         try:
-            self.trunk(**{"use_cache": False, **inputs})
+            self.backbone(**{"use_cache": False, **inputs})
         except _Stop:
             pass
         finally:

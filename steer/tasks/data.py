@@ -356,7 +356,7 @@ def _fold(text: str) -> str:
 
 def _last_boxed(solution: str) -> str | None:
     r"""Content of the last \boxed in a reference solution, where "\boxed 7" without braces also occurs."""
-    # not the checker's extraction: this one reads trusted text, and data stands below rewards
+    # not the grader's extraction: this one reads trusted text, and data stands below rewards
     _, mark, rest = solution.rpartition("\\boxed")
     rest = rest.lstrip()
     if not mark or not rest:

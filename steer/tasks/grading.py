@@ -135,10 +135,10 @@ def _symbolic(gold: str, answer: str) -> bool:
     return bool(compare(gold, answer, decide=True))
 
 
-# --- the checker --------------------------------------------------------------------------------------------
+# --- the grader --------------------------------------------------------------------------------------------
 
 
-class Checker:
+class MathGrader:
     r"""Grades \boxed answers. Works from any thread; starts no process until an answer needs math-verify.
 
     timeout: seconds one answer may take in a worker, which is killed when it takes longer.
@@ -160,7 +160,7 @@ class Checker:
         self._lock = threading.Lock()
         self._answered = False  # whether any worker ever gave an answer
 
-    def __enter__(self) -> Checker:
+    def __enter__(self) -> MathGrader:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ _SLOT, _WORKED = "{problem}", "{answer}"
 
 
 class Template(NamedTuple):
-    """One way to frame a problem.
+    """One way to ask a problem.
 
     `instruction` holds `{problem}` where the problem goes; in a chat, one without that slot is a system turn.
     """
@@ -137,9 +137,9 @@ class PromptSpec:
             chosen, self.prefix if prefix is None else prefix, self.system, chat_template_kwargs
         )
 
-    def render(self, problem: str, tokenizer: Any) -> str:
-        """The prompt of `problem`, as `render` makes it."""
-        return render(
+    def format_prompt(self, problem: str, tokenizer: Any) -> str:
+        """The prompt of `problem`, as `format_prompt` makes it."""
+        return format_prompt(
             problem,
             tokenizer,
             self.template,
@@ -149,9 +149,9 @@ class PromptSpec:
             self.examples,
         )
 
-    def frame(self, tokenizer: Any) -> Callable[[str], str]:
-        """`render` with this tokenizer."""
-        return lambda problem: self.render(problem, tokenizer)
+    def formatter(self, tokenizer: Any) -> Callable[[str], str]:
+        """`format_prompt` with this tokenizer."""
+        return lambda problem: self.format_prompt(problem, tokenizer)
 
 
 def recorded(provenance: Mapping[str, Any] | None, part: str) -> Mapping[str, Any]:
@@ -160,7 +160,7 @@ def recorded(provenance: Mapping[str, Any] | None, part: str) -> Mapping[str, An
     return found if isinstance(found, dict) else {}
 
 
-def render(
+def format_prompt(
     problem: str,
     tokenizer: Any,
     template: str = "boxed",

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from steer.errors import SteerError, shown
-from steer.tasks.grading import Checker, Verdict, extract_boxed
+from steer.tasks.grading import MathGrader, Verdict, extract_boxed
 
 __all__ = [
     "REWARDS",
-    "Checker",
     "Correctness",
     "LengthPenalty",
+    "MathGrader",
     "RandomReward",
     "Verdict",
     "extract_boxed",
@@ -38,12 +38,12 @@ REWARDS = {
 }
 
 
-def make_reward(name: str, checker: Checker) -> RewardFunction:
+def make_reward(name: str, grader: MathGrader) -> RewardFunction:
     """The reward function of that name in `REWARDS`; SteerError lists the known ones for another name."""
     if name == "correct":
-        return Correctness(checker)
+        return Correctness(grader)
     if name == "correct01":
-        return Correctness(checker, wrong=0.0)
+        return Correctness(grader, wrong=0.0)
     if name == "format":
         return format_reward
     if name == "random":
@@ -52,12 +52,12 @@ def make_reward(name: str, checker: Checker) -> RewardFunction:
 
 
 class Correctness:
-    """`right` for a right answer and `wrong` for any other, judged by `checker` against column `answer`."""
+    """`right` for a right answer and `wrong` for any other, judged by `grader` against column `answer`."""
 
     __name__ = "correctness"  # trl names its metrics after this
 
-    def __init__(self, checker: Checker, wrong: float = -1.0, right: float = 1.0) -> None:
-        self.checker, self.wrong, self.right = checker, wrong, right
+    def __init__(self, grader: MathGrader, wrong: float = -1.0, right: float = 1.0) -> None:
+        self.grader, self.wrong, self.right = grader, wrong, right
 
     def __call__(
         self,
@@ -70,7 +70,7 @@ class Correctness:
             raise SteerError(
                 f"the correctness reward needs a column 'answer'; the data set has {sorted(columns)}"
             )
-        verdicts = self.checker.check([_text(c) for c in completions], columns["answer"])
+        verdicts = self.grader.check([_text(c) for c in completions], columns["answer"])
         if log_extra := columns.get("log_extra"):
             log_extra("answer_given", [v.answer if v.answer is not None else "" for v in verdicts])
         if (log_metric := columns.get("log_metric")) and verdicts:

@@ -279,7 +279,7 @@ def _write_problems(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def _training_table(trained: Sequence[dict[str, Any]]) -> str:
     """What each method's runs took, in Markdown: means over its seeds."""
-    lines = ["| method | trained numbers | learning rate | seeds | updates | minutes | CPU minutes |"]
+    lines = ["| method | trainable parameters | learning rate | seeds | updates | minutes | CPU minutes |"]
     lines.append("|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(one["method"] for one in trained):
         of = [one for one in trained if one["method"] == name]

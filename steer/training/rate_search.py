@@ -23,7 +23,7 @@ from datasets import Dataset
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.training.config import SteeringGRPOConfig
-from steer.training.recipe import Recipe, conduct
+from steer.training.recipe import Recipe, train_run
 from steer.training.run import RunConfig
 
 log = logging.getLogger("steer")
@@ -104,7 +104,7 @@ def choose(
         one.max_steps = sweep.sweep_steps or training.max_steps
         log.info("learning rate %g, on %d validation problems", rate, len(validation))
         samples = sweep.validation_samples
-        results = conduct(run, one, recipe, train, validation, ("after",), samples)
+        results = train_run(run, one, recipe, train, validation, ("after",), samples)
         gc.collect()  # trainers are cycles of references, and the next one needs their memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

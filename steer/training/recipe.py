@@ -36,7 +36,7 @@ from steer.sharded import shape
 from steer.tasks.data import load_problems
 from steer.tasks.elicited import UNTRAINED, choose
 from steer.tasks.prompts import PromptSpec
-from steer.tasks.rewards import Checker, make_reward
+from steer.tasks.rewards import MathGrader, make_reward
 from steer.training import run as runs
 from steer.training.config import SteeringGRPOConfig
 from steer.training.group_trainer import GroupGRPOTrainer, newest_checkpoint
@@ -172,7 +172,7 @@ def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
 def fitting(
     train: Dataset,
     held_out: Problems | None,
-    frame: Callable[[str], str],
+    format_problem: Callable[[str], str],
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     answer: int,
@@ -189,7 +189,7 @@ def fitting(
     if context is None:
         return train
     if held_out:
-        longest = max(tokens([frame(row["problem"]) for row in held_out]))
+        longest = max(tokens([format_problem(row["problem"]) for row in held_out]))
         check_context(model.config, longest, answer, "--max_completion_length", "held-out problems: ")
     lengths = tokens(train["prompt"])
     kept = [i for i, length in enumerate(lengths) if length + answer <= context]
@@ -212,7 +212,7 @@ def fitting(
 # ---- the run
 
 
-def conduct(
+def train_run(
     run: RunConfig,
     training: SteeringGRPOConfig,
     recipe: Recipe,
@@ -230,10 +230,10 @@ def conduct(
     """
     folder = Path(training.output_dir)
     with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
-        return _conduct(folder, run, training, recipe, train, held_out, stages, samples)
+        return _train_run(folder, run, training, recipe, train, held_out, stages, samples)
 
 
-def _conduct(
+def _train_run(
     folder: Path,
     run: RunConfig,
     training: SteeringGRPOConfig,
@@ -245,7 +245,7 @@ def _conduct(
 ) -> dict[str, Any]:
     state = PartialState()
     if state.is_main_process:
-        runs.claim(folder, runs.settings(run, recipe.settings, training))
+        runs.claim_output_dir(folder, runs.settings(run, recipe.settings, training))
     state.wait_for_everyone()
     asked = [training.max_steps, training.num_train_epochs]
     done = runs.read_results(folder)
@@ -255,17 +255,17 @@ def _conduct(
 
     tokenizer = load_tokenizer(run.model, revision=run.model_revision)
     prompts = runs.prompts(run, training)
-    frame = prompts.frame(tokenizer)
-    data = train.map(lambda row: {"prompt": frame(row["problem"])}, desc="framing prompts")
+    format_problem = prompts.formatter(tokenizer)
+    data = train.map(lambda row: {"prompt": format_problem(row["problem"])}, desc="formatting prompts")
     model = load_model(
         run.model,
         revision=run.model_revision,
         dtype=recipe.dtype,
         attn_implementation=run.attn_implementation,
     )
-    data = fitting(data, held_out, frame, tokenizer, model, training.max_completion_length or 1)
-    with Checker() as checker:
-        rewards = [make_reward(name, checker) for name in run.rewards]
+    data = fitting(data, held_out, format_problem, tokenizer, model, training.max_completion_length or 1)
+    with MathGrader() as grader:
+        rewards = [make_reward(name, grader) for name in run.rewards]
         trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
         if trainer.sharded and held_out is not None:
             raise SteerError(
@@ -282,13 +282,13 @@ def _conduct(
         def evaluate(stage: str) -> None:
             wanted = stage in stages and stage in way and stage not in runs.read_results(folder)
             if held_out is not None and wanted:
-                _evaluate(folder, stage, trainer, tokenizer, held_out, way[stage], checker, samples)
+                _evaluate(folder, stage, trainer, tokenizer, held_out, way[stage], grader, samples)
 
         with trainer.reference():
             for stage in UNTRAINED:
                 evaluate(stage)
         if held_out is not None and run.examples and "before" in stages and state.is_main_process:
-            always = constant(held_out, checker)
+            always = constant(held_out, grader)
             runs.write_results(folder, {**runs.read_results(folder), "constant": always})
         state.wait_for_everyone()
         _train(trainer, recipe, folder, asked)
@@ -305,7 +305,7 @@ def _evaluate(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Problems,
     way: tuple[PromptSpec, int],
-    checker: Checker,
+    grader: MathGrader,
     samples: int,
 ) -> None:
     state = PartialState()
@@ -317,8 +317,8 @@ def _evaluate(
         model,
         tokenizer,
         [rows[i] for i in numbers],
-        prompts.frame(tokenizer),
-        checker,
+        prompts.formatter(tokenizer),
+        grader,
         limit,
         trainer.eos_token_ids,
         label=f"held-out problems, {stage}",
@@ -378,7 +378,7 @@ def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:
         print(score_table(results, recipe.name))
     size = sum(file.stat().st_size for file in (folder / recipe.artifact).iterdir())
     print(
-        f"\n{recipe.artifact:10}{folder / recipe.artifact}  ({results['trained_numbers']:,} trained numbers, "
+        f"\n{recipe.artifact:10}{folder / recipe.artifact}  ({results['trained_numbers']:,} trainable parameters, "
         f"{size / 1000:,.0f} KB)"
         f"\nresults   {folder / runs.RESULTS_FILE}"
         f"\ncurves    {folder / 'training.png'}"

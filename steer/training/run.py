@@ -170,7 +170,7 @@ def prompts(run: RunConfig, training: Any) -> PromptSpec:
     return PromptSpec(run.template, run.prefix, chat_template_kwargs=training.chat_template_kwargs)
 
 
-def claim(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
+def claim_output_dir(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
     """
     Make `folder` the home of the run with these settings; SteerError when it holds another run or other
     files. A run that goes on may have another schedule of its learning rate.

@@ -211,7 +211,7 @@ def _streams(
     side.model.eval()
     try:
         with vectors.disabled() if vectors is not None else nullcontext():
-            side.decoder.trunk(tokens.to(device), attention_mask=mask.to(device), use_cache=False)
+            side.decoder.backbone(tokens.to(device), attention_mask=mask.to(device), use_cache=False)
     finally:
         side.model.train(was_training)
         for handle in handles:

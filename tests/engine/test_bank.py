@@ -17,7 +17,7 @@ from steer import SteerError, SteeringConfig
 from steer.config import POSITIONS
 from steer.engine.bank import DEFAULT, Bank, Choice, pack, unpack
 from steer.engine.client import Server, names, push, remove, returned_logprobs
-from steer.kinds import Gate
+from steer.kinds import SteeringState
 
 WIDTH, DEPTH, TOKENS = 6, 3, 64
 
@@ -96,7 +96,7 @@ def test_back_to_the_default_set_after_a_mixed_batch() -> None:
     positions=st.sampled_from(sorted(POSITIONS)), prompt=st.integers(1, 12), cuts=st.sets(st.integers(1, 19))
 )
 def test_positions_are_those_of_the_trained_model(positions: str, prompt: int, cuts: set[int]) -> None:
-    # However 20 tokens are cut into passes, each is steered as the gate in transformers does it.
+    # However 20 tokens are cut into passes, each is steered as the state in transformers does it.
     bank, blocks = make()
     bank.push("set", {0: torch.ones(WIDTH)}, positions)
     bank.add_request("r", asks(name="set"), prompt)
@@ -105,13 +105,13 @@ def test_positions_are_those_of_the_trained_model(positions: str, prompt: int, c
     for first, end in pairwise(ends):
         batch(bank, [("r", first, end - first)])
         found.append(blocks[0](torch.zeros(end - first, WIDTH))[0][:, 0] != 0)
-    gate = Gate(positions, 1.0)
+    state = SteeringState(positions, 1.0)
     expected = torch.ones(20, dtype=torch.bool)
     if positions != "all":
-        gate.prompt_length = prompt
-        gate.place(20, None, torch.device("cpu"))
-        assert gate.mask is not None
-        expected = gate.mask[:, 0]
+        state.prompt_length = prompt
+        state.place(20, None, torch.device("cpu"))
+        assert state.mask is not None
+        expected = state.mask[:, 0]
     assert torch.equal(torch.cat(found), expected)
 
 

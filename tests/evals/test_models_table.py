@@ -11,7 +11,7 @@ from evals import models_table
 from evals.architectures import causal_lm_types
 from evals.model_checks import CHECKS, Outcome, check
 from steer import SteerError
-from steer.kinds import Gate, SteeringVector
+from steer.kinds import SteeringState, SteeringVector
 
 PAGE = ROOT / "docs" / "models.md"
 # Rotary, learned and ALiBi positions; norms before and after; windows; experts; latent attention; states.
@@ -47,13 +47,13 @@ def test_a_site_that_steers_by_something_else_is_wrong(monkeypatch):
 
 
 def test_a_position_off_by_one_is_wrong(monkeypatch):
-    place = Gate.place
+    place = SteeringState.place
 
     def later(self, tokens, *args):
         place(self, tokens, *args)
         self.mask = self.mask.roll(1, dims=-2)
 
-    monkeypatch.setattr(Gate, "place", later)
+    monkeypatch.setattr(SteeringState, "place", later)
     found = check("llama")
     assert found["positions"].state == found["generate"].state == "wrong"
     assert found["resid_post"].state == "works"
@@ -66,9 +66,9 @@ def test_crashes_and_refusals_are_told_apart(monkeypatch):
 
         return place
 
-    monkeypatch.setattr(Gate, "place", fails(SteerError("no positions here")))
+    monkeypatch.setattr(SteeringState, "place", fails(SteerError("no positions here")))
     assert check("llama")["positions"] == Outcome("refused", "no positions here")
-    monkeypatch.setattr(Gate, "place", fails(KeyError("mask")))
+    monkeypatch.setattr(SteeringState, "place", fails(KeyError("mask")))
     outcome = check("llama")["positions"]
     assert outcome.state == "crash"
     assert "KeyError: 'mask'" in outcome.why

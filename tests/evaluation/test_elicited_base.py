@@ -16,7 +16,7 @@ from steer.evaluation.collect import collect
 from steer.evaluation.regrade import regrade
 from steer.evaluation.store import read_completions, read_problems, read_settings
 from steer.tasks.elicited import choose
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 from steer.tasks.lenient import extract_lenient
 
 
@@ -85,8 +85,8 @@ def test_its_prompts_hold_the_examples_and_its_answers_may_be_longer(whole):
 def test_every_answer_is_graded_leniently_too(whole):
     found = rows(whole)
     golds = {row["id"]: row["answer"] for row in read_problems(whole)}
-    with Checker() as checker:
-        verdicts = checker.check(
+    with MathGrader() as grader:
+        verdicts = grader.check(
             [row["text"] for row in found.values()],
             [golds[problem] for _, problem, _ in found],
             extract_lenient,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from steer.evaluation import grading_check
 from steer.evaluation.grading_check import Graded, explain, lm_eval_extract, lm_eval_match
-from steer.tasks.grading import Checker
+from steer.tasks.grading import MathGrader
 
 TEXTS = [
     ("She makes $18 a day.\n#### 18", "18"),
@@ -86,8 +86,8 @@ def test_equal_to_lm_eval_on_any_text(text, reference):
     ],
 )
 def test_every_difference_has_a_reason(grader, text, reference, reason):
-    with Checker() as checker:
-        (ours,) = checker.check([text], [reference])
+    with MathGrader() as grader:
+        (ours,) = grader.check([text], [reference])
     extracted = None
     if grader == "math-verify":
         theirs = not ours.correct

@@ -27,8 +27,8 @@ from steer.evaluation.engines import HfEngine, row_seed
 from steer.evaluation.heldout import answer_greedily
 from steer.evaluation.store import GREEDY, read_completions, read_settings
 from steer.files import held
-from steer.tasks.grading import Checker
-from steer.tasks.prompts import render
+from steer.tasks.grading import MathGrader
+from steer.tasks.prompts import format_prompt
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def test_every_completion_is_kept_and_graded(base, whole):
     assert len(ids) == 9
     assert set(found) == {(v, i, k) for v in names for i in ids for k in (GREEDY, 0, 1)}
     problems = {row["id"]: row for row in store.read_problems(whole)}
-    with Checker() as checker:
+    with MathGrader() as grader:
         listed = list(found.values())
-        verdicts = checker.check(
+        verdicts = grader.check(
             [row["text"] for row in listed], [problems[row["problem"]]["answer"] for row in listed]
         )
     assert [(v.correct, v.answer, v.how) for v in verdicts] == [
@@ -96,11 +96,11 @@ def test_greedy_answers_are_those_of_a_plain_evaluation(base, whole):
     found = rows(whole)
     tokenizer = AutoTokenizer.from_pretrained(base / "model", padding_side="left")
     problems = store.read_problems(whole)
-    frame = lambda text: render(text, tokenizer, "plain")  # noqa: E731
+    format_problem = lambda text: format_prompt(text, tokenizer, "plain")  # noqa: E731
 
     def evaluated(model: Any) -> list[str]:
-        with Checker() as checker:
-            answers = answer_greedily(model, tokenizer, problems, frame, checker, TOKENS, [2])
+        with MathGrader() as grader:
+            answers = answer_greedily(model, tokenizer, problems, format_problem, grader, TOKENS, [2])
         return [answer.completion for answer in answers]
 
     def stored(variant: str) -> list[str]:
@@ -119,14 +119,14 @@ def test_greedy_answers_are_those_of_a_plain_evaluation(base, whole):
 
     adapted = PeftModel.from_pretrained(model, base / "lora").eval()
     for row in problems[:3]:
-        inputs = tokenizer(frame(row["problem"]), add_special_tokens=False, return_tensors="pt")
+        inputs = tokenizer(format_problem(row["problem"]), add_special_tokens=False, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         out = adapted.generate(
             **inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=2, pad_token_id=0
         )
         text = tokenizer.decode(out[0, length:], skip_special_tokens=True)
         assert found["lora", row["id"], GREEDY]["text"] == text
-    inputs = tokenizer(frame(problems[0]["problem"]) + "To", add_special_tokens=False)["input_ids"]
+    inputs = tokenizer(format_problem(problems[0]["problem"]) + "To", add_special_tokens=False)["input_ids"]
     assert found["base + To", problems[0]["id"], GREEDY]["prompt_tokens"] == len(inputs)
 
 

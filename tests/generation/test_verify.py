@@ -219,7 +219,7 @@ def test_the_trial_leaves_no_trace_and_is_made_once(monkeypatch: pytest.MonkeyPa
     fast_paths(model)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), state)
-    assert vectors._gate.enabled and vectors._gate.prompt_length is None
+    assert vectors._state.enabled and vectors._state.prompt_length is None
     assert all(p.grad is None for p in model.parameters())
     assert 0 < len(passes) <= 17  # of thirty tokens at most
     passes.clear()

@@ -1,4 +1,4 @@
-"""Shared by the tests of the lens: tiny models with vectors in them, texts, and a checker without workers."""
+"""Shared by the tests of the lens: tiny models with vectors in them, texts, and a grader without workers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def texts(lengths: Sequence[tuple[int, int]] = ((5, 4), (9, 2), (3, 6)), seed: i
 
 
 class Exact:
-    """Grades like `steer.tasks.grading.Checker`, without its workers: the text must be the answer."""
+    """Grades like `steer.tasks.grading.MathGrader`, without its workers: the text must be the answer."""
 
     def check(self, completions: Sequence[str], answers: Sequence[str]) -> list[Any]:
         from steer.tasks.grading import Verdict

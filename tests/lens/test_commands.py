@@ -47,7 +47,7 @@ def test_a_control_takes_the_place_of_the_trained_vectors(artifact, capsys) -> N
 
 @pytest.fixture
 def artifact(tmp_path, tiny_llama, tiny_tokenizer):
-    """An artifact that names its model, its data and its frame."""
+    """An artifact that names its model, its data and its prompt format."""
     folder = model_folder(tmp_path / "model", tiny_llama, tiny_tokenizer)
     provenance = {"run": RUN, "training": {"max_completion_length": 4}}
     config = steer.SteeringConfig(layers="0-2", base_model=str(folder), provenance=provenance)

@@ -15,7 +15,7 @@ import steer
 from steer import SteerError
 from steer.artifact import Artifact
 from steer.lens.composition import Composition, compose, leave_one_out, likelihoods, scale_sweep
-from steer.lens.lanes import BASE, Lane, steered
+from steer.lens.conditions import BASE, Condition, steered
 from steer.lens.sampling import complete
 from steer.lens.scale_maps import scale_maps
 from steer.lens.token_shift import PrefixSubstitution
@@ -24,7 +24,7 @@ from steer.lens.transfer_matrix import Entry, TransferMatrix, transfer_matrix
 
 def goal(subject, layers) -> list[dict[str, str]]:
     """The problems, with what the vectors of `layers` write for answers."""
-    (rows,) = complete(subject, subject.rows(PROBLEMS), [Lane(frozenset(layers))])
+    (rows,) = complete(subject, subject.rows(PROBLEMS), [Condition(frozenset(layers))])
     texts_ = subject.answers(rows)
     return [{"problem": p["problem"], "answer": text} for p, text in zip(PROBLEMS, texts_, strict=True)]
 
@@ -41,7 +41,7 @@ def test_pairs_are_what_two_vectors_do(tiny_llama, tiny_tokenizer) -> None:
     assert found.pairs[0, 1] < 1
     rows = texts()
     finer = compose(subject, [], None, [0, 2], rows)
-    pair = Lane(frozenset([0, 2]))
+    pair = Condition(frozenset([0, 2]))
     assert finer.pairs[0, 1] == pytest.approx(likelihoods(subject, rows, [pair])[0].item(), abs=1e-5)
     assert (finer.measure, finer.problems) == ("nats a token", len(rows))
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from steer import SteerError
 from steer.final_norm import find_final_norm, through_final_norm
+from steer.lens.conditions import BASE, steered
 from steer.lens.controls import random_vectors, values
-from steer.lens.lanes import BASE, steered
 from steer.lens.logit_lens import logit_lens
 from steer.lens.passes import streams
 from steer.lens.scripts import FOREIGN, SCRIPTS, count_scripts, script, vocabulary_scripts
@@ -146,14 +146,14 @@ def test_streams_are_those_of_nnsight(tiny_model, tiny_tokenizer) -> None:
     vectors = subject.vectors.effective()
     traced = nnsight.NNsight(subject.model)
     layers = [traced.get(f"{subject.decoder.name}.{layer}") for layer in range(3)]
-    for lane, factor in ((0, 0.0), (1, 1.0)):
+    for condition, factor in ((0, 0.0), (1, 1.0)):
         found = []
         with subject.vectors.disabled(), traced.trace(torch.tensor([row.ids])):
             for layer in range(3):
                 layers[layer].output = layers[layer].output + factor * vectors[layer]
                 found.append(layers[layer].output.save())
         for layer in range(3):
-            torch.testing.assert_close(ours[layer][lane], found[layer][0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours[layer][condition], found[layer][0], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

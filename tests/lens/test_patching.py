@@ -15,8 +15,8 @@ from evals.architectures import tiny
 from steer import SteerError
 from steer.lens import passes as lens_passes
 from steer.lens.composition import likelihoods
+from steer.lens.conditions import BASE, EVERYTHING, NONE, NOTHING, Condition, EffectPath, steered
 from steer.lens.decomposition import decompose
-from steer.lens.lanes import BASE, EVERYTHING, NONE, NOTHING, Lane, Route, steered
 from steer.lens.passes import passes, streams
 from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes, later_frozen, patch
 from steer.lens.sampling import complete
@@ -29,31 +29,33 @@ TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 @torch.no_grad()
 def plain_logits(subject: Subject, row: Any) -> torch.Tensor:
-    """One row through the model without lanes, padding or routes: (positions, vocabulary)."""
+    """One row through the model without conditions, padding or paths: (positions, vocabulary)."""
     ids = torch.tensor([row.ids])
     with subject.vectors.prompt_length(row.prompt):
         return subject.model(input_ids=ids, use_cache=False).logits[0, row.prompt - 1 : len(row.ids) - 1]
 
 
-def lane_logits(subject: Subject, lanes: list[Lane]) -> list[torch.Tensor]:
-    """By row: (lanes, positions, vocabulary)."""
-    return [done.next_token(i) for done in passes(subject, texts(), lanes) for i in range(len(done.rows))]
+def lane_logits(subject: Subject, conditions: list[Condition]) -> list[torch.Tensor]:
+    """By row: (conditions, positions, vocabulary)."""
+    return [
+        done.next_token(i) for done in passes(subject, texts(), conditions) for i in range(len(done.rows))
+    ]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_everything_is_the_steered_run_and_nothing_the_base_run(tiny_model, tiny_tokenizer, side) -> None:
     subject = subject_of(tiny_model, tiny_tokenizer, layers="0-1", padding_side=side)
     on = steered(subject)
-    lanes = [BASE, on, Lane(on.layers, EVERYTHING, 0), Lane(on.layers, NOTHING, 0)]
-    lanes += [Lane(NONE, EVERYTHING, 1), Lane(NONE, NOTHING, 1)]
-    for row, logits in zip(texts(), lane_logits(subject, lanes), strict=True):
+    conditions = [BASE, on, Condition(on.layers, EVERYTHING, 0), Condition(on.layers, NOTHING, 0)]
+    conditions += [Condition(NONE, EVERYTHING, 1), Condition(NONE, NOTHING, 1)]
+    for row, logits in zip(texts(), lane_logits(subject, conditions), strict=True):
         with_vectors = plain_logits(subject, row)
         with subject.vectors.disabled():
             without = plain_logits(subject, row)
         assert (with_vectors - without).abs().max() > 0.01
         expected = (without, with_vectors, with_vectors, without, without, with_vectors)
-        for lane, wanted in zip(logits, expected, strict=True):
-            torch.testing.assert_close(lane, wanted, **TOLERANCE)
+        for condition, wanted in zip(logits, expected, strict=True):
+            torch.testing.assert_close(condition, wanted, **TOLERANCE)
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "attn_out", "mlp_out"])
@@ -61,8 +63,8 @@ def test_everything_and_nothing_of_one_vector_at_every_site(build_tiny, tiny_tok
     for kind in ("llama", "gemma2"):
         subject = subject_of(build_tiny(kind), tiny_tokenizer, layers=1, site=site)
         on = steered(subject)
-        lanes = [BASE, on, Lane(on.layers, EVERYTHING, 0), Lane(on.layers, NOTHING, 0)]
-        for logits in lane_logits(subject, lanes):
+        conditions = [BASE, on, Condition(on.layers, EVERYTHING, 0), Condition(on.layers, NOTHING, 0)]
+        for logits in lane_logits(subject, conditions):
             torch.testing.assert_close(logits[2], logits[1], **TOLERANCE)
             torch.testing.assert_close(logits[3], logits[0], **TOLERANCE)
             assert (logits[1] - logits[0]).abs().max() > 0.01
@@ -71,9 +73,9 @@ def test_everything_and_nothing_of_one_vector_at_every_site(build_tiny, tiny_tok
 @pytest.mark.parametrize("kind", ["adaptive", "shared"])
 def test_other_kinds_of_vector(tiny_llama, tiny_tokenizer, kind) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer, kind=kind, rank=2, layers="0-1")
-    one = Lane(frozenset([1]))
-    lanes = [BASE, one, Lane(one.layers, EVERYTHING, 0), Lane(one.layers, NOTHING, 0)]
-    for logits in lane_logits(subject, lanes):
+    one = Condition(frozenset([1]))
+    conditions = [BASE, one, Condition(one.layers, EVERYTHING, 0), Condition(one.layers, NOTHING, 0)]
+    for logits in lane_logits(subject, conditions):
         torch.testing.assert_close(logits[2], logits[1], **TOLERANCE)
         torch.testing.assert_close(logits[3], logits[0], **TOLERANCE)
         assert (logits[1] - logits[0]).abs().max() > 0.001
@@ -85,8 +87,8 @@ def test_only_the_steered_tokens_change(tiny_llama, tiny_tokenizer, positions) -
     on = steered(subject)
     for side in ("left", "right"):
         subject.padding_side = side
-        lanes = [BASE, on, Lane(on.layers, EVERYTHING, 0), Lane(on.layers, NOTHING, 0)]
-        for row, logits in zip(texts(), lane_logits(subject, lanes), strict=True):
+        conditions = [BASE, on, Condition(on.layers, EVERYTHING, 0), Condition(on.layers, NOTHING, 0)]
+        for row, logits in zip(texts(), lane_logits(subject, conditions), strict=True):
             torch.testing.assert_close(logits[1], plain_logits(subject, row), **TOLERANCE)
             torch.testing.assert_close(logits[2], logits[1], **TOLERANCE)
             torch.testing.assert_close(logits[3], logits[0], **TOLERANCE)
@@ -136,8 +138,8 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_routes_through_the_last_layer_are_those_written_by_hand(tiny_llama, tiny_tokenizer, name) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer, layers=1)
-    lane = Lane(frozenset([1]), ROUTES[name], 0)
-    for row, logits in zip(texts(), lane_logits(subject, [BASE, lane]), strict=True):
+    condition = Condition(frozenset([1]), ROUTES[name], 0)
+    for row, logits in zip(texts(), lane_logits(subject, [BASE, condition]), strict=True):
         torch.testing.assert_close(logits[1], by_hand(subject, row, PARTS[name]), **TOLERANCE)
 
 
@@ -146,11 +148,13 @@ def test_heads_and_groups_add_up_to_the_attention(tiny_model, tiny_tokenizer) ->
     subject = subject_of(tiny_model, tiny_tokenizer, layers=0)
     on, only = steered(subject).layers, frozenset([1])
     heads, groups = head_routes(subject, 1), group_routes(subject, 1)
-    assert set().union(*(route.heads or set() for route in groups.values())) == set(range(len(heads)))
-    every = Route(False, only, NONE, frozenset(range(len(heads))))
-    lanes = [BASE, Lane(on, Route(False, only, NONE), 0), Lane(on, every, 0)]
-    lanes += [Lane(on, route, 0) for route in (*heads.values(), *groups.values())]
-    for logits in lane_logits(subject, lanes):
+    assert set().union(*(effect_path.heads or set() for effect_path in groups.values())) == set(
+        range(len(heads))
+    )
+    every = EffectPath(False, only, NONE, frozenset(range(len(heads))))
+    conditions = [BASE, Condition(on, EffectPath(False, only, NONE), 0), Condition(on, every, 0)]
+    conditions += [Condition(on, effect_path, 0) for effect_path in (*heads.values(), *groups.values())]
+    for logits in lane_logits(subject, conditions):
         torch.testing.assert_close(logits[2], logits[1], **TOLERANCE)
         assert all((logits[3 + n] - logits[0]).abs().max() > 1e-5 for n in range(len(heads)))
     # After layer 1 the stream is linear in the heads, unless a norm stands between (Gemma, OLMo2).
@@ -161,9 +165,9 @@ def test_heads_and_groups_add_up_to_the_attention(tiny_model, tiny_tokenizer) ->
     def seen(layer: int, stream: torch.Tensor, batch: Any, starts: list[int]) -> None:
         changes[layer] = stream - stream[0]
 
-    streams(subject, texts()[:1], lanes, seen, layers=[1])
+    streams(subject, texts()[:1], conditions, seen, layers=[1])
     vector = subject.vectors.effective()[0]
-    own = changes[1] - vector  # the vector itself is in the stream of every lane
+    own = changes[1] - vector  # the vector itself is in the stream of every condition
     for part in (own[3 : 3 + len(heads)], own[3 + len(heads) :]):
         torch.testing.assert_close(part.sum(0), own[1], rtol=1e-3, atol=2e-5)
 
@@ -218,7 +222,7 @@ def test_solving_along_a_route(tiny_llama, tiny_tokenizer) -> None:
     base, on = complete(subject, rows, [BASE, steered(subject)])
     assert base != on
     layers = steered(subject).layers
-    pairs = [BASE, Lane(layers, EVERYTHING, 0), BASE, Lane(layers, NOTHING, 2)]
+    pairs = [BASE, Condition(layers, EVERYTHING, 0), BASE, Condition(layers, NOTHING, 2)]
     leader, everything, other, nothing = complete(subject, rows, pairs)
     assert everything == on == leader
     assert nothing == base == other
@@ -226,7 +230,7 @@ def test_solving_along_a_route(tiny_llama, tiny_tokenizer) -> None:
     goal = [
         {"problem": p["problem"], "answer": a} for p, a in zip(PROBLEMS, subject.answers(on), strict=True)
     ]
-    found = patch(subject, rows, problems=goal, checker=Exact())
+    found = patch(subject, rows, problems=goal, grader=Exact())
     assert found.accuracy is not None
     assert found.steered["accuracy"] == 1
     assert found.accuracy[found.names.index("everything")] == 1
@@ -244,8 +248,13 @@ def test_later_layers_held(tiny_llama, tiny_tokenizer) -> None:
     assert list(frozen_routes(subject, 0, 2)) == ["frozen after 0", "frozen after 2"]
     assert found["frozen after 0"] == pytest.approx(found["residual only"], abs=1e-5)
     assert found["frozen after 2"] == pytest.approx(1, abs=1e-5)
-    lanes = [BASE, Lane(on), Lane(on, later_frozen(1), 0), Lane(on, Route(True, NONE, NONE), 0)]
-    for logits in lane_logits(subject, lanes):
+    conditions = [
+        BASE,
+        Condition(on),
+        Condition(on, later_frozen(1), 0),
+        Condition(on, EffectPath(True, NONE, NONE), 0),
+    ]
+    for logits in lane_logits(subject, conditions):
         assert min((logits[2] - logits[n]).abs().max() for n in (0, 1, 3)) > 1e-4
 
 
@@ -264,7 +273,7 @@ def test_mistakes(tiny_llama, tiny_tokenizer) -> None:
         decompose(subject, texts())
     assert "these are adaptive" in message(error)
     with pytest.raises(SteerError) as error:
-        complete(subject, texts(), [BASE, Lane(NONE, NOTHING, 0), Lane(NONE, NOTHING, 0)])
+        complete(subject, texts(), [BASE, Condition(NONE, NOTHING, 0), Condition(NONE, NOTHING, 0)])
     assert "each needs its own" in message(error)
 
 
@@ -284,11 +293,11 @@ def test_memory_does_not_grow_with_the_number_of_texts(build_tiny, tiny_tokenize
     monkeypatch.setattr(lens_passes, "run", measured)
     subject = subject_of(build_tiny("llama", vocab_size=20_000), tiny_tokenizer, layers="0-1", batch_size=10)
     rows = texts([(4, 5)] * 64)
-    lane = steered(subject)
+    condition = steered(subject)
     for analysis in (
         lambda: patch(subject, rows),
         lambda: token_shift(subject, rows * 3, texts=2),
-        lambda: likelihoods(subject, rows * 3, [BASE, lane]),
+        lambda: likelihoods(subject, rows * 3, [BASE, condition]),
     ):
         held.clear()
         analysis()

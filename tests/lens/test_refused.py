@@ -12,7 +12,7 @@ from steer import SteerError
 from steer.lens.decomposition import decompose
 from steer.lens.patching import patch
 
-# What passes although every route is closed.
+# What passes although every path is closed.
 OTHER_PATHS = {
     "bloom": "the stream inside attention and MLP",
     "mpt": "the stream inside the MLP",
@@ -30,7 +30,7 @@ OTHER_PATHS = {
 def test_a_model_with_other_paths_is_refused(tiny_tokenizer, model_type, dtype, direction) -> None:
     subject = subject_of(tiny(model_type).to(dtype), tiny_tokenizer, layers="0-1")
     before = hooks(subject.model)
-    with pytest.raises(SteerError, match="with every route closed") as error:
+    with pytest.raises(SteerError, match="with every path closed") as error:
         patch(subject, texts(), direction=direction)
     message(error)
     with pytest.raises(SteerError) as error:
@@ -60,7 +60,7 @@ def test_layers_of_several_kinds_are_split(tiny_tokenizer, model_type) -> None:
 
 @pytest.mark.parametrize("model_type", ["opt", "longcat_flash", "inkling_text", "trocr"])
 def test_a_refused_analysis_leaves_no_hooks(tiny_tokenizer, model_type) -> None:
-    """Hooks of the routes that were found before the missing module once stayed in the model."""
+    """Hooks of the paths that were found before the missing module once stayed in the model."""
     subject = subject_of(tiny(model_type), tiny_tokenizer, layers="0-1")
     before = hooks(subject.model)
     for analysis in (patch, decompose):

@@ -1,5 +1,6 @@
 """
-Token shift and prefix substitution against one-row runs of the model; completions in lanes against generate.
+Token shift and prefix substitution against one-row runs of the model; completions in conditions against
+generate.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from helpers.lens import PROBLEMS, Exact, subject_of, texts
 from helpers.steering import message
 
 from steer import SteerError
-from steer.lens.lanes import BASE, Lane, steered
+from steer.lens.conditions import BASE, Condition, steered
 from steer.lens.sampling import complete
 from steer.lens.subject import Row, pad, token_text
 from steer.lens.token_shift import common_opening, prefix_substitution, token_shift
@@ -18,7 +19,7 @@ from steer.lens.token_shift import common_opening, prefix_substitution, token_sh
 
 @torch.no_grad()
 def both(subject, row: Row) -> torch.Tensor:
-    """Probabilities (base and steered, tokens, vocabulary) of one row, without lanes."""
+    """Probabilities (base and steered, tokens, vocabulary) of one row, without conditions."""
     ids = torch.tensor([row.ids])
     on = subject.model(ids).logits[0].softmax(-1)
     with subject.vectors.disabled():
@@ -63,7 +64,7 @@ def test_shift_of_prompts_alone_and_of_one_layer(tiny_llama, tiny_tokenizer) -> 
     assert found.layers == [1]
     assert found.variation.shape == (1,)
     assert found.first_share == pytest.approx(1)
-    # no vector at all: what rows of different lanes may differ by is the order of a float32 sum
+    # no vector at all: what rows of different conditions may differ by is the order of a float32 sum
     assert token_shift(subject, prompts, layers=[]).variation.max() < 1e-6 < found.variation.min()
 
 
@@ -100,7 +101,7 @@ def test_greedy_completions_are_those_of_plain_generation(tiny_model, tiny_token
 def test_samples_do_not_depend_on_the_batch_and_lanes_share_their_luck(tiny_llama, tiny_tokenizer) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer, batch_size=8)
     rows = subject.rows(PROBLEMS)
-    same = [BASE, Lane(frozenset([0])), BASE]
+    same = [BASE, Condition(frozenset([0])), BASE]
     reference = complete(subject, rows, same, temperature=1.0, seed=3)
     assert reference[0] == reference[2] != reference[1]
     subject.batch_size = 1

@@ -18,7 +18,7 @@ from steer.evaluation.grading_check import agreement
 from steer.tasks.answers.equality import compare
 from steer.tasks.answers.numbers import read_number
 from steer.tasks.answers.units import NUMBER_WORDS
-from steer.tasks.grading import Checker, _same_plain
+from steer.tasks.grading import MathGrader, _same_plain
 
 LABELLED = [(kind, gold, answer, True) for kind, pairs in RIGHT.items() for gold, answer in pairs]
 LABELLED += [(kind, gold, answer, False) for kind, pairs in WRONG.items() for gold, answer in pairs]
@@ -26,9 +26,9 @@ LABELLED += [(kind, gold, answer, False) for kind, pairs in WRONG.items() for go
 
 @pytest.fixture(scope="module")
 def verdicts():
-    """The checker's verdict on every labelled pair, by pair."""
-    with Checker(timeout=20.0) as checker:
-        graded = checker.check(
+    """The grader's verdict on every labelled pair, by pair."""
+    with MathGrader(timeout=20.0) as grader:
+        graded = grader.check(
             [f"\\boxed{{{answer}}}" for _, _, answer, _ in LABELLED], [gold for _, gold, _, _ in LABELLED]
         )
     return {(gold, answer): v for (_, gold, answer, _), v in zip(LABELLED, graded, strict=True)}

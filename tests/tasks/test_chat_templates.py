@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SteerError
-from steer.tasks.prompts import TEMPLATES, render
+from steer.tasks.prompts import TEMPLATES, format_prompt
 
 STEPS = r"put your final answer within \boxed{}."
 SHORT = r"Give the answer as $\boxed{answer}$."
@@ -30,7 +30,7 @@ PROBLEMS = st.text(st.sampled_from("ab7 +=?$\\{}<|>\n"), max_size=30).map(lambda
 @given(problem=PROBLEMS, boxed=st.booleans(), system=st.sampled_from(["", "Be brief."]))
 def test_instruction_and_problem_are_there_once_after_one_bos(name, adds_bos, problem, boxed, system):
     tokens = TOKENIZERS[name, adds_bos]
-    text = render(problem, tokens, "boxed" if boxed else "boxed_short", system=system)
+    text = format_prompt(problem, tokens, "boxed" if boxed else "boxed_short", system=system)
     assert text.count(problem) == 1 and text.count(STEPS if boxed else SHORT) == 1
     assert not system or text.count(system) == 1
     assert text.endswith(STYLES[name].ending)
@@ -47,9 +47,9 @@ def test_templates_that_trl_ships_lose_nothing_or_are_refused(path, template):
     tokens = tokenizer(path.read_text(encoding="utf-8"), adds_bos=True)
     if path.stem.startswith(("idefics3", "llava_next", "smolvlm")):  # text is a list of parts there
         with pytest.raises(SteerError, match="chat template refused"):
-            render("3182?", tokens, template)
+            format_prompt("3182?", tokens, template)
         return
-    text = render("3182?", tokens, template)
+    text = format_prompt("3182?", tokens, template)
     assert text.count("3182?") == 1 and text.count(STEPS if template == "boxed" else SHORT) == 1
     ids = tokens(text, add_special_tokens=False)["input_ids"]
     assert ids[0] == 1 and 1 not in ids[1:]
@@ -57,12 +57,12 @@ def test_templates_that_trl_ships_lose_nothing_or_are_refused(path, template):
 
 @pytest.mark.parametrize("name", ["gemma", "mistral", "phi-3, drops the system turn"])
 def test_without_a_system_turn_the_instruction_opens_the_user_turn(name):
-    text = render("1+1?", TOKENIZERS[name, False], "boxed", system="Be brief.")
+    text = format_prompt("1+1?", TOKENIZERS[name, False], "boxed", system="Be brief.")
     assert f"Be brief.\nPlease reason step by step, and {STEPS}\n\n1+1?" in text
 
 
 def test_a_default_system_text_stays_out_where_there_is_a_system_turn():
-    assert "helpful" not in render("1+1?", TOKENIZERS["qwen-2.5", False], "boxed_short")
+    assert "helpful" not in format_prompt("1+1?", TOKENIZERS["qwen-2.5", False], "boxed_short")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_default_system_text_stays_out_where_there_is_a_system_turn():
 )
 def test_a_template_that_loses_the_prompt_is_refused(template, lost):
     with pytest.raises(SteerError, match=rf"chat template.*{lost}.*use one of qwen_math") as caught:
-        render("1+1?", tokenizer(template), "boxed")
+        format_prompt("1+1?", tokenizer(template), "boxed")
     assert "\n" not in str(caught.value)
 
 
@@ -91,16 +91,16 @@ def test_a_template_that_loses_the_prompt_is_refused(template, lost):
 )
 def test_a_template_that_fails_is_refused_on_one_line(template):
     with pytest.raises(SteerError, match="chat template refused prompt template 'boxed_short'") as caught:
-        render("1+1?", tokenizer(template), "boxed_short")
+        format_prompt("1+1?", tokenizer(template), "boxed_short")
     assert "\n" not in str(caught.value)
 
 
 def test_chat_template_kwargs_reach_the_template():
     tokens = TOKENIZERS["qwen-3", False]
-    quiet = render("1+1?", tokens, "boxed", chat_template_kwargs={"enable_thinking": False})
-    assert quiet == render("1+1?", tokens, "boxed") + "<think>\n\n</think>\n\n"
+    quiet = format_prompt("1+1?", tokens, "boxed", chat_template_kwargs={"enable_thinking": False})
+    assert quiet == format_prompt("1+1?", tokens, "boxed") + "<think>\n\n</think>\n\n"
     tokens = TOKENIZERS["llama-3", True]
-    assert "Date: 1 Jan" in render("1+1?", tokens, chat_template_kwargs={"date_string": "1 Jan"})
+    assert "Date: 1 Jan" in format_prompt("1+1?", tokens, chat_template_kwargs={"date_string": "1 Jan"})
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -109,10 +109,12 @@ def test_chat_template_kwargs_that_the_template_never_reads_are_refused(name):
     said = f"reads {', '.join(known)}" if known else "reads no settings"
     for wrong in ("enable_thinkin", "tokenize", "messages", "add_generation_prompt"):
         with pytest.raises(SteerError, match=rf"chat_template_kwargs.*'{wrong}'.*{said}"):
-            render("1+1?", TOKENIZERS[name, False], chat_template_kwargs={wrong: True})
+            format_prompt("1+1?", TOKENIZERS[name, False], chat_template_kwargs={wrong: True})
 
 
 @pytest.mark.parametrize("template", [name for name, t in TEMPLATES.items() if not t.chat])
 def test_chat_template_kwargs_for_a_plain_template_are_refused(template):
     with pytest.raises(SteerError, match=f"{template!r} is no chat.*use one of boxed, boxed_short"):
-        render("1+1?", TOKENIZERS["qwen-3", False], template, chat_template_kwargs={"enable_thinking": False})
+        format_prompt(
+            "1+1?", TOKENIZERS["qwen-3", False], template, chat_template_kwargs={"enable_thinking": False}
+        )

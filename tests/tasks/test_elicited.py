@@ -14,7 +14,7 @@ from steer.evaluation.heldout import Answered, constant, score, ways
 from steer.lens.report import _elicited
 from steer.tasks.data import Arithmetic
 from steer.tasks.elicited import best_base, choose, constant_answer, fitting, longer, stages
-from steer.tasks.grading import Checker, extract_boxed
+from steer.tasks.grading import MathGrader, extract_boxed
 from steer.tasks.prompts import PromptSpec
 from steer.training.summary import score_table
 
@@ -82,8 +82,8 @@ def test_the_longer_limit_is_no_shorter(limit):
 
 def test_no_constant_answer_scores_more():
     assert constant_answer(["3", "12", "12", "3", "4"]) == "12"
-    with Checker() as checker:
-        found = constant(HELD_OUT, checker)
+    with MathGrader() as grader:
+        found = constant(HELD_OUT, grader)
     golds = [row["answer"] for row in HELD_OUT]
     assert found["accuracy"] == found["lenient"] == max(map(golds.count, golds)) / 75 == 0.12
     assert found["low"] <= found["accuracy"] <= found["high"] and found["problems"] == 75
@@ -107,7 +107,7 @@ def test_the_stages_of_a_run(tiny_tokenizer):
 def test_a_short_context_gets_fewer_examples_and_room_for_the_run_s_own_answers(tiny_tokenizer, caplog):
     caplog.set_level("INFO", "steer")
     prompts, examples = PromptSpec("plain"), choose(TRAIN, 3)
-    one = len(tiny_tokenizer(prompts.render(HELD_OUT[0]["problem"], tiny_tokenizer))["input_ids"])
+    one = len(tiny_tokenizer(prompts.format_prompt(HELD_OUT[0]["problem"], tiny_tokenizer))["input_ids"])
     found = ways(prompts, 4, examples, HELD_OUT, tiny_tokenizer, one + 80)
     assert found["longer"] == (prompts, 16)
     assert 0 < len(found["elicited"][0].examples) < 3

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SteerError
-from steer.tasks.grading import Checker, Verdict, extract_boxed
+from steer.tasks.grading import MathGrader, Verdict, extract_boxed
 
 REAL = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
-def checker():
-    with Checker(timeout=2.0) as shared:
+def grader():
+    with MathGrader(timeout=2.0) as shared:
         yield shared
 
 
@@ -26,8 +26,8 @@ def box(answer):
     return f"So the answer is $\\boxed{{{answer}}}$."
 
 
-def judge(checker, gold, answer):
-    return checker.check([box(answer)], [gold])[0]
+def judge(grader, gold, answer):
+    return grader.check([box(answer)], [gold])[0]
 
 
 # --- extraction
@@ -81,15 +81,15 @@ def test_extraction_of_megabytes_is_linear(unit):
     assert extract_boxed(text) in (None, "", "1")
 
 
-# --- the checker
+# --- the grader
 
 
 def test_plain_numbers_start_no_process():
-    with Checker() as checker:
-        verdicts = checker.check(
+    with MathGrader() as grader:
+        verdicts = grader.check(
             [box("4"), box("5"), box("1,000"), "no box", box(" ")], ["4", "4", "1000", "4", "4"]
         )
-        assert checker._pool is None
+        assert grader._pool is None
     assert verdicts == [
         Verdict(True, "4", "exact"),
         Verdict(False, "5", "exact"),
@@ -102,7 +102,7 @@ def test_plain_numbers_start_no_process():
 @pytest.mark.parametrize(
     ("gold", "answer", "correct"),
     [
-        ("124", "97 + 27", False),  # the question handed back: a symbolic checker would do the sum itself
+        ("124", "97 + 27", False),  # the question handed back: a symbolic grader would do the sum itself
         ("124", "97 + 27 = 124", True),
         ("7", "10-3", False),
         ("12", "4(3)", False),
@@ -119,11 +119,11 @@ def test_plain_numbers_start_no_process():
         ("x^2-1", "(x-1)(x+1)", True),
     ],
 )
-def test_a_number_must_be_worked_out(checker, gold, answer, correct):
-    assert checker.check([box(answer)], [gold])[0].correct == correct
+def test_a_number_must_be_worked_out(grader, gold, answer, correct):
+    assert grader.check([box(answer)], [gold])[0].correct == correct
 
 
-def test_sympy_decides_the_rest(checker):
+def test_sympy_decides_the_rest(grader):
     cases = [
         ("x^2+2x+1", "(x+1)^2", True),
         (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt 2}", True),
@@ -133,7 +133,7 @@ def test_sympy_decides_the_rest(checker):
         ("5", "4+2=5", False),
         (r"\frac{x}{2}", r"\oops \frac{x}{2}", False),
     ]
-    verdicts = checker.check([box(answer) for _, answer, _ in cases], [gold for gold, _, _ in cases])
+    verdicts = grader.check([box(answer) for _, answer, _ in cases], [gold for gold, _, _ in cases])
     assert [v.correct for v in verdicts] == [correct for _, _, correct in cases]
     assert {v.how for v in verdicts} == {"symbolic"}
 
@@ -158,9 +158,9 @@ HOSTILE = {
 
 
 @pytest.fixture(scope="module")
-def hostile_verdicts(checker):
+def hostile_verdicts(grader):
     return dict(
-        zip(HOSTILE, checker.check([box(a) for a in HOSTILE.values()], ["7"] * len(HOSTILE)), strict=True)
+        zip(HOSTILE, grader.check([box(a) for a in HOSTILE.values()], ["7"] * len(HOSTILE)), strict=True)
     )
 
 
@@ -170,8 +170,8 @@ def test_hostile_answers_are_wrong(hostile_verdicts, name):
 
 
 @pytest.mark.parametrize("answer", ["10^{10^{10}}", "7" * 100_000, "٧", "(" * 10_000, r"\frac{7}{0}"])
-def test_hostile_answers_equal_to_the_reference_are_right(checker, answer):
-    assert judge(checker, answer, answer) == Verdict(True, answer, "exact")
+def test_hostile_answers_equal_to_the_reference_are_right(grader, answer):
+    assert judge(grader, answer, answer) == Verdict(True, answer, "exact")
 
 
 def test_long_answers_reach_no_parser(hostile_verdicts):
@@ -180,21 +180,21 @@ def test_long_answers_reach_no_parser(hostile_verdicts):
 
 @pytest.mark.parametrize("answer", ["(" * 10_000 + "7" + ")" * 10_000, "x^{" * 5000 + "2" + "}" * 5000])
 def test_nesting_that_does_reach_the_parser_is_stopped(answer):
-    with Checker(timeout=0.5, max_chars=10**6) as checker:
-        assert not judge(checker, "7", answer).correct
-        assert judge(checker, "x+1", "1+x").correct
+    with MathGrader(timeout=0.5, max_chars=10**6) as grader:
+        assert not judge(grader, "7", answer).correct
+        assert judge(grader, "x+1", "1+x").correct
 
 
 def test_repeated_timeouts_cost_one(caplog):
-    with Checker(timeout=0.5) as checker:
-        verdicts = checker.check([box("x+9!!!!!!")] * 64, ["x+7!"] * 64)
+    with MathGrader(timeout=0.5) as grader:
+        verdicts = grader.check([box("x+9!!!!!!")] * 64, ["x+7!"] * 64)
         assert {v.how for v in verdicts} == {"timeout"}
         assert [r.getMessage() for r in caplog.records] == [
             "1 of 1 answers count as wrong unchecked (1 timeouts, 0 crashes; first: timeout)"
         ]
         calls = []
-        checker._attempt = lambda *a: calls.append(a)  # a cached pair asks no worker
-        assert judge(checker, "x+7!", "x+9!!!!!!").how == "timeout"
+        grader._attempt = lambda *a: calls.append(a)  # a cached pair asks no worker
+        assert judge(grader, "x+7!", "x+9!!!!!!").how == "timeout"
         assert not calls
 
 
@@ -205,29 +205,29 @@ def test_many_different_timeouts_are_hurried(monkeypatch):
         limits.append((len(pairs), limit))
         return [TimeoutError()] * len(pairs)
 
-    checker = Checker(timeout=5.0)
-    monkeypatch.setattr(checker, "_attempt", attempt)
-    checker.check([box(f"x+{i}") for i in range(128)], ["y"] * 128)
+    grader = MathGrader(timeout=5.0)
+    monkeypatch.setattr(grader, "_attempt", attempt)
+    grader.check([box(f"x+{i}") for i in range(128)], ["y"] * 128)
     assert sum(count * limit for count, limit in limits) < 0.25 * 128 * 5
-    monkeypatch.setattr(checker, "_attempt", lambda pairs, limit: [True] * len(pairs))
-    assert judge(checker, "y", "x+0").how == "timeout"  # had its full time
-    assert judge(checker, "y", "x+127").correct  # had not, so it is tried again
+    monkeypatch.setattr(grader, "_attempt", lambda pairs, limit: [True] * len(pairs))
+    assert judge(grader, "y", "x+0").how == "timeout"  # had its full time
+    assert judge(grader, "y", "x+127").correct  # had not, so it is tried again
 
 
-def test_works_off_the_main_thread(checker):
+def test_works_off_the_main_thread(grader):
     verdicts = []
-    thread = threading.Thread(target=lambda: verdicts.append(judge(checker, "y+1", "1+y")))
+    thread = threading.Thread(target=lambda: verdicts.append(judge(grader, "y+1", "1+y")))
     thread.start()
     thread.join(120)
     assert verdicts == [Verdict(True, "1+y", "symbolic")]
 
 
 def test_survives_a_killed_worker():
-    with Checker() as checker:
-        assert judge(checker, "x+1", "1+x").correct
-        for worker in list(checker._pool._pool_manager.worker_manager.workers):
+    with MathGrader() as grader:
+        assert judge(grader, "x+1", "1+x").correct
+        for worker in list(grader._pool._pool_manager.worker_manager.workers):
             os.kill(worker, signal.SIGKILL)
-        assert judge(checker, "x+2", "2+x") == Verdict(True, "2+x", "symbolic")
+        assert judge(grader, "x+2", "2+x") == Verdict(True, "2+x", "symbolic")
 
 
 def die(gold, answer):
@@ -235,19 +235,19 @@ def die(gold, answer):
 
 
 def test_a_worker_that_dies_on_an_answer_is_a_crash(monkeypatch, caplog):
-    with Checker() as checker:
-        assert judge(checker, "x+1", "1+x").correct
+    with MathGrader() as grader:
+        assert judge(grader, "x+1", "1+x").correct
         with monkeypatch.context() as patch:
             patch.setattr("steer.tasks.grading._symbolic", die)
-            assert judge(checker, "x", "y+1") == Verdict(False, "y+1", "crash")
+            assert judge(grader, "x", "y+1") == Verdict(False, "y+1", "crash")
         assert "0 timeouts, 1 crashes; first: ProcessExpired" in caplog.text
-        assert judge(checker, "x+2", "2+x").correct
+        assert judge(grader, "x+2", "2+x").correct
 
 
 def test_an_error_in_a_worker_is_a_crash(monkeypatch, caplog):
     monkeypatch.setattr("steer.tasks.grading._symbolic", os.fspath)  # raises TypeError for two arguments
-    with Checker() as checker:
-        verdicts = checker.check([box("y+1"), box("y+2"), box("3")], ["x", "x", "3"])
+    with MathGrader() as grader:
+        verdicts = grader.check([box("y+1"), box("y+2"), box("3")], ["x", "x", "3"])
     assert [v.how for v in verdicts] == ["crash", "crash", "exact"]
     assert [r.getMessage()[:72] for r in caplog.records] == [
         "2 of 2 answers count as wrong unchecked (0 timeouts, 2 crashes; first: T"
@@ -255,26 +255,26 @@ def test_an_error_in_a_worker_is_a_crash(monkeypatch, caplog):
 
 
 def test_reopens_after_close():
-    checker = Checker()
+    grader = MathGrader()
     for n in range(2):
-        assert judge(checker, f"x+{n + 1}", f"{n + 1}+x").correct
-        checker.close()
-        assert checker._pool is None
+        assert judge(grader, f"x+{n + 1}", f"{n + 1}+x").correct
+        grader.close()
+        assert grader._pool is None
 
 
 def test_the_cache_is_bounded(monkeypatch):
     monkeypatch.setattr("steer.tasks.grading._CACHE_SIZE", 10)
-    checker = Checker()
-    monkeypatch.setattr(checker, "_attempt", lambda pairs, limit: [True] * len(pairs))
-    assert all(v.correct for v in checker.check([box(f"x+{i}") for i in range(50)], ["y"] * 50))
-    assert list(checker._cache) == [("y", f"x+{i}") for i in range(40, 50)]
+    grader = MathGrader()
+    monkeypatch.setattr(grader, "_attempt", lambda pairs, limit: [True] * len(pairs))
+    assert all(v.correct for v in grader.check([box(f"x+{i}") for i in range(50)], ["y"] * 50))
+    assert list(grader._cache) == [("y", f"x+{i}") for i in range(40, 50)]
 
 
 def test_checker_mistakes():
     with pytest.raises(SteerError, match="2 completions and 1 reference answers"):
-        Checker().check(["a", "b"], ["1"])
+        MathGrader().check(["a", "b"], ["1"])
     with pytest.raises(SteerError, match="timeout=0"):
-        Checker(timeout=0)
+        MathGrader(timeout=0)
 
 
 def test_an_unguarded_script_gets_told(tmp_path):
@@ -306,24 +306,24 @@ def real(name):
 
 def test_every_gsm8k_answer_is_itself_without_a_worker():
     golds = real("gsm8k_train") + real("gsm8k_test")
-    with Checker() as checker:
+    with MathGrader() as grader:
         assert all(
-            v == Verdict(True, v.answer, "exact") for v in checker.check([box(g) for g in golds], golds)
+            v == Verdict(True, v.answer, "exact") for v in grader.check([box(g) for g in golds], golds)
         )
-        assert not any(v.correct for v in checker.check([box(f"{g}1") for g in golds], golds))
-        assert checker._pool is None
+        assert not any(v.correct for v in grader.check([box(f"{g}1") for g in golds], golds))
+        assert grader._pool is None
 
 
-def test_math_answers_boxed_are_right(checker):
+def test_math_answers_boxed_are_right(grader):
     golds = real("math_train")[:1000]
     wrong = [
-        g for g, v in zip(golds, checker.check([box(g) for g in golds], golds), strict=True) if not v.correct
+        g for g, v in zip(golds, grader.check([box(g) for g in golds], golds), strict=True) if not v.correct
     ]
     assert not wrong
 
 
-def test_math_answers_reworded_are_right(checker):
+def test_math_answers_reworded_are_right(grader):
     golds = [g for g in real("math_train") if "\\frac" in g][:60]
     spaced = [g.replace("\\frac", "\\dfrac ").replace("+", " + ") + r"\quad" for g in golds]
-    verdicts = checker.check([box(a) for a in spaced], golds)
+    verdicts = grader.check([box(a) for a in spaced], golds)
     assert sum(v.correct for v in verdicts) >= 58

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.tasks.grading import Checker, extract_boxed
+from steer.tasks.grading import MathGrader, extract_boxed
 from steer.tasks.lenient import extract_lenient
 
 
@@ -43,8 +43,8 @@ def test_what_is_taken_for_the_answer(text, answer):
 
 
 @pytest.fixture(scope="module")
-def checker():
-    with Checker() as found:
+def grader():
+    with MathGrader() as found:
         yield found
 
 
@@ -62,10 +62,10 @@ def test_any_text_is_read_and_a_box_wins(text):
 
 @given(WORDS, st.integers(-(10**9), 10**9), WORDS)
 @settings(deadline=None)
-def test_a_single_number_among_words_is_the_answer(checker, before, number, after):
+def test_a_single_number_among_words_is_the_answer(grader, before, number, after):
     spaced = f"{before} {number} {after}"
     grouped = f"{before} {number:,} {after}"
-    verdicts = checker.check([spaced, grouped], [str(number)] * 2, extract_lenient)
+    verdicts = grader.check([spaced, grouped], [str(number)] * 2, extract_lenient)
     assert [verdict.correct for verdict in verdicts] == [True, True]
 
 
@@ -74,10 +74,10 @@ def test_a_single_number_among_words_is_the_answer(checker, before, number, afte
     st.sampled_from(["7", "12", "712"]),
 )
 @settings(deadline=None, max_examples=50)  # some need a worker process
-def test_what_is_right_in_a_box_is_right_leniently(checker, parts, gold):
+def test_what_is_right_in_a_box_is_right_leniently(grader, parts, gold):
     text = "".join(parts)
-    strict = checker.check([text], [gold])[0]
-    lenient = checker.check([text], [gold], extract_lenient)[0]
+    strict = grader.check([text], [gold])[0]
+    lenient = grader.check([text], [gold], extract_lenient)[0]
     if strict.correct:
         assert lenient.correct
     if strict.how != "no_answer":

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from steer.errors import SteerError
 from steer.tasks.rewards import (
     REWARDS,
-    Checker,
     Correctness,
     LengthPenalty,
+    MathGrader,
     RandomReward,
     format_reward,
     guard,
@@ -21,8 +21,8 @@ from steer.tasks.rewards import (
 
 
 @pytest.fixture
-def checker():  # plain numbers alone are graded here, so no worker ever starts
-    with Checker() as made:
+def grader():  # plain numbers alone are graded here, so no worker ever starts
+    with MathGrader() as made:
         yield made
 
 
@@ -30,9 +30,9 @@ def box(answer):
     return f"So the answer is $\\boxed{{{answer}}}$."
 
 
-def test_correctness_pays_and_logs(checker):
+def test_correctness_pays_and_logs(grader):
     extra, metrics = {}, {}
-    reward = make_reward("correct", checker)
+    reward = make_reward("correct", grader)
     rewards = reward(
         prompts=["p"] * 3,
         completions=[box("4"), [{"role": "assistant", "content": box("5")}], "?"],
@@ -45,8 +45,8 @@ def test_correctness_pays_and_logs(checker):
     assert extra == {"answer_given": ["4", "5", ""]}
     assert metrics == {"accuracy": pytest.approx(1 / 3)}
     assert reward.__name__ == "correctness"
-    assert make_reward("correct01", checker)(["p"], ["?"], answer=["4"]) == [0.0]
-    assert Correctness(checker, wrong=-0.5, right=2.0)(["p"] * 2, [box(1), box(2)], answer=["1", "1"]) == [
+    assert make_reward("correct01", grader)(["p"], ["?"], answer=["4"]) == [0.0]
+    assert Correctness(grader, wrong=-0.5, right=2.0)(["p"] * 2, [box(1), box(2)], answer=["1", "1"]) == [
         2.0,
         -0.5,
     ]
@@ -71,7 +71,7 @@ def test_correctness_pays_and_logs(checker):
 )
 def test_format_reward(text, value):
     assert format_reward(["p"], [text]) == [value]
-    assert make_reward("format", Checker())(["p"], [[{"role": "assistant", "content": text}]]) == [value]
+    assert make_reward("format", MathGrader())(["p"], [[{"role": "assistant", "content": text}]]) == [value]
 
 
 def test_length_penalty():
@@ -98,11 +98,11 @@ def test_random_reward_depends_on_the_process_seed_only():
 
 def test_make_reward_knows_what_it_lists():
     for name in REWARDS:
-        assert callable(make_reward(name, Checker()))
+        assert callable(make_reward(name, MathGrader()))
     with pytest.raises(
         SteerError, match="unknown reward 'corect'; expected one of correct, correct01, format, random"
     ):
-        make_reward("corect", Checker())
+        make_reward("corect", MathGrader())
 
 
 def returning(value):

@@ -96,7 +96,7 @@ def test_a_whole_run_prints_the_table_and_the_places(whole: Path, base: Path) ->
     assert "best elicited base: " in text
     for name in ("vectors", "results.json", "training.png"):
         assert str(whole / name) in text
-    assert "96 trained numbers" in text
+    assert "96 trainable parameters" in text
     assert f"{STEPS} updates" in text
     assert text.count("(answer: ") == 3
     assert "training:" in (base / "whole.err").read_text(), "no progress bar"

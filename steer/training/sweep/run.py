@@ -35,7 +35,7 @@ from steer.files import read_json, replace_file
 from steer.models import context_length
 from steer.tasks.elicited import STAGES, UNTRAINED, choose
 from steer.tasks.prompts import PromptSpec
-from steer.tasks.rewards import Checker, make_reward
+from steer.tasks.rewards import MathGrader, make_reward
 from steer.training import run as runs
 from steer.training.config import SteeringGRPOConfig
 from steer.training.run import RunConfig
@@ -62,7 +62,7 @@ class Study:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSpec
-    checker: Checker
+    grader: MathGrader
     train: Dataset  # with a column `prompt`
     held_out: Problems | None
 
@@ -79,15 +79,15 @@ class Study:
             self.model,
             self.tokenizer,
             problems,
-            prompts.frame(self.tokenizer),
-            self.checker,
+            prompts.formatter(self.tokenizer),
+            self.grader,
             limit,
             trainer.eos_token_ids,
             label=label,
         )
 
 
-def claim(
+def claim_sweep_dir(
     folder: Path, run: RunConfig, training: SteeringGRPOConfig, members: Sequence[Settings], now: set[str]
 ) -> None:
     """
@@ -98,7 +98,7 @@ def claim(
     # with more processes there are more rows at once, but not more rows of a member
     skipped = OWN | {"generation_batch_size"}
     shared["training"] = {k: v for k, v in shared["training"].items() if k not in skipped}
-    runs.claim(folder, shared)
+    runs.claim_output_dir(folder, shared)
     path = folder / POPULATION_FILE
     have = read_json(path) if path.exists() else {}
     wanted = json.loads(json.dumps({m.name: m.own() for m in members}))
@@ -119,7 +119,7 @@ def claim(
     replace_file(path, (json.dumps({**have, **wanted}, indent=2) + "\n").encode())
 
 
-def conduct(study: Study, members: Sequence[Settings]) -> None:
+def train_members(study: Study, members: Sequence[Settings]) -> None:
     """
     Train `members` in the study's folder, or what is missing of it, and leave there what each became.
     """
@@ -139,7 +139,7 @@ def conduct(study: Study, members: Sequence[Settings]) -> None:
     trainer = PopulationTrainer(
         study.model,
         [
-            Member(m.name, [make_reward(r, study.checker) for r in m.run.rewards], m.training, m.steering)
+            Member(m.name, [make_reward(r, study.grader) for r in m.run.rewards], m.training, m.steering)
             for m in mine
         ],
         study.train,
@@ -251,7 +251,7 @@ def _score_untrained(study: Study, trainer: PopulationTrainer) -> None:
             runs.write_results(study.folder, {**results, stage: _scored(answered, *asked[stage])})
         state.wait_for_everyone()
     if state.is_main_process and study.run.examples:
-        always = constant(study.held_out, study.checker)
+        always = constant(study.held_out, study.grader)
         runs.write_results(study.folder, {**runs.read_results(study.folder), "constant": always})
     state.wait_for_everyone()
 

@@ -1,11 +1,11 @@
 """
-Lanes: several conditions of one model as blocks of one batch, and routes: which parts of the model a change
-may pass on its way to the output.
+Conditions: several settings of one model as blocks of one batch, and paths: which parts of the model
+a change may pass on its way to the output.
 
-A batch of `lanes * rows` sequences holds every row once a lane, lane by lane. A lane says which layers'
-vectors are on in it. With a route, it also says which components let the change through: all others give
-exactly what they give in the lane's reference lane, which runs beside it on the same tokens. So nothing is
-stored, and it works in generation too.
+A batch of `conditions * rows` sequences holds every row once a condition, condition by condition. A condition
+says which layers' vectors are on in it. With a path, it also says which components let the change
+through: all others give exactly what they give in the condition's reference condition, which runs beside it
+on the same tokens. So nothing is stored, and it works in generation too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post")
 
 
 @dataclass(frozen=True)
-class Route:
+class EffectPath:
     """
     Where a change of the residual stream may pass. `attention` and `mlp` are the layers whose module passes
     it on (None: all of them), `heads` the query heads of those attentions that do, `residual` whether the
@@ -46,50 +46,52 @@ class Route:
 
 
 NONE: frozenset[int] = frozenset()
-EVERYTHING, NOTHING = Route(), Route(False, NONE, NONE)
+EVERYTHING, NOTHING = EffectPath(), EffectPath(False, NONE, NONE)
 
 
 @dataclass(frozen=True)
-class Lane:
-    """One condition: the layers whose vectors are on; with a route, relative to lane number `reference`."""
+class Condition:
+    """The layers whose vectors are on; with a path, relative to condition number `reference`."""
 
     layers: frozenset[int] = NONE
-    route: Route | None = None
+    effect_path: EffectPath | None = None
     reference: int = 0
 
 
-BASE = Lane()
+BASE = Condition()
 
 
-def steered(subject: Subject) -> Lane:
-    """The lane in which every vector is on."""
-    return Lane(frozenset(subject.layers))
+def steered(subject: Subject) -> Condition:
+    """The condition in which every vector is on."""
+    return Condition(frozenset(subject.layers))
 
 
 @contextmanager
-def open_lanes(subject: Subject, lanes: Sequence[Lane]) -> Iterator[None]:
-    """Inside, a batch of len(lanes) equal blocks of rows runs each block in its lane."""
+def open_lanes(subject: Subject, conditions: Sequence[Condition]) -> Iterator[None]:
+    """Inside, a batch of len(conditions) equal blocks of rows runs each block in its condition."""
     vectors, decoder = subject.vectors, subject.decoder
-    for lane in lanes:
-        if lane.route is not None and lanes[lane.reference].route is not None:
-            raise SteerError(f"lane {lane.reference} is a reference and has a route itself; give it none")
-        if missing := sorted(lane.layers - set(vectors.layers)):
+    for condition in conditions:
+        if condition.effect_path is not None and conditions[condition.reference].effect_path is not None:
+            raise SteerError(
+                f"condition {condition.reference} is a reference and has a path itself; give it none"
+            )
+        if missing := sorted(condition.layers - set(vectors.layers)):
             raise SteerError(f"layers {missing} have no vector; the artifact steers {vectors.config.layers}")
     modules: dict[int, Any] = {layer: decoder.layers[layer].steering for layer in vectors.layers}
-    gate = next(iter(modules.values())).gate
+    state = next(iter(modules.values())).state
     handles = []
     for layer, module in modules.items():
-        on = [layer in lane.layers for lane in lanes]
+        on = [layer in condition.layers for condition in conditions]
         if not all(on):
-            # First in line, so that whoever watches the vector sees what the lanes get.
+            # First in line, so that whoever watches the vector sees what the conditions get.
             handles.append(module.register_forward_hook(partial(_only, torch.tensor(on)), prepend=True))
-    before, gate.enabled = gate.enabled, True
+    before, state.enabled = state.enabled, True
     try:
-        if any(lane.route for lane in lanes):
-            _Routes(subject, decoder, lanes).hook(handles)
+        if any(condition.effect_path for condition in conditions):
+            _Routes(subject, decoder, conditions).hook(handles)
         yield
     finally:
-        gate.enabled = before
+        state.enabled = before
         for handle in handles:
             handle.remove()
 
@@ -101,25 +103,31 @@ def _only(on: torch.Tensor, module: nn.Module, args: tuple, output: torch.Tensor
 
 class _Routes:
     """
-    The hooks that hold components at the reference lane's output, and take the change out of the stream.
+    The hooks that hold components at the reference condition's output, and take the change out of the stream.
     """
 
-    def __init__(self, subject: Subject, decoder: Decoder, lanes: Sequence[Lane]):
-        self.decoder, self.lanes = decoder, lanes
-        self.injected = torch.empty(0)  # what the vectors have added so far, (lanes, rows, tokens, width)
-        self.routed = {i: lane.route for i, lane in enumerate(lanes) if lane.route is not None}
+    def __init__(self, subject: Subject, decoder: Decoder, conditions: Sequence[Condition]):
+        self.decoder, self.conditions = decoder, conditions
+        self.injected = torch.empty(
+            0
+        )  # what the vectors have added so far, (conditions, rows, tokens, width)
+        self.routed = {
+            i: condition.effect_path
+            for i, condition in enumerate(conditions)
+            if condition.effect_path is not None
+        }
         self.site = subject.vectors.config.site
         self.direct = subject.vectors.config.kind != "adaptive" and self.site in RESIDUAL_SITES
-        self.sources: set[int] = set()  # the layers whose vectors are on in one of two lanes alone
+        self.sources: set[int] = set()  # the layers whose vectors are on in one of two conditions alone
         for i in self.routed:
-            self.sources |= lanes[i].layers ^ lanes[lanes[i].reference].layers
+            self.sources |= conditions[i].layers ^ conditions[conditions[i].reference].layers
         if len(self.sources) > 1 and not self.direct:
             where = subject.vectors.config.kind if self.site in RESIDUAL_SITES else self.site
             raise SteerError(
                 f"routes of several {where} vectors at once are not defined: a vector inside a module has no "
                 "stream of its own to follow; take one layer at a time"
             )
-        self.heads = heads(subject) if any(route.heads for route in self.routed.values()) else 0
+        self.heads = heads(subject) if any(effect_path.heads for effect_path in self.routed.values()) else 0
 
     def hook(self, handles: list[Any]) -> None:
         """Adds its hooks to `handles`, as they come: SteerError where a layer has no module to hold."""
@@ -134,7 +142,9 @@ class _Routes:
         for kind, site in (("attention", "attn_out"), ("mlp", "mlp_out")):
             for layer in range(starts[kind], depth):
                 (place,) = find_sites(self.decoder, [layer], site)
-                if held := [i for i, route in self.routed.items() if not route.passes(kind, layer)]:
+                if held := [
+                    i for i, effect_path in self.routed.items() if not effect_path.passes(kind, layer)
+                ]:
                     # First in line: a vector that stands on this module's output is added after it.
                     handles.append(
                         place.module.register_forward_hook(partial(self._hold, held), prepend=True)
@@ -147,7 +157,7 @@ class _Routes:
                 if kind == "attention" and some:
                     projection = output_projection(place.module, self.heads, self.decoder.width)
                     handles.append(projection.register_forward_pre_hook(partial(self._hold_heads, some)))
-        if closed := [i for i, route in self.routed.items() if not route.residual]:
+        if closed := [i for i, effect_path in self.routed.items() if not effect_path.residual]:
             for layer in self.sources:
                 block = self.decoder.layers[layer]
                 if self.direct:
@@ -158,13 +168,13 @@ class _Routes:
             handles.append(self.decoder.layers[-1].register_forward_hook(partial(self._take_out, closed)))
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(len(self.lanes), -1, *x.shape[1:])
+        return x.reshape(len(self.conditions), -1, *x.shape[1:])
 
     def _hold(self, held: list[int], module: nn.Module, args: tuple, output: Any) -> Any:
         made = hidden_out(output)
         blocks = self._split(made).clone()
         for i in held:
-            blocks[i] = blocks[self.lanes[i].reference]
+            blocks[i] = blocks[self.conditions[i].reference]
         return replace_out(output, blocks.reshape(made.shape))
 
     def _hold_heads(self, some: Mapping[int, frozenset[int]], module: nn.Module, args: tuple) -> tuple:
@@ -172,7 +182,7 @@ class _Routes:
         blocks = self._split(z).unflatten(-1, (self.heads, -1)).clone()
         for i, live in some.items():
             dead = [head for head in range(self.heads) if head not in live]
-            blocks[i, ..., dead, :] = blocks[self.lanes[i].reference][..., dead, :]
+            blocks[i, ..., dead, :] = blocks[self.conditions[i].reference][..., dead, :]
         return (blocks.reshape(z.shape), *args[1:])
 
     def _note_vector(self, layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -187,7 +197,7 @@ class _Routes:
         made = hidden_out(output)
         blocks = self._split(made).clone()
         for i in closed:
-            blocks[i] -= (self.injected[i] - self.injected[self.lanes[i].reference]).to(blocks.device)
+            blocks[i] -= (self.injected[i] - self.injected[self.conditions[i].reference]).to(blocks.device)
         return replace_out(output, blocks.reshape(made.shape))
 
 
