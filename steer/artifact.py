@@ -4,10 +4,10 @@ The artifact: a folder of two small files that holds a set of steering vectors.
 Format, version 1
 -----------------
 `steering.safetensors`
-    The trainable parameters of every steered layer, named exactly as the parameters are named inside the model,
-    all finite and of the config's dtype. The file's metadata holds the key `steering_config`: the JSON text
-    of the config, so this one file is a whole artifact; and `sha256`: that of this text followed by every
-    tensor's name and bytes, in the order of the names, compared where it is there.
+    The trainable parameters of every steered layer, named exactly as the parameters are named inside the
+    model, all finite and of the config's dtype. The file's metadata holds the key `steering_config`: the JSON
+    text of the config, so this one file is a whole artifact; and `sha256`: that of this text followed by
+    every tensor's name and bytes, in the order of the names, compared where it is there.
 
     kind       tensors (`model.layers` is the name of the decoder list in the base model)
     constant   `model.layers.12.steering.vector` (width,)
@@ -39,7 +39,7 @@ from steer.artifact_file import CONFIG_FILE, TENSOR_FILE, digest, read_file
 from steer.card import MARK, card
 from steer.config import SteeringConfig
 from steer.errors import SteerError, shown
-from steer.files import replace_files
+from steer.files import replace_files, with_metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -213,7 +213,8 @@ def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         data = {name: bytes(t.reshape(-1).view(torch.uint8).numpy()) for name, t in tensors.items()}
-        whole = save(tensors, metadata={"steering_config": text, "sha256": digest(text, data)})
+        metadata = {"steering_config": text, "sha256": digest(text, data)}
+        whole = with_metadata(save(tensors), metadata)
         files = {folder / TENSOR_FILE: whole, folder / CONFIG_FILE: (text + "\n").encode()}
         page = folder / CARD_FILE
         if not page.exists() or MARK in page.read_text(errors="replace"):

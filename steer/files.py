@@ -162,3 +162,14 @@ def _check_nesting(values: Any) -> None:
 def safetensors_header(content: bytes, where: str | os.PathLike[str]) -> dict[str, Any]:
     """The header of a safetensors file that its library has accepted."""
     return json_object(content[8 : 8 + int.from_bytes(content[:8], "little")], f"{where}: the header")
+
+
+def with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
+    """
+    The safetensors file `content` with `metadata` in its header, always in the same order: its library writes
+    more than one entry in random order, so that equal vectors would make unequal files.
+    """
+    header = {"__metadata__": metadata, **safetensors_header(content, "safetensors")}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + int.from_bytes(content[:8], "little") :]

@@ -52,9 +52,9 @@ def test_programs_wait_passively(program: str) -> None:
     assert seen == "torch passive 0\n" or seen.startswith("usage:")  # the second: it loads no torch for that
 
 
-@pytest.mark.parametrize("program", ["recipes/grpo_steer.py", "evals/sae.py", "evals/transfer.py"])
-def test_scripts_that_load_torch_first(program: str) -> None:
-    assert watch("path", program, "--help") == "torch passive 0\n"
+@pytest.mark.parametrize("program", [("path", "recipes/grpo_steer.py"), ("module", "evals.sae")])
+def test_programs_that_load_torch_first(program: tuple[str, str]) -> None:
+    assert watch(*program, "--help") == "torch passive 0\n"
 
 
 def test_command_line() -> None:

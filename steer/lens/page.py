@@ -59,9 +59,9 @@ def _head(report: Report) -> str:
     config = report.subject.vectors.config
     count = sum(parameter.numel() for parameter in report.subject.vectors.parameters())
     return (
-        f"<h1>What {count:,} trainable parameters do to {escape(str(config.base_model))}</h1>\n<p><small>Steering "
-        f"vectors ({escape(config.kind)}), {len(report.subject.layers)} of {config.depth} layers, read with "
-        "the methods of <cite>Small Vectors, Big Effects</cite> (arXiv 2509.06608).</small></p>"
+        f"<h1>What {count:,} trainable parameters do to {escape(str(config.base_model))}</h1>\n"
+        f"<p><small>Steering vectors ({escape(config.kind)}), {len(report.subject.layers)} of {config.depth} "
+        "layers, read with the methods of <cite>Small Vectors, Big Effects</cite> (arXiv 2509.06608).</small></p>"
     )
 
 

@@ -378,8 +378,8 @@ def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:
         print(score_table(results, recipe.name))
     size = sum(file.stat().st_size for file in (folder / recipe.artifact).iterdir())
     print(
-        f"\n{recipe.artifact:10}{folder / recipe.artifact}  ({results['trained_numbers']:,} trainable parameters, "
-        f"{size / 1000:,.0f} KB)"
+        f"\n{recipe.artifact:10}{folder / recipe.artifact}  "
+        f"({results['trained_numbers']:,} trainable parameters, {size / 1000:,.0f} KB)"
         f"\nresults   {folder / runs.RESULTS_FILE}"
         f"\ncurves    {folder / 'training.png'}"
         f"\ntraining  {results['steps']} updates in {results['training_seconds'] / 60:.1f} minutes"
