@@ -61,7 +61,8 @@ def _head(report: Report) -> str:
     return (
         f"<h1>What {count:,} trainable parameters do to {escape(str(config.base_model))}</h1>\n"
         f"<p><small>Steering vectors ({escape(config.kind)}), {len(report.subject.layers)} of {config.depth} "
-        "layers, read with the methods of <cite>Small Vectors, Big Effects</cite> (arXiv 2509.06608).</small></p>"
+        "layers, read with the methods of <cite>Small Vectors, Big Effects</cite> "
+        "(arXiv 2509.06608).</small></p>"
     )
 
 
