@@ -8,17 +8,27 @@ or a tuple (in OpenAI GPT a list) that begins with them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from steer.sites import Site
-
 # Hidden states (batch, tokens, width), at a down-projection its input too, to steered hidden states
 Steer = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """
+    The module to hook in one layer; whether its input is steered instead of its output, and whether a vector
+    that changes the output reads the input.
+    """
+
+    module: nn.Module
+    on_input: bool = False
+    with_input: bool = False
 
 
 def hidden_in(args: tuple, kwargs: dict) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from steer.errors import SteerError
-from steer.hooks import hidden_in, hidden_out
+from steer.hooks import Site, hidden_in, hidden_out
 from steer.names import canonical
 
 
@@ -83,18 +83,6 @@ def _is_encoder(model: nn.Module) -> bool:
 
     config = getattr(model, "config", None)
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-
-
-@dataclass(frozen=True)
-class Site:
-    """
-    The module to hook in one layer; whether its input is steered instead of its output, and whether a vector
-    that changes the output reads the input.
-    """
-
-    module: nn.Module
-    on_input: bool = False
-    with_input: bool = False
 
 
 def find_sites(decoder: Decoder, layers: list[int], site: str) -> list[Site]:

@@ -138,7 +138,24 @@ class LeaveOneOut(Result):
         """What each layer's absence costs, in nats a token, with the accuracy above it."""
         from steer.lens import plots
 
-        return plots.leave_one_out(self)
+        measured = not self.accuracy.isnan().all()
+        figure, grid = plots.panels(
+            6.4, 4.4 if measured else 2.8, 2 if measured else 1, 1, sharex=True, squeeze=False
+        )
+        axes = grid[:, 0]
+        if measured:
+            axes[0].bar(self.layers, plots.as_array(self.accuracy), color=plots.COLOURS[0])
+            axes[0].axhline(self.whole, color="black", linestyle="--", linewidth=1)
+            plots.finish(
+                axes[0], "Without one layer's vector (dashed: with all)", "", f"accuracy ({self.problems})"
+            )
+        lost = plots.as_array(self.likelihood) - self.whole_likelihood
+        axes[-1].bar(self.layers, lost, color=plots.COLOURS[1])
+        plots.finish(
+            axes[-1], "" if measured else "Without one layer's vector", "layer left out", "nats a token"
+        )
+        figure.tight_layout()
+        return figure
 
 
 def leave_one_out(

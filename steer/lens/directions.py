@@ -37,7 +37,31 @@ class Directions(Result):
         """Norms over the layers, a line a checkpoint, and the cosines between layers."""
         from steer.lens import plots
 
-        return plots.directions(self)
+        figure, (left, right) = plots.panels(8.6, 3.4, 1, 2, width_ratios=[5, 4])
+        for n, name in enumerate(self.names):
+            shade = 0.35 + 0.65 * (n + 1) / len(self.names)
+            left.plot(
+                self.layers,
+                self.norms[n],
+                color=plots.COLOURS[0],
+                alpha=shade,
+                marker="o",
+                markersize=3,
+                label=name,
+            )
+        left.set_ylim(bottom=0)
+        plots.whole_ticks(left, self.layers)
+        plots.finish(left, "Length of each layer's vector", "layer", "norm")
+        left.legend(frameon=False, fontsize=8)
+        image = right.imshow(
+            plots.as_array(self.between_layers), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+        )
+        for setter in (right.set_xticks, right.set_yticks):
+            plots.thin_ticks(setter, self.layers)
+        plots.finish(right, "Cosine between layers", "layer", "layer")
+        figure.colorbar(image, ax=right, fraction=0.046, pad=0.03)
+        figure.tight_layout()
+        return figure
 
 
 def directions(sources: Sequence[str | os.PathLike[str] | Artifact]) -> Directions:

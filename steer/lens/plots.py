@@ -10,18 +10,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from steer.errors import SteerError
-
-if TYPE_CHECKING:
-    from steer.lens.composition import LeaveOneOut
-    from steer.lens.directions import Directions
-    from steer.lens.token_shift import TokenShift
 
 DPI = 110
 COLOURS = ("#2166ac", "#b2182b", "#1b7837", "#e08214", "#762a83", "#777777")
@@ -68,14 +63,14 @@ def lines(
     """One line a name over `x`, a dashed one for `level`, a shaded (low, high) band where given."""
     figure, axes = _figure(6.4, 3.2)
     for colour, (name, line) in zip(COLOURS, values.items(), strict=False):
-        axes.plot(x, _numbers(line), marker="o", markersize=3, color=colour, label=name)
+        axes.plot(x, as_array(line), marker="o", markersize=3, color=colour, label=name)
         if bands and name in bands:
             low, high = zip(*bands[name], strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if level:
         axes.axhline(level[1], color="black", linestyle="--", linewidth=1, label=level[0])
-    _whole(axes, x)
-    _finish(axes, title, xlabel, ylabel)
+    whole_ticks(axes, x)
+    finish(axes, title, xlabel, ylabel)
     if len(values) > 1 or level:
         axes.legend(frameon=False, fontsize=8)
     return figure
@@ -97,7 +92,7 @@ def bars(
         error = np.abs(np.array(intervals).T - np.array(values))
     axes.barh(at, values, xerr=error, color=COLOURS[0], ecolor="#444444", capsize=3, height=0.65)
     axes.set_yticks(at, [name if len(name) < 40 else name[:38] + "…" for name in map(_plain, names)])
-    _finish(axes, title, ylabel, "")
+    finish(axes, title, ylabel, "")
     return figure
 
 
@@ -109,10 +104,10 @@ def grouped_bars(names: Sequence[str], groups: Mapping[str, Any], *, ylabel: str
     at = np.arange(len(names))[::-1]
     height = 0.8 / len(groups)
     for n, (group, values) in enumerate(groups.items()):
-        shown = np.clip(_numbers(values), -0.5, 1.5)
+        shown = np.clip(as_array(values), -0.5, 1.5)
         place = at + 0.4 - height * (n + 0.5)
         axes.barh(place, shown, height=height, color=COLOURS[n % len(COLOURS)], label=group)
-        for y, value, width in zip(place, _numbers(values), shown, strict=True):
+        for y, value, width in zip(place, as_array(values), shown, strict=True):
             if not math.isnan(value):
                 shown_value = f"{0.0 if abs(value) < 0.005 else value:.2f}"
                 label = axes.text(max(width, 0) + 0.02, y, shown_value, va="center", fontsize=7)
@@ -121,7 +116,7 @@ def grouped_bars(names: Sequence[str], groups: Mapping[str, Any], *, ylabel: str
     axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set_yticks(at, [_plain(name) for name in names])
     axes.set_xlim(right=max(1.15, axes.get_xlim()[1] + 0.12))
-    _finish(axes, title, ylabel, "")
+    finish(axes, title, ylabel, "")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
@@ -131,12 +126,12 @@ def stacked_bars(parts: Mapping[str, Any], *, xlabel: str, ylabel: str, title: s
     figure, axes = _figure(6.4, 3.2)
     above = below = np.zeros(len(next(iter(parts.values()))))
     for colour, (name, values) in zip(COLOURS, parts.items(), strict=False):
-        line = _numbers(values)
+        line = as_array(values)
         bottom = np.where(line >= 0, above, below)
         axes.bar(np.arange(len(line)), line, bottom=bottom, color=colour, label=name, width=0.85)
         above, below = above + line.clip(min=0), below + line.clip(max=0)
     axes.axhline(0, color="black", linewidth=0.8)
-    _finish(axes, title, xlabel, ylabel)
+    finish(axes, title, xlabel, ylabel)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -156,11 +151,11 @@ def heatmaps(
     for n, (name, values) in enumerate(maps.items(), 1):
         axes = figure.add_subplot(1, len(maps), n)
         image = axes.imshow(
-            _numbers(values), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest"
+            as_array(values), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest"
         )
-        _thin(axes.set_yticks, rows or range(tall))
-        _thin(axes.set_xticks, columns or range(np.shape(values)[1]))
-        _finish(axes, name, xlabel, ylabel if n == 1 else "")
+        thin_ticks(axes.set_yticks, rows or range(tall))
+        thin_ticks(axes.set_xticks, columns or range(np.shape(values)[1]))
+        finish(axes, name, xlabel, ylabel if n == 1 else "")
         figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     figure.tight_layout()
     return figure
@@ -170,7 +165,7 @@ def matrix(values: Any, names: Sequence[str], *, xlabel: str, ylabel: str, title
     """A square of numbers, written out."""
     size = min(8.0, 2.2 + 0.42 * len(names))
     figure, axes = _figure(size + 0.9, size)
-    numbers = _numbers(values)
+    numbers = as_array(values)
     image = axes.imshow(numbers, cmap="viridis", interpolation="nearest")
     middle = (np.nanmin(numbers) + np.nanmax(numbers)) / 2 if np.isfinite(numbers).any() else 0
     for (i, j), value in np.ndenumerate(numbers):
@@ -182,7 +177,7 @@ def matrix(values: Any, names: Sequence[str], *, xlabel: str, ylabel: str, title
         range(len(names)), [_plain(n) for n in names], rotation=45 if max(map(len, names)) > 3 else 0
     )
     axes.set_yticks(range(len(names)), [_plain(n) for n in names])
-    _finish(axes, title, xlabel, ylabel)
+    finish(axes, title, xlabel, ylabel)
     axes.grid(False)
     figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     return figure
@@ -200,7 +195,7 @@ def token_heatmap(
 ) -> Figure:
     """Cells with a token in each, coloured by value: blue above zero, red below."""
     figure, axes = _figure(1.6 + 0.95 * len(tokens[0]), 1.0 + 0.21 * len(tokens))
-    numbers = _numbers(values)
+    numbers = as_array(values)
     limit = float(np.abs(numbers).max()) or 1.0
     image = axes.imshow(numbers, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     for (i, j), value in np.ndenumerate(numbers):
@@ -208,7 +203,7 @@ def token_heatmap(
         axes.text(j, i, text(tokens[i][j]), ha="center", va="center", fontsize=7, color=shade)
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     axes.set_xticks([])
-    _finish(axes, title, xlabel, ylabel)
+    finish(axes, title, xlabel, ylabel)
     axes.grid(False)
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02, label=colour)
     return figure
@@ -217,86 +212,17 @@ def token_heatmap(
 def strip(values: Any, tokens: Sequence[str], layers: Sequence[int], prompt: int) -> Figure:
     """Coefficients by layer and token, the tokens written below; a line where the completion begins."""
     figure, axes = _figure(max(5.0, 0.24 * len(tokens)), 1.4 + 0.2 * len(layers))
-    numbers = _numbers(values)
+    numbers = as_array(values)
     limit = float(np.abs(numbers[:, 1:]).max()) if numbers.shape[1] > 1 else 1.0
     image = axes.imshow(
         numbers, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
     )
     axes.axvline(prompt - 0.5, color="black", linewidth=1.2)
     axes.set_xticks(range(len(tokens)), [text(token) for token in tokens], rotation=90, fontsize=7)
-    _thin(axes.set_yticks, layers)
-    _finish(axes, "Adaptive scale: the vector's coefficient at each token", "", "layer")
+    thin_ticks(axes.set_yticks, layers)
+    finish(axes, "Adaptive scale: the vector's coefficient at each token", "", "layer")
     axes.grid(False)
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
-    return figure
-
-
-def shift(result: TokenShift) -> Figure:
-    """See `TokenShift.figure`."""
-    figure = Figure(figsize=(8.6, 3.4), dpi=DPI)
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    before, after = result.before.tolist(), result.variation.tolist()
-    before = before[-min(len(before), max(12, len(after))) :]
-    left.bar(range(-len(before), 0), before, color=COLOURS[5], label="in the prompt")
-    left.bar(range(len(after)), after, color=COLOURS[0], label="generated")
-    _finish(left, "Total variation, steered against base", "token (0: the first generated)", "distance")
-    left.legend(frameon=False, fontsize=8)
-    named = [*result.top[:6], *reversed(result.bottom[:6])]
-    at = range(len(named))[::-1]
-    right.barh(at, [value for *_, value in named], color=[COLOURS[0 if v > 0 else 1] for *_, v in named])
-    right.set_yticks(at, [text(token) for token, *_ in named], fontsize=8)
-    right.axvline(0, color="black", linewidth=0.8)
-    _finish(right, "First generated token", "change of probability", "")
-    figure.tight_layout()
-    return figure
-
-
-def directions(result: Directions) -> Figure:
-    """See `Directions.figure`."""
-    figure = Figure(figsize=(8.6, 3.4), dpi=DPI)
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=[5, 4])
-    for n, name in enumerate(result.names):
-        shade = 0.35 + 0.65 * (n + 1) / len(result.names)
-        left.plot(
-            result.layers,
-            result.norms[n],
-            color=COLOURS[0],
-            alpha=shade,
-            marker="o",
-            markersize=3,
-            label=name,
-        )
-    left.set_ylim(bottom=0)
-    _whole(left, result.layers)
-    _finish(left, "Length of each layer's vector", "layer", "norm")
-    left.legend(frameon=False, fontsize=8)
-    image = right.imshow(
-        _numbers(result.between_layers), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
-    )
-    for setter in (right.set_xticks, right.set_yticks):
-        _thin(setter, result.layers)
-    _finish(right, "Cosine between layers", "layer", "layer")
-    figure.colorbar(image, ax=right, fraction=0.046, pad=0.03)
-    figure.tight_layout()
-    return figure
-
-
-def leave_one_out(result: LeaveOneOut) -> Figure:
-    """See `LeaveOneOut.figure`."""
-    measured = not result.accuracy.isnan().all()
-    figure = Figure(figsize=(6.4, 4.4 if measured else 2.8), dpi=DPI)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2 if measured else 1, 1, sharex=True, squeeze=False)[:, 0]
-    if measured:
-        axes[0].bar(result.layers, _numbers(result.accuracy), color=COLOURS[0])
-        axes[0].axhline(result.whole, color="black", linestyle="--", linewidth=1)
-        _finish(axes[0], "Without one layer's vector (dashed: with all)", "", f"accuracy ({result.problems})")
-    lost = _numbers(result.likelihood) - result.whole_likelihood
-    axes[-1].bar(result.layers, lost, color=COLOURS[1])
-    _finish(axes[-1], "" if measured else "Without one layer's vector", "layer left out", "nats a token")
-    figure.tight_layout()
     return figure
 
 
@@ -309,7 +235,14 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
-def _finish(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
+def panels(width: float, height: float, *args: Any, **kwargs: Any) -> tuple[Figure, Any]:
+    """A figure of several axes; the arguments after its size in inches are those of `Figure.subplots`."""
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(*args, **kwargs)
+
+
+def finish(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -318,13 +251,13 @@ def _finish(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _whole(axes: Any, x: Sequence[float]) -> None:
+def whole_ticks(axes: Any, x: Sequence[float]) -> None:
     """No ticks between layers."""
     if all(isinstance(value, int) for value in x):
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _thin(setter: Any, labels: Sequence[Any] | range) -> None:
+def thin_ticks(setter: Any, labels: Sequence[Any] | range) -> None:
     """At most `TICKS` of the labels, evenly."""
     step = max(1, math.ceil(len(labels) / TICKS))
     at = range(0, len(labels), step)
@@ -335,5 +268,5 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _numbers(values: Any) -> np.ndarray:
+def as_array(values: Any) -> np.ndarray:
     return np.array(values.tolist() if hasattr(values, "tolist") else values, dtype=float)

@@ -77,7 +77,25 @@ class TokenShift(Result):
         """
         from steer.lens import plots
 
-        return plots.shift(self)
+        figure, (left, right) = plots.panels(8.6, 3.4, 1, 2, width_ratios=[3, 2])
+        before, after = self.before.tolist(), self.variation.tolist()
+        before = before[-min(len(before), max(12, len(after))) :]
+        left.bar(range(-len(before), 0), before, color=plots.COLOURS[5], label="in the prompt")
+        left.bar(range(len(after)), after, color=plots.COLOURS[0], label="generated")
+        plots.finish(
+            left, "Total variation, steered against base", "token (0: the first generated)", "distance"
+        )
+        left.legend(frameon=False, fontsize=8)
+        named = [*self.top[:6], *reversed(self.bottom[:6])]
+        at = range(len(named))[::-1]
+        right.barh(
+            at, [value for *_, value in named], color=[plots.COLOURS[0 if v > 0 else 1] for *_, v in named]
+        )
+        right.set_yticks(at, [plots.text(token) for token, *_ in named], fontsize=8)
+        right.axvline(0, color="black", linewidth=0.8)
+        plots.finish(right, "First generated token", "change of probability", "")
+        figure.tight_layout()
+        return figure
 
 
 def token_shift(
