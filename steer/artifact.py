@@ -364,7 +364,7 @@ def _check_same_base(one: SteeringConfig, other: SteeringConfig) -> None:
             continue
         if left != right:
             place = name in ("site", "positions")
-            mend = "they steer different places" if place else "bring one over with steer.transfer first"
+            mend = "they steer different places" if place else "bring one over with `steer transfer` first"
             raise SteerError(
                 f"cannot combine vectors of {one.base_model} and {other.base_model}: {name} is {left} and "
                 f"{right}; {mend}"

@@ -189,7 +189,7 @@ def test_artifacts_of_other_models_or_places_do_not_mix(other):
             call()
         text = message(error)
         assert "org/tiny" in text and "org/other" in text and str(value) in text
-        assert ("steer.transfer" in text) == (name not in ("site", "positions"))
+        assert ("steer transfer" in text) == (name not in ("site", "positions"))
 
 
 def test_an_artifact_without_a_checksum_mixes_with_its_shape():

@@ -24,7 +24,6 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from steer.training.recipe import Recipe
 from steer.training.run import RunConfig, SteeringArguments
 from steer.training.steering_trainer import SteeringGRPOTrainer
 from steer.training.sweep.grid import PopulationArguments
+from steer.versions import versions
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def provenance(run: RunConfig, training: SteeringGRPOConfig) -> dict[str, Any]:
         "recipe": "grpo_steer",
         "run": asdict(run),
         "training": {name: getattr(training, name) for name in names.split()},
-        "versions": {name: version(name) for name in ("steer", "torch", "transformers", "trl")},
+        "versions": versions("steer", "torch", "transformers", "trl"),
     }
 
 

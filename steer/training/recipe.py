@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +42,7 @@ from steer.training.group_trainer import GroupGRPOTrainer, newest_checkpoint
 from steer.training.run import RunConfig
 from steer.training.settings import check_recipe, idle
 from steer.training.summary import plot_training, sample_answers, score_table
+from steer.versions import versions
 
 log = logging.getLogger("steer")
 
@@ -358,7 +358,7 @@ def _train(trainer: GroupGRPOTrainer, recipe: Recipe, folder: Path, asked: list[
         training_seconds=round(each * sum(row.get("seconds/wall") or 0 for row in history), 3),
         training_cpu_seconds=round(each * sum(row.get("seconds/cpu") or 0 for row in history), 3),
         trained_numbers=sum(shape(p).numel() for p in trainer.model.parameters() if p.requires_grad),
-        versions={name: version(name) for name in ("steer", "torch", "transformers", "trl", "peft")},
+        versions=versions("steer", "torch", "transformers", "trl", "peft"),
     )
     runs.write_results(folder, results)
 

@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from itertools import zip_longest
 from math import ceil
 from pathlib import Path
@@ -42,6 +41,7 @@ from steer.training.run import RunConfig
 from steer.training.sweep.grid import PopulationArguments, Settings
 from steer.training.sweep.member import OWN, Member, read_states
 from steer.training.sweep.trainer import PopulationTrainer
+from steer.versions import versions
 
 log = logging.getLogger("steer")
 
@@ -303,6 +303,6 @@ def _provenance(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
         "run": asdict(settings.run),
         "training": {name: getattr(settings.training, name) for name in names.split()},
         "stopped": results["stopped"],
-        "versions": {name: version(name) for name in ("steer", "torch", "transformers", "trl")},
+        "versions": versions("steer", "torch", "transformers", "trl"),
         "results": {stage: results[stage] for stage in STAGES if stage in results},
     }
