@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -297,6 +298,32 @@ def test_results_that_are_kept_were_made_with_the_settings_of_their_plan(monkeyp
             assert comparison.done(file.stem, {"evaluation": comparison.asked(), "training": settings})
             found.add(about["method"])
     assert found == set(comparison.plan.methods) - {"lora-r4"}
+
+
+@pytest.mark.parametrize("name", ["compare-tiny"])
+def test_the_report_of_committed_results_is_the_committed_one(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    kept = ROOT / "evals" / "results" / name
+    for part in ("runs", "sweeps"):
+        shutil.copytree(kept / part, tmp_path / part)
+    config = f"recipes/configs/{name}.yaml"
+    assert compare.main(["--config", config, "--report", "--out", str(tmp_path)]) == 0
+    for file in ("table.md", "training.md"):
+        assert (tmp_path / file).read_text() == (kept / file).read_text()
+    # differences of a last bit in an interval are the platform's
+    assert json.loads((tmp_path / "scores.json").read_text()) == approx(
+        json.loads((kept / "scores.json").read_text())
+    )
+    assert (kept / "table.md").read_text().splitlines()[2] in capsys.readouterr().out
+
+
+def approx(found: Any) -> Any:
+    """Nested JSON whose numbers are compared with `pytest.approx`."""
+    if isinstance(found, dict):
+        return {key: approx(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [approx(value) for value in found]
+    return pytest.approx(found, abs=1e-9) if isinstance(found, float) else found
 
 
 # width and depth; in all of them the output projection is square
