@@ -28,6 +28,7 @@ from steer.sae.features import Completion, Feature, analyse, read_completions
 from steer.sae.intervene import answer_without, shifted
 from steer.sae.trainer import SAETrainer, TrainConfig
 from steer.stats import wilson
+from steer.stop_tokens import stop_token_ids
 from steer.tasks.data import Arithmetic, load_problems
 from steer.tasks.grading import MathGrader
 from steer.tasks.lenient import extract_lenient
@@ -141,7 +142,7 @@ class Subject:
         self.trained = recorded(provenance, "run")
         self.length: int = recorded(provenance, "training").get("max_completion_length", 16)
         self.format_prompt = PromptSpec.of_training(provenance, "boxed_short").formatter(self.tokenizer)
-        self.eos = (self.tokenizer.eos_token_id,)
+        self.eos = stop_token_ids(self.tokenizer, self.model.generation_config)
         names = ("operators", "digits", "terms", "heldout")
         settings = {k: self.trained[k] for k in names if k in self.trained}
         self.problems, self.heldout = (

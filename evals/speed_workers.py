@@ -79,6 +79,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     # Nobody stops early, since the model has no logit for this token: all variants compute the same tokens.
     model.generation_config.eos_token_id = None
     tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
+    tokenizer.chat_template = None
     noise = torch.Generator().manual_seed(0)
 
     def reward(completions: list[str], **kwargs: Any) -> list[float]:

@@ -30,6 +30,7 @@ from steer.artifact import Artifact, from_vectors, read
 from steer.evaluation.heldout import answer_greedily, score
 from steer.files import replace_file
 from steer.models import load_model, load_tokenizer
+from steer.stop_tokens import stop_token_ids
 from steer.tasks.data import Arithmetic, load_problems
 from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import PromptSpec
@@ -178,7 +179,7 @@ def conditions(
     ) -> dict[str, Any]:
         if vectors is not None:
             steer.load(vectors, model)
-        ends = [tokenizer.eos_token_id]
+        ends = stop_token_ids(tokenizer, model.generation_config)
         answered = answer_greedily(model, tokenizer, problems, format_problem, grader, 16, ends, label=label)
         if not right:
             right.extend((a.problem, a.completion) for a in answered if a.correct)
@@ -203,8 +204,8 @@ def conditions(
     tokenizers = {"donor_tokenizer": donor_tokenizer, "recipient_tokenizer": donor_tokenizer}
     for about in LESSONS:
         tuned = load_model(str(finetuned(donor_name, about, steps)), dtype="fast")
-        tuned.config._name_or_path = f"{donor_name}, fine-tuned on {about}"
-        there = (tuned, donor_tokenizer, tuned.config._name_or_path)
+        tuned.config.name_or_path = f"{donor_name}, fine-tuned on {about}"
+        there = (tuned, donor_tokenizer, tuned.config.name_or_path)
         yield measure(*there, None, "none", chat), None
         copied = transfer(source, None, tuned, method="direct", rescale=False)
         yield measure(*there, copied.artifact, "copied", chat), None

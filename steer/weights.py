@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import SteerError, one_line
+from steer.stop_tokens import stop_token_ids
 
 # Converted folders are float32 so that nothing is lost, or bfloat16 where float32 would pass this size.
 FLOAT32_LIMIT_BYTES = 2**30
 # Part of every cache key: raise it when the conversion changes, so that old folders are not reused.
 CONVERSION_VERSION = 1
-# Generation must stop at these as well as at the tokenizer's eos, where the chat template uses them.
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,7 @@ def _fetch(name: str, bundled: Bundled, work: Path) -> Path:
 def _convert(gguf_file: Path, out: Path, tie: bool) -> None:
     """Dequantise `gguf_file` into the Hugging Face folder `out` (weights, config, tokenizer)."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import quantization_config as quantization
 
     where: dict[str, Any] = {"gguf_file": gguf_file.name}
@@ -258,7 +257,13 @@ def _convert(gguf_file: Path, out: Path, tie: bool) -> None:
     for key in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(key, None)  # save_pretrained would refuse the model for these markers
     _restore_bos(tokenizer, gguf_file)
-    _set_stop_tokens(model, tokenizer)
+    # a new one: generate() may make that of a GGUF file again from the config
+    stops, made = stop_token_ids(tokenizer), model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=made.bos_token_id,
+        pad_token_id=made.pad_token_id,
+        eos_token_id=[*stops] if len(stops) > 1 else next(iter(stops), None),
+    )
     if sum(p.numel() for p in model.parameters()) * 4 > FLOAT32_LIMIT_BYTES:
         model = model.to(torch.bfloat16)
     model.save_pretrained(out)
@@ -275,11 +280,3 @@ def _restore_bos(tokenizer: Any, gguf_file: Path) -> None:
     bos = tokenizer.bos_token_id
     if bos is not None and (tokenizer("a").input_ids[:1] == [bos]) != wanted:
         tokenizer.add_bos_token = wanted
-
-
-def _set_stop_tokens(model: Any, tokenizer: Any) -> None:
-    vocabulary, template = tokenizer.get_vocab(), tokenizer.chat_template or ""
-    turns = {vocabulary.get(token) for token in END_OF_TURN if token in template}
-    stops = sorted({tokenizer.eos_token_id, *turns} - {None})
-    model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
-    model.generation_config._from_model_config = False  # generate() may rebuild it from the config else

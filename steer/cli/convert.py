@@ -213,6 +213,7 @@ def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any)
     """Greedy accuracy of the recipient without and with the vectors."""
     import steer
     from steer.evaluation.heldout import answer_greedily, score
+    from steer.stop_tokens import stop_token_ids
     from steer.tasks.data import Arithmetic, load_problems
     from steer.tasks.grading import MathGrader
     from steer.tasks.prompts import PromptSpec, recorded
@@ -227,8 +228,7 @@ def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any)
         arithmetic=Arithmetic(problems=args.check_limit, **settings),
     ).to_list()
     vectors = steer.load(made, model, tokenizer=tokenizer)
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [tokenizer.eos_token_id if stops is None else stops]
+    stops = stop_token_ids(tokenizer, model.generation_config)
     format_problem = PromptSpec.of_training(made.config.provenance).formatter(tokenizer)
 
     def measure(label: str) -> dict[str, Any]:

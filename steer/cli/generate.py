@@ -36,6 +36,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _generate(args: argparse.Namespace) -> None:
     import steer
     from steer.models import check_context, load_model, load_tokenizer
+    from steer.stop_tokens import stop_token_ids
     from steer.tasks.prompts import PromptSpec
 
     tokenizer = load_tokenizer(args.model)
@@ -49,8 +50,12 @@ def _generate(args: argparse.Namespace) -> None:
 
     check_context(model.config, inputs["input_ids"].shape[1], args.max_new_tokens, "--max-new-tokens")
 
+    stops = list(stop_token_ids(tokenizer, model.generation_config)) or None
+
     def answer() -> str:
-        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+        out = model.generate(
+            **inputs, max_new_tokens=args.max_new_tokens, do_sample=False, eos_token_id=stops
+        )
         return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     with vectors.disabled():

@@ -14,11 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from steer.errors import SteerError
 from steer.evaluation.variants import Variant, adapter_rank
 from steer.weights import BUNDLED, model_path
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 ENGINES = ("hf", "vllm")
 
@@ -61,16 +64,14 @@ def source_of(name: str) -> str:
     return str(model_path(name)) if name in BUNDLED or Path(name).expanduser().exists() else name
 
 
-def stop_tokens(name: str, revision: str | None, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's and those of the model's generation config."""
+def generation_config(name: str, revision: str | None) -> GenerationConfig | None:
+    """The generation config saved with a model; None for the many that have none."""
     from transformers import GenerationConfig
 
     try:
-        ids = GenerationConfig.from_pretrained(source_of(name), revision=revision or "main").eos_token_id
-    except OSError:  # many models have none
-        ids = None
-    listed = ids if isinstance(ids, list) else [ids]
-    return tuple(sorted({int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None}))
+        return GenerationConfig.from_pretrained(source_of(name), revision=revision or "main")
+    except OSError:
+        return None
 
 
 # ---- transformers

@@ -36,9 +36,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from steer.errors import SteerError, one_line, print_any_text
 from steer.evaluation import benchmarks, elicit, options, variants
 from steer.evaluation.benchmarks import Benchmark, Problem
-from steer.evaluation.engines import Decoding, Engine, HfEngine, VllmEngine, row_seed, source_of, stop_tokens
+from steer.evaluation.engines import (
+    Decoding,
+    Engine,
+    HfEngine,
+    VllmEngine,
+    generation_config,
+    row_seed,
+    source_of,
+)
 from steer.evaluation.store import FIXED, GREEDY, Store
 from steer.evaluation.variants import Variant
+from steer.stop_tokens import stop_token_ids
 from steer.tasks.lenient import extract_lenient
 from steer.tasks.prompts import TEMPLATES, PromptSpec
 from steer.versions import versions
@@ -171,7 +180,7 @@ def _sample(
 
     from steer.tasks.grading import MathGrader
 
-    stop = stop_tokens(args.model, args.revision, tokenizer)
+    stop = stop_token_ids(tokenizer, generation_config(args.model, args.revision))
     engine: Engine
     if args.engine == "hf":
         engine = HfEngine(args.model, args.revision, args.dtype)

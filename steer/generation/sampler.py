@@ -123,7 +123,7 @@ def _rollout(
 
     rows = torch.arange(len(prompts), device=device)  # which of the caller's rows are still in the batch
     noise = noise.to(device) if noise is not None else None
-    eos = torch.tensor(sampling.eos_token_ids, device=device)
+    eos = torch.tensor(sampling.eos_token_ids, dtype=torch.long, device=device)
     warpers = sampling.warpers()
     tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(tokens.shape, device=device)

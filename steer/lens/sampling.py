@@ -19,6 +19,7 @@ from steer.errors import SteerError
 from steer.lens.conditions import Condition, open_lanes
 from steer.lens.passes import prompt_columns
 from steer.lens.subject import Row, Subject, chunks
+from steer.stop_tokens import stop_token_ids
 from steer.tasks.grading import MathGrader
 
 
@@ -67,7 +68,7 @@ def complete(
                     generation_config=config,
                     logits_processor=LogitsProcessorList(noise),
                 )
-            ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+            ends = config.eos_token_id or []
             for i, line in enumerate(ids[:, columns:].tolist()):
                 row = batch[i % len(batch)]
                 stop = next((n + 1 for n, token in enumerate(line) if token in ends), len(line))
@@ -103,9 +104,7 @@ def accuracies(
 
 def _config(subject: Subject, new_tokens: int) -> GenerationConfig:
     """Plain decoding: whatever penalties the model's own generation config asks for are left out."""
-    own = subject.model.generation_config
-    ends = getattr(own, "eos_token_id", None)
-    ends = subject.tokenizer.eos_token_id if ends is None else ends
+    ends = list(stop_token_ids(subject.tokenizer, subject.model.generation_config)) or None
     plain: dict[str, Any] = {
         "do_sample": False,
         "num_beams": 1,

@@ -31,6 +31,7 @@ from steer.generation.decoding import inputs
 from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.generation.scoring import Scored, add_group_scoring
 from steer.generation.verify import fast_attention, fast_paths, no_router_loss
+from steer.stop_tokens import stop_token_ids
 from steer.tasks.rewards import guard
 from steer.training.callbacks import ProgressBar, Seconds
 from steer.training.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
@@ -98,6 +99,7 @@ class GroupGRPOTrainer(GRPOTrainer):
             self.ref_model = _Reference()
         if self.accelerator.device.type == "cpu":
             cpu.prepare()
+        self._set_stop_tokens()
         self.model_accepts_loss_kwargs = False
         add_group_scoring(self.model, self.temperature)
         self.remove_callback(PrinterCallback)
@@ -132,6 +134,17 @@ class GroupGRPOTrainer(GRPOTrainer):
             super()._run_epoch(**kwargs)
 
     # ---- sampling
+
+    def _set_stop_tokens(self) -> None:
+        """What ends a completion, for steer's sampler, `generate()` and vLLM alike."""
+        base = self.accelerator.unwrap_model(self.model)
+        self.eos_token_ids = list(stop_token_ids(self._tokenizer, base.generation_config))
+        if self.use_vllm:
+            vllm = self.vllm_generation
+            vllm.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **vllm.generation_kwargs}
+        elif "eos_token_id" not in (self.args.generation_kwargs or {}):
+            self.generation_config.eos_token_id = self.eos_token_ids
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return _Shuffle(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))

@@ -35,6 +35,7 @@ from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.generation.scoring import add_group_scoring
 from steer.generation.verify import fast_attention, fast_paths
 from steer.identity import tokenizer_checksum
+from steer.stop_tokens import stop_token_ids
 from steer.training.loss import (
     group_advantages,
     importance_weights,
@@ -109,9 +110,7 @@ class PopulationTrainer:
             member.prepare(vectors, len(problems))
         self._number = {name: i for i, name in enumerate(self.population.sets)}
         self.others: dict[str, dict[str, Any]] = {}  # states in the file of members that are not trained now
-        eos = model.generation_config.eos_token_id
-        found = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        self.eos_token_ids = tuple(dict.fromkeys([*found, tokenizer.eos_token_id]))
+        self.eos_token_ids = stop_token_ids(tokenizer, model.generation_config)
 
     # ---- the loop
 
