@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 
 import numpy as np
 from scipy import special, stats
 
 LEVEL = 0.05
+RESAMPLES = 10_000  # of the sign flip test: all assignments of signs up to 13 differences, then random ones
 
 
 def wilson(hits: float, count: int) -> tuple[float, float]:
@@ -19,10 +21,20 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
         count: number of trials, 1 or more.
 
     Returns:
-        Lower and upper end, in [0, 1].
+        Lower and upper end, in [0, 1], the share between them.
     """
     found = stats.binomtest(round(hits), count).proportion_ci(1 - LEVEL, method="wilson")
-    return float(found.low), float(found.high)
+    # rounding leaves an end that should be 0 or 1 beside it
+    return min(float(found.low), hits / count), max(float(found.high), hits / count)
+
+
+def difference_interval(hits: int, count: int, other_hits: int, other_count: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares (Newcombe 1998, method 10, from Wilson's intervals)."""
+    a, b = hits / count, other_hits / other_count
+    (a_low, a_high), (b_low, b_high) = wilson(hits, count), wilson(other_hits, other_count)
+    low = a - b - sqrt((a - a_low) ** 2 + (b_high - b) ** 2)
+    high = a - b + sqrt((a_high - a) ** 2 + (b - b_low) ** 2)
+    return low, high
 
 
 def t_quantile(df: float, level: float = LEVEL) -> float:
@@ -36,6 +48,27 @@ def mcnemar(gained: int, lost: int) -> float:
     (McNemar 1947): the binomial test of one half. 1 where there is neither.
     """
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """
+    Two-sided p-value of the mean of paired `differences` (problems,) when each could as well have had the
+    other sign (Fisher's randomisation test). Exact for few differences, else from 10,000 random draws; for
+    differences of -1, 0 and 1 it is McNemar's test.
+    """
+    d = differences[differences != 0]
+    if len(d) < 2:  # both signs of one are as large
+        return 1.0
+    found = stats.permutation_test(
+        (d,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=1000,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
 
 
 def benjamini_hochberg(p: Sequence[float]) -> list[float]:

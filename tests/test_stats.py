@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.stats import benjamini_hochberg, t_quantile, wilson
+from steer.stats import benjamini_hochberg, difference_interval, mcnemar, sign_flip, t_quantile, wilson
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 75), (69, 75), (75, 75), (1, 1), (13, 40)])
@@ -41,3 +45,31 @@ def test_benjamini_hochberg_rejects_what_the_step_up_rule_does(p):
 
 def test_no_tests_need_no_correction():
     assert benjamini_hochberg([]) == []
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (5, 0), (6, 0), (3, 9), (9, 3), (40, 12)])
+def test_mcnemar_is_the_sign_flip_test_and_the_sum_of_outcomes_no_likelier(gained, lost):
+    n = gained + lost
+    # second implementation: the two-sided binomial test as a sum over outcomes no likelier than this one
+    weights = [math.comb(n, i) for i in range(n + 1)]
+    expected = sum(w for w in weights if w <= weights[gained]) / 2**n
+    assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-12)
+    d = np.array([1.0] * gained + [-1.0] * lost + [0.0] * 5)
+    # exact up to 14 differences; above, four standard errors of 10,000 draws
+    tolerance = 1e-12 if n <= 14 else 4 * math.sqrt(expected * (1 - expected) / 10_000) + 1e-4
+    assert abs(sign_flip(d) - expected) <= tolerance
+
+
+def test_sign_flip_goes_through_all_signs():
+    d = np.random.default_rng(0).normal(0.5, 1, 8)
+    sums = [abs(np.dot(s, d)) for s in itertools.product((1, -1), repeat=8)]
+    assert sign_flip(d) == pytest.approx(np.mean(np.array(sums) >= abs(d.sum()) - 1e-9))
+    assert sign_flip(np.zeros(4)) == 1
+
+
+def test_newcombe_intervals_are_those_of_the_paper():
+    """Newcombe 1998, Statistics in Medicine 17, table II: 56/70 - 48/80 and 9/10 - 3/10, method 10."""
+    low, high = difference_interval(56, 70, 48, 80)
+    assert (low, high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
+    low, high = difference_interval(9, 10, 3, 10)
+    assert (low, high) == (pytest.approx(0.1705, abs=1e-4), pytest.approx(0.8090, abs=1e-4))

@@ -133,10 +133,10 @@ def score(answered: Sequence[Answered]) -> Score:
     """Accuracy over the problems, with the Wilson score interval (Wilson 1927) at 95 %."""
     n = len(answered)
     right = sum(a.correct for a in answered)
-    low, high = _wilson(right, n)
+    low, high = wilson(right, n)
     known = all(a.lenient is not None for a in answered)
     freely = sum(bool(a.lenient) for a in answered)
-    lenient_low, lenient_high = _wilson(freely, n) if known else (None, None)
+    lenient_low, lenient_high = wilson(freely, n) if known else (None, None)
     return Score(
         accuracy=right / n,
         low=low,
@@ -157,7 +157,7 @@ def constant(problems: Sequence[dict[str, Any]], grader: MathGrader) -> dict[str
     given = constant_answer(golds)
     verdicts = grader.check([rf"\boxed{{{given}}}"] * len(problems), golds)
     right = sum(verdict.correct for verdict in verdicts)
-    low, high = _wilson(right, len(problems))
+    low, high = wilson(right, len(problems))
     share = right / len(problems)
     return {
         **{"answer": given, "accuracy": share, "low": low, "high": high, "problems": len(problems)},
@@ -207,8 +207,3 @@ def ways(
     if fitted:
         found["elicited"] = (replace(prompts, examples=fitted), wide)
     return found
-
-
-def _wilson(right: int, n: int) -> tuple[float, float]:
-    low, high = wilson(right, n)
-    return round(low, 6), round(high, 6)

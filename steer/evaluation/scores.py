@@ -27,14 +27,11 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize
 
-from steer.stats import LEVEL, mcnemar, t_quantile
-from steer.stats import wilson as wilson_ends
+from steer.stats import LEVEL, mcnemar, sign_flip, t_quantile, wilson
 
 Array = np.ndarray[Any, Any]
-
-RESAMPLES = 10_000  # of the sign flip test: all assignments of signs up to 13 differences, then random ones
 
 
 @dataclass(frozen=True)
@@ -119,11 +116,9 @@ def canonical(answer: str) -> str | Fraction:
 # ---- over problems and seeds
 
 
-def wilson(right: float, n: int) -> Estimate:
-    """A share with Wilson's interval: see `steer.stats.wilson`."""
-    low, high = wilson_ends(right, n)
-    # with the share, since rounding leaves an end that should be 0 or 1 beside it
-    return Estimate(right / n, min(low, right / n), max(high, right / n))
+def share(right: float, n: int) -> Estimate:
+    """`right` of `n` answers as a share with its Wilson interval."""
+    return Estimate(right / n, *wilson(right, n))
 
 
 # A part of the variance of a mean, with its degrees of freedom.
@@ -174,30 +169,9 @@ def estimate(values: Array) -> Estimate:
     """
     value, problems = float(values.mean()), values.shape[1]
     if (len(values) == 1 and np.isin(values, (0.0, 1.0)).all()) or np.ptp(values) == 0:
-        return wilson(value * problems, problems)
+        return share(value * problems, problems)
     half = _half_width(_of_seeds(values) + _of_problems(values.mean(0)))
     return Estimate(value, max(0.0, value - half), min(1.0, value + half))
-
-
-def sign_flip(differences: Array) -> float:
-    """
-    Two-sided p-value of the mean of paired `differences` (problems,) when each could as well have had the
-    other sign (Fisher's randomisation test). Exact for few differences, else from 10,000 random draws; for
-    differences of -1, 0 and 1 it is McNemar's test.
-    """
-    d = differences[differences != 0]
-    if len(d) < 2:  # both signs of one are as large
-        return 1.0
-    found = stats.permutation_test(
-        (d,),
-        np.sum,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=1000,
-        rng=np.random.default_rng(0),
-    )
-    return float(found.pvalue)
 
 
 def compare(values: Array, base: Array) -> Comparison:
@@ -222,7 +196,7 @@ def compare(values: Array, base: Array) -> Comparison:
     half = _half_width(parts)
     low, high = max(-1.0, mean - half), min(1.0, mean + half)
     if half == 0:  # no variance to see: the share of problems that Wilson allows may differ as far as can be
-        spread = wilson(0, len(d)).high
+        _, spread = wilson(0, len(d))
         low, high = mean + spread * (-1 - mean), mean + spread * (1 - mean)
     if half == 0 or not seeds:
         binary = len(values) == len(base) == 1 and np.isin([values, base], (0, 1)).all()

@@ -65,10 +65,10 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         }
         answers = _right(place / "samples_after.json")
         if answers is not None and base is not None:
-            row["accuracy"] = vars(scores.wilson(float(answers.sum()), answers.size))
+            row["accuracy"] = vars(scores.share(float(answers.sum()), answers.size))
             lenient = _right(place / "samples_after.json", "lenient")
             if not np.isnan(lenient).any():
-                row["lenient"] = vars(scores.wilson(float(lenient.sum()), lenient.size))
+                row["lenient"] = vars(scores.share(float(lenient.sum()), lenient.size))
             compared = scores.compare(answers[None, :], base[None, :])
             row["gain"] = {**vars(compared.difference), "p": compared.p, "verdict": compared.verdict}
         found.append(row)

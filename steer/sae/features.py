@@ -20,7 +20,7 @@ from steer.errors import SteerError
 from steer.final_norm import through_final_norm
 from steer.sae.activations import Reader, Window, read_all
 from steer.sae.model import SAE
-from steer.stats import benjamini_hochberg, wilson
+from steer.stats import benjamini_hochberg, difference_interval
 
 
 @dataclass(frozen=True)
@@ -171,15 +171,6 @@ def analyse(
 def _strengths(sae: SAE, rows: Tensor, feature: int) -> list[float]:
     found = sae.active(rows)
     return (found.values * (found.indices == feature)).sum(1).tolist()
-
-
-def difference_interval(hits: int, count: int, other_hits: int, other_count: int) -> tuple[float, float]:
-    """95 % interval of the difference of two shares (Newcombe 1998, method 10, from Wilson's intervals)."""
-    a, b = hits / count, other_hits / other_count
-    (a_low, a_high), (b_low, b_high) = wilson(hits, count), wilson(other_hits, other_count)
-    low = a - b - sqrt((a - a_low) ** 2 + (b_high - b) ** 2)
-    high = a - b + sqrt((a_high - a) ** 2 + (b - b_low) ** 2)
-    return low, high
 
 
 def within_prompts(fires: Tensor, correct: Tensor, prompt: Tensor) -> Tensor:

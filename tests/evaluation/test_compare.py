@@ -49,7 +49,7 @@ def test_scores_of_known_answers(one):
     rows = by_key(compare.score(collect([one]), "base"))
     assert set(rows) == {(m, d) for m in ("base", "good", "same", "noisy") for d in ("greedy", "sampled")}
     base, good = rows["base", "greedy"], rows["good", "greedy"]
-    assert base["accuracy"] == scores.wilson(10, N).__dict__
+    assert base["accuracy"] == scores.share(10, N).__dict__
     assert good["accuracy"]["value"] == 0.75
     assert (good["gained"], good["lost"]) == (20, 0)
     assert good["gain"]["p"] == pytest.approx(2 / 2**20)

@@ -217,27 +217,7 @@ def test_estimate_never_claims_certainty():
         found = scores.estimate(np.full((1, 20), value))
         assert found.high - found.low > 0.1
     greedy = scores.estimate(np.array([[1.0, 0, 1, 1]]))
-    assert greedy == scores.wilson(3, 4)
-
-
-@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (5, 0), (6, 0), (3, 9), (9, 3), (40, 12)])
-def test_mcnemar_is_the_sign_flip_test_and_the_sum_of_outcomes_no_likelier(gained, lost):
-    n = gained + lost
-    # second implementation: the two-sided binomial test as a sum over outcomes no likelier than this one
-    weights = [math.comb(n, i) for i in range(n + 1)]
-    expected = sum(w for w in weights if w <= weights[gained]) / 2**n
-    assert scores.mcnemar(gained, lost) == pytest.approx(expected, rel=1e-12)
-    d = np.array([1.0] * gained + [-1.0] * lost + [0.0] * 5)
-    # exact up to 14 differences; above, four standard errors of 10,000 draws
-    tolerance = 1e-12 if n <= 14 else 4 * math.sqrt(expected * (1 - expected) / 10_000) + 1e-4
-    assert abs(scores.sign_flip(d) - expected) <= tolerance
-
-
-def test_sign_flip_goes_through_all_signs():
-    d = RNG.normal(0.5, 1, 8)
-    sums = [abs(np.dot(s, d)) for s in itertools.product((1, -1), repeat=8)]
-    assert scores.sign_flip(d) == pytest.approx(np.mean(np.array(sums) >= abs(d.sum()) - 1e-9))
-    assert scores.sign_flip(np.zeros(4)) == 1
+    assert greedy == scores.share(3, 4)
 
 
 def test_verdicts():
@@ -251,7 +231,7 @@ def test_verdicts():
     assert (same.verdict, same.p) == (scores.UNDECIDED, 1)
     # no difference on 100 problems: Wilson allows 3.7 % of other problems to differ, either way
     assert same.difference.value == 0
-    assert same.difference.high == -same.difference.low == scores.wilson(0, 100).high
+    assert same.difference.high == -same.difference.low == scores.share(0, 100).high
 
 
 @pytest.mark.parametrize("problems", range(1, 6))
