@@ -142,12 +142,29 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return parse_json(read_text(path), path)
 
 
-def json_lines(path: Path, literal_numbers: bool = False) -> list[Any]:
-    """The JSON value of each line of a file, None for an empty line; SteerError names file and line."""
-    return [
-        parse_json(line, f"{path.name}, line {number}", literal_numbers) if line.strip() else None
-        for number, line in enumerate(read_text(path).split("\n"), 1)
-    ]
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a file in UTF-8, read one after the other; SteerError when it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                yield line.rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SteerError(f"cannot read {str(path)!r}: {one_line(error)}") from error
+
+
+def json_lines(path: Path, literal_numbers: bool = False) -> Iterator[Any]:
+    """
+    The JSON value of each line of a file, None for an empty line, so that the n-th value is that of line n.
+
+    Args:
+        path: a file of one JSON value a line.
+        literal_numbers: give numbers as strings, written as they are: see `parse_json`.
+
+    Raises:
+        SteerError: names the file and the line that cannot be read.
+    """
+    for number, line in enumerate(text_lines(path), 1):
+        yield parse_json(line, f"{path.name}, line {number}", literal_numbers) if line.strip() else None
 
 
 def _check_nesting(values: Any) -> None:

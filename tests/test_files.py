@@ -1,4 +1,4 @@
-"""Folders that one process at a time writes to."""
+"""Folders that one process at a time writes to, and files of JSON lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from steer.errors import SteerError
-from steer.files import HOLDER_FILE, held
+from steer.files import HOLDER_FILE, held, json_lines
 
 HOLD = """
 import sys
@@ -70,3 +70,15 @@ def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
         held(tmp_path / "file", "--out"),
     ):
         pass
+
+
+def test_json_lines_are_read_one_by_one_and_name_the_wrong_one(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text('\ufeff{"a": 1}\n\n{"a": "2024-05-01"}\n{"a": 070}\n{"a": 2}', encoding="utf-8")
+    lines = json_lines(path)
+    assert [next(lines), next(lines), next(lines)] == [{"a": 1}, None, {"a": "2024-05-01"}]
+    with pytest.raises(SteerError, match=r"some\.jsonl, line 4 is not JSON"):
+        next(lines)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"a": 1}\n"\xff"\n')
+    with pytest.raises(SteerError, match=r"cannot read '.*latin\.jsonl'"):
+        list(json_lines(tmp_path / "latin.jsonl"))

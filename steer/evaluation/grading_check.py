@@ -18,19 +18,21 @@ answers: the agreement is printed with every disagreement. Exit code 1 when it i
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from steer.errors import SteerError
 from steer.evaluation.collect import collect
+from steer.files import json_lines
 from steer.tasks.grading import MathGrader, Verdict, extract_boxed
+
+T = TypeVar("T")
 
 # lm-eval 0.4.13, tasks/gsm8k/gsm8k.yaml
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -152,22 +154,13 @@ def _grade(text: str, reference: str, ours: Verdict, form: str) -> list[Graded]:
 
 def check_samples(path: str, sample: int, seed: int) -> list[Graded]:
     """lm-eval's own verdicts on its own completions, from a file of `--log_samples`."""
-    rows, number = [], 0
-    try:
-        for line in Path(path).read_text().splitlines():
-            number += 1
-            row = json.loads(line)
-            text, target = row["resps"][0][0], str(row["target"])
-            extracted = row["filtered_resps"][0]
-            name = {"flexible-extract": "flexible", "strict-match": "strict"}.get(
-                row["filter"], row["filter"]
-            )
-            rows.append((f"lm-eval {name}", str(text), target, bool(row["exact_match"]), str(extracted)))
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise SteerError(
-            f"{path}, line {number}: not what lm-eval writes with --log_samples for a task with exact_match "
-            f"({type(error).__name__}: {error})"
-        ) from error
+
+    def read(row: Any) -> tuple[str, str, str, bool, str]:
+        name = {"flexible-extract": "flexible", "strict-match": "strict"}.get(row["filter"], row["filter"])
+        text, extracted = str(row["resps"][0][0]), str(row["filtered_resps"][0])
+        return f"lm-eval {name}", text, str(row["target"]), bool(row["exact_match"]), extracted
+
+    rows = _read(path, read, "not what lm-eval writes with --log_samples for a task with exact_match")
     random.Random(seed).shuffle(rows)
     rows = rows[:sample]
     references = [target.rpartition("#### ")[2].strip().replace(",", "") for _, _, target, _, _ in rows]
@@ -181,25 +174,33 @@ def check_samples(path: str, sample: int, seed: int) -> list[Graded]:
     ]
 
 
+def _read(path: str, read: Callable[[Any], T], expected: str) -> list[T]:
+    """What `read` makes of each line's JSON value."""
+    rows = []
+    for number, row in enumerate(json_lines(Path(path)), 1):
+        try:
+            if row is not None:
+                rows.append(read(row))
+        except (KeyError, IndexError, TypeError) as error:
+            raise SteerError(
+                f"{path}, line {number}: {expected} ({type(error).__name__}: {error})"
+            ) from error
+    return rows
+
+
 def agreement(path: str) -> tuple[int, list[tuple[str, str, Verdict]]]:
     """The grader against a file of labelled pairs.
 
     Returns:
         the number of pairs, and gold, answer and verdict of every pair that the label contradicts.
     """
-    rows, number = [], 0
-    try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            number += 1
-            row = json.loads(line)
-            if not isinstance(row["correct"], bool):
-                raise TypeError("'correct' must be true or false")
-            rows.append((str(row["gold"]), str(row["answer"]), row["correct"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SteerError(
-            f'{path}, line {number}: expected {{"gold": ..., "answer": ..., "correct": true or false}} '
-            f"({type(error).__name__}: {error})"
-        ) from error
+
+    def read(row: Any) -> tuple[str, str, bool]:
+        if not isinstance(row["correct"], bool):
+            raise TypeError("'correct' must be true or false")
+        return str(row["gold"]), str(row["answer"]), row["correct"]
+
+    rows = _read(path, read, 'expected {"gold": ..., "answer": ..., "correct": true or false}')
     with MathGrader() as grader:
         verdicts = grader.check(
             [f"\\boxed{{{answer}}}" for _, answer, _ in rows], [gold for gold, _, _ in rows]
@@ -209,11 +210,8 @@ def agreement(path: str) -> tuple[int, list[tuple[str, str, Verdict]]]:
 
 
 def _is_labelled(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            return set(json.loads(next(lines, "null")) or ()) >= {"gold", "answer", "correct"}
-    except (OSError, ValueError, TypeError):
-        return False
+    first = next(json_lines(path), None) if path.is_file() else None
+    return isinstance(first, dict) and first.keys() >= {"gold", "answer", "correct"}
 
 
 def _print_agreement(path: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import SteerError
-from steer.files import parse_json
+from steer.files import json_lines, text_lines
 
 # The fields of a record that make its text, joined by a blank line: the first group of which all but the last
 # field is present.
@@ -52,18 +52,12 @@ def _is_file(source: str) -> bool:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if path.suffix == ".txt":
-                    yield line.rstrip("\n")
-                    continue
-                record = parse_json(line, f"{path.name}, line {number}")
-                yield text_of(record, f"{path.name}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SteerError(f"cannot read texts {str(path)!r}: {' '.join(str(error).split())}") from error
+    if path.suffix == ".txt":
+        yield from (line for line in text_lines(path) if line.strip())
+        return
+    for number, record in enumerate(json_lines(path), 1):
+        if record is not None:
+            yield text_of(record, f"{path.name}, line {number}")
 
 
 def _from_hub(source: str) -> Iterator[str]:

@@ -294,7 +294,7 @@ def _from_file(path: Path) -> list[Any]:
             raise SteerError(f"cannot read {str(path)!r}: {one_line(error)}") from error
     if path.suffix == ".jsonl":
         # an empty line is None, so that record numbers are line numbers
-        return json_lines(path, literal_numbers=True)
+        return list(json_lines(path, literal_numbers=True))
     rows = parse_json(read_text(path), f"{path.name} (one record per line is .jsonl)", literal_numbers=True)
     if not isinstance(rows, list):
         raise SteerError(

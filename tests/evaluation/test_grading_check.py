@@ -86,8 +86,8 @@ def test_equal_to_lm_eval_on_any_text(text, reference):
     ],
 )
 def test_every_difference_has_a_reason(grader, text, reference, reason):
-    with MathGrader() as grader:
-        (ours,) = grader.check([text], [reference])
+    with MathGrader() as own:
+        (ours,) = own.check([text], [reference])
     extracted = None
     if grader == "math-verify":
         theirs = not ours.correct

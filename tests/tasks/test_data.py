@@ -397,3 +397,11 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, records, nois
         assert "\n" not in str(error)
     else:
         assert all(row["answer"] not in ("nan", "inf", "-inf", "NaN", "Infinity") for row in rows)
+
+
+def test_golds_stay_as_the_file_writes_them(tmp_path):
+    """A reader that guesses types turns a date into a timestamp, and numbers beside strings into neither."""
+    golds = ['"2024-05-01"', '"070"', "1e-7", "7", '"7"', '"x = 1"', "0.50", '"true"']
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(f'{{"problem": "p{i}", "answer": {g}}}\n' for i, g in enumerate(golds)))
+    assert load_problems(str(path))["answer"] == [gold.strip('"') for gold in golds]
