@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from steer.hooks import hooked
 from steer.sites import find_decoder, probing
 
 
@@ -26,14 +27,13 @@ def find_final_norm(model: nn.Module) -> nn.Module | None:
 
     others = [child for child in decoder.backbone.children() if child is not decoder.layers]
     modules = [(True, layer) for layer in decoder.layers] + [(False, child) for child in others]
-    handles = [module.register_forward_hook(partial(note, layer)) for layer, module in modules]
-    try:
-        vectors = model.__dict__.get("steering_vectors")  # off, they need not know where a prompt ends
-        with probing(decoder.backbone) as ids, vectors.disabled() if vectors else nullcontext():
-            decoder.backbone(ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    vectors = model.__dict__.get("steering_vectors")  # off, they need not know where a prompt ends
+    with (
+        hooked(*(module.register_forward_hook(partial(note, layer)) for layer, module in modules)),
+        probing(decoder.backbone) as ids,
+        vectors.disabled() if vectors else nullcontext(),
+    ):
+        decoder.backbone(ids, use_cache=False)
     norms = [module for module in called if all(p.dim() < 2 for p in module.parameters())]
     return norms[-1] if norms else None
 

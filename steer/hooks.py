@@ -7,7 +7,8 @@ or a tuple (in OpenAI GPT a list) that begins with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,28 +54,60 @@ def replace_out(output: Any, hidden: torch.Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def hook(vector: Steer, site: Site) -> Any:
+def hook(vector: Steer, site: Site, first: bool = True) -> Any:
     """
     Let `vector` change the hidden states at `site`: it is called with them, at a down-projection also with
     its input. Returns the handle.
+
+    Args:
+        vector: takes and returns hidden states (batch, tokens, width).
+        site: where.
+        first: before the hooks that are there; otherwise after them, on what steering leaves.
     """
     # `partial` rather than a closure, so that a deep copy of the model steers with its own vectors.
-    # `prepend`, because transformers captures hidden states with hooks of its own, installed at first use.
+    # First, because transformers captures hidden states with hooks of its own, installed at first use.
     if site.on_input:
         return site.module.register_forward_pre_hook(
-            partial(_steer_input, vector), prepend=True, with_kwargs=True
+            partial(_steer_input, vector), prepend=first, with_kwargs=True
         )
-    steer = _steer_adaptively if site.with_input else _steer_output
-    return site.module.register_forward_hook(partial(steer, vector), prepend=True)
+    steer = _steer_adaptively if site.with_input else steer_output
+    return site.module.register_forward_hook(partial(steer, vector), prepend=first)
+
+
+def watch(seen: Callable[[torch.Tensor], None], site: Site) -> Any:
+    """Call `seen` with the hidden states at `site`, as steering leaves them. Returns the handle."""
+    if site.on_input:
+        return site.module.register_forward_pre_hook(partial(_see_input, seen), with_kwargs=True)
+    return site.module.register_forward_hook(partial(_see_output, seen))
+
+
+@contextmanager
+def hooked(*handles: Any) -> Iterator[list[Any]]:
+    """Inside, these hooks are in place, and those whose handles are added to the list."""
+    found = list(handles)
+    try:
+        yield found
+    finally:
+        for handle in found:
+            handle.remove()
 
 
 def _steer_adaptively(vector: Steer, down: nn.Module, args: tuple, output: Any) -> Any:
     return vector(output, args[0])
 
 
-def _steer_output(vector: Steer, module: nn.Module, args: tuple, output: Any) -> Any:
+def steer_output(vector: Steer, module: nn.Module, args: tuple, output: Any) -> Any:
+    """A forward hook, once `vector` is bound: what `vector` makes of the hidden states that are returned."""
     return replace_out(output, vector(hidden_out(output)))
 
 
 def _steer_input(vector: Steer, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return replace_in(args, kwargs, vector(hidden_in(args, kwargs)))
+
+
+def _see_output(seen: Callable[[torch.Tensor], None], module: nn.Module, args: tuple, output: Any) -> None:
+    seen(hidden_out(output))
+
+
+def _see_input(seen: Callable[[torch.Tensor], None], module: nn.Module, args: tuple, kwargs: dict) -> None:
+    seen(hidden_in(args, kwargs))

@@ -26,7 +26,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     decoder = find_decoder(model)
     base: Any = model.config
     return {
-        "base_model": base._name_or_path or None,
+        "base_model": base.name_or_path or None,
         "base_revision": getattr(base, "_commit_hash", None),
         "model_type": base.get_text_config().model_type,
         "width": decoder.width,

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer import compat
 from steer.errors import SteerError, one_line
 from steer.weights import BUNDLED, choices, model_path
 
@@ -35,7 +36,7 @@ def load_model(
 
     `dtype` is "float32", "bfloat16", "float16", a torch dtype, "auto" for the dtype it was saved in (float32
     for converted GGUF weights, bfloat16 for those over 1 GiB), or "fast" (`fast_dtype`).
-    `config._name_or_path` is `name` as given. Raises SteerError as `model_path` does, and when the hub does
+    `config.name_or_path` is `name` as given. Raises SteerError as `model_path` does, and when the hub does
     not answer, when the model is not a decoder-only language model, when the checkpoint lacks weights, or for
     a dtype that is not one of these.
     """
@@ -67,7 +68,7 @@ def load_model(
             f"model {name!r} lacks {len(missing)} of the weights a {type(model).__name__} needs "
             f"({missing[0]} first): expected a causal language model's complete checkpoint"
         )
-    model.config._name_or_path = name  # artifacts record this: a cache path would mean nothing elsewhere
+    model.config.name_or_path = name  # artifacts record this: a cache path would mean nothing elsewhere
     model.eval()
     return model
 
@@ -86,7 +87,7 @@ def skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
         raise
     except Exception as error:
         raise _load_error("model", name, source, error) from error
-    model.config._name_or_path = name
+    model.config.name_or_path = name
     return model
 
 
@@ -160,7 +161,7 @@ def check_context(config: PreTrainedConfig, prompt: int, answer: int, option: st
         fix = f"{option} {room}" if room > 0 else "a shorter prompt, or a model with a longer context"
         raise SteerError(
             f"{of}a prompt of {prompt} tokens and an answer of up to {answer} do not fit the context of "
-            f"{config._name_or_path or config.model_type} ({context} tokens); use {fix}"
+            f"{config.name_or_path or config.model_type} ({context} tokens); use {fix}"
         )
 
 
@@ -176,10 +177,7 @@ def fast_dtype() -> str:
 
 def cpu_dtype() -> str:
     """The same for the CPU alone."""
-    import torch
-
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if compat.cpu_multiplies_bfloat16() else "float32"
 
 
 def _dtype(dtype: str | torch.dtype) -> Any:

@@ -20,7 +20,7 @@ from torch import nn
 
 from steer.config import SITES
 from steer.errors import SteerError
-from steer.hooks import hidden_in, hidden_out, hook, replace_in
+from steer.hooks import hidden_in, hidden_out, hook, hooked, replace_in
 from steer.sites import Decoder, Site, find_sites, probing
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ class _Probe:
 
     def faults(self) -> dict[int, str]:
         """Why the vector of a layer does not do what its site says, by layer; empty where all do."""
-        handles: list[Any] = []
-        try:
+        with hooked() as handles:
             for layer, place in self.places.items():
                 handles.append(hook(partial(self._steer, layer), place))
             for layer, block in enumerate(self.decoder.layers):
@@ -136,9 +135,6 @@ class _Probe:
                         )
             with probing(self.decoder.backbone) as ids:
                 self.decoder.backbone(ids.repeat(2, 1), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
         for layer in self.places:
             if layer not in self.found and (fault := self._judge(layer)):
                 self.found[layer] = fault

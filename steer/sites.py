@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from steer.errors import SteerError
-from steer.hooks import Site, hidden_in, hidden_out
+from steer.hooks import Site, hidden_in, hidden_out, hooked
 from steer.names import canonical
 
 
@@ -185,13 +185,8 @@ def _added_to_residual(decoder: Decoder, layers: list[int], attention: list[str]
     in one forward pass.
     """
     blocks = [_Block(decoder.layers[index], name) for index, name in zip(layers, attention, strict=True)]
-    handles = [handle for block in blocks for handle in block.watch()]
-    try:
-        with probing(decoder.backbone) as ids:
-            decoder.backbone(ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(*(handle for block in blocks for handle in block.watch())), probing(decoder.backbone) as ids:
+        decoder.backbone(ids, use_cache=False)
     return [block.added(index) for index, block in zip(layers, blocks, strict=True)]
 
 

@@ -266,7 +266,7 @@ def load(
                 "them over"
             )
     here: Any = model.config
-    names = [config.base_model or "an unnamed model", here._name_or_path or "an unnamed model"]
+    names = [config.base_model or "an unnamed model", here.name_or_path or "an unnamed model"]
     tell = f"{name}: made for {names[0]}; this model ({names[1]}) has the same shape"
     if _differ(config.base_checksum, base_checksum(model)):
         warnings.warn(f"{tell} but other weights: measure what they do here", stacklevel=2)

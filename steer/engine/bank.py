@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from steer.errors import SteerError
+from steer.hooks import hidden_out, replace_out
 
 DEFAULT = "default"
 BASE_ROW, DEFAULT_ROW = 0, 1
@@ -103,10 +104,8 @@ class Steering(nn.Module):
 
 
 def steer_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of a decoder layer: layers return a tensor, or a tuple that begins with what they add."""
-    if isinstance(output, tuple):
-        return (module.steering(output[0]), *output[1:])  # type: ignore[operator]
-    return module.steering(output)  # type: ignore[operator]
+    """Forward hook of a decoder layer."""
+    return replace_out(output, module.steering(hidden_out(output)))  # type: ignore[operator]
 
 
 class Bank:

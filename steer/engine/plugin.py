@@ -16,17 +16,18 @@ A model whose layers cannot be found runs as ever; pushing vectors to it then sa
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import re
 from collections.abc import Iterator
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from steer.engine import bank
+from steer import hooks
+from steer.engine import bank, compat
 from steer.engine.bank import DEFAULT, Bank, Choice
 from steer.errors import SteerError
 
@@ -71,7 +72,8 @@ def _load_model(original: Any) -> Any:
             return original(self, *args, **kwargs)
         slots = extra.get("steering_slots", SLOTS)
         # Part of what vLLM's compile cache is keyed by: a graph cached without the plugin would not steer.
-        code = hashlib.sha256(Path(bank.__file__).read_bytes()).hexdigest()[:16]
+        compiled = inspect.getsource(bank) + inspect.getsource(hooks)
+        code = hashlib.sha256(compiled.encode()).hexdigest()[:16]
         config.additional_config = {**extra, "steering": {"slots": slots, "code": code}}
         original(self, *args, **kwargs)
         try:
@@ -130,42 +132,16 @@ def _has_attention(layer: nn.Module) -> bool:
 
 def _follow_batches(runner: Any, steering: Bank) -> None:
     """Tell `steering` of the runner's requests, and of each batch just before its forward pass."""
-    execute = runner.execute_model
 
-    @wraps(execute)
-    def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+    def see(scheduled: Any) -> None:
         for request in scheduled.finished_req_ids:
             steering.finish_request(request)
         for new in scheduled.scheduled_new_reqs:
             if new.sampling_params is not None:
                 steering.add_request(new.req_id, Choice.of(new.sampling_params), new.prompt_len)
-        return execute(scheduled, *args, **kwargs)
 
-    runner.execute_model = execute_model
-    if hasattr(runner, "_prepare_inputs"):  # vLLM's first model runner, which CPUs use
-        prepare = runner._prepare_inputs
-
-        @wraps(prepare)
-        def _prepare_inputs(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-            prepared = prepare(scheduled, *args, **kwargs)
-            tokens = scheduled.total_num_scheduled_tokens
-            requests = runner.input_batch.req_ids
-            starts = runner.query_start_loc.gpu[: len(requests) + 1]
-            steering.place(requests, starts, runner.positions[:tokens])
-            return prepared
-
-        runner._prepare_inputs = _prepare_inputs
-    else:
-        prepare_v2 = runner.prepare_inputs
-
-        @wraps(prepare_v2)
-        def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
-            batch = prepare_v2(*args, **kwargs)
-            starts = batch.query_start_loc[: len(batch.req_ids) + 1]
-            steering.place(batch.req_ids, starts, batch.positions[: batch.num_tokens])
-            return batch
-
-        runner.prepare_inputs = prepare_inputs
+    compat.before_batches(runner, see)
+    compat.when_prepared(runner, steering.place)
 
 
 def _take_pushed_weights(model: Any, steering: Bank) -> None:
@@ -228,10 +204,9 @@ def _add_request(original: Any) -> Any:
         try:
             _check_name(self, Choice.of(request.sampling_params))
         except SteerError as error:
-            if not hasattr(self, "_send_error_outputs_to_client"):
+            if not compat.fail_request(self, request):
                 raise
             logger.error("request %s: %s", request.request_id, error)
-            self._send_error_outputs_to_client([request.request_id], request.client_index)
             return
         original(self, request, *args, **kwargs)
 

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from requests import RequestException
@@ -29,8 +28,8 @@ from trl import GRPOConfig
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer import grpo_trainer
 
+from steer import compat
 from steer.artifact import Artifact
 from steer.engine.client import Server, push, returned_logprobs
 from steer.engine.logprobs import PROCESSED, logprobs_mode
@@ -77,7 +76,7 @@ class VectorGeneration(VLLMGeneration):
                     )
             self.accelerator.wait_for_everyone()
         else:
-            with patch.object(vllm_generation, "LLM", partial(self._start, vllm_generation.LLM)):
+            with compat.vllm_engine(self._start):
                 super()._init_vllm()
             self.engine = self.llm
         if not self.enable_sleep_mode:
@@ -130,7 +129,7 @@ def _sleep_keeping_weights(sleep: Any, level: int = 1) -> Any:
 def vector_rollouts(vectors: SteeringVectors, args: GRPOConfig) -> Iterator[None]:
     """Inside, a trl trainer that is made with `use_vllm` gets a `VectorGeneration` of `vectors`."""
     generation = partial(VectorGeneration, vectors, logprobs_mode(args))
-    with patch.object(grpo_trainer, "VLLMGeneration", generation):
+    with compat.vllm_backend(generation):
         yield
 
 

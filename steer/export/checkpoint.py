@@ -174,6 +174,6 @@ def _check_llama(model: Any, config: LlamaConfig) -> None:
     wrong = sorted(expected.items() ^ found.items())
     if wrong:
         raise SteerError(
-            f"{model.config._name_or_path} cannot be saved as a Llama, whose {wrong[0][0]} is another; "
+            f"{model.config.name_or_path} cannot be saved as a Llama, whose {wrong[0][0]} is another; "
             "export a PEFT adapter"
         )

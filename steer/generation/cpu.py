@@ -18,12 +18,14 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from trl.kernels import chunked_logprob
+
+from steer import compat
 
 log = logging.getLogger(__name__)
 # Largest number of scores (batch x heads x queries x keys) that is held at once.
 MAX_SCORES = 1 << 24
-# Tokens of the LM head's tiles.
+# Tokens of the LM head's tiles. trl's 4,096 are for a GPU: half a gigabyte each and several at once, more
+# than everything else that a step keeps, and no faster here.
 HEAD_TILE = 256
 
 
@@ -122,15 +124,7 @@ def prepare() -> None:
     """
     log.info("on the CPU: glibc keeps freed memory (mallopt), LM head tiles of %d tokens", HEAD_TILE)
     keep_freed_memory()
-    small_head_tiles()
-
-
-def small_head_tiles() -> None:
-    """
-    Let trl's fused LM head work on 256 tokens at a time. Its tiles of 4,096 tokens are made for a GPU: half a
-    gigabyte each and several at once, which was more than everything else a step keeps. As fast.
-    """
-    chunked_logprob.TOKEN_CHUNK_SIZE = HEAD_TILE
+    compat.set_head_tiles(HEAD_TILE)
 
 
 def keep_freed_memory() -> None:

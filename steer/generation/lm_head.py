@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-from trl.trainer import utils
+
+from steer import compat
 
 # Tokens whose logits are held at once.
 TILE = 256
@@ -89,5 +89,5 @@ class _Choose:
 @contextmanager
 def frozen_head() -> Iterator[None]:
     """Inside, trl's fused LM head uses `FrozenHead` on a CPU."""
-    with patch.object(utils, "_ChunkedLogProbFunction", _Choose):
+    with compat.fused_head(_Choose):
         yield

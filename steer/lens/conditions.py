@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from steer import hooks
 from steer.errors import SteerError
-from steer.hooks import hidden_out, replace_out
+from steer.hooks import Site, hidden_out, hooked, replace_out
 from steer.lens.subject import Subject
 from steer.sites import Decoder, find_sites, last_writer
 
@@ -79,21 +80,21 @@ def open_lanes(subject: Subject, conditions: Sequence[Condition]) -> Iterator[No
             raise SteerError(f"layers {missing} have no vector; the artifact steers {vectors.config.layers}")
     modules: dict[int, Any] = {layer: decoder.layers[layer].steering for layer in vectors.layers}
     state = next(iter(modules.values())).state
-    handles = []
-    for layer, module in modules.items():
-        on = [layer in condition.layers for condition in conditions]
-        if not all(on):
-            # First in line, so that whoever watches the vector sees what the conditions get.
-            handles.append(module.register_forward_hook(partial(_only, torch.tensor(on)), prepend=True))
     before, state.enabled = state.enabled, True
     try:
-        if any(condition.effect_path for condition in conditions):
-            _Routes(subject, decoder, conditions).hook(handles)
-        yield
+        with hooked() as handles:
+            for layer, module in modules.items():
+                on = [layer in condition.layers for condition in conditions]
+                if not all(on):
+                    # First in line, so that whoever watches the vector sees what the conditions get.
+                    handles.append(
+                        module.register_forward_hook(partial(_only, torch.tensor(on)), prepend=True)
+                    )
+            if any(condition.effect_path for condition in conditions):
+                _Routes(subject, decoder, conditions).hook(handles)
+            yield
     finally:
         state.enabled = before
-        for handle in handles:
-            handle.remove()
 
 
 def _only(on: torch.Tensor, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -231,13 +232,6 @@ def watch(
     layer's vector included: own hooks, which always run after those of the vectors.
     """
 
-    def hook(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
-        seen(layer, hidden_out(output))
-
     blocks = subject.decoder.layers
-    handles = [blocks[layer].register_forward_hook(partial(hook, layer)) for layer in layers]
-    try:
+    with hooked(*(hooks.watch(partial(seen, layer), Site(blocks[layer])) for layer in layers)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

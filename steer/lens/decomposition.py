@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from steer.errors import SteerError
-from steer.hooks import hidden_in, hidden_out
+from steer.hooks import hidden_in, hidden_out, hooked
 from steer.lens.conditions import BASE, Condition
 from steer.lens.passes import run
 from steer.lens.results import Result
@@ -113,11 +113,8 @@ def decompose(
             for kind, modules in writers.items()
             for layer, module in modules.items()
         ]
-        try:
+        with hooked(*handles):
             run(subject, padded, batch, conditions, end)
-        finally:
-            for handle in handles:
-                handle.remove()
         off = (total - whole).norm(dim=-1) / whole.norm(dim=-1).clamp(min=1e-15)
         error, tokens = max(error, off.max().item()), tokens + len(whole)
     if error > 0.01 and subject.model.dtype == torch.float32:  # half precision rounds small changes away
@@ -159,14 +156,9 @@ def residual_writers(subject: Subject) -> dict[str, dict[int, nn.Module]]:
     handles = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
     named = [(name, child) for name, child in block.named_children() if name != "steering"]
     handles += [child.register_forward_hook(partial(watched, name)) for name, child in named]
-    try:
-        with subject.vectors.disabled():
-            decoder.backbone(
-                torch.tensor([[1, 2, 3]], device=subject.device), use_cache=False
-            )  # 0 is often padding
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(*handles), subject.vectors.disabled():
+        ids = torch.tensor([[1, 2, 3]], device=subject.device)  # 0 is often padding
+        decoder.backbone(ids, use_cache=False)
     with subject.vectors.disabled():
         try:
             attention = find_sites(decoder, list(layers), "resid_mid")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from steer.errors import SteerError
+from steer.hooks import hooked
 from steer.lens.conditions import steered
 from steer.lens.passes import run
 from steer.lens.results import Result
@@ -75,8 +76,7 @@ def scale_maps(subject: Subject, rows: Sequence[Row], *, texts: int = 8) -> Scal
     total, square, sizes = torch.zeros(len(layers)), torch.zeros(len(layers)), torch.zeros(2, len(layers))
     counts = [0, 0]
     modules = [decoder.layers[layer].get_submodule("steering") for layer in layers]
-    handles = [m.register_forward_hook(partial(note, n)) for n, m in enumerate(modules)]
-    try:
+    with hooked(*(m.register_forward_hook(partial(note, n)) for n, m in enumerate(modules))):
         for _, batch in chunks(rows, subject.batch_size):
             padded = subject.padded(batch)
             last = torch.tensor([padded.ids.shape[1] - 1], device=subject.device)
@@ -92,9 +92,6 @@ def scale_maps(subject: Subject, rows: Sequence[Row], *, texts: int = 8) -> Scal
                 for part, piece in enumerate((line[:, 1 : row.prompt], line[:, row.prompt :])):
                     sizes[part] += piece.abs().sum(1)
                     counts[part] += piece.shape[1]
-    finally:
-        for handle in handles:
-            handle.remove()
     n = max(1, sum(counts))
     mean = total / n
     on = [size / count if count else size * torch.nan for size, count in zip(sizes, counts, strict=True)]

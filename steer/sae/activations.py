@@ -9,7 +9,7 @@ without computing what came before.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.config import SITES
 from steer.errors import SteerError
+from steer.hooks import hooked, watch
 from steer.sites import find_decoder, find_sites
 from steer.vectors import attached
 
@@ -77,7 +78,7 @@ class Reader:
 
     def describe(self) -> dict[str, Any]:
         """What an SAE records of its source."""
-        name = getattr(self.model.config, "_name_or_path", "") or None
+        name = getattr(self.model.config, "name_or_path", "") or None
         return {"model": name, "layer": self.layer, "site": self.site, "what": self.what}
 
     @torch.no_grad()
@@ -121,27 +122,16 @@ class Reader:
         """(rows, columns, width) in float32, from a pass that ends at the site."""
         taken: list[Tensor] = []
 
-        def before(module: Any, args: tuple, kwargs: dict) -> None:
-            taken.append((args[0] if args else kwargs["hidden_states"]).float())
+        def take(hidden: Tensor) -> None:
+            taken.append(hidden.float())
             raise _Stop
 
-        def after(module: Any, args: tuple, output: Any) -> None:
-            taken.append((output[0] if isinstance(output, tuple) else output).float())
-            raise _Stop
-
-        module = self._site.module  # steering hooks are registered with prepend: these see what they leave
-        if self._site.on_input:
-            handle = module.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(after)
         was_training = self.model.training
         self.model.eval()
         try:
-            self.backbone(**{"use_cache": False, **inputs})
-        except _Stop:
-            pass
+            with hooked(watch(take, self._site)), suppress(_Stop):
+                self.backbone(**{"use_cache": False, **inputs})
         finally:
-            handle.remove()
             self.model.train(was_training)
         return taken[0]
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from steer.errors import SteerError
+from steer.hooks import hook, hooked
 from steer.sae.activations import Reader
 from steer.sae.model import SAE
 from steer.sites import find_decoder, find_sites
@@ -25,23 +25,8 @@ def changed(
     """Inside, the activations (rows, columns, width) at the site become what `change` makes of them."""
     decoder = find_decoder(model)
     place = find_sites(decoder, [layer % decoder.depth], site)[0]
-
-    def after(module: Any, args: tuple, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    if place.on_input:
-        handle = place.module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = place.module.register_forward_hook(after)
-    try:
+    with hooked(hook(change, place, first=False)):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
-import transformers.trainer
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer
 
-from steer import artifact
+from steer import artifact, compat
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.identity import tokenizer_checksum
@@ -60,21 +58,13 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
                 "the model already has steering vectors; pass no `steering`, or steer.detach(model) first"
             )
         self.vectors: SteeringVectors = attached(model) if has_vectors else attach(model, steering)
-        # transformers trains a quantised model only when it carries an adapter it knows of; vectors are one.
-        quantised = getattr(model, "is_quantized", False)
-        quantised = quantised and not getattr(model, "_hf_peft_config_loaded", False)
-        if quantised:
-            model._hf_peft_config_loaded = True  # type: ignore[assignment]
         try:
-            with self._engine(args):
+            with compat.trainable_when_quantised(model), self._engine(args):
                 super().__init__(model, reward_funcs, args, **kwargs)
         except BaseException:
             if not has_vectors:
                 detach(model)
             raise
-        finally:
-            if quantised:
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
         self.vectors.config.tokenizer_checksum = tokenizer_checksum(self._tokenizer)
         self.add_callback(VectorLog(self.vectors, self._metrics["train"]))
 
@@ -146,27 +136,15 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
             self._push(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with _base_left_out():
+        with compat.base_left_out():
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple:
-        with _base_left_out() if self.is_deepspeed_enabled else nullcontext():
+        with compat.base_left_out() if self.is_deepspeed_enabled else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.vectors.set_tensors(artifact.read(resume_from_checkpoint).tensors)
-
-
-def _base_left_out() -> AbstractContextManager:
-    """
-    Inside, transformers' checkpoints under DeepSpeed (as for PEFT models) and FSDP do without the frozen
-    base; they would hold all of it each time.
-    """
-    return patch.multiple(
-        transformers.trainer,
-        _is_peft_model=lambda model: True,
-        save_fsdp_model=lambda *args, **kwargs: None,
-    )
 
 
 def make_optimizer(

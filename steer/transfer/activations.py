@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError
 from steer.files import json_lines, read_text
-from steer.sites import Decoder
+from steer.hooks import hooked, watch
+from steer.sites import Decoder, find_sites
 from steer.tasks.data import Arithmetic
 
 # The longest piece of a text that is read at once, in characters, and where a piece is cut in tokens.
@@ -45,7 +46,7 @@ class Side:
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
             raise SteerError(
-                f"{type(self.tokenizer).__name__} of {self.model.config._name_or_path or 'the model'} gives "
+                f"{type(self.tokenizer).__name__} of {self.model.config.name_or_path or 'the model'} gives "
                 "no character offsets, which pair the tokens of two models; pass a fast tokenizer "
                 "(AutoTokenizer with use_fast=True)"
             )
@@ -192,30 +193,20 @@ def _streams(
         rows, columns = (index.to(stream.device) for index in where)
         found[layer] = stream[rows, columns].to("cpu", torch.float32)
 
-    def before(layer: int, module: Any, args: tuple, kwargs: dict) -> None:
-        keep(layer, args[0] if args else kwargs["hidden_states"])
-
-    def after(layer: int, module: Any, args: tuple, output: Any) -> None:
-        keep(layer, output[0] if isinstance(output, tuple) else output)
-
-    handles = []
-    for layer in layers:
-        block = side.decoder.layers[layer]
-        if site == "resid_pre":
-            handles.append(block.register_forward_pre_hook(partial(before, layer), with_kwargs=True))
-        else:
-            handles.append(block.register_forward_hook(partial(after, layer)))
+    places = find_sites(side.decoder, list(layers), "resid_pre" if site == "resid_pre" else "resid_post")
+    pairs = zip(layers, places, strict=True)
     vectors = side.model.__dict__.get("steering_vectors")
     device = side.model.get_input_embeddings().weight.device
     was_training = side.model.training
     side.model.eval()
     try:
-        with vectors.disabled() if vectors is not None else nullcontext():
+        with (
+            hooked(*(watch(partial(keep, layer), place) for layer, place in pairs)),
+            vectors.disabled() if vectors is not None else nullcontext(),
+        ):
             side.decoder.backbone(tokens.to(device), attention_mask=mask.to(device), use_cache=False)
     finally:
         side.model.train(was_training)
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -104,7 +104,7 @@ def transfer(
             shape = f"{source.config.model_type}, {source.depth} layers of width {source.config.width}"
             raise SteerError(
                 f"the artifact is not the donor's: it was made for {source.config.base_model} ({shape}), not "
-                f"for {giver.config._name_or_path or 'the donor given'}; give the model it was trained in"
+                f"for {giver.config.name_or_path or 'the donor given'}; give the model it was trained in"
             )
         if None not in (own := {source.config.base_checksum, base_checksum(giver)}) and len(own) > 1:
             notes.append("the donor given has other weights than the model that the vectors were made for")
@@ -158,11 +158,11 @@ def _loaded(model: PreTrainedModel | str) -> PreTrainedModel:
 def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     from steer.models import load_tokenizer
 
-    if not model.config._name_or_path:
+    if not model.config.name_or_path:
         raise SteerError(
             f"this {type(model).__name__} has no name to find its tokenizer by; pass the tokenizer too"
         )
-    return load_tokenizer(model.config._name_or_path)
+    return load_tokenizer(model.config.name_or_path)
 
 
 def _named(source: Artifact) -> PreTrainedModel:

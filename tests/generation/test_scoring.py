@@ -18,6 +18,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 import steer
+from steer import compat
 from steer.generation import cpu, scoring
 from steer.generation.decoding import pad_left
 from steer.generation.scoring import FILL, add_group_scoring, common_prefix, length_batches
@@ -115,7 +116,7 @@ def test_the_tiles_of_the_head_change_no_number(build_tiny, monkeypatch) -> None
     for size in (4096, 7):  # one tile for all tokens, and many
         monkeypatch.setattr(cpu, "HEAD_TILE", size)
         monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", None)  # put back after the test
-        cpu.small_head_tiles()
+        compat.set_head_tiles(cpu.HEAD_TILE)
         assert size == chunked_logprob.TOKEN_CHUNK_SIZE
         model, data = scorer(build_tiny, "llama"), batch()
         got = model(score_group=True, **data)

@@ -1,0 +1,99 @@
+"""
+What the plugin uses of vLLM beyond its documented interface, all of it checked with vLLM 0.32: the methods
+that it wraps and the private names that it calls. tests/engine/test_compat.py names the entry of `APIS` that
+another version changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from steer.compat import MORE, Api
+
+_VLLM = "vLLM 0.32.0"
+_WORKER, _CORE, _ENGINE = (
+    "vllm.v1.worker",
+    "vllm.v1.engine.core.EngineCore",
+    "vllm.v1.engine.llm_engine.LLMEngine",
+)
+_RUNNERS = (f"{_WORKER}.gpu_model_runner.GPUModelRunner", f"{_WORKER}.gpu.model_runner.GPUModelRunner")
+_SELF = ("self",)
+
+APIS: tuple[Api, ...] = (
+    Api(f"{_WORKER}.gpu_worker.Worker.load_model", _VLLM, "wraps it", (*_SELF, MORE)),
+    Api(f"{_WORKER}.worker_base.WorkerBase", _VLLM, "adds methods to it"),
+    *(
+        Api(f"{runner}.execute_model", _VLLM, "wraps it", (*_SELF, "scheduler_output", MORE))
+        for runner in _RUNNERS
+    ),
+    Api(f"{_RUNNERS[0]}._prepare_inputs", _VLLM, "wraps it", (*_SELF, "scheduler_output", MORE)),
+    Api(f"{_RUNNERS[1]}.prepare_inputs", _VLLM, "wraps it", (*_SELF, MORE)),
+    Api(f"{_ENGINE}.add_request", _VLLM, "wraps it", (*_SELF, "request_id", "prompt", "params", MORE)),
+    Api(f"{_CORE}.preprocess_add_request", _VLLM, "wraps it", (*_SELF, "request")),
+    Api(f"{_CORE}.add_request", _VLLM, "wraps it", (*_SELF, "request", MORE)),
+    Api(f"{_CORE}.collective_rpc", _VLLM, "wraps it", (*_SELF, "method", "timeout", "args", "kwargs")),
+    Api(
+        "vllm.v1.engine.core.EngineCoreProc._send_error_outputs_to_client",
+        _VLLM,
+        "calls it for a request with an unknown name",
+        (*_SELF, "req_ids", "client_index"),
+    ),
+    Api("vllm.model_executor.models.utils.PPMissingLayer", _VLLM, "leaves out such layers"),
+    Api("vllm.v1.engine.exceptions.EngineDeadError", _VLLM, "catches it"),
+)
+
+
+def before_batches(runner: Any, see: Callable[[Any], None]) -> None:
+    """Call `see(scheduler_output)` before the model runner executes it."""
+    execute = runner.execute_model
+
+    @wraps(execute)
+    def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        see(scheduled)
+        return execute(scheduled, *args, **kwargs)
+
+    runner.execute_model = execute_model
+
+
+def when_prepared(runner: Any, place: Callable[[list[str], torch.Tensor, torch.Tensor], None]) -> None:
+    """
+    Call `place(requests, starts, positions)` before each forward pass, for both of vLLM's model runners.
+
+    `requests`: their ids in the order of the batch. `starts`: (requests + 1,), where the tokens of each
+    begin. `positions`: (tokens,), the position of each token in its sequence.
+    """
+    if hasattr(runner, "_prepare_inputs"):  # vLLM's first model runner, which CPUs use
+        prepare = runner._prepare_inputs
+
+        @wraps(prepare)
+        def _prepare_inputs(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(scheduled, *args, **kwargs)
+            tokens = scheduled.total_num_scheduled_tokens
+            requests = runner.input_batch.req_ids
+            place(requests, runner.query_start_loc.gpu[: len(requests) + 1], runner.positions[:tokens])
+            return prepared
+
+        runner._prepare_inputs = _prepare_inputs
+        return
+    prepare_v2 = runner.prepare_inputs
+
+    @wraps(prepare_v2)
+    def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+        batch = prepare_v2(*args, **kwargs)
+        starts = batch.query_start_loc[: len(batch.req_ids) + 1]
+        place(batch.req_ids, starts, batch.positions[: batch.num_tokens])
+        return batch
+
+    runner.prepare_inputs = prepare_inputs
+
+
+def fail_request(core: Any, request: Any) -> bool:
+    """End one request of an engine process with an error; False for an engine in the caller's process."""
+    if not hasattr(core, "_send_error_outputs_to_client"):
+        return False
+    core._send_error_outputs_to_client([request.request_id], request.client_index)
+    return True
