@@ -32,32 +32,28 @@ from steer.models import load_model, load_tokenizer
 from steer.sites import find_decoder
 from steer.tasks.rewards import MathGrader
 from steer.training import recipe
-from steer.training import run as runs
-from steer.training.config import SteeringGRPOConfig
-from steer.training.run import RunConfig, SteeringArguments
+from steer.training.run_settings import RunSettings
 from steer.training.sweep import grid
 from steer.training.sweep.grid import PopulationArguments
 from steer.training.sweep.run import Study, claim_sweep_dir, train_members
 
-PARTS = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
-
 
 def main() -> None:
-    run, _, training, asked = recipe.parse(PARTS, __doc__, "layer_sweep.py")
-    recipe.begin(run, training)
-    train_population(run, training, asked)
+    settings = RunSettings.parse("layer_sweep", __doc__, population=PopulationArguments)
+    recipe.begin(settings)
+    train_population(settings)
 
 
-def train_population(run: RunConfig, training: SteeringGRPOConfig, asked: PopulationArguments) -> None:
+def train_population(settings: RunSettings) -> None:
     """Train the members, or what is missing of them, and print the table; all share this command line."""
-    folder = Path(training.output_dir)
+    folder = Path(settings.training.output_dir)
     with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
-        _train_population(folder, run, training, asked)
+        _train_population(folder, settings)
 
 
-def _train_population(
-    folder: Path, run: RunConfig, training: SteeringGRPOConfig, asked: PopulationArguments
-) -> None:
+def _train_population(folder: Path, settings: RunSettings) -> None:
+    run, training, asked = settings.run, settings.training, settings.population
+    assert asked is not None
     tokenizer = load_tokenizer(run.model, revision=run.model_revision)
     model = load_model(
         run.model,
@@ -65,10 +61,10 @@ def _train_population(
         dtype=run.model_dtype,
         attn_implementation=run.attn_implementation,
     ).to(training.device)
-    everyone = grid.members(asked, training, find_decoder(model).depth, sys.argv[1:])
+    everyone = grid.members(settings, find_decoder(model).depth, sys.argv[1:])
     now = grid.chosen(everyone, asked.only)
     train, held_out = recipe.problems(run)
-    prompts = runs.prompts(run, training)
+    prompts = settings.prompt
     format_problem = prompts.formatter(tokenizer)
     train = train.map(lambda row: {"prompt": format_problem(row["problem"])}, desc="formatting prompts")
     train = recipe.fitting(
@@ -76,7 +72,7 @@ def _train_population(
     )
     main_process = PartialState().is_main_process
     if main_process:
-        claim_sweep_dir(folder, run, training, everyone, {settings.name for settings in now})
+        claim_sweep_dir(folder, settings, everyone, {member.member for member in now})
     PartialState().wait_for_everyone()
     with MathGrader() as grader:
         train_members(Study(folder, run, asked, model, tokenizer, prompts, grader, train, held_out), now)

@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-import steer
 from steer import artifact
 from steer.cli.layer_sweep import train_population
 from steer.errors import SteerError
@@ -39,68 +39,53 @@ from steer.training import run as runs
 from steer.training.config import SteeringGRPOConfig
 from steer.training.rate_search import SweepArguments, choose
 from steer.training.recipe import Recipe
-from steer.training.run import RunConfig, SteeringArguments
+from steer.training.run_settings import RunSettings
 from steer.training.steering_trainer import SteeringGRPOTrainer
 from steer.training.sweep.grid import PopulationArguments
-from steer.versions import versions
 
 
 def main() -> None:
-    run, steering, training, sweep, population = parse()
-    recipe.begin(run, training)
-    if population.asked:
-        if sweep.lr_sweep:
+    settings = parse()
+    recipe.begin(settings)
+    training, rates = settings.training, settings.rates
+    if settings.population and settings.population.asked:
+        if rates and rates.lr_sweep:
             raise SteerError(
                 "lr_sweep chooses one rate for one set of vectors; a population takes several at once as "
                 "learning_rates"
             )
-        return train_population(run, training, population)
-    chosen = vectors(run, steering)
-    train, held_out = recipe.problems(run)
-    if sweep.lr_sweep:
-        training.learning_rate = choose(run, training, sweep, chosen, train)
-        if sweep.sweep_only:
+        return train_population(settings)
+    chosen = vectors(settings)
+    train, held_out = recipe.problems(settings.run)
+    if rates and rates.lr_sweep:
+        training.learning_rate = choose(settings, rates, chosen, train)
+        if rates.sweep_only:
             return
-    recipe.train_run(run, training, chosen, train, held_out)
+    recipe.train_run(settings, chosen, train, held_out)
     if PartialState().is_main_process:
         folder = Path(training.output_dir)
         write_scores(folder)
-        recipe.report(folder, run, chosen)
-        command = [Path(sys.executable).with_name("steer"), "generate", run.model]
+        recipe.report(folder, settings.run, chosen)
+        command = [Path(sys.executable).with_name("steer"), "generate", settings.run.model]
         command += ["--vectors", folder / "vectors", "--prompt", "What is 7 + 5?"]
         print(f"\nUse them:\n  {shlex.join(map(str, command))}\n")
 
 
-def parse() -> tuple[
-    RunConfig, steer.SteeringConfig, SteeringGRPOConfig, SweepArguments, PopulationArguments
-]:
-    """The parts of the settings, from --config and the command line."""
-    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig, SweepArguments, PopulationArguments)
-    run, chosen, *others = recipe.parse(parts, __doc__, "grpo_steer.py")
-    return run, steer.SteeringConfig(**asdict(chosen)), *others
+def parse(arguments: Sequence[str] | None = None) -> RunSettings:
+    """The settings, from --config and the command line, or from `arguments`."""
+    more = {"rates": SweepArguments, "population": PopulationArguments}
+    return RunSettings.parse("grpo_steer", __doc__, arguments, **more)
 
 
-def vectors(run: RunConfig, steering: steer.SteeringConfig) -> Recipe:
+def vectors(settings: RunSettings) -> Recipe:
     """What this recipe trains."""
 
     def make(model: Any, rewards: Any, training: SteeringGRPOConfig, **data: Any) -> SteeringGRPOTrainer:
-        trainer = SteeringGRPOTrainer(model, rewards, training, replace(steering), **data)
-        trainer.vectors.config.provenance = provenance(run, training)
+        trainer = SteeringGRPOTrainer(model, rewards, training, settings.steering_config(), **data)
+        trainer.vectors.config.provenance = replace(settings, training=training).provenance()
         return trainer
 
-    return Recipe("steered", {"steering": asdict(steering)}, "vectors", make, artifact.read, run.model_dtype)
-
-
-def provenance(run: RunConfig, training: SteeringGRPOConfig) -> dict[str, Any]:
-    """What the artifact says of its making."""
-    names = "learning_rate lr_by_layer advantage loss_type beta num_generations generation_batch_size "
-    names += "max_completion_length temperature max_steps seed chat_template_kwargs"
-    return {
-        "recipe": "grpo_steer",
-        "run": asdict(run),
-        "training": {name: getattr(training, name) for name in names.split()},
-        "versions": versions("steer", "torch", "transformers", "trl"),
-    }
+    return Recipe("steered", "vectors", make, artifact.read, settings.run.model_dtype)
 
 
 def write_scores(folder: Path) -> None:

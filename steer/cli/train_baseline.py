@@ -18,7 +18,7 @@ with the same settings; a finished one says so. The output folder ends up with `
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from steer.training.baselines import Baseline, BaselineGRPOTrainer, readable
 from steer.training.config import SteeringGRPOConfig
 from steer.training.rate_search import SweepArguments, choose
 from steer.training.recipe import Recipe
-from steer.training.run import RunConfig, SteeringArguments
+from steer.training.run import SteeringArguments
+from steer.training.run_settings import RunSettings
 
 log = logging.getLogger("steer")
 
@@ -40,29 +41,37 @@ FULL_RATE = 1e-4
 
 def main() -> None:
     # A config may be one of grpo_steer's; what it says of vectors is read and plays no part.
-    parts = (RunConfig, Baseline, SteeringGRPOConfig, SweepArguments, SteeringArguments)
-    run, baseline, training, sweep, vectors = recipe.parse(parts, __doc__, "grpo_baseline.py")
-    recipe.begin(run, training)
-    if vectors != SteeringArguments():
-        log.info("no vectors are trained here: %s plays no part", vectors)
-    chosen = trained(run, baseline)
-    train, held_out = recipe.problems(run)
-    if baseline.method == "full" and not sweep.lr_sweep and training.learning_rate > FULL_RATE:
+    settings = parse()
+    recipe.begin(settings)
+    training, rates = settings.training, settings.rates
+    if settings.steering != SteeringArguments():
+        log.info("no vectors are trained here: %s plays no part", settings.steering)
+    chosen = trained(settings)
+    train, held_out = recipe.problems(settings.run)
+    if rates and rates.lr_sweep:
+        training.learning_rate = choose(settings, rates, chosen, train)
+        if rates.sweep_only:
+            return
+    elif chosen.name == "full" and training.learning_rate > FULL_RATE:
         log.warning(
             "learning_rate=%g is a rate for vectors; a full fine-tune wants about a thousandth (--lr_sweep)",
             training.learning_rate,
         )
-    if sweep.lr_sweep:
-        training.learning_rate = choose(run, training, sweep, chosen, train)
-        if sweep.sweep_only:
-            return
-    recipe.train_run(run, training, chosen, train, held_out)
+    recipe.train_run(settings, chosen, train, held_out)
     if PartialState().is_main_process:
-        recipe.report(Path(training.output_dir), run, chosen)
+        recipe.report(Path(training.output_dir), settings.run, chosen)
 
 
-def trained(run: RunConfig, baseline: Baseline) -> Recipe:
+def parse(arguments: Sequence[str] | None = None) -> RunSettings:
+    """The settings, from --config and the command line, or from `arguments`."""
+    more = {"baseline": Baseline, "rates": SweepArguments}
+    return RunSettings.parse("grpo_baseline", __doc__, arguments, **more)
+
+
+def trained(settings: RunSettings) -> Recipe:
     """What this recipe trains; SteerError for a full fine-tune of weights that would swallow its updates."""
+    run, baseline = settings.run, settings.baseline
+    assert baseline is not None
     full = baseline.method == "full"
     if full and run.model_dtype not in ("float32", "auto"):
         raise SteerError(
@@ -74,4 +83,4 @@ def trained(run: RunConfig, baseline: Baseline) -> Recipe:
         return BaselineGRPOTrainer(model, rewards, training, baseline, **data)
 
     artifact, dtype = ("model", "float32") if full else ("adapter", run.model_dtype)
-    return Recipe(baseline.method, {"baseline": asdict(baseline)}, artifact, make, readable, dtype)
+    return Recipe(baseline.method, artifact, make, readable, dtype)

@@ -35,9 +35,8 @@ from steer.evaluation import compare, plots
 from steer.evaluation.pack import pack, read_packed
 from steer.evaluation.plan import Plan
 from steer.files import replace_file
+from steer.training.neutral import WATCHING
 
-# Settings of how a run is watched and kept, which change none of its numbers.
-_WATCHING = ("logging", "log_", "save", "report", "disable_tqdm", "dataloader", "samples_shown")
 ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
 
 
@@ -311,7 +310,7 @@ def _curve(folder: Path) -> dict[str, list[float]]:
 
 def _hash(asked: dict[str, Any]) -> str:
     """Of what decides the numbers, not of how the run is watched."""
-    training = {k: v for k, v in asked.get("training", {}).items() if not k.startswith(_WATCHING)}
+    training = {k: v for k, v in asked.get("training", {}).items() if k not in WATCHING}
     text = json.dumps({**asked, "training": training}, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from datasets import Dataset
 
 from steer.errors import SteerError
 from steer.files import replace_file
-from steer.training.config import SteeringGRPOConfig
 from steer.training.recipe import Recipe, train_run
-from steer.training.run import RunConfig
+from steer.training.run_settings import RunSettings
 
 log = logging.getLogger("steer")
 
@@ -80,8 +79,7 @@ def split(problems: Dataset, share: float) -> tuple[Dataset, list[dict[str, Any]
 
 
 def choose(
-    run: RunConfig,
-    training: SteeringGRPOConfig,
+    settings: RunSettings,
     sweep: SweepArguments,
     recipe: Recipe,
     problems: Dataset,
@@ -90,6 +88,7 @@ def choose(
     The rate among `sweep.lr_sweep` with the best validation accuracy; of equals the smallest. What each one
     reached is kept in `sweep.json`, and a sweep that was stopped goes on where it was.
     """
+    training = settings.training
     rates = sorted(set(sweep.lr_sweep or ()))
     if not rates or rates[0] <= 0:
         raise SteerError(f"lr_sweep={sweep.lr_sweep} names no rates above zero")
@@ -104,7 +103,7 @@ def choose(
         one.max_steps = sweep.sweep_steps or training.max_steps
         log.info("learning rate %g, on %d validation problems", rate, len(validation))
         samples = sweep.validation_samples
-        results = train_run(run, one, recipe, train, validation, ("after",), samples)
+        results = train_run(replace(settings, training=one), recipe, train, validation, ("after",), samples)
         gc.collect()  # trainers are cycles of references, and the next one needs their memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

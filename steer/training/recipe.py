@@ -1,11 +1,10 @@
 """
-What a recipe of reinforcement learning does around its trainer, whatever that trains: read the settings, load
-problems and model, score before and after, train from where it stopped, and report.
+What a recipe of reinforcement learning does around its trainer, whatever that trains: load problems and
+model, score before and after, train from where it stopped, and report.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -16,30 +15,28 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.distributed import DistBackendError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
-from trl import TrlParser
 
 from steer.errors import SteerError, print_any_text
 from steer.evaluation.heldout import Answered, answer, constant, score, ways
 from steer.files import held, read_json, replace_file
-from steer.models import check_context, context_length, fast_dtype, load_model, load_tokenizer
+from steer.models import check_context, context_length, load_model, load_tokenizer
 from steer.sharded import shape
 from steer.tasks.data import load_problems
 from steer.tasks.elicited import UNTRAINED, choose
 from steer.tasks.prompts import PromptSpec
 from steer.tasks.rewards import MathGrader, make_reward
 from steer.training import run as runs
-from steer.training.config import SteeringGRPOConfig
 from steer.training.group_trainer import GroupGRPOTrainer, newest_checkpoint
 from steer.training.run import RunConfig
+from steer.training.run_settings import RunSettings
 from steer.training.settings import check_recipe, idle
 from steer.training.summary import plot_training, sample_answers, score_table
 from steer.versions import versions
@@ -54,7 +51,6 @@ class Recipe:
     """What is trained, and how it lies on disk."""
 
     name: str  # of the trained model in tables
-    settings: dict[str, Any]  # its part of a run's settings: name of the part, then the fields
     artifact: str  # folder inside the run's that holds what was trained
     make: Callable[..., GroupGRPOTrainer]  # (model, reward functions, training, data, tokenizer)
     readable: Callable[[Path], object]  # raises OSError or ValueError for a damaged checkpoint
@@ -88,38 +84,12 @@ def start(main: Callable[[], object]) -> None:
         os._exit(1)  # the usual way out would wait for the process that is gone
 
 
-# ---- settings
+# ---- before the run
 
 
-def parse(
-    parts: Sequence[type], description: str | None, script: str, arguments: Sequence[str] | None = None
-) -> tuple[Any, ...]:
-    """One object for each dataclass of `parts`, from --config and the command line, or from `arguments`."""
-    usage = f"accelerate launch recipes/{script} --config FILE [--setting VALUE ...]"
-    escaped = [runs.escape_percents(part) for part in parts]
-    parser = TrlParser(escaped, description=description, usage=usage, formatter_class=_Help)
-    parser.error = _refuse
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; see recipes/configs")
-    try:
-        found = parser.parse_args_and_config(arguments)[: len(parts)]
-    except OSError as error:
-        raise SteerError(
-            f"no config file {error.filename} ({error.strerror}); those that come with steer are in "
-            "recipes/configs"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise SteerError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
-    except ValueError as error:  # trl and transformers on unknown or contradictory settings
-        raise SteerError(" ".join(str(error).split())) from error
-    for part in found:
-        # what "fast" means here is what the run is continued with, wherever that is
-        if isinstance(part, RunConfig) and part.model_dtype == "fast":
-            part.model_dtype = fast_dtype()
-    return found
-
-
-def begin(run: RunConfig, training: SteeringGRPOConfig) -> None:
+def begin(settings: RunSettings) -> None:
     """Quiet the libraries, and check what can be checked before anything is loaded."""
+    run, training = settings.run, settings.training
     main_process = PartialState().is_main_process
     logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s")
     transformers_logging.set_verbosity_error()
@@ -213,8 +183,7 @@ def fitting(
 
 
 def train_run(
-    run: RunConfig,
-    training: SteeringGRPOConfig,
+    settings: RunSettings,
     recipe: Recipe,
     train: Dataset,
     held_out: Problems | None,
@@ -222,30 +191,29 @@ def train_run(
     samples: int = 0,
 ) -> dict[str, Any]:
     """
-    Carry out the run in `training.output_dir`, or what is missing of it, and return its results.
+    Carry out the run in its `output_dir`, or what is missing of it, and return its results.
 
     `held_out` problems are answered greedily in each of `stages`: "before", "longer" (a longer limit) and
     "elicited" (and worked examples) with the untrained model. With `samples` each is answered that often at
     temperature 1 instead. SteerError when the folder holds another run.
     """
-    folder = Path(training.output_dir)
+    folder = Path(settings.training.output_dir)
     with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
-        return _train_run(folder, run, training, recipe, train, held_out, stages, samples)
+        return _train_run(folder, settings, recipe, train, held_out, stages, samples)
 
 
 def _train_run(
     folder: Path,
-    run: RunConfig,
-    training: SteeringGRPOConfig,
+    settings: RunSettings,
     recipe: Recipe,
     train: Dataset,
     held_out: Problems | None,
     stages: Sequence[str],
     samples: int,
 ) -> dict[str, Any]:
-    state = PartialState()
+    run, training, state = settings.run, settings.training, PartialState()
     if state.is_main_process:
-        runs.claim_output_dir(folder, runs.settings(run, recipe.settings, training))
+        runs.claim_output_dir(folder, settings.identity(), settings.defaults())
     state.wait_for_everyone()
     asked = [training.max_steps, training.num_train_epochs]
     done = runs.read_results(folder)
@@ -254,8 +222,7 @@ def _train_run(
         return done
 
     tokenizer = load_tokenizer(run.model, revision=run.model_revision)
-    prompts = runs.prompts(run, training)
-    format_problem = prompts.formatter(tokenizer)
+    format_problem = settings.prompt.formatter(tokenizer)
     data = train.map(lambda row: {"prompt": format_problem(row["problem"])}, desc="formatting prompts")
     model = load_model(
         run.model,
@@ -277,7 +244,7 @@ def _train_run(
             examples = choose(train, run.examples, [row["problem"] for row in held_out])
             context = context_length(model.config)
             limit = training.max_completion_length
-            way = ways(prompts, limit, examples, held_out, tokenizer, context)
+            way = ways(settings.prompt, limit, examples, held_out, tokenizer, context)
 
         def evaluate(stage: str) -> None:
             wanted = stage in stages and stage in way and stage not in runs.read_results(folder)
@@ -384,11 +351,3 @@ def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:
         f"\ncurves    {folder / 'training.png'}"
         f"\ntraining  {results['steps']} updates in {results['training_seconds'] / 60:.1f} minutes"
     )
-
-
-def _refuse(message: str) -> NoReturn:
-    raise SteerError(f"{message}; --help lists the settings")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the text above."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from steer.config import SteeringConfig
@@ -14,40 +13,12 @@ from steer.errors import SteerError
 from steer.files import HOLDER_FILE, LOCK_FILE, read_json, replace_file
 from steer.tasks.data import Arithmetic
 from steer.tasks.elicited import EXAMPLES
-from steer.tasks.prompts import TEMPLATES, PromptSpec
+from steer.tasks.prompts import TEMPLATES
 from steer.tasks.rewards import REWARDS
+from steer.training.neutral import Settings, differences
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
-
-# Settings of trl that change how a run is watched or how long it goes on, not what it computes.
-_FREE: tuple[str, ...] = (
-    "logging",
-    "save",
-    "report",
-    "eval",
-    "push",
-    "hub",
-    "log_",
-    "run_name",
-    "output_dir",
-    "max_steps",
-    "disable_tqdm",
-)
-_FREE += (
-    "dataloader",
-    "overwrite",
-    "project",
-    "trackio",
-    "num_completions_to_print",
-    "resume",
-    "accelerator",
-    "local_rank",
-)
-# Like the number of updates, the schedule may change when a run goes on: what was computed stays what it was.
-_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
-# Decides how the untrained model is measured beside the run, and nothing of what is trained.
-_MEASURED = ("examples",)
 
 
 @dataclass
@@ -146,34 +117,19 @@ SteeringArguments = make_dataclass(
 )
 
 
-def escape_percents(config: type) -> type:
-    """`config` with '%' doubled in its help texts, which argparse would take for format codes."""
-    for f in fields(config):
-        if "help" in f.metadata:
-            text = str(f.metadata["help"]).replace("%%", "%").replace("%", "%%")
-            f.metadata = MappingProxyType({**f.metadata, "help": text})
-    return config
-
-
-def settings(run: RunConfig, trained: dict[str, Any], training: Any) -> dict[str, Any]:
+def claim_output_dir(
+    folder: str | os.PathLike[str], wanted: Settings, defaults: Settings | None = None
+) -> None:
     """
-    All that decides what the run computes, as JSON types; two runs with equal settings are the same run.
-    `trained` is the part that says what is trained: {"steering": its fields}.
-    """
-    chosen = {k: v for k, v in training.to_dict().items() if not k.startswith(_FREE)}
-    chosen.pop("per_device_eval_batch_size", None)
-    return json.loads(json.dumps({"run": asdict(run), **trained, "training": chosen}, default=str))
+    Make `folder` the home of a run.
 
+    Args:
+        folder: made where it is missing.
+        wanted: the settings that identify the run (`RunSettings.identity`).
+        defaults: what a setting is that a run begun by an older version does not name.
 
-def prompts(run: RunConfig, training: Any) -> PromptSpec:
-    """How the run puts its problems to the model."""
-    return PromptSpec(run.template, run.prefix, chat_template_kwargs=training.chat_template_kwargs)
-
-
-def claim_output_dir(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
-    """
-    Make `folder` the home of the run with these settings; SteerError when it holds another run or other
-    files. A run that goes on may have another schedule of its learning rate.
+    Raises:
+        SteerError: the folder holds another run, with the settings that differ, or other files.
     """
     path = Path(folder)
     try:
@@ -181,7 +137,7 @@ def claim_output_dir(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> 
         held = {file.name for file in path.iterdir()} - {LOCK_FILE, HOLDER_FILE}
         if RUN_FILE in held and len(held) > 1:
             have = read_json(path / RUN_FILE)
-            _same(path, have, wanted)
+            _same(path, have, wanted, defaults or {})
             if have != wanted:
                 replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
         elif held - {RUN_FILE}:
@@ -194,14 +150,8 @@ def claim_output_dir(folder: str | os.PathLike[str], wanted: dict[str, Any]) -> 
         ) from error
 
 
-def _same(path: Path, have: dict[str, Any], wanted: dict[str, Any]) -> None:
-    changed = [
-        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
-        for part, new in wanted.items()
-        for old in [have.get(part, {})]
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name) and name not in _SCHEDULE + _MEASURED
-    ]
+def _same(path: Path, have: Settings, wanted: Settings, defaults: Settings) -> None:
+    changed = differences(have, wanted, defaults)
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise SteerError(

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import yaml
-from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState
 from helpers.paths import ROOT
 
+from steer.cli import train
 from steer.models import fast_dtype
 from steer.tasks.prompts import TEMPLATES
 from steer.tasks.rewards import REWARDS
-from steer.training.config import SteeringGRPOConfig
-from steer.training.recipe import parse as read_settings
-from steer.training.run import RunConfig, SteeringArguments
+from steer.training.run_settings import RunSettings
 from steer.training.sweep.grid import PopulationArguments, members
 from steer.training.sweep.member import check_supported
 from steer.weights import BUNDLED
@@ -87,26 +84,19 @@ SINGLE_LAYER = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("grpo_steer", RECIPES / "grpo_steer.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def parse(recipe, monkeypatch, tmp_path):
+def parse(tmp_path):
     """The settings that the recipe's own command line makes of a config file, on the CPU."""
 
     def settings(config: Path, *overrides: str):
-        argv = ["grpo_steer.py", "--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "true"]
-        monkeypatch.setattr("sys.argv", [*argv, *overrides])
-        return recipe.parse()[:3]
+        where = ["--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+        found = train.parse([*where, *overrides])
+        return found.run, found.steering, found.training
 
     yield settings
-    PartialState._reset_state()  # on a machine with a GPU, later tests must not inherit use_cpu
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # on a machine with a GPU, later tests must not inherit use_cpu
 
 
 def header(config: Path) -> str:
@@ -201,11 +191,10 @@ def test_single_layer_configs_are_populations_of_the_published_batch(name):
     config = RECIPES / "configs" / f"{name}.yaml"
     (given,) = re.findall(r"layer_sweep.py .*?(?=\n [A-Z])", header(config), re.S)
     arguments = given.replace("\\\n", " ").split()[1:]
-    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
     arguments += ["--use_cpu", "true"]
-    _, _, training, asked = read_settings(parts, None, "layer_sweep.py", arguments)
+    settings = RunSettings.parse("layer_sweep", arguments=arguments, population=PopulationArguments)
     expected = {i: rate for first, last, rate in SINGLE_LAYER[name] for i in range(first, last + 1)}
-    found = members(asked, training, len(expected), arguments)
+    found = members(settings, len(expected), arguments)
     assert [m.steering.layers for m in found] == [str(layer) for layer in expected]
     assert [m.training.learning_rate for m in found] == pytest.approx(list(expected.values()))
     assert {m.training.generation_batch_size for m in found} == {PUBLISHED[name].prompts * 16}
@@ -267,9 +256,9 @@ def test_the_kubernetes_job_is_the_published_run():
     assert launch.num_machines == job["completions"] == job["parallelism"]
     assert launch.num_processes == launch.num_machines * container["resources"]["limits"]["nvidia.com/gpu"]
     assert launch.training_script == "recipes/grpo_steer.py"
-    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig)
     arguments = [*launch.training_script_args, "--use_cpu", "true"]
-    run, _, training = read_settings(parts, None, "grpo_steer.py", arguments)
+    settings = RunSettings.parse("grpo_steer", arguments=arguments)
+    run, training = settings.run, settings.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert rows * launch.num_processes == 128 * 16
     served = {d["kind"]: d for d in yaml.safe_load_all((CLUSTER / "vllm.yaml").read_text())}["Deployment"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
@@ -16,14 +16,13 @@ import yaml
 
 from steer.config import SteeringConfig
 from steer.errors import SteerError, shown
-from steer.training import recipe
 from steer.training.config import SteeringGRPOConfig
-from steer.training.run import RunConfig, SteeringArguments
+from steer.training.run import SteeringArguments
+from steer.training.run_settings import RunSettings
 from steer.training.sweep.member import OWN
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
-_STEERING = ("kind", "rank", "layers", "site", "positions", "scale", "dtype")
-_FIELDS = {*_STEERING, *OWN, "rewards"}
+_FIELDS = {*(f.name for f in fields(SteeringArguments)), *OWN, "rewards"}
 _NULLABLE = {"lr_by_layer", "reward_weights"}
 SCORES = ("reward", "validation")
 RIVALS = ("all", "layers")
@@ -111,33 +110,30 @@ class PopulationArguments:
             raise SteerError(f"halve_at={self.halve_at} is not a list of updates, the earliest first")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One member's settings: what `grpo_steer.py` would be given to train it alone."""
-
-    name: str
-    run: RunConfig
-    steering: SteeringConfig
-    training: SteeringGRPOConfig
-
-    def own(self) -> dict[str, Any]:
-        """What tells it from other members, as JSON types; how long it is trained is not part of it."""
-        training = {k: v for k, v in self.training.to_dict().items() if k in OWN - {"max_steps"}}
-        steering = {k: getattr(self.steering, k) for k in _STEERING}
-        return {"steering": steering, "training": training, "rewards": self.run.rewards}
+def own(settings: RunSettings) -> dict[str, Any]:
+    """What tells a member from others, as JSON types; how long it is trained is not part of it."""
+    training = {k: v for k, v in settings.training.to_dict().items() if k in OWN - {"max_steps"}}
+    return {"steering": asdict(settings.steering), "training": training, "rewards": settings.run.rewards}
 
 
-def members(
-    asked: PopulationArguments, training: SteeringGRPOConfig, depth: int, arguments: Sequence[str]
-) -> list[Settings]:
+def members(settings: RunSettings, depth: int, arguments: Sequence[str]) -> list[RunSettings]:
     """
-    The members that `asked` names, for a model of `depth` layers. `arguments` is the command line that all of
-    them share, `training` what it says. SteerError for what no member may change.
+    The members of a population.
+
+    Args:
+        settings: what the command line says, the population that it asks for among it.
+        depth: number of layers of the model.
+        arguments: that command line, which all members share.
+
+    Raises:
+        SteerError: a change that no member may make, or two members of one name.
     """
+    asked, training = settings.population, settings.training
+    assert asked is not None
     changes = [*_grid(asked, training, depth), *map(_mapping, asked.population or [])]
     if not changes:
         changes = [{}]
-    found: dict[str, Settings] = {}
+    found: dict[str, RunSettings] = {}
     for change in changes:
         name = str(change.pop("name", None) or _name(change))
         if not _NAME.fullmatch(name):
@@ -150,14 +146,14 @@ def members(
     return list(found.values())
 
 
-def chosen(found: Sequence[Settings], only: Sequence[str] | None) -> list[Settings]:
+def chosen(found: Sequence[RunSettings], only: Sequence[str] | None) -> list[RunSettings]:
     """The members that are trained now."""
     if only is None:
         return list(found)
-    names = [settings.name for settings in found]
+    names = [settings.member for settings in found]
     if unknown := sorted(set(only) - set(names)):
         raise SteerError(f"no member is called {', '.join(unknown)}; there are {', '.join(names)}")
-    return [settings for settings in found if settings.name in only]
+    return [settings for settings in found if settings.member in only]
 
 
 def _grid(asked: PopulationArguments, training: SteeringGRPOConfig, depth: int) -> list[dict[str, Any]]:
@@ -207,20 +203,21 @@ def _name(change: dict[str, Any]) -> str:
     return re.sub(r"[^\w.-]+", "+", "-".join(parts), flags=re.ASCII).replace("+", "_") or "base"
 
 
-def _settings(name: str, change: dict[str, Any], arguments: Sequence[str], depth: int) -> Settings:
+def _settings(name: str, change: dict[str, Any], arguments: Sequence[str], depth: int) -> RunSettings:
     given = {key: value for key, value in change.items() if value is not None}
     if wrong := sorted(change.keys() - given.keys() - _NULLABLE):
         raise SteerError(f"member {name}: {', '.join(wrong)} cannot be null; leave it out")
     extra: list[str] = []
     for key, value in given.items():
         extra += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
     try:
-        run, steering, training, _ = recipe.parse(parts, None, "layer_sweep.py", [*arguments, *extra])
+        given_all = [*arguments, *extra]
+        found = RunSettings.parse("layer_sweep", arguments=given_all, population=PopulationArguments)
+        run, training = found.run, found.training
         for key in change.keys() - given.keys():  # what the command line says of it is taken back
             setattr(training, key, None)
-        config = SteeringConfig(**asdict(steering))
-        training.layer_rates(config.resolve_layers(depth), depth)  # names no layer that is not there
+        layers = found.steering_config().resolve_layers(depth)
+        training.layer_rates(layers, depth)  # names no layer that is not there
     except SteerError as error:
         raise SteerError(f"member {name}: {error}") from error
     if training.reward_weights is not None and len(training.reward_weights) != len(run.rewards):
@@ -228,4 +225,4 @@ def _settings(name: str, change: dict[str, Any], arguments: Sequence[str], depth
             f"member {name}: {len(training.reward_weights)} reward_weights for {len(run.rewards)} rewards; "
             "change both together"
         )
-    return Settings(name, run, config, training)
+    return replace(found, member=name)

@@ -36,12 +36,12 @@ from steer.tasks.elicited import STAGES, UNTRAINED, choose
 from steer.tasks.prompts import PromptSpec
 from steer.tasks.rewards import MathGrader, make_reward
 from steer.training import run as runs
-from steer.training.config import SteeringGRPOConfig
+from steer.training.neutral import differences
 from steer.training.run import RunConfig
-from steer.training.sweep.grid import PopulationArguments, Settings
+from steer.training.run_settings import RunSettings
+from steer.training.sweep.grid import PopulationArguments, own
 from steer.training.sweep.member import OWN, Member, read_states
 from steer.training.sweep.trainer import PopulationTrainer
-from steer.versions import versions
 
 log = logging.getLogger("steer")
 
@@ -88,29 +88,28 @@ class Study:
 
 
 def claim_sweep_dir(
-    folder: Path, run: RunConfig, training: SteeringGRPOConfig, members: Sequence[Settings], now: set[str]
+    folder: Path, settings: RunSettings, members: Sequence[RunSettings], now: set[str]
 ) -> None:
     """
-    Make `folder` the home of this population. Members may be added to one that is there; SteerError when it
-    shares other settings, or when a member of the same name, among those to train `now`, has others.
+    Make `folder` the home of a population, or add members to the one that is there.
+
+    Args:
+        folder: made where it is missing.
+        settings: what all members share.
+        members: all members that the command line asks for.
+        now: the names of those that are trained now.
+
+    Raises:
+        SteerError: the folder holds a population that shares other settings, or one of the members to train
+            `now` with others.
     """
-    shared = runs.settings(replace(run, rewards=[]), {"recipe": {"name": "layer_sweep"}}, training)
-    # with more processes there are more rows at once, but not more rows of a member
-    skipped = OWN | {"generation_batch_size"}
-    shared["training"] = {k: v for k, v in shared["training"].items() if k not in skipped}
-    runs.claim_output_dir(folder, shared)
+    runs.claim_output_dir(folder, _shared(settings.identity()), _shared(settings.defaults()))
     path = folder / POPULATION_FILE
     have = read_json(path) if path.exists() else {}
-    wanted = json.loads(json.dumps({m.name: m.own() for m in members}))
+    wanted = json.loads(json.dumps({m.member: own(m) for m in members}))
+    default = _parts(json.loads(json.dumps(own(settings.unset()))))
     for name in sorted(now & set(have)):
-        changed = [
-            f"{key} was {have[name][part].get(key)!r}, now {value!r}"
-            for part in ("steering", "training")
-            for key, value in wanted[name][part].items()
-            if have[name][part].get(key) != value
-        ]
-        if have[name]["rewards"] != wanted[name]["rewards"]:
-            changed.append(f"rewards were {have[name]['rewards']}, now {wanted[name]['rewards']}")
+        changed = differences(_parts(have[name]), _parts(wanted[name]), default)
         if changed:
             raise SteerError(
                 f"{folder} holds another member {name}: {'; '.join(changed[:3])}; give this one a `name` of "
@@ -119,7 +118,23 @@ def claim_sweep_dir(
     replace_file(path, (json.dumps({**have, **wanted}, indent=2) + "\n").encode())
 
 
-def train_members(study: Study, members: Sequence[Settings]) -> None:
+def _shared(identity: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The part of a run's settings that the members of a population share."""
+    # with more processes there are more rows at once, but not more rows of a member
+    skipped = OWN | {"generation_batch_size"}
+    return {
+        "run": {**identity["run"], "rewards": []},
+        "recipe": {"name": "layer_sweep"},
+        "training": {k: v for k, v in identity["training"].items() if k not in skipped},
+    }
+
+
+def _parts(own: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A member's own settings by part and name."""
+    return {part: v if isinstance(v, dict) else {part: v} for part, v in own.items()}
+
+
+def train_members(study: Study, members: Sequence[RunSettings]) -> None:
     """
     Train `members` in the study's folder, or what is missing of it, and leave there what each became.
     """
@@ -139,7 +154,12 @@ def train_members(study: Study, members: Sequence[Settings]) -> None:
     trainer = PopulationTrainer(
         study.model,
         [
-            Member(m.name, [make_reward(r, study.grader) for r in m.run.rewards], m.training, m.steering)
+            Member(
+                m.member,
+                [make_reward(r, study.grader) for r in m.run.rewards],
+                m.training,
+                m.steering_config(),
+            )
             for m in mine
         ],
         study.train,
@@ -155,7 +175,7 @@ def train_members(study: Study, members: Sequence[Settings]) -> None:
     states = read_states(folder)
     trainer.load(states)
     if states:
-        furthest = max((states[m.name]["step"] for m in mine if m.name in states), default=0)
+        furthest = max((states[m.member]["step"] for m in mine if m.member in states), default=0)
         log.info("going on from update %d", furthest)
     state.wait_for_everyone()  # all have read before one writes
     _score_untrained(study, trainer)
@@ -163,7 +183,7 @@ def train_members(study: Study, members: Sequence[Settings]) -> None:
         trainer.train(until=rung)
         _halve(study, trainer, rung)
     trainer.train()
-    settings = {m.name: m for m in mine}
+    settings = {m.member: m for m in mine}
     for member in trainer.members:
         _finish(study, trainer, member, settings[member.name])
     trainer.population.remove_all()
@@ -260,7 +280,7 @@ def _scored(answered: Sequence[Answered], prompts: PromptSpec, limit: int) -> di
     return {**asdict(score(answered)), "max_new_tokens": limit, "examples": len(prompts.examples)}
 
 
-def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: Settings) -> None:
+def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: RunSettings) -> None:
     """The folder of a member that is trained or stopped: its artifact, log, answers and results."""
     folder = study.folder / MEMBERS / member.name
     results = runs.read_results(folder)
@@ -284,25 +304,12 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         _write_answers(folder / "samples_after.json", answered)
         results["after"] = _scored(answered, study.prompts, trainer.args.max_completion_length or 1)
     replace_file(folder / "log.json", json.dumps(member.log).encode())
-    config = replace(member.vectors.config, provenance=_provenance(settings, results))
+    scores = {stage: results[stage] for stage in STAGES if stage in results}
+    made = {**settings.provenance(), "stopped": member.stopped, "results": scores}
+    config = replace(member.vectors.config, provenance=made)
     artifact.write(folder / "vectors", artifact.Artifact(config, member.vectors.tensors()))
     runs.write_results(folder, results)  # last: it says that all is there
 
 
 def _write_answers(path: Path, answered: Sequence[Answered]) -> None:
     replace_file(path, json.dumps([asdict(a) for a in answered], indent=1).encode())
-
-
-def _provenance(settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
-    names = "learning_rate lr_by_layer advantage loss_type beta num_generations per_device_train_batch_size "
-    names += "gradient_accumulation_steps max_completion_length temperature max_steps seed "
-    names += "chat_template_kwargs"
-    return {
-        "recipe": "layer_sweep",
-        "member": settings.name,
-        "run": asdict(settings.run),
-        "training": {name: getattr(settings.training, name) for name in names.split()},
-        "stopped": results["stopped"],
-        "versions": versions("steer", "torch", "transformers", "trl"),
-        "results": {stage: results[stage] for stage in STAGES if stage in results},
-    }

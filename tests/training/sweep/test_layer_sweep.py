@@ -22,9 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from steer import artifact
 from steer.lens.layer_study import with_scores
-from steer.training.config import SteeringGRPOConfig
-from steer.training.recipe import parse
-from steer.training.run import RunConfig, SteeringArguments
+from steer.training.run_settings import RunSettings
 from steer.training.sweep.grid import PopulationArguments, members
 from steer.training.sweep.member import check_supported, read_states
 
@@ -307,9 +305,8 @@ def test_a_wrong_setting_is_one_line(here, tmp_path: Path, changes: tuple[str, .
 
 def test_the_demo_config_is_every_layer_alone_and_all_together() -> None:
     arguments = ["--config", str(ROOT / "recipes" / "configs" / "layer-sweep-demo.yaml"), "--use_cpu", "true"]
-    parts = (RunConfig, SteeringArguments, SteeringGRPOConfig, PopulationArguments)
-    _, _, training, asked = parse(parts, None, "layer_sweep.py", arguments)
-    found = members(asked, training, 30, arguments)
+    settings = RunSettings.parse("layer_sweep", arguments=arguments, population=PopulationArguments)
+    found = members(settings, 30, arguments)
     layers = [str(layer) for layer in range(30) for _ in range(3)]
     assert [m.steering.layers for m in found] == [*layers, "all", "all", "all"]
     rates = [m.training.learning_rate for m in found]

@@ -1,0 +1,180 @@
+"""`RunSettings`: all settings of one run, from the command line to `run.json` and the artifact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from steer.config import SteeringConfig
+from steer.errors import SteerError
+from steer.models import fast_dtype
+from steer.tasks.prompts import PromptSpec
+from steer.training.config import SteeringGRPOConfig
+from steer.training.neutral import WATCHING
+from steer.training.run import RunConfig, SteeringArguments
+from steer.versions import versions
+
+if TYPE_CHECKING:
+    from steer.training.baselines import Baseline
+    from steer.training.rate_search import SweepArguments
+    from steer.training.sweep.grid import PopulationArguments
+
+# Settings of training that provenance names even at their defaults.
+_ESSENTIAL = (
+    *("learning_rate", "lr_by_layer", "advantage", "loss_type", "beta", "num_generations"),
+    *("generation_batch_size", "max_completion_length", "temperature", "max_steps", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """
+    All settings of one run.
+
+    Args:
+        recipe: name of the recipe, such as `grpo_steer`.
+        run: model, data and reward.
+        steering: which vectors are trained, and where.
+        training: the trainer's settings.
+        baseline: what is trained instead of vectors; None where vectors are.
+        rates: the choice of the learning rate before the run.
+        population: the members of a population.
+        member: name of the member that these settings are of; empty for a run that is none.
+    """
+
+    recipe: str
+    run: RunConfig
+    steering: Any  # SteeringArguments
+    training: SteeringGRPOConfig
+    baseline: Baseline | None = None
+    rates: SweepArguments | None = None
+    population: PopulationArguments | None = None
+    member: str = ""
+
+    def __post_init__(self) -> None:
+        _default_training(self.training.use_cpu)
+
+    @classmethod
+    def parse(
+        cls,
+        recipe: str,
+        description: str | None = None,
+        arguments: Sequence[str] | None = None,
+        **more: type,
+    ) -> RunSettings:
+        """
+        The settings that a config file and a command line give.
+
+        Args:
+            recipe: name of the recipe.
+            description: the text above the settings in `--help`.
+            arguments: the command line; default: that of the process.
+            more: dataclasses of further parts, by the name of their field here.
+
+        Raises:
+            SteerError: a setting that does not exist or cannot work, a config file that cannot be read.
+        """
+        kinds = {"run": RunConfig, "steering": SteeringArguments, "training": SteeringGRPOConfig, **more}
+        parts = dict(zip(kinds, _read(tuple(kinds.values()), description, recipe, arguments), strict=True))
+        if parts["run"].model_dtype == "fast":
+            # what "fast" means here is what the run is continued with, wherever that is
+            parts["run"].model_dtype = fast_dtype()
+        return cls(recipe, **parts)
+
+    def steering_config(self) -> SteeringConfig:
+        """The config of the vectors that the run attaches."""
+        return SteeringConfig(**asdict(self.steering))
+
+    @property
+    def prompt(self) -> PromptSpec:
+        """How the run puts its problems to the model."""
+        run = self.run
+        return PromptSpec(run.template, run.prefix, chat_template_kwargs=self.training.chat_template_kwargs)
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """
+        What identifies the run on disk: every setting that changes its results, by part, as JSON types. How
+        long it is trained is not among them, since a run can go on.
+        """
+        trained = {"baseline": self.baseline} if self.baseline else {"steering": self.steering}
+        parts = {"run": asdict(self.run), **{name: asdict(part) for name, part in trained.items()}}
+        parts["training"] = {k: v for k, v in self.training.to_dict().items() if k != "max_steps"}
+        kept = {part: {k: v for k, v in s.items() if k not in WATCHING} for part, s in parts.items()}
+        return json.loads(json.dumps(kept, default=str))
+
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """`identity` of the same run with nothing set."""
+        return self.unset().identity()
+
+    def provenance(self) -> dict[str, Any]:
+        """What an artifact says of its making: the run, and what of training is essential or no default."""
+        default = self.unset().training.to_dict()
+        training = {
+            name: value
+            for name, value in self.training.to_dict().items()
+            if name in _ESSENTIAL or (value != default[name] and name not in WATCHING)
+        }
+        run = {name: value for name, value in asdict(self.run).items() if name not in WATCHING}
+        plain = json.loads(json.dumps({"run": run, "training": training}, default=str))
+        member = {"member": self.member} if self.member else {}
+        return {
+            "recipe": self.recipe,
+            **member,
+            **plain,
+            "versions": versions("steer", "torch", "transformers", "trl"),
+        }
+
+    def unset(self) -> RunSettings:
+        """The settings of a run of the same kind in which nothing was set."""
+        return replace(
+            self,
+            run=RunConfig(),
+            steering=SteeringArguments(),
+            training=_default_training(self.training.use_cpu),
+            baseline=self.baseline and type(self.baseline)(),
+        )
+
+
+@cache
+def _default_training(use_cpu: bool) -> SteeringGRPOConfig:
+    """Made once, when settings are read: transformers resets the state of accelerate each time."""
+    return SteeringGRPOConfig(output_dir="unused", use_cpu=use_cpu)
+
+
+def _read(
+    parts: Sequence[type], description: str | None, recipe: str, arguments: Sequence[str] | None
+) -> tuple[Any, ...]:
+    """One object for each dataclass of `parts`."""
+    usage = f"accelerate launch recipes/{recipe}.py --config FILE [--setting VALUE ...]"
+    parser = TrlParser(parts, description=description, usage=usage, formatter_class=_Help)
+    parser.error = _refuse
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; see recipes/configs")
+    try:
+        return parser.parse_args_and_config(arguments)[: len(parts)]
+    except OSError as error:
+        raise SteerError(
+            f"no config file {error.filename} ({error.strerror}); those that come with steer are in "
+            "recipes/configs"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SteerError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # trl and transformers on unknown or contradictory settings
+        raise SteerError(" ".join(str(error).split())) from error
+
+
+def _refuse(message: str) -> NoReturn:
+    raise SteerError(f"{message}; --help lists the settings")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the text above, and takes help texts as they are: '%' formats nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help and action.help.replace("%%", "%").replace("%", "%%")

@@ -1,0 +1,138 @@
+"""One run's settings: what identifies it on disk, across versions, and what its artifact says of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from helpers.paths import ROOT
+
+from steer.cli import layer_sweep, train, train_baseline
+from steer.errors import SteerError
+from steer.training.config import SteeringGRPOConfig
+from steer.training.neutral import CONTINUED, WATCHING, differences
+from steer.training.run import RUN_FILE, RunConfig, claim_output_dir
+from steer.training.run_settings import RunSettings
+from steer.training.sweep import grid
+from steer.training.sweep.member import IDLE, OWN, SHARED
+from steer.training.sweep.run import POPULATION_FILE, claim_sweep_dir
+
+# Folders of runs that version 0.1 began, with the command lines that began them.
+OLD = ROOT / "tests" / "data" / "runs"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(ROOT)  # the command lines name recipes/configs/demo.yaml
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # later tests must not inherit use_cpu
+
+
+def began(recipe: str, folder: Path) -> list[str]:
+    """A copy of the old run at `folder`, with something computed; returns its command line."""
+    shutil.copytree(OLD / recipe, folder)
+    arguments = json.loads((folder / "arguments.json").read_text())
+    (folder / "arguments.json").rename(folder / "results.json")
+    return arguments
+
+
+@pytest.mark.parametrize("module", [train, train_baseline], ids=["grpo_steer", "grpo_baseline"])
+def test_a_run_begun_by_version_0_1_goes_on(module: Any, request: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = began(request.node.callspec.id, folder)
+    settings = module.parse(arguments)
+    claim_output_dir(folder, settings.identity(), settings.defaults())
+    assert json.loads((folder / RUN_FILE).read_text()) == settings.identity()
+    for changed, named in (
+        (["--learning_rate", "0.5"], r"learning_rate was 0\.00\d, now 0\.5"),
+        (["--prefix", "Step"], "prefix was '(To)?', now 'Step'"),
+        (["--advantage", "group"], "advantage was 'loo', now 'group'"),
+    ):
+        settings = module.parse([*arguments, *changed])
+        with pytest.raises(SteerError, match=f"holds another run: {named}"):
+            claim_output_dir(folder, settings.identity(), settings.defaults())
+    free = ["--save_steps", "1", "--max_steps", "7", "--samples_shown", "0", "--lr_scheduler_type", "linear"]
+    settings = module.parse([*arguments, *free])
+    claim_output_dir(folder, settings.identity(), settings.defaults())
+
+
+def test_a_run_of_another_recipe_is_another_run(tmp_path: Path) -> None:
+    began("grpo_baseline", folder := tmp_path / "run")
+    settings = train.parse(json.loads((OLD / "grpo_steer" / "arguments.json").read_text()))
+    with pytest.raises(SteerError, match=r"holds another run: .* more"):
+        claim_output_dir(folder, settings.identity(), settings.defaults())
+
+
+def test_a_population_begun_by_version_0_1_goes_on(tmp_path: Path) -> None:
+    arguments = began("layer_sweep", folder := tmp_path / "run")
+
+    def claim(*changes: str) -> list[str]:
+        line = [*arguments, *changes]
+        settings = RunSettings.parse("layer_sweep", arguments=line, population=grid.PopulationArguments)
+        members = grid.members(settings, 30, line)
+        claim_sweep_dir(folder, settings, members, {m.member for m in members})
+        return [m.member for m in members]
+
+    assert claim() == ["lr-0.001", "lr-0.003", "control"]
+    assert {*json.loads((folder / POPULATION_FILE).read_text())} == {"lr-0.001", "lr-0.003", "control"}
+    with pytest.raises(SteerError, match=r"another member control: .*rewards was \['random'\], now"):
+        claim("--population", "{name: control, rewards: [format], reward_weights: [1.0]}")
+    with pytest.raises(SteerError, match="holds another run: max_completion_length was 16, now 5"):
+        claim("--max_completion_length", "5")
+
+
+def test_what_differs_is_named_and_what_is_new_is_at_its_default() -> None:
+    have = {"run": {"a": 1, "gone": None, "left": 2}, "steering": {"format_version": 1, "width": None}}
+    wanted = {"run": {"a": 1, "new": 5}, "steering": {}}
+    assert differences(have, wanted, {"run": {"new": 5}}) == ["left was 2, and is no setting of this run"]
+    assert differences(have, wanted, {"run": {"new": 4}})[1] == "new was 4, now 5"
+    assert differences({}, {"run": {"a": 1}}, {"run": {"a": 1}}) == ["a was None, now 1"]
+    assert differences({"baseline": {"method": "lora"}, "run": {}}, {"run": {}}, {}) == [
+        "method was 'lora', and is no setting of this run"
+    ]
+
+
+def test_the_list_of_settings_that_change_no_result_names_settings() -> None:
+    names = {f.name for part in (RunConfig, SteeringGRPOConfig) for f in fields(part)}
+    assert names >= WATCHING | CONTINUED | IDLE | OWN | SHARED
+    assert {"report_to", "save_steps", "logging_steps", "hub_token", "samples_shown"} <= WATCHING
+    # by prefix only where nothing else begins so
+    results = {"seed", "eval_data", "eval_limit", "max_steps", "temperature", "train_limit", "model"}
+    assert not results & WATCHING
+    assert IDLE <= WATCHING and not WATCHING & OWN and not OWN & SHARED
+
+
+def test_provenance_is_what_was_set_and_what_is_essential() -> None:
+    arguments = json.loads((OLD / "grpo_steer" / "arguments.json").read_text())
+    more = ["--weight_decay", "0.1", "--save_steps", "3", "--hub_token", "hf_secret", "--max_steps", "9"]
+    made = train.parse([*arguments, *more]).provenance()
+    assert made["recipe"] == "grpo_steer" and made["run"]["template"] == "boxed_short"
+    training = made["training"]
+    assert training["weight_decay"] == 0.1 and training["lr_by_layer"] == "geometric:0.003:0.1"
+    assert training["advantage"] == "loo" and training["max_steps"] == 9, "essential, though a default"
+    assert training["reward_weights"] == [1.0, 0.25]
+    assert not {"save_steps", "hub_token", "adam_beta1", "output_dir"} & set(training)
+    assert "hf_secret" not in json.dumps(made)
+    one = replace(train.parse(arguments), member="layer-3").provenance()
+    assert one["member"] == "layer-3" and "member" not in made
+
+
+def test_percent_signs_in_help_are_written_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # the dataclasses are as they were
+        with pytest.raises(SystemExit):
+            train.parse(["--help"])
+        text = capsys.readouterr().out
+        assert "%%" not in text and "%(" not in text and "--lr_by_layer" in text
+
+
+def test_layer_sweep_takes_no_sweep_of_rates() -> None:
+    with pytest.raises(SteerError, match="lr_sweep"):
+        RunSettings.parse(
+            "layer_sweep", layer_sweep.__doc__, ["--lr_sweep", "1"], population=grid.PopulationArguments
+        )
