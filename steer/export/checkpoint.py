@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from steer.artifact import Artifact
 from steer.errors import SteerError
 from steer.export.architecture import bias_place, check_everywhere
+from steer.export.transformers4 import add_names
 from steer.models import load_model, load_tokenizer
 from steer.sites import Decoder, find_decoder, find_down_projections
 from steer.vectors import detach, load
@@ -157,6 +158,11 @@ def _save(model: Any, config: Any, model_name: str, revision: str | None, folder
             load_tokenizer(model_name, revision=revision).save_pretrained(work)
         except SteerError as error:
             warnings.warn(f"the checkpoint has no tokenizer: {error}", stacklevel=4)
+        if reason := add_names(work):
+            warnings.warn(
+                f"only transformers 5 computes the same with this checkpoint, version 4 does not: {reason}",
+                stacklevel=4,
+            )
         work.chmod(0o755)
         for file in work.iterdir():  # safetensors gives its files to their owner alone
             file.chmod(0o644)
