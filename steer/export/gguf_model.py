@@ -3,7 +3,8 @@ A GGUF model with the vectors inside: whatever is built on llama.cpp runs it, la
 
 llama.cpp reads a bias of the MLP's and of the attention's last matrix, `blk.{i}.ffn_down.bias` and
 `blk.{i}.attn_output.bias`, in models of its architecture `llama`: a constant vector is such a bias. The
-base's weights are copied byte for byte, quantised as they are; the biases are float32.
+base's weights are copied byte for byte, quantised as they are; the biases are float32. A vector is added to
+a bias that the base has there.
 
 Qwen2 models are written as `llama` ones, which have biases on queries and keys as well. The two differ in
 which numbers of a head are rotated together: (i, i + half) there, (2i, 2i + 1) here. Reordering the rows of
@@ -83,8 +84,11 @@ def _check_base(artifact: Artifact, header: Header, place: str, base: Path) -> N
             f"{config.base_model}, a {config.model_type} of width {config.width} and depth {config.depth}: "
             "give the GGUF file of that model"
         )
-    if any(name.endswith(_BIASES[place]) for name in header.tensors):
-        raise SteerError(f"{base} has biases where the vectors go; give the model without vectors inside")
+    if CONFIG_KEY in metadata:
+        raise SteerError(f"{base} has vectors inside already; give the model without vectors")
+    own = {name: tensor.type for name, tensor in header.tensors.items() if name.endswith(_BIASES[place])}
+    if other := sorted(set(own.values()) - {"F32"}):
+        raise SteerError(f"{base} has biases in {', '.join(other)}, which vectors are added to in F32 only")
 
 
 def _write(
@@ -92,6 +96,10 @@ def _write(
 ) -> None:
     relabel = header.metadata["general.architecture"] == "qwen2"
     tensors = list(header.tensors.values())
+    own = {
+        name: biases[name] + _floats(content, header.tensors[name]) for name in biases.keys() & header.tensors
+    }
+    biases = {name: bias for name, bias in biases.items() if name not in own}
     spans = {key: span for key, span in header.spans.items() if key != CONFIG_KEY}
     out.write(START.pack(MAGIC, header.version, len(tensors) + len(biases), len(spans) + 1))
     for key, (start, end) in spans.items():
@@ -105,12 +113,20 @@ def _write(
         after = pad(after + bias.nbytes, header.alignment)
     for tensor in tensors:
         _align(out, header.alignment)
+        if tensor.name in own:
+            out.write(own[tensor.name].astype("<f4").tobytes())
+            continue
         turned = relabel and tensor.name.split(".")[2:3] in (["attn_q"], ["attn_k"])
         out.write(_reordered(content, tensor, header.metadata) if turned else _bytes(content, tensor))
     for bias in biases.values():
         _align(out, header.alignment)
         out.write(bias.astype("<f4").tobytes())
     _align(out, header.alignment)
+
+
+def _floats(content: mmap.mmap, tensor: Tensor) -> np.ndarray:
+    """The numbers of a float32 tensor."""
+    return np.frombuffer(_bytes(content, tensor), "<f4")
 
 
 def _bytes(content: mmap.mmap, tensor: Tensor) -> bytes:

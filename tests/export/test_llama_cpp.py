@@ -116,6 +116,23 @@ def test_model_with_vectors_inside(site: str, model: PreTrainedModel, tmp_path: 
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("site", ["resid_post", "attn_out"])
+def test_vectors_are_added_to_biases_of_the_base(site: str, build_tiny: Any, tmp_path: Path) -> None:
+    model = build_tiny("llama", intermediate_size=64, mlp_bias=True, attention_bias=True)
+    with torch.no_grad():
+        for n, (name, parameter) in enumerate(model.named_parameters()):
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(n))
+    base = write_gguf(model, tmp_path / "base.gguf")
+    assert off(llama_cpp.run(base, [IDS], tmp_path)[0], hugging_face(model)) < FLOAT16
+    vectors = fill(steer.attach(model, SteeringConfig(layers="0,2", site=site)))
+    path = gguf_model.write(at_rest(vectors), base, tmp_path / "steered.gguf")
+    assert off(llama_cpp.run(path, [IDS], tmp_path)[0], hugging_face(model)) < FLOAT16
+    with vectors.disabled():
+        assert off(llama_cpp.run(path, [IDS], tmp_path)[0], hugging_face(model)) > 0.2
+
+
+@needs_llama_cpp
 def test_relabelled_model_computes_what_the_base_does(model: PreTrainedModel, tmp_path: Path) -> None:
     base = write_gguf(model, tmp_path / "base.gguf", quantised=True)
     zeros = artifact.from_vectors({i: torch.zeros(32) for i in range(3)}, model)
@@ -144,7 +161,7 @@ def test_model_keeps_every_byte_of_its_base(build_tiny: Any, tmp_path: Path) -> 
         f"blk.{i}.ffn_down.bias": vector.numpy().tobytes() for i, vector in given.by_layer().items()
     }
     assert path.stat().st_size - base.stat().st_size < 4096
-    with pytest.raises(SteerError, match="without vectors inside"):
+    with pytest.raises(SteerError, match="has vectors inside already"):
         gguf_model.write(given, path, tmp_path / "twice.gguf")
 
 
