@@ -210,6 +210,16 @@ def format_prompt(
     return text + prefix
 
 
+def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """
+    Token ids of prompts as text, of `format_prompt` or of a data set. The tokenizer puts its special tokens
+    before them, unless all open with the BOS text already.
+    """
+    bos = tokenizer.bos_token
+    special = not (bos and all(text.startswith(bos) for text in texts))
+    return tokenizer(text=list(texts), add_special_tokens=special)["input_ids"]
+
+
 # What rendering a faulty template raises: jinja2's errors, and those of Python's operators and methods in it.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 

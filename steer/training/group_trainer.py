@@ -8,21 +8,16 @@ activations are held for some rows at a time, and samples do not depend on how m
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback
-from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from steer.errors import SteerError
@@ -32,38 +27,19 @@ from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.generation.scoring import Scored, add_group_scoring
 from steer.generation.verify import fast_attention, fast_paths, no_router_loss
 from steer.stop_tokens import stop_token_ids
+from steer.tasks.prompts import prompt_ids
 from steer.tasks.rewards import guard
 from steer.training.callbacks import ProgressBar, Seconds
 from steer.training.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
 from steer.training.loss import group_advantages, importance_weights, total_rewards
-
-ROLLOUT_FILE = "rollouts.pt"
+from steer.training.resuming import ResumableGRPOTrainer
 
 
 class _Reference:
     """Stands in trl's code for a reference model: the policy's own model, scored inside `reference()`."""
 
 
-class _Shuffle(Sampler):
-    """
-    trl's sampler with an order that the epoch decides. trl's own depends on the epochs this process has seen,
-    so that a run resumed in its second epoch would meet the problems in the order of the first.
-    """
-
-    def __init__(self, sampler: Any, epoch: Callable[[], int]):
-        self.sampler = sampler
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        if self.sampler.shuffle:
-            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch())
-        return iter(self.sampler)
-
-
-class GroupGRPOTrainer(GRPOTrainer):
+class GroupGRPOTrainer(ResumableGRPOTrainer):
     """
     Train a causal LM, or part of one, by group-based policy gradients (GRPO, arXiv 2402.03300; RLOO, arXiv
     2402.14740). What of `model` requires a gradient is trained; a subclass writes and reads it (`save_model`,
@@ -75,7 +51,6 @@ class GroupGRPOTrainer(GRPOTrainer):
 
     args: SteeringGRPOConfig
     optimizer: torch.optim.Optimizer | None
-    _buffered_inputs: list[dict[str, Any]] | None
     _unweighed: dict[str, Any] | None = None  # rows of another engine that the next scores weigh
 
     def __init__(self, model: nn.Module, reward_funcs: Any, args: SteeringGRPOConfig, **kwargs: Any):
@@ -127,12 +102,6 @@ class GroupGRPOTrainer(GRPOTrainer):
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # it had been stopped after its last update
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(**kwargs)
-
     # ---- sampling
 
     def _set_stop_tokens(self) -> None:
@@ -146,14 +115,9 @@ class GroupGRPOTrainer(GRPOTrainer):
             self.generation_config.eos_token_id = self.eos_token_ids
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
-    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        return _Shuffle(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
-
     def _tokenize_prompts(self, prompts: list) -> tuple:
-        # A prompt that already begins with the BOS text (a rendered chat template) must not get a second one.
-        bos = self._tokenizer.bos_token
-        if isinstance(prompts[0], str) and bos and all(p.startswith(bos) for p in prompts):
-            return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}
+        if isinstance(prompts[0], str):
+            return prompt_ids(self.processing_class, prompts), None, {}
         return super()._tokenize_prompts(prompts)
 
     def _generate_single_turn(
@@ -397,47 +361,8 @@ class GroupGRPOTrainer(GRPOTrainer):
             not self._entropy_bonus_enabled and not self.aux_loss_enabled and self.top_entropy_quantile == 1.0
         )
 
-    # ---- checkpoints
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: trl's card tells its reader to load a whole model, which is not there."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # The samples still to be used belong to the state when a generation feeds more than one update. They
-        # are written first: the last file of a checkpoint, trainer_state.json, marks it whole.
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        cycle = self.args.steps_per_generation * self.num_iterations
-        pending = self._buffered_inputs if self._step % cycle else None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(
-                {"step": self._step, "buffer": pending},
-                folder / f"{self.accelerator.process_index}-{ROLLOUT_FILE}",
-            )
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            # torch's archive writer reports a full disk as a RuntimeError of its own
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
-            reason = getattr(error, "strerror", None) or "the disk did not take it all"
-            raise SteerError(
-                f"cannot write {folder}: {reason}; make room and start again, the run goes on from the "
-                "checkpoint before"
-            ) from error
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # trainer_state.json comes next and marks the checkpoint whole, for every process
-        self.accelerator.wait_for_everyone()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / f"{self.accelerator.process_index}-{ROLLOUT_FILE}"
-        if path.exists():
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            self._step, self._buffered_inputs = state["step"], state["buffer"]
 
 
 _PLAIN_ARGUMENTS = ("batch_size", "compute_entropy", "compute_aux_loss")
@@ -457,22 +382,6 @@ def _check_padding(model: Any, lengths: Sequence[int]) -> None:
             f"{max(lengths)} tokens); use steer's own sampler and scorer, which pad on the right: leave "
             "fast_sampler on, and generation_kwargs, repetition_penalty, tools, images and router losses out"
         )
-
-
-def newest_checkpoint(folder: str | os.PathLike[str], read: Callable[[Path], object]) -> Path | None:
-    """
-    The newest whole checkpoint in a run folder: one whose trainer state, written last, is readable, and that
-    `read` takes without an OSError or ValueError.
-    """
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            read(path)
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
 
 
 def loss_mask(batch: dict[str, Any]) -> torch.Tensor:

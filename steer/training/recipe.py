@@ -34,7 +34,8 @@ from steer.tasks.elicited import UNTRAINED, choose
 from steer.tasks.prompts import PromptSpec
 from steer.tasks.rewards import MathGrader, make_reward
 from steer.training import run as runs
-from steer.training.group_trainer import GroupGRPOTrainer, newest_checkpoint
+from steer.training.group_trainer import GroupGRPOTrainer
+from steer.training.resuming import newest_checkpoint
 from steer.training.run import RunConfig
 from steer.training.run_settings import RunSettings
 from steer.training.settings import check_recipe, idle

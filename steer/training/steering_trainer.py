@@ -24,8 +24,9 @@ from steer.errors import SteerError
 from steer.identity import tokenizer_checksum
 from steer.training.callbacks import VectorLog
 from steer.training.config import SteeringGRPOConfig
-from steer.training.group_trainer import GroupGRPOTrainer, loss_mask, newest_checkpoint
+from steer.training.group_trainer import GroupGRPOTrainer, loss_mask
 from steer.training.loss import importance_weights, limited_shares
+from steer.training.resuming import newest_checkpoint
 from steer.vectors import SteeringVectors, attach, attached, detach
 
 

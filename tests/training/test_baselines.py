@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from steer.errors import SteerError
 from steer.evaluation import variants
 from steer.training.baselines import Baseline, BaselineGRPOTrainer, readable
-from steer.training.group_trainer import newest_checkpoint
+from steer.training.resuming import newest_checkpoint
 
 IDS = torch.arange(24).view(2, 12)
 

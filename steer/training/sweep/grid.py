@@ -23,7 +23,7 @@ from steer.training.sweep.member import OWN
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 _FIELDS = {*(f.name for f in fields(SteeringArguments)), *OWN, "rewards"}
-_NULLABLE = {"lr_by_layer", "reward_weights"}
+_NULLABLE = {f.name for f in fields(SteeringGRPOConfig) if f.name in OWN and f.default is None}
 SCORES = ("reward", "validation")
 RIVALS = ("all", "layers")
 

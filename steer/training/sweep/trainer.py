@@ -10,11 +10,8 @@ alone, up to the order in which floats are summed.
 from __future__ import annotations
 
 import io
-import random
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
@@ -24,8 +21,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
-from trl.trainer.utils import add_fused_lm_head, nanstd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import add_fused_lm_head
 
 from steer.errors import SteerError
 from steer.files import replace_file
@@ -36,13 +33,9 @@ from steer.generation.scoring import add_group_scoring
 from steer.generation.verify import fast_attention, fast_paths
 from steer.identity import tokenizer_checksum
 from steer.stop_tokens import stop_token_ids
-from steer.training.loss import (
-    group_advantages,
-    importance_weights,
-    token_losses,
-    token_weights,
-    total_rewards,
-)
+from steer.tasks.prompts import prompt_ids
+from steer.training.loss import importance_weights, token_losses
+from steer.training.sweep.batch import Batch, judge
 from steer.training.sweep.member import Member, agreed, check_model, check_supported
 from steer.vector_sets import BASE, Population
 
@@ -53,21 +46,6 @@ if TYPE_CHECKING:
 SAMPLE_ROWS = 128
 # Of each member: the ids of its completions, and their log-probabilities where an engine told them.
 _Drawn = tuple[list[list[list[int]]], list[Any]]
-
-
-@dataclass
-class _Batch:
-    """One member's samples of one update. Rows are padded on the left (prompts) and right (completions)."""
-
-    member: Member
-    prompts: list[list[int]]
-    completions: list[list[int]]
-    advantages: torch.Tensor  # (rows,)
-    weights: torch.Tensor  # (rows, longest completion)
-    kept: list[int]  # the rows that have a gradient
-    drawn: list[list[float]] | None  # log-probabilities of an engine that sampled
-
-    totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sums over its kept rows
 
 
 class PopulationTrainer:
@@ -159,10 +137,11 @@ class PopulationTrainer:
     def update(self, members: Sequence[Member]) -> int:
         """One update of each of `members`. Returns the number of tokens that were sampled."""
         rows = [self.problems[member.draw()] for member in members]
-        prompts = [self._ids(columns["prompt"]) for columns in rows]
+        prompts = [prompt_ids(self.tokenizer, columns["prompt"]) for columns in rows]
         completions, drawn = self._draw(members, prompts) if self.engine else self._sample(members, prompts)
         batches = [
-            self._judge(*found) for found in zip(members, rows, prompts, completions, drawn, strict=True)
+            judge(*found, self.tokenizer, self.eos_token_ids)
+            for found in zip(members, rows, prompts, completions, drawn, strict=True)
         ]
         self._gradients(batches)
         for batch in batches:
@@ -170,12 +149,6 @@ class PopulationTrainer:
         return sum(len(ids) for found in completions for ids in found)
 
     # ---- samples
-
-    def _ids(self, prompts: list[str]) -> list[list[int]]:
-        # A prompt that already begins with the BOS text (a rendered chat template) must not get a second one.
-        bos = self.tokenizer.bos_token
-        special = not (bos and all(prompt.startswith(bos) for prompt in prompts))
-        return self.tokenizer(text=prompts, add_special_tokens=special)["input_ids"]
 
     def _draw(self, members: Sequence[Member], prompts: Sequence[list[list[int]]]) -> _Drawn:
         assert self.engine is not None
@@ -224,60 +197,9 @@ class PopulationTrainer:
         numbers = [self._number[member.name] for member in members]
         return torch.tensor(numbers).repeat_interleave(torch.tensor(counts))
 
-    def _judge(
-        self,
-        member: Member,
-        columns: dict[str, list],
-        prompts: list[list[int]],
-        ids: list[list[int]],
-        drawn: list[list[float]] | None,
-    ) -> _Batch:
-        """Rewards, advantages and weights of one member's samples, and what is logged of them."""
-        args, log = member.args, member.metrics
-        log.clear()
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        ended = torch.tensor([row[-1] in (*self.eos_token_ids, self.tokenizer.pad_token_id) for row in ids])
-        lengths = torch.tensor([float(len(row)) for row in ids])
-        given = {k: v for k, v in columns.items() if k not in ("prompt", "completion", "completion_ids")}
-        scored = torch.zeros(len(ids), len(member.reward_funcs))
-        before = random.getstate()
-        random.setstate(member.random)
-        try:
-            for i, reward in enumerate(member.reward_funcs):
-                values = reward(
-                    prompts=columns["prompt"],
-                    completions=texts,
-                    completion_ids=ids,
-                    trainer_state=TrainerState(global_step=member.step, max_steps=member.steps),
-                    log_metric=lambda name, value: log[name].append(value),
-                    log_extra=lambda column, values: None,  # there is no table of completions
-                    **given,
-                )
-                scored[:, i] = torch.tensor([torch.nan if v is None else v for v in values])
-                log[f"rewards/{reward.__name__}/mean"] = [torch.nanmean(scored[:, i]).item()]
-            member.random = random.getstate()
-        finally:
-            random.setstate(before)
-        rewards = total_rewards(scored, member.reward_weights)
-        mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
-        if args.mask_truncated_completions:
-            mask = mask & ended[:, None]
-        group = args.num_generations or 1
-        found = group_advantages(rewards, group, args)
-        every = args.beta != 0 or not args.skip_zero_advantage
-        spread = nanstd(rewards) if args.scale_rewards == "batch" else nanstd(rewards.view(-1, group), dim=1)
-        log["reward"] = [torch.nanmean(rewards).item()]
-        log["reward_std"] = [nanstd(rewards).item()]
-        log["frac_reward_zero_std"] = [torch.isclose(spread, torch.zeros(())).float().mean().item()]
-        log["completions/mean_length"] = [lengths.mean().item()]
-        log["completions/clipped_ratio"] = [1 - ended.float().mean().item()]
-        # One row at least, as alone: a step without a gradient is still a step, and its entropy is logged.
-        kept = [i for i in range(len(ids)) if every or found[i] != 0] or [0]
-        return _Batch(member, prompts, ids, found, token_weights(mask, args), kept, drawn)
-
     # ---- gradients
 
-    def _gradients(self, batches: Sequence[_Batch]) -> None:
+    def _gradients(self, batches: Sequence[Batch]) -> None:
         """
         The gradient of every member's loss, in batches of `per_device_train_batch_size` rows: each reaches no
         parameter but its own, so the losses are added up. Rows come by the lowest layer that is trained.
@@ -289,7 +211,7 @@ class PopulationTrainer:
         for part in _parts(len(every), self.args.per_device_train_batch_size):
             self._backward(every[part])
 
-    def _backward(self, rows: Sequence[tuple[_Batch, int]]) -> None:
+    def _backward(self, rows: Sequence[tuple[Batch, int]]) -> None:
         device = self.model.device
         prompt_ids, prompt_mask = pad_left([b.prompts[i] for b, i in rows], device)
         completions = [b.completions[i] for b, i in rows]
@@ -321,7 +243,7 @@ class PopulationTrainer:
 
     def _loss(
         self,
-        rows: Sequence[tuple[_Batch, int]],
+        rows: Sequence[tuple[Batch, int]],
         logp: torch.Tensor,
         entropy: torch.Tensor,
         weight: torch.Tensor,
@@ -365,7 +287,7 @@ class PopulationTrainer:
             scored = self.model(score_group=True, owners=owners, **options, **inputs)
         return scored.log_probs, scored.entropy.detach()
 
-    def _apply(self, batch: _Batch) -> None:
+    def _apply(self, batch: Batch) -> None:
         """Clip and step, and write the log. A number that is not finite stops the member where it was."""
         member, args = batch.member, batch.member.args
         parameters = member.vectors.parameters()

@@ -1,0 +1,107 @@
+"""
+`ResumableGRPOTrainer`: trl's GRPOTrainer that resumes after a stop at any moment as if there had been none:
+with the same problems in the same order, the samples that were still to be used, and no step too many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from trl import GRPOTrainer
+
+from steer.errors import SteerError
+
+ROLLOUT_FILE = "rollouts.pt"
+
+
+class _Shuffle(Sampler):
+    """
+    trl's sampler with an order that the epoch decides. trl's own depends on the epochs this process has seen,
+    so that a run resumed in its second epoch would meet the problems in the order of the first.
+    """
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]):
+        self.sampler = sampler
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch())
+        return iter(self.sampler)
+
+
+class ResumableGRPOTrainer(GRPOTrainer):
+    """trl's trainer, with checkpoints that hold all that the coming updates depend on."""
+
+    _buffered_inputs: list[dict[str, Any]] | None
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        return _Shuffle(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # it had been stopped after its last update
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The samples still to be used belong to the state when a generation feeds more than one update. They
+        # are written first: the last file of a checkpoint, trainer_state.json, marks it whole.
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        cycle = self.args.steps_per_generation * self.num_iterations
+        pending = self._buffered_inputs if self._step % cycle else None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(
+                {"step": self._step, "buffer": pending},
+                folder / f"{self.accelerator.process_index}-{ROLLOUT_FILE}",
+            )
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            # torch's archive writer reports a full disk as a RuntimeError of its own
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            reason = getattr(error, "strerror", None) or "the disk did not take it all"
+            raise SteerError(
+                f"cannot write {folder}: {reason}; make room and start again, the run goes on from the "
+                "checkpoint before"
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # trainer_state.json comes next and marks the checkpoint whole, for every process
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / f"{self.accelerator.process_index}-{ROLLOUT_FILE}"
+        if path.exists():
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self._step, self._buffered_inputs = state["step"], state["buffer"]
+
+
+def newest_checkpoint(folder: str | os.PathLike[str], read: Callable[[Path], object]) -> Path | None:
+    """
+    The newest whole checkpoint in a run folder: one whose trainer state, written last, is readable, and that
+    `read` takes without an OSError or ValueError.
+    """
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            read(path)
+        except (OSError, ValueError):
+            continue
+        return path
+    return None

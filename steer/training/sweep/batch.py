@@ -1,0 +1,94 @@
+"""One member's samples of one update: their rewards, advantages and weights in its loss."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerState
+from trl.trainer.utils import nanstd
+
+from steer.training.loss import group_advantages, token_weights, total_rewards
+from steer.training.sweep.member import Member
+
+
+@dataclass
+class Batch:
+    """One member's samples of one update. Rows are padded on the left (prompts) and right (completions)."""
+
+    member: Member
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    advantages: torch.Tensor  # (rows,)
+    weights: torch.Tensor  # (rows, longest completion)
+    kept: list[int]  # the rows that have a gradient
+    drawn: list[list[float]] | None  # log-probabilities of an engine that sampled
+
+    totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sums over its kept rows
+
+
+def judge(
+    member: Member,
+    columns: dict[str, list],
+    prompts: list[list[int]],
+    ids: list[list[int]],
+    drawn: list[list[float]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_tokens: Sequence[int],
+) -> Batch:
+    """
+    Score one member's samples. What is logged of them is left in `member.metrics`.
+
+    Args:
+        member: whose samples they are.
+        columns: the columns of their problems, which the reward functions read.
+        prompts: token ids of the prompts, one for each sample.
+        ids: token ids of the completions.
+        drawn: log-probabilities of the tokens, from an engine that sampled them; None without one.
+        tokenizer: turns the completions into text.
+        stop_tokens: the ids that end a completion.
+    """
+    args, log = member.args, member.metrics
+    log.clear()
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    ended = torch.tensor([row[-1] in (*stop_tokens, tokenizer.pad_token_id) for row in ids])
+    lengths = torch.tensor([float(len(row)) for row in ids])
+    given = {k: v for k, v in columns.items() if k not in ("prompt", "completion", "completion_ids")}
+    scored = torch.zeros(len(ids), len(member.reward_funcs))
+    before = random.getstate()
+    random.setstate(member.random)
+    try:
+        for i, reward in enumerate(member.reward_funcs):
+            values = reward(
+                prompts=columns["prompt"],
+                completions=texts,
+                completion_ids=ids,
+                trainer_state=TrainerState(global_step=member.step, max_steps=member.steps),
+                log_metric=lambda name, value: log[name].append(value),
+                log_extra=lambda column, values: None,  # there is no table of completions
+                **given,
+            )
+            scored[:, i] = torch.tensor([torch.nan if v is None else v for v in values])
+            log[f"rewards/{reward.__name__}/mean"] = [torch.nanmean(scored[:, i]).item()]
+        member.random = random.getstate()
+    finally:
+        random.setstate(before)
+    rewards = total_rewards(scored, member.reward_weights)
+    mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    if args.mask_truncated_completions:
+        mask = mask & ended[:, None]
+    group = args.num_generations or 1
+    found = group_advantages(rewards, group, args)
+    every = args.beta != 0 or not args.skip_zero_advantage
+    spread = nanstd(rewards) if args.scale_rewards == "batch" else nanstd(rewards.view(-1, group), dim=1)
+    log["reward"] = [torch.nanmean(rewards).item()]
+    log["reward_std"] = [nanstd(rewards).item()]
+    log["frac_reward_zero_std"] = [torch.isclose(spread, torch.zeros(())).float().mean().item()]
+    log["completions/mean_length"] = [lengths.mean().item()]
+    log["completions/clipped_ratio"] = [1 - ended.float().mean().item()]
+    # One row at least, as alone: a step without a gradient is still a step, and its entropy is logged.
+    kept = [i for i in range(len(ids)) if every or found[i] != 0] or [0]
+    return Batch(member, prompts, ids, found, token_weights(mask, args), kept, drawn)
