@@ -98,8 +98,8 @@ def _attach(model_type: str) -> None:
     layers = getattr(
         config, "num_layers", config.num_hidden_layers
     )  # LongCat's are two layers each for a cache
-    if vectors.depth != layers:
-        raise Wrong(f"vectors in {vectors.depth} layers of a model of {layers}")
+    if vectors.num_hidden_layers != layers:
+        raise Wrong(f"vectors in {vectors.num_hidden_layers} layers of a model of {layers}")
     if any(p.requires_grad for n, p in model.named_parameters() if ".steering." not in n):
         raise Wrong("the base is not frozen")
 
@@ -130,7 +130,7 @@ def _site(model_type: str, site: str) -> None:
     vectors = _attached(model, site=site)
     steered = oracle.logits(model, ROW)
     blocks, s = _blocks(vectors), [p.detach().clone() for p in vectors.parameters()]
-    for layer in range(vectors.depth):
+    for layer in range(vectors.num_hidden_layers):
         vectors.set_tensors({n: s[i] * (i == layer) for i, n in enumerate(vectors.named_parameters())})
         if _far(oracle.logits(model, ROW), base) < TOLERANCE:
             raise Wrong(f"the vector of layer {layer} changes nothing")

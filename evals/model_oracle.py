@@ -167,14 +167,14 @@ def mid_reader(model: nn.Module, layer: nn.Module, row: torch.Tensor) -> nn.Modu
     return found[0] if found else None
 
 
-def down_projection(layer: nn.Module, width: int) -> nn.Module | None:
-    """The linear module of a layer's MLP that writes `width` numbers and reads the most; None without one."""
+def down_projection(layer: nn.Module, hidden_size: int) -> nn.Module | None:
+    """The linear module of a layer's MLP that writes `hidden_size` numbers and reads the most, or None."""
     mlp = sublayer(layer, "mlp_out")
     reads: dict[nn.Module, int] = {}
     for module in mlp.modules() if mlp else []:
         if isinstance(module, (nn.Linear, Conv1D)):
             shape = module.weight.shape
             written, read = shape if isinstance(module, nn.Linear) else reversed(shape)
-            if written == width:
+            if written == hidden_size:
                 reads[module] = read
     return max(reads, key=lambda m: reads[m]) if reads else None

@@ -278,8 +278,8 @@ def vllm(method: str, dtype: str, model_name: str) -> dict[str, float]:
     llm: Any = LLM(str(model_path(model_name)), dtype=dtype, max_model_len=1024, seed=0)
     with torch.device("meta"):
         shape: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path(model_name)))
-    layers, width = shape.config.num_hidden_layers, shape.config.hidden_size
-    vectors = artifact.from_vectors({i: torch.full((width,), 1e-3) for i in range(layers)}, shape)
+    layers, hidden_size = shape.config.num_hidden_layers, shape.config.hidden_size
+    vectors = artifact.from_vectors({i: torch.full((hidden_size,), 1e-3) for i in range(layers)}, shape)
     if steered:
         engine.push(llm, vectors)
 

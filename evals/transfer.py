@@ -3,7 +3,8 @@
     python -m evals.transfer --vectors runs/demo/vectors --out evals/results/transfer.json
 
 Trains SmolLM2-135M-Instruct fully, by supervised learning, on word problems and on bare sums, and copies the
-demo's vectors into either; maps them into Gemma-3-270M, which has another width, depth, family and tokenizer.
+demo's vectors into either; maps them into Gemma-3-270M, which has another hidden size, depth, family and
+tokenizer.
 For each: greedy accuracy on the problems that the vectors were judged on, the log-probability of what the
 steered donor answers to them, and two controls, the model alone and random vectors that are as long.
 """
@@ -136,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.time()
     source = read(args.vectors)
-    results: dict[str, Any] = {"vectors": source.config.base_model, "rows": [], "maps": {}}
+    results: dict[str, Any] = {"vectors": source.config.base_model_name_or_path, "rows": [], "maps": {}}
     with MathGrader() as grader:
         for row, report in conditions(source, args.problems, args.steps, grader):
             results["rows"].append(row)
@@ -164,7 +165,7 @@ def conditions(
         **{f.name: run[f.name] for f in fields(Arithmetic) if f.name in run} | {"problems": count}
     )
     problems = load_problems("arithmetic", "heldout", arithmetic=generator).to_list()
-    donor_name = str(source.config.base_model)
+    donor_name = str(source.config.base_model_name_or_path)
     donor, donor_tokenizer = load_model(donor_name, dtype="fast"), load_tokenizer(donor_name)
 
     right: list[tuple[str, str]] = []  # problems with the steered donor's right answers

@@ -10,9 +10,9 @@ Format, version 1
     every tensor's name and bytes, in the order of the names, compared where it is there.
 
     kind       tensors (`model.layers` is the name of the decoder list in the base model)
-    constant   `model.layers.12.steering.vector` (width,)
-    adaptive   `model.layers.12.steering.vector` (width,) and `model.layers.12.steering.readout` (inner,)
-    shared     `model.layers.12.steering.mix` (rank,), and one `model.steering.directions` (rank, width)
+    constant   `model.layers.12.steering.vector` (hidden_size,)
+    adaptive   the same, and `model.layers.12.steering.readout` (inner,)
+    shared     `model.layers.12.steering.mix` (rank,), and one `model.steering.directions` (rank, hidden_size)
 `steering_config.json`
     The same config (`steer.config.SteeringConfig`), for people and for tools that do not read safetensors.
     When the two differ (a kill between the two writes, a hand edit), the copy inside the tensor file is the
@@ -63,10 +63,10 @@ class Artifact:
     tensors: Mapping[str, Any]  # torch tensors, or numpy arrays from `read_numpy`
 
     @property
-    def depth(self) -> int:
+    def num_hidden_layers(self) -> int:
         """Number of decoder layers of the base model."""
-        assert self.config.depth is not None
-        return self.config.depth
+        assert self.config.num_hidden_layers is not None
+        return self.config.num_hidden_layers
 
     @property
     def decoder(self) -> str:
@@ -76,7 +76,7 @@ class Artifact:
 
     def by_layer(self) -> dict[int, torch.Tensor]:
         """
-        What each steered layer adds: (width,) by layer, `config.scale` folded in, in float32 or better.
+        What each steered layer adds: (hidden_size,) by layer, `config.scale` folded in, in float32 or better.
         SteerError for adaptive vectors, which add something else at every token.
         """
         if self.config.kind == "adaptive":
@@ -93,8 +93,8 @@ class Artifact:
 
     def rank_one(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """
-        Adaptive vectors by layer: (vector (width,), readout (inner,)), `config.scale` folded into the vector.
-        The down-projection's output gets (x . readout) * vector for its input x.
+        Adaptive vectors by layer: (vector (hidden_size,), readout (inner,)), `config.scale` folded into the
+        vector. The down-projection's output gets (x . readout) * vector for its input x.
         """
         assert self.config.kind == "adaptive", self.config.kind
         names = {layer: f"{self.decoder}.{layer}.steering" for layer in self._indices()}
@@ -116,7 +116,7 @@ class Artifact:
 
     def layers(self, first: int, last: int) -> Artifact:
         """The part that steers layers `first` to `last`, both included; negative ones count from the end."""
-        wanted = replace(self.config, layers=f"{first}-{last}").resolve_layers(self.depth)
+        wanted = replace(self.config, layers=f"{first}-{last}").resolve_layers(self.num_hidden_layers)
         kept = [layer for layer in self._indices() if layer in wanted]
         if not kept:
             raise SteerError(f"none of layers {first} to {last} is steered, only {shown(self.config.layers)}")
@@ -158,7 +158,7 @@ class Artifact:
         return Artifact(config, _constant_tensors(vectors, self.decoder, dtype))
 
     def _indices(self) -> list[int]:
-        return self.config.resolve_layers(self.depth)
+        return self.config.resolve_layers(self.num_hidden_layers)
 
     def _derived(self, step: dict[str, Any], **changes: Any) -> SteeringConfig:
         """The config after one step of arithmetic, which its provenance remembers; scores no longer hold."""
@@ -180,8 +180,8 @@ def mean(artifacts: Sequence[Artifact]) -> Artifact:
 
 def from_vectors(vectors: Mapping[int, torch.Tensor], model: nn.Module, **fields: Any) -> Artifact:
     """
-    A constant artifact for `model` (any device, `meta` too) from (width,) vectors by layer; `fields` are
-    those of the config. SteerError for a layer or a width that the model does not have.
+    A constant artifact for `model` (any device, `meta` too) from (hidden_size,) vectors by layer; `fields`
+    are those of the config. SteerError for a layer or a hidden size that the model does not have.
     """
     from steer.identity import describe
     from steer.sites import find_decoder
@@ -190,7 +190,7 @@ def from_vectors(vectors: Mapping[int, torch.Tensor], model: nn.Module, **fields
     if not vectors:
         raise SteerError("no vectors were given: nothing would be steered")
     config = replace(SteeringConfig(layers=_join(sorted(vectors)), **fields), **describe(model))
-    config.resolve_layers(decoder.depth)
+    config.resolve_layers(decoder.num_hidden_layers)
     made = Artifact(config, _constant_tensors(dict(sorted(vectors.items())), decoder.name, config.dtype))
     check(made, "the vectors given")
     return made
@@ -280,8 +280,8 @@ def _check_numbers(config: SteeringConfig, arrays: dict[str, np.ndarray], where:
 
     if not arrays:
         raise SteerError(f"{where}: the artifact holds no vectors")
-    if config.width is None or config.depth is None:
-        raise SteerError(f"{where}: the steering config does not say the width and depth of its model")
+    if config.hidden_size is None or config.num_hidden_layers is None:
+        raise SteerError(f"{where}: the steering config does not say hidden_size and num_hidden_layers")
     match = next(filter(None, map(_NAME.fullmatch, arrays)), None)
     if match is None:
         raise SteerError(
@@ -307,19 +307,19 @@ def _check_numbers(config: SteeringConfig, arrays: dict[str, np.ndarray], where:
 
 def expected_names(config: SteeringConfig, decoder: str) -> dict[str, tuple[int | None, ...]]:
     """Names and shapes of the tensors of `config`; None is a length that the config does not tell."""
-    assert config.depth is not None
+    assert config.num_hidden_layers is not None
     shapes: dict[str, dict[str, tuple[int | None, ...]]] = {
-        "constant": {"vector": (config.width,)},
-        "adaptive": {"vector": (config.width,), "readout": (None,)},
+        "constant": {"vector": (config.hidden_size,)},
+        "adaptive": {"vector": (config.hidden_size,), "readout": (None,)},
         "shared": {"mix": (config.rank,)},
     }
     names = {
         f"{decoder}.{layer}.steering.{part}": shape
-        for layer in config.resolve_layers(config.depth)
+        for layer in config.resolve_layers(config.num_hidden_layers)
         for part, shape in shapes[config.kind].items()
     }
     if config.kind == "shared":
-        names[directions_name(decoder)] = (config.rank, config.width)
+        names[directions_name(decoder)] = (config.rank, config.hidden_size)
     return names
 
 
@@ -354,11 +354,11 @@ def _constant_tensors(vectors: Mapping[int, Any], decoder: str, dtype: str) -> d
 
 
 def _origin(config: SteeringConfig) -> dict[str, Any]:
-    return {"base_model": config.base_model, **(config.provenance or {})}
+    return {"base_model_name_or_path": config.base_model_name_or_path, **(config.provenance or {})}
 
 
 def _check_same_base(one: SteeringConfig, other: SteeringConfig) -> None:
-    for name in ("model_type", "width", "depth", "base_checksum", "site", "positions"):
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "base_checksum", "site", "positions"):
         left, right = getattr(one, name), getattr(other, name)
         if name == "base_checksum" and not (left and right):
             continue
@@ -366,8 +366,8 @@ def _check_same_base(one: SteeringConfig, other: SteeringConfig) -> None:
             place = name in ("site", "positions")
             mend = "they steer different places" if place else "bring one over with `steer transfer` first"
             raise SteerError(
-                f"cannot combine vectors of {one.base_model} and {other.base_model}: {name} is {left} and "
-                f"{right}; {mend}"
+                f"cannot combine vectors of {one.base_model_name_or_path} and "
+                f"{other.base_model_name_or_path}: {name} is {left} and {right}; {mend}"
             )
 
 

@@ -23,7 +23,7 @@ def card(config: SteeringConfig, decoder: str, numbers: int, size: int) -> str:
     parts = [
         _front_matter(config),
         MARK,
-        f"# Steering vectors for {config.base_model or 'a language model'}",
+        f"# Steering vectors for {config.base_model_name_or_path or 'a language model'}",
         _summary(config, numbers, size),
         _scores(made),
         _settings(made),
@@ -34,8 +34,9 @@ def card(config: SteeringConfig, decoder: str, numbers: int, size: int) -> str:
 
 def _front_matter(config: SteeringConfig) -> str:
     lines = ["library_name: steer", "tags: [steering-vectors, activation-steering, reinforcement-learning]"]
-    if config.base_model and "/" in config.base_model and not config.base_model.startswith((".", "/")):
-        lines.insert(0, f"base_model: {_line(config.base_model)}")
+    base = config.base_model_name_or_path
+    if base and "/" in base and not base.startswith((".", "/")):
+        lines.insert(0, f"base_model: {_line(base)}")
     return "\n".join(["---", *lines, "---"])
 
 
@@ -45,14 +46,14 @@ def _summary(config: SteeringConfig, numbers: int, size: int) -> str:
         "adaptive": "One vector per layer, at every token as strong as a learned read-out of the MLP says",
         "shared": f"One vector per layer, each a mix of {config.rank} shared directions",
     }
-    shape = f"{config.model_type}, {config.depth} layers of width {config.width}"
+    shape = f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}"
     revision = f" at {config.base_revision}" if config.base_revision else ""
     site = "" if config.kind == "adaptive" else f" at `{config.site}`"
     return (
         f"{kinds[config.kind]}, added to the residual stream{site} of a frozen model "
         f"([arXiv 2509.06608](https://arxiv.org/abs/2509.06608)).\n\n"
         f"| | |\n|---|---|\n"
-        f"| base model | `{config.base_model}`{revision}, {shape} |\n"
+        f"| base model | `{config.base_model_name_or_path}`{revision}, {shape} |\n"
         f"| layers | {config.layers} |\n"
         f"| positions | {config.positions} |\n"
         f"| scale | {config.scale:g} |\n"
@@ -129,7 +130,7 @@ def _settings(made: dict[str, Any]) -> str:
 
 
 def _use(config: SteeringConfig, decoder: str) -> str:
-    base = _line(config.base_model or "BASE")
+    base = _line(config.base_model_name_or_path or "BASE")
     load = "AutoModelForCausalLM.from_pretrained" if "/" in base else "load_model"
     source = "transformers import AutoModelForCausalLM" if "/" in base else "steer.models import load_model"
     python = f"""```python

@@ -15,7 +15,9 @@ from typing import Any
 from steer.errors import SteerError, shown
 from steer.files import json_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# What format 1 calls these fields.
+_FORMAT_1 = {"hidden_size": "width", "num_hidden_layers": "depth", "base_model_name_or_path": "base_model"}
 
 SITES = {
     "resid_post": "the residual stream after the layer",
@@ -42,7 +44,7 @@ KINDS = {
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # More layers than any model has; a config that claims them is damaged.
-MAX_DEPTH = 1000
+MAX_LAYERS = 1000
 
 _RANGE = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", re.ASCII)
 
@@ -92,7 +94,7 @@ class SteeringConfig:
             "help": f"Precision of the vectors, whatever the base model has; one of {', '.join(DTYPES)}."
         },
     )
-    base_model: str | None = field(
+    base_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Id of the base model. Filled in from the model when vectors are attached."},
     )
@@ -100,8 +102,10 @@ class SteeringConfig:
         default=None, metadata={"help": "Revision of the base model, where known."}
     )
     model_type: str | None = field(default=None, metadata={"help": "Architecture of the base. Filled in."})
-    width: int | None = field(default=None, metadata={"help": "Width of the residual stream. Filled in."})
-    depth: int | None = field(
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of the residual stream. Filled in."}
+    )
+    num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Number of decoder layers of the base. Filled in."}
     )
     base_checksum: str | None = field(
@@ -132,9 +136,15 @@ class SteeringConfig:
         ):
             raise SteerError(f"scale={shown(self.scale)} is not a finite number")
         self.scale = float(self.scale)
-        for name, limit in (("rank", None), ("width", None), ("depth", MAX_DEPTH)):
+        for name, limit in (("rank", None), ("hidden_size", None), ("num_hidden_layers", MAX_LAYERS)):
             _check_count(name, getattr(self, name), limit)
-        for name in ("base_model", "base_revision", "model_type", "base_checksum", "tokenizer_checksum"):
+        for name in (
+            "base_model_name_or_path",
+            "base_revision",
+            "model_type",
+            "base_checksum",
+            "tokenizer_checksum",
+        ):
             text = getattr(self, name)
             if text is not None and not (isinstance(text, str) and text.isprintable()):
                 raise SteerError(f"{name}={shown(text)} is not a line of text")
@@ -146,21 +156,27 @@ class SteeringConfig:
                 "leave site at its default"
             )
         _check_version(self.format_version)
+        if self.format_version < FORMAT_VERSION:
+            raise SteerError(
+                f"format_version={self.format_version}: a config in memory is of format {FORMAT_VERSION}; "
+                "SteeringConfig.from_dict reads older ones"
+            )
 
-    def resolve_layers(self, depth: int) -> list[int]:
+    def resolve_layers(self, num_hidden_layers: int) -> list[int]:
         """
-        Layer indices in ascending order, each in 0..depth-1. Raises SteerError for a layer the model lacks.
+        Layer indices in ascending order, each from 0 to num_hidden_layers - 1. SteerError for a layer the
+        model does not have.
         """
         chosen: set[int] = set()
         for part in self.layers.split(","):
             if part == "all":
-                chosen.update(range(depth))
+                chosen.update(range(num_hidden_layers))
             elif part == "last":
-                chosen.add(depth - 1)
+                chosen.add(num_hidden_layers - 1)
             else:
                 match = _RANGE.fullmatch(part)
                 assert match, part  # __post_init__ checked the form
-                first, last = (_index(int(x), depth) for x in (match[1], match[2] or match[1]))
+                first, last = (_index(int(x), num_hidden_layers) for x in (match[1], match[2] or match[1]))
                 if first > last:
                     raise SteerError(f"layers={part!r} runs backwards; write the smaller layer first")
                 chosen.update(range(first, last + 1))
@@ -181,14 +197,33 @@ class SteeringConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SteeringConfig:
-        """The inverse of `to_dict`; a newer format version or an unknown field is refused by name."""
-        _check_version(values.get("format_version", FORMAT_VERSION))  # first: it explains unknown fields
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        """
+        The config in `values`: the inverse of `to_dict`, which also reads what format 1 wrote.
+
+        Args:
+            values: field names and JSON values. `format_version` says which format's names they are, by
+                default the present one.
+
+        Returns:
+            The config, in the present format.
+
+        Raises:
+            SteerError: for a newer format version, a field that the format does not have, and a value that
+                is not allowed.
+        """
+        version = values.get("format_version", FORMAT_VERSION)
+        _check_version(version)  # first: it explains unknown fields
+        known = {f.name: f.name for f in fields(cls)}  # by the name in the file
+        if version == 1:
+            known = {_FORMAT_1.get(name, name): name for name in known}
+        unknown = sorted(set(values) - set(known))
         if unknown:
             raise SteerError(
                 f"steering config has unknown fields {shown(', '.join(unknown))}; was it written by steer?"
             )
-        return cls(**values)
+        return cls(
+            **{known[name]: value for name, value in values.items()} | {"format_version": FORMAT_VERSION}
+        )
 
 
 def _check_version(version: Any) -> None:
@@ -224,7 +259,7 @@ def _canonical(layers: Any) -> str:
         )
     parts = [part.strip() for item in items for part in str(item).split(",")]
     known = all(part in ("all", "last") or _RANGE.fullmatch(part) for part in parts)
-    if not known or len(parts) > MAX_DEPTH:
+    if not known or len(parts) > MAX_LAYERS:
         raise SteerError(
             f"layers={shown(layers)} is not a layer set; use 'all', 'last', an index, a range '4-20' or "
             "a comma list"
@@ -232,9 +267,10 @@ def _canonical(layers: Any) -> str:
     return ",".join(parts)
 
 
-def _index(layer: int, depth: int) -> int:
-    if not -depth <= layer < depth:
+def _index(layer: int, num_hidden_layers: int) -> int:
+    if not -num_hidden_layers <= layer < num_hidden_layers:
         raise SteerError(
-            f"layer {layer} does not exist: the model has layers 0 to {depth - 1} (or -{depth} to -1)"
+            f"layer {layer} does not exist: the model has layers 0 to {num_hidden_layers - 1} "
+            f"(or -{num_hidden_layers} to -1)"
         )
-    return layer % depth
+    return layer % num_hidden_layers

@@ -44,20 +44,20 @@ def through_final_norm(model: nn.Module, vectors: torch.Tensor) -> torch.Tensor:
     Vectors times the gain of the final norm, as its division by the stream's length leaves them.
 
     Args:
-        vectors: (n, width), centred first where the norm centres.
+        vectors: (n, hidden_size), centred first where the norm centres.
 
     Returns:
-        (n, width). The gain is read off the module's output, so that RMSNorm, Gemma's 1 + weight and
+        (n, hidden_size). The gain is read off the module's output, so that RMSNorm, Gemma's 1 + weight and
         LayerNorm need no table.
     """
     norm = find_final_norm(model)
     if norm is None:
         return vectors
-    width = vectors.shape[1]
+    hidden_size = vectors.shape[1]
     parameter = next(norm.parameters(), vectors)
-    signs = torch.ones(width, device=parameter.device)
+    signs = torch.ones(hidden_size, device=parameter.device)
     signs[1::2] = -1
-    # Large, so that the norm's epsilon is nothing beside it; an odd width is made to have mean zero too.
+    # Large, so that the norm's epsilon is nothing beside it; an odd size is made to have mean zero too.
     probe = 1e4 * (signs - signs.mean()).double()
     # In float64, where the module keeps it: bfloat16 would round the probe's unit length.
     wide = deepcopy(norm).double()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Hidden states (batch, tokens, width), at a down-projection its input too, to steered hidden states
+# Hidden states (batch, tokens, hidden_size), at a down-projection its input too, to steered hidden states
 Steer = Callable[..., torch.Tensor]
 
 

@@ -20,17 +20,17 @@ ROWS = 256
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """
-    The fields of a steering config that say which model it is for: name, revision, architecture, width,
-    depth and checksum.
+    The fields of a steering config that say which model it is for: name, revision, architecture, hidden
+    size, number of layers and checksum.
     """
     decoder = find_decoder(model)
     base: Any = model.config
     return {
-        "base_model": base.name_or_path or None,
+        "base_model_name_or_path": base.name_or_path or None,
         "base_revision": getattr(base, "_commit_hash", None),
         "model_type": base.get_text_config().model_type,
-        "width": decoder.width,
-        "depth": decoder.depth,
+        "hidden_size": decoder.hidden_size,
+        "num_hidden_layers": decoder.num_hidden_layers,
         "base_checksum": base_checksum(model),
     }
 
@@ -52,7 +52,7 @@ def base_checksum(model: nn.Module) -> str | None:
             return None
         last_row, count = len(embeddings) - 1, min(ROWS, len(embeddings))
         rows = [i * last_row // max(count - 1, 1) for i in range(count)]
-        sizes = [config.model_type, decoder.width, decoder.depth, len(embeddings)]
+        sizes = [config.model_type, decoder.hidden_size, decoder.num_hidden_layers, len(embeddings)]
         digest = hashlib.sha256(json.dumps(sizes).encode())
         for tensor in (embeddings[torch.tensor(rows, device=embeddings.device)], *sample[1:]):
             digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())

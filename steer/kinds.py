@@ -66,22 +66,22 @@ class SteeringState:
         return length
 
     def add(self, hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        """`hidden` (batch, tokens, width) plus `change` (broadcast to it) at the steered tokens."""
+        """`hidden` (batch, tokens, hidden_size) plus `change` (broadcast to it) at the steered tokens."""
         steered = hidden + change
         return steered if self.mask is None else torch.where(self.mask.to(hidden.device), steered, hidden)
 
 
 class SteeringVector(nn.Module):
     """
-    One vector of shape (width,), zero at the start, added to hidden states of shape (batch, tokens, width):
-    h <- h + scale * s ("Small Vectors, Big Effects", arXiv 2509.06608, section 2).
+    One vector of shape (hidden_size,), zero at the start, added to hidden states of shape (batch, tokens,
+    hidden_size): h <- h + scale * s ("Small Vectors, Big Effects", arXiv 2509.06608, section 2).
     """
 
     def __init__(
-        self, width: int, state: SteeringState, dtype: torch.dtype = torch.float32, device: Any = None
+        self, hidden_size: int, state: SteeringState, dtype: torch.dtype = torch.float32, device: Any = None
     ):
         super().__init__()
-        self.vector = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
+        self.vector = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=device))
         self.state = state
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -91,20 +91,20 @@ class SteeringVector(nn.Module):
         return self.state.add(hidden, (self.state.scale * self.vector).to(hidden.device, hidden.dtype))
 
     def effective(self) -> torch.Tensor:
-        """The direction that is added, (width,), as long as its effect is strong."""
+        """The direction that is added, (hidden_size,), as long as its effect is strong."""
         return self.vector
 
 
 class AdaptiveVector(nn.Module):
     """
     The paper's adaptive token-wise scaling: the MLP's output gets scale * (x . readout) * vector, where x is
-    the input of the MLP's down-projection at that token. `vector` (width,) is zero at the start, `readout`
-    (inner,) is not: together they are a LoRA of rank one on the down-projection.
+    the input of the MLP's down-projection at that token. `vector` (hidden_size,) is zero at the start,
+    `readout` (inner,) is not: together they are a LoRA of rank one on the down-projection.
     """
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         inner: int,
         layer: int,
         state: SteeringState,
@@ -112,7 +112,7 @@ class AdaptiveVector(nn.Module):
         device: Any = None,
     ):
         super().__init__()
-        self.vector = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
+        self.vector = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=device))
         self.readout = nn.Parameter(_kaiming(inner, inner, layer).to(device, dtype))
         self.state = state
 
@@ -127,22 +127,23 @@ class AdaptiveVector(nn.Module):
         return x @ self.readout.to(x.device, x.dtype)
 
     def effective(self) -> torch.Tensor:
-        """The direction, (width,), times the norm of its read-out."""
+        """The direction, (hidden_size,), times the norm of its read-out."""
         return self.vector * self.readout.norm()
 
 
 class SharedDirections(nn.Module):
-    """The `rank` directions (rank, width), zero at the start, that the layers of one model mix."""
+    """The `rank` directions (rank, hidden_size), zero at the start, that the layers of one model mix."""
 
-    def __init__(self, rank: int, width: int, dtype: torch.dtype = torch.float32, device: Any = None):
+    def __init__(self, rank: int, hidden_size: int, dtype: torch.dtype = torch.float32, device: Any = None):
         super().__init__()
-        self.directions = nn.Parameter(torch.zeros(rank, width, dtype=dtype, device=device))
+        self.directions = nn.Parameter(torch.zeros(rank, hidden_size, dtype=dtype, device=device))
 
 
 class SharedVector(nn.Module):
     """
     One layer's vector as a mix of directions that all layers share: the matrix of all vectors is A (layers x
-    rank) times B (rank x width). `mix` (rank,) is this layer's row of A, drawn at random; B starts at zero.
+    rank) times B (rank x hidden_size). `mix` (rank,) is this layer's row of A, drawn at random; B starts at
+    zero.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class SharedVector(nn.Module):
         return self.state.add(hidden, (self.state.scale * self.effective()).to(hidden.device, hidden.dtype))
 
     def effective(self) -> torch.Tensor:
-        """The layer's vector, (width,)."""
+        """The layer's vector, (hidden_size,)."""
         return self.mix @ self._shared[0].directions.to(self.mix.device)
 
 

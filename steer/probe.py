@@ -107,8 +107,9 @@ class _Probe:
             None  # the one before: a model of images leaves layers out where there are none
         )
         self.size = 1.0  # of the stream that this layer was given, root mean square
-        self.added: dict[int, torch.Tensor] = {}  # (width,)
-        self.moved: dict[int, torch.Tensor] = {}  # (2, tokens, width): the rows where the change is measured
+        self.added: dict[int, torch.Tensor] = {}  # (hidden_size,)
+        # (2, tokens, hidden_size): the rows where the change is measured
+        self.moved: dict[int, torch.Tensor] = {}
         self.given: dict[int, torch.Tensor] = {}
         self.made: dict[int, torch.Tensor] = {}
         self.found: dict[int, str] = {}
@@ -164,15 +165,18 @@ class _Probe:
             self.found[layer] = f"{name} runs more than once in a pass: the vector would be added each time"
             return hidden
         shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
-        if shape != (2, 3, self.decoder.width):
+        if shape != (2, 3, self.decoder.hidden_size):
             self.found[layer] = (
                 f"at {name} the hidden states of 2 rows of 3 tokens have the shape {shape}, expected "
-                f"{(2, 3, self.decoder.width)}"
+                f"{(2, 3, self.decoder.hidden_size)}"
             )
             return hidden
         size = max(self.size, _size(hidden[0]))
         # Signs at random: no norm that centres takes them out.
-        signs = torch.randint(0, 2, (self.decoder.width,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        signs = (
+            torch.randint(0, 2, (self.decoder.hidden_size,), generator=torch.Generator().manual_seed(0)) * 2
+            - 1
+        )
         self.added[layer] = (size * signs).to(hidden.device, hidden.dtype)
         return torch.stack([hidden[0], hidden[1] + self.added[layer]])
 
@@ -180,7 +184,7 @@ class _Probe:
         given = hidden_in(args, kwargs)
         if layer not in self.added or layer in self.moved or isinstance(child, nn.Dropout):
             return
-        if isinstance(given, torch.Tensor) and given.shape == (2, 3, self.decoder.width):
+        if isinstance(given, torch.Tensor) and given.shape == (2, 3, self.decoder.hidden_size):
             self.moved[layer] = given
 
     def _leave(self, layer: int, block: nn.Module, args: tuple, output: Any) -> None:

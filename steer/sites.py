@@ -35,10 +35,10 @@ class Decoder:
     backbone: nn.Module
     layers: nn.ModuleList
     name: str
-    width: int
+    hidden_size: int
 
     @property
-    def depth(self) -> int:
+    def num_hidden_layers(self) -> int:
         return len(self.layers)
 
 
@@ -68,13 +68,13 @@ def find_decoder(model: nn.Module) -> Decoder:
             f"seen: {seen or 'no module lists'}; top-level modules: {children or 'none'}"
         )
     name, layers = stacks[0]
-    width = getattr(model.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
-    if width is None:
+    hidden_size = getattr(model.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
+    if hidden_size is None:
         raise SteerError(
             f"the config of {type(model).__name__} has no hidden_size: it is made of several models of "
-            "different widths; attach to the one that holds the layers"
+            "different hidden sizes; attach to the one that holds the layers"
         )
-    return Decoder(_parent(model, name), layers, canonical(name), width)
+    return Decoder(_parent(model, name), layers, canonical(name), hidden_size)
 
 
 def _is_encoder(model: nn.Module) -> bool:
@@ -106,12 +106,12 @@ def find_sites(decoder: Decoder, layers: list[int], site: str) -> list[Site]:
 
 def find_down_projections(decoder: Decoder, layers: list[int]) -> list[tuple[nn.Module, int]]:
     """
-    The MLP's last matrix in each of `layers`, which writes into the residual stream, and the width of its
+    The MLP's last matrix in each of `layers`, which writes into the residual stream, and the size of its
     input; SteerError where there is not one, as in a mixture of experts.
     """
     found = []
     for index, site in zip(layers, find_sites(decoder, layers, "mlp_out"), strict=True):
-        writer = last_writer(site.module, decoder.width)
+        writer = last_writer(site.module, decoder.hidden_size)
         experts = any("expert" in name for name, _ in site.module.named_modules())
         if experts or writer is None:
             raise SteerError(
@@ -122,13 +122,13 @@ def find_down_projections(decoder: Decoder, layers: list[int]) -> list[tuple[nn.
     return found
 
 
-def last_writer(module: nn.Module, width: int) -> tuple[nn.Module, int] | None:
-    """The last matrix in `module` that writes `width` numbers, and how many it reads; None without one."""
+def last_writer(module: nn.Module, hidden_size: int) -> tuple[nn.Module, int] | None:
+    """The last matrix in `module` that writes `hidden_size` numbers, and how many it reads, or None."""
     found: dict[str, tuple[nn.Module, int]] = {}
     for name, part in module.named_modules():
         size = _matrix_size(part)
         inside = any(name.startswith(f"{outer}.") for outer in found if outer)  # an adapter's own matrices
-        if size and size[1] == width and not inside:
+        if size and size[1] == hidden_size and not inside:
             found[name] = part, size[0]
     return list(found.values())[-1] if found else None
 

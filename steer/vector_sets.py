@@ -54,7 +54,7 @@ class Population:
         if "steering_vectors" in model.__dict__:
             raise SteerError("the model already has steering vectors; call steer.detach(model) first")
         self.model = model
-        self.depth = find_decoder(model).depth
+        self.num_hidden_layers = find_decoder(model).num_hidden_layers
         self.sets: dict[str, SteeringVectors] = {}
         self._places: dict[tuple[int, bool], _Place] = {}
         self._handles: list[Any] = []

@@ -67,15 +67,15 @@ class SteeringVectors:
         self._state.scale = self.config.scale
 
     @property
-    def depth(self) -> int:
+    def num_hidden_layers(self) -> int:
         """Number of decoder layers of the model, steered or not."""
-        assert self.config.depth is not None
-        return self.config.depth
+        assert self.config.num_hidden_layers is not None
+        return self.config.num_hidden_layers
 
     @property
     def layers(self) -> list[int]:
         """Indices of the steered layers, ascending."""
-        return self.config.resolve_layers(self.depth)
+        return self.config.resolve_layers(self.num_hidden_layers)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable numbers by their name in the model, first layer first, shared directions last."""
@@ -100,8 +100,8 @@ class SteeringVectors:
 
     def effective(self) -> dict[int, torch.Tensor]:
         """
-        The direction that each layer adds, (width,) on the CPU by layer index, without the scale. An adaptive
-        vector's is as long as the vector times its read-out.
+        The direction that each layer adds, (hidden_size,) on the CPU by layer index, without the scale. An
+        adaptive vector's is as long as the vector times its read-out.
         """
         if self.config.kind == "constant":
             return dict(zip(self.layers, self.tensors().values(), strict=True))
@@ -122,7 +122,7 @@ class SteeringVectors:
                 if tensors[name].shape != parameter.shape:
                     raise SteerError(
                         f"{name} has shape {tuple(tensors[name].shape)}, the model's "
-                        f"{tuple(parameter.shape)}; vectors only fit a model of their own width"
+                        f"{tuple(parameter.shape)}; vectors only fit a model of their own hidden size"
                     )
             for name, parameter in parameters.items():
                 fill(parameter, tensors[name])
@@ -201,8 +201,8 @@ def build(model: nn.Module, config: SteeringConfig) -> tuple[SteeringVectors, li
     layer or site it does not have.
     """
     decoder = find_decoder(model)
-    layers = config.resolve_layers(decoder.depth)
-    known = {k: getattr(config, k) for k in ("base_model", "base_revision", "base_checksum")}
+    layers = config.resolve_layers(decoder.num_hidden_layers)
+    known = {k: getattr(config, k) for k in ("base_model_name_or_path", "base_revision", "base_checksum")}
     config = replace(config, **{**describe(model), **{k: v for k, v in known.items() if v is not None}})
     state = SteeringState(config.positions, config.scale)
     shared, modules, places = _make(decoder, layers, config, state)
@@ -248,7 +248,8 @@ def load(
     """
     Attach the vectors in `source` (a folder, a `.safetensors` file, a hub id or an Artifact) to `model`.
 
-    Raises SteerError when the file is damaged, or when the model differs in width, depth or architecture.
+    Raises SteerError when the file is damaged, or when the model differs in hidden size, number of layers or
+    architecture.
     Warns when the model has other weights than the one they were made for, and, where `tokenizer` is given,
     another vocabulary.
     """
@@ -257,16 +258,20 @@ def load(
     config = saved.config
     decoder = find_decoder(model)
     kind = model.config.get_text_config().model_type  # type: ignore[union-attr, operator]
-    have = {"width": decoder.width, "depth": decoder.depth, "model_type": kind}
+    have = {
+        "hidden_size": decoder.hidden_size,
+        "num_hidden_layers": decoder.num_hidden_layers,
+        "model_type": kind,
+    }
     for field, value in have.items():
         if getattr(config, field) != value:
             raise SteerError(
-                f"{name}: made for {config.base_model} with {field}={getattr(config, field)}, this model has "
-                f"{field}={value}; vectors only fit a model of the same shape: `steer transfer` carries "
-                "them over"
+                f"{name}: made for {config.base_model_name_or_path} with {field}={getattr(config, field)}, "
+                f"this model has {field}={value}; vectors only fit a model of the same shape: "
+                "`steer transfer` carries them over"
             )
     here: Any = model.config
-    names = [config.base_model or "an unnamed model", here.name_or_path or "an unnamed model"]
+    names = [config.base_model_name_or_path or "an unnamed model", here.name_or_path or "an unnamed model"]
     tell = f"{name}: made for {names[0]}; this model ({names[1]}) has the same shape"
     if _differ(config.base_checksum, base_checksum(model)):
         warnings.warn(f"{tell} but other weights: measure what they do here", stacklevel=2)
@@ -294,23 +299,23 @@ def _make(
     if config.kind == "adaptive":
         downs = find_down_projections(decoder, layers)
         adaptive: list[AnyVector] = [
-            AdaptiveVector(decoder.width, inner, layer, state, dtype, device)
+            AdaptiveVector(decoder.hidden_size, inner, layer, state, dtype, device)
             for layer, device, (_, inner) in zip(layers, devices, downs, strict=True)
         ]
         return None, adaptive, [Site(module, with_input=True) for module, _ in downs]
     sites = find_sites(decoder, layers, config.site)
     if config.kind == "shared":
-        if config.rank > min(len(layers), decoder.width):
+        if config.rank > min(len(layers), decoder.hidden_size):
             raise SteerError(
-                f"rank={config.rank} shared directions for {len(layers)} layers of width {decoder.width}: "
-                "give no more than there are layers"
+                f"rank={config.rank} shared directions for {len(layers)} layers and hidden size "
+                f"{decoder.hidden_size}: give no more than the smaller of the two"
             )
-        shared = SharedDirections(config.rank, decoder.width, dtype, devices[0])
+        shared = SharedDirections(config.rank, decoder.hidden_size, dtype, devices[0])
         mixed: list[AnyVector] = [
             SharedVector(shared, i, state, dtype, d) for i, d in zip(layers, devices, strict=True)
         ]
         return shared, mixed, sites
-    return None, [SteeringVector(decoder.width, state, dtype, device) for device in devices], sites
+    return None, [SteeringVector(decoder.hidden_size, state, dtype, device) for device in devices], sites
 
 
 class PromptWatch:

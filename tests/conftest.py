@@ -90,7 +90,7 @@ def build_tiny() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(params=list(ARCHITECTURES))
 def tiny_model(request: pytest.FixtureRequest, build_tiny: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """Every architecture in turn: 3 layers, width 32, vocabulary 97."""
+    """Every architecture in turn: 3 layers, hidden size 32, vocabulary 97."""
     return build_tiny(request.param)
 
 

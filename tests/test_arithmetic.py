@@ -20,7 +20,13 @@ DEPTH, WIDTH, INNER = 6, 4, 5
 
 def make(seed: int = 0, **fields: Any) -> Artifact:
     """A random artifact of a model with six layers of width four."""
-    base = {"width": WIDTH, "depth": DEPTH, "model_type": "llama", "base_model": "org/tiny", "rank": 2}
+    base = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "model_type": "llama",
+        "base_model_name_or_path": "org/tiny",
+        "rank": 2,
+    }
     config = SteeringConfig(**{**base, "base_checksum": "0123456789abcdef", **fields})
     generator, dtype = torch.Generator().manual_seed(seed), getattr(torch, config.dtype)
     shapes = expected_names(config, "model.layers")
@@ -32,7 +38,7 @@ def make(seed: int = 0, **fields: Any) -> Artifact:
 
 def change(made: Artifact) -> torch.Tensor:
     """All that a constant or shared artifact adds: (DEPTH, WIDTH) float64, zero where it steers nothing."""
-    found = torch.zeros(made.depth, made.config.width, dtype=torch.float64)
+    found = torch.zeros(made.num_hidden_layers, made.config.hidden_size, dtype=torch.float64)
     for layer, vector in made.by_layer().items():
         found[layer] = vector.double()
     return found
@@ -174,15 +180,15 @@ def test_adaptive_vectors_scale_but_do_not_add():
     "other",
     [
         {"model_type": "qwen2"},
-        {"width": 8},
-        {"depth": 7},
+        {"hidden_size": 8},
+        {"num_hidden_layers": 7},
         {"base_checksum": "fedcba9876543210"},
         {"site": "mlp_out"},
         {"positions": "completion"},
     ],
 )
 def test_artifacts_of_other_models_or_places_do_not_mix(other):
-    a, b = make(1), make(2, base_model="org/other", **other)
+    a, b = make(1), make(2, base_model_name_or_path="org/other", **other)
     ((name, value),) = other.items()
     for call in (lambda: a + b, lambda: b - a, lambda: steer.mean([a, b])):
         with pytest.raises(SteerError, match=name) as error:
@@ -193,8 +199,8 @@ def test_artifacts_of_other_models_or_places_do_not_mix(other):
 
 
 def test_an_artifact_without_a_checksum_mixes_with_its_shape():
-    assert whole(make(1) + make(2, base_checksum=None)).config.width == WIDTH
-    assert whole(make(1, base_checksum=None) + make(2)).config.width == WIDTH
+    assert whole(make(1) + make(2, base_checksum=None)).config.hidden_size == WIDTH
+    assert whole(make(1, base_checksum=None) + make(2)).config.hidden_size == WIDTH
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
@@ -218,12 +224,12 @@ def test_what_is_neither_number_nor_artifact_is_a_type_error(other):
 
 def test_provenance_tells_how_it_was_made_and_drops_the_scores():
     a = make(1, provenance={"recipe": "grpo", "results": [0.5], "controls": {"random": 0.1}, "seed": 1})
-    b = make(2, provenance={"recipe": "sft", "results": [0.4]}, base_model="org/b")
+    b = make(2, provenance={"recipe": "sft", "results": [0.4]}, base_model_name_or_path="org/b")
     total = (0.5 * (a + b)).layers(0, 3)
     made = total.config.provenance
     assert {k: v for k, v in made.items() if k != "derived"} == {"recipe": "grpo", "seed": 1}
     plus, times, layers = made["derived"]
-    assert plus["plus"]["recipe"] == "sft" and plus["plus"]["base_model"] == "org/b"
+    assert plus["plus"]["recipe"] == "sft" and plus["plus"]["base_model_name_or_path"] == "org/b"
     assert times == {"times": 0.5}
     assert layers == {"layers": [0, 3]}
     assert "minus" in (a - b).config.provenance["derived"][0]

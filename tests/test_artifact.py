@@ -119,8 +119,8 @@ def test_the_folder_holds_the_card_the_tensors_and_the_config_twice(folder, tiny
     with safe_open(folder / TENSOR_FILE, framework="pt") as file:
         assert json.loads(file.metadata()["steering_config"]) == sidecar
         assert sorted(file.keys()) == [f"model.layers.{i}.steering.vector" for i in range(3)]
-    assert sidecar["base_model"] == "org/tiny"
-    assert (sidecar["width"], sidecar["depth"], sidecar["model_type"]) == (32, 3, "llama")
+    assert sidecar["base_model_name_or_path"] == "org/tiny"
+    assert (sidecar["hidden_size"], sidecar["num_hidden_layers"], sidecar["model_type"]) == (32, 3, "llama")
     assert sidecar["provenance"] == {"recipe": "test", "scores": [0.5]}
     for path in folder.iterdir():
         assert path.stat().st_mode & 0o777 == 0o644  # a shared folder stays readable for others
@@ -165,8 +165,8 @@ def test_a_lone_file_is_not_compared_with_another_artifacts_config(folder, tiny_
 @pytest.mark.parametrize(
     ("model_type", "shape", "named"),
     [
-        ("llama", {"hidden_size": 64}, "width=32"),
-        ("llama", {"num_hidden_layers": 4}, "depth=3"),
+        ("llama", {"hidden_size": 64}, "hidden_size=32"),
+        ("llama", {"num_hidden_layers": 4}, "num_hidden_layers=3"),
         ("qwen2", {}, "model_type=llama"),
     ],
 )
@@ -286,7 +286,7 @@ def test_an_embedded_config_that_is_no_json_object_is_refused(tmp_path, text):
     assert len(message(error)) < 1000
 
 
-@pytest.mark.parametrize("version", [2, 99])
+@pytest.mark.parametrize("version", [3, 99])
 def test_an_artifact_of_a_newer_format_is_refused(folder, tiny_llama, version):
     change(folder, format_version=version)
     with pytest.raises(SteerError, match=f"format {version} is newer") as error:
@@ -304,9 +304,9 @@ def test_an_artifact_of_a_newer_format_is_refused(folder, tiny_llama, version):
         {"layers": "0-7"},
         {"layers": "9" * 5000},
         {"scale": "big"},
-        {"width": "32"},
-        {"width": None},
-        {"depth": "3"},
+        {"hidden_size": "32"},
+        {"hidden_size": None},
+        {"num_hidden_layers": "3"},
         {"alpha": 2},
     ],
 )
@@ -331,7 +331,7 @@ def test_an_edited_sidecar_is_reported_and_not_used(folder, tiny_llama):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"{", b"\xff\xfe\0", b"[" * 100_000, b'{"format_version": 2}', b'{"alpha": 1}', b"null"]
+    "damage", [b"", b"{", b"\xff\xfe\0", b"[" * 100_000, b'{"format_version": 3}', b'{"alpha": 1}', b"null"]
 )
 def test_a_damaged_sidecar_is_reported_and_not_needed(folder, tiny_llama, damage):
     # the tensor file is a whole artifact: whatever stands beside it cannot make it unreadable
@@ -446,7 +446,7 @@ def test_a_full_disk_leaves_nothing_of_a_first_save(tiny_llama, tmp_path, monkey
 
 
 def test_a_signalling_nan_is_refused_without_a_warning(tmp_path):
-    config = SteeringConfig(layers=0, width=2, depth=1, model_type="llama")
+    config = SteeringConfig(layers=0, hidden_size=2, num_hidden_layers=1, model_type="llama")
     bits = torch.tensor([0x7F800001, 0], dtype=torch.int32).view(torch.float32)
     whole = save(
         {"model.layers.0.steering.vector": bits},
@@ -495,7 +495,7 @@ def test_random_bytes_are_refused(tmp_path, data):
     places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4)
 )
 def test_changed_bytes_never_crash(tmp_path, places):
-    config = SteeringConfig(width=4, depth=3, layers=0, model_type="llama")
+    config = SteeringConfig(hidden_size=4, num_hidden_layers=3, layers=0, model_type="llama")
     artifact.write(tmp_path, Artifact(config, {FIRST: torch.arange(4.0)}))
     path = tmp_path / TENSOR_FILE
     data = bytearray(path.read_bytes())
@@ -518,7 +518,7 @@ ANYTHING = st.recursive(
 )
 def test_any_json_values_in_the_config_never_crash(tmp_path, values):
     path = tmp_path / TENSOR_FILE
-    text = json.dumps({"width": 4, "depth": 3, "model_type": "llama"} | values)
+    text = json.dumps({"hidden_size": 4, "num_hidden_layers": 3, "model_type": "llama"} | values)
     path.write_bytes(save({FIRST: torch.arange(4.0)}, metadata={"steering_config": text}))
     (tmp_path / CONFIG_FILE).write_text(text)
     read_or_refuse(path)

@@ -169,7 +169,7 @@ def test_a_real_model_is_steered_and_restored(smollm2: PreTrainedModel):
     vectors = steer.attach(smollm2)
     try:
         assert len(vectors.parameters()) == 30
-        assert vectors.config.base_model == "smollm2-135m-instruct"
+        assert vectors.config.base_model_name_or_path == "smollm2-135m-instruct"
         assert answer() == before
         fill(vectors, std=1.0)
         assert answer() != before

@@ -144,11 +144,11 @@ CONFIGS = st.builds(
     positions=st.sampled_from(list(POSITIONS)),
     scale=st.floats(allow_nan=False, allow_infinity=False),
     dtype=st.sampled_from(DTYPES),
-    base_model=st.none() | LINE,
+    base_model_name_or_path=st.none() | LINE,
     base_revision=st.none() | LINE,
     model_type=st.none() | LINE,
-    width=st.none() | st.integers(1, 20000),
-    depth=st.none() | st.integers(1, 200),
+    hidden_size=st.none() | st.integers(1, 20000),
+    num_hidden_layers=st.none() | st.integers(1, 200),
     provenance=st.none() | st.dictionaries(st.text(), JSON, max_size=3),
 )
 

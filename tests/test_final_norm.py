@@ -26,7 +26,7 @@ NORMS = {
 def test_the_gain_is_what_the_norm_multiplies_with(model_type: str) -> None:
     """From the norm's own output y(x) = gain * x / |x| + bias, of which y(x) - y(-x) = 2 gain * x / |x|."""
     model = tiny(model_type)
-    width = find_decoder(model).width
+    width = find_decoder(model).hidden_size
     seen: list[torch.Tensor] = []
     norm = find_final_norm(model)
     assert norm is not None

@@ -32,7 +32,10 @@ SEED = int(os.environ.get("STEER_FUZZ_SEED", "0"))
 LINES = 150_000
 
 CASES: dict[str, dict[str, Any]] = {
-    "constant": {"provenance": {"recipe": "test", "results": [{"pass@1": 0.5}]}, "base_model": "org/tiny"},
+    "constant": {
+        "provenance": {"recipe": "test", "results": [{"pass@1": 0.5}]},
+        "base_model_name_or_path": "org/tiny",
+    },
     "some layers": {"layers": "0,last", "dtype": "bfloat16", "scale": -0.5, "site": "mlp_out"},
     "shared": {"kind": "shared", "rank": 2, "dtype": "float64", "base_checksum": "0123456789abcdef"},
     "adaptive": {"kind": "adaptive", "dtype": "float16", "positions": "completion"},
@@ -40,7 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def valid(case: str) -> Artifact:
-    config = SteeringConfig(**{"width": 4, "depth": 3, "model_type": "llama", **CASES[case]})
+    config = SteeringConfig(
+        **{"hidden_size": 4, "num_hidden_layers": 3, "model_type": "llama", **CASES[case]}
+    )
     generator, dtype = torch.Generator().manual_seed(1), getattr(torch, config.dtype)
     shapes = expected_names(config, "model.layers")
     tensors = {n: torch.randn([d or 6 for d in s], generator=generator).to(dtype) for n, s in shapes.items()}
@@ -138,11 +143,11 @@ def check_loaded(content: bytes, tensors: Artifact, arrays: Artifact) -> None:
         assert np.array_equal(arrays.tensors[name], array)
         assert np.isfinite(array).all()
     json.dumps(config.to_dict())  # it can be saved again
-    for text in (config.base_model, config.base_revision, config.model_type):
+    for text in (config.base_model_name_or_path, config.base_revision, config.model_type):
         assert text is None or text.isprintable()  # and shown
     # and used: one vector a steered layer
     parts = tensors.rank_one() if config.kind == "adaptive" else tensors.by_layer()
-    assert list(parts) == config.resolve_layers(config.depth)
+    assert list(parts) == config.resolve_layers(config.num_hidden_layers)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -222,7 +227,7 @@ def keys(count: int) -> str:
     return ",".join(f'"k{i}":1' for i in range(count))
 
 
-MODEL = '"width": 4, "depth": 3, "model_type": "llama"'
+MODEL = '"hidden_size": 4, "num_hidden_layers": 3, "model_type": "llama"'
 # By the name of the bomb: the config, and the reason that must be given before any of the work is done.
 BOMBS: dict[str, tuple[Callable[[], str], str]] = {
     "a million layer ranges": (lambda: f'{{{MODEL}, "layers": "{"0-2," * 100_000}0"}}', "not a layer set"),
@@ -230,7 +235,10 @@ BOMBS: dict[str, tuple[Callable[[], str], str]] = {
     "layers nested in lists": (lambda: f'{{{MODEL}, "layers": {"[" * 450}0{"]" * 450}}}', "nested"),
     "a layer beyond integers": (lambda: f'{{{MODEL}, "layers": {"9" * 4000}}}', "not a layer set"),
     "a layer of many digits": (lambda: f'{{{MODEL}, "layers": "{"9" * 100_000}"}}', "not a layer set"),
-    "a depth of thousands": (lambda: '{"width": 4, "depth": 9999}', "depth=9999"),
+    "a depth of thousands": (
+        lambda: '{"hidden_size": 4, "num_hidden_layers": 9999}',
+        "num_hidden_layers=9999",
+    ),
     "many keys, the last one twice": (
         lambda: f'{{{MODEL}, "provenance": {{{keys(300_000)}, "k299999": 1}}}}',
         "'k299999' is there twice",
@@ -239,9 +247,15 @@ BOMBS: dict[str, tuple[Callable[[], str], str]] = {
     "a nested provenance": (lambda: f'{{{MODEL}, "provenance": {"[" * 900}{"]" * 900}}}', "nested"),
     "a scale beyond floats": (lambda: f'{{{MODEL}, "scale": {"9" * 400}}}', "not a finite number"),
     "an endless unknown kind": (lambda: f'{{{MODEL}, "kind": "{"x" * 1_000_000}"}}', "kind='xxx"),
-    "a newline in a name": (lambda: f'{{{MODEL}, "base_model": "a\\nb"}}', "not a line of text"),
-    "an escape code in a name": (lambda: f'{{{MODEL}, "base_model": "\\u001b[2J"}}', "not a line of text"),
-    "half a character in a name": (lambda: f'{{{MODEL}, "base_model": "\\ud800"}}', "surrogates"),
+    "a newline in a name": (lambda: f'{{{MODEL}, "base_model_name_or_path": "a\\nb"}}', "not a line of text"),
+    "an escape code in a name": (
+        lambda: f'{{{MODEL}, "base_model_name_or_path": "\\u001b[2J"}}',
+        "not a line of text",
+    ),
+    "half a character in a name": (
+        lambda: f'{{{MODEL}, "base_model_name_or_path": "\\ud800"}}',
+        "surrogates",
+    ),
     "half a character in the provenance": (lambda: f'{{{MODEL}, "provenance": ["\\udfff"]}}', "surrogates"),
 }
 

@@ -198,8 +198,8 @@ def test_what_an_artifact_does_not_know_is_not_reported(build_tiny, tiny_tokeniz
 @pytest.mark.parametrize(
     ("model_type", "shape", "named"),
     [
-        ("llama", {"hidden_size": 64}, "width=32"),
-        ("llama", {"num_hidden_layers": 4}, "depth=3"),
+        ("llama", {"hidden_size": 64}, "hidden_size=32"),
+        ("llama", {"num_hidden_layers": 4}, "num_hidden_layers=3"),
         ("qwen2", {}, "model_type=llama"),
     ],
 )

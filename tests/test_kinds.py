@@ -20,7 +20,7 @@ MOE = ("mixtral", "qwen3_moe")
 
 @pytest.fixture(params=list(DOWN))
 def dense(request: pytest.FixtureRequest, build_tiny: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """Every architecture without experts in turn: 3 layers, width 32."""
+    """Every architecture without experts in turn: 3 layers, hidden size 32."""
     return build_tiny(request.param)
 
 

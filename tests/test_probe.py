@@ -44,7 +44,9 @@ def test_a_site_that_does_something_else_is_refused(model_type: str, site: str) 
     assert FAULTS[model_type, site] in message(error)
     assert trace(model) == before
     config = SteeringConfig(layers=0)
-    vectors = {i: torch.ones(find_decoder(model).width) for i in range(find_decoder(model).depth)}
+    vectors = {
+        i: torch.ones(find_decoder(model).hidden_size) for i in range(find_decoder(model).num_hidden_layers)
+    }
     with pytest.raises(SteerError):
         steer.load(from_vectors(vectors, model, site=site), model)
     with pytest.raises(SteerError):

@@ -127,7 +127,12 @@ def test_attach_records_the_model_in_a_copy_of_the_config(tiny_llama):
     tiny_llama.config._name_or_path = "org/tiny"
     asked = SteeringConfig(layers="0,last")
     config = steer.attach(tiny_llama, asked).config
-    assert (config.base_model, config.model_type, config.width, config.depth) == ("org/tiny", "llama", 32, 3)
+    assert (
+        config.base_model_name_or_path,
+        config.model_type,
+        config.hidden_size,
+        config.num_hidden_layers,
+    ) == ("org/tiny", "llama", 32, 3)
     assert asked == SteeringConfig(layers="0,last")
 
 
@@ -147,8 +152,8 @@ def test_values_go_in_and_out_as_copies(tiny_llama):
     assert "2 layers, 64 numbers" in repr(vectors)
 
 
-@pytest.mark.parametrize("fault", ["missing", "additional", "width"])
-def test_values_of_other_names_or_widths_are_refused(tiny_llama, fault):
+@pytest.mark.parametrize("fault", ["missing", "additional", "size"])
+def test_values_of_other_names_or_sizes_are_refused(tiny_llama, fault):
     vectors = fill(steer.attach(tiny_llama))
     values = vectors.tensors()
     first = next(iter(values))
@@ -160,7 +165,7 @@ def test_values_of_other_names_or_widths_are_refused(tiny_llama, fault):
         values[first] = torch.zeros(31)
     with pytest.raises(SteerError) as error:
         vectors.set_tensors(values)
-    assert {"missing": first, "additional": "layers.9", "width": "31"}[fault] in message(error)
+    assert {"missing": first, "additional": "layers.9", "size": "31"}[fault] in message(error)
 
 
 def test_a_deep_copy_steers_by_itself(tiny_llama):

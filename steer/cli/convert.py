@@ -25,9 +25,9 @@ TARGETS = {
         "a whole Hugging Face model with the vectors as biases: loads anywhere, no plugin",
         "-model",
     ),
-    "npz": ("a numpy archive of (layers, width)", ".npz"),
-    "npy": ("a numpy array of (layers, width)", ".npy"),
-    "pt": ("a torch tensor of (layers, width)", ".pt"),
+    "npz": ("a numpy archive of (layers, hidden_size)", ".npz"),
+    "npy": ("a numpy array of (layers, hidden_size)", ".npy"),
+    "pt": ("a torch tensor of (layers, hidden_size)", ".pt"),
 }
 SOURCES = {
     "peft": "a PEFT adapter (BEFT, or a LoRA of rank 1 on the down-projections)",
@@ -131,7 +131,7 @@ def _export(args: argparse.Namespace) -> None:
     elif args.to == "lm-eval":
         lm_eval.write(found, out)
     elif args.to in ("checkpoint", "gguf-model"):
-        base = args.model or found.config.base_model
+        base = args.model or found.config.base_model_name_or_path
         if not base:
             raise SteerError("the artifact does not name its base model; give --model")
         if args.to == "checkpoint":
@@ -180,7 +180,7 @@ def _transfer(args: argparse.Namespace) -> None:
     from steer.transfer.move import transfer
 
     source = artifact.read(args.artifact)
-    donor = args.donor or source.config.base_model
+    donor = args.donor or source.config.base_model_name_or_path
     recipient = load_model(args.to, dtype=args.dtype)
     tokenizer = load_tokenizer(args.to)
     made, report = transfer(

@@ -52,8 +52,8 @@ def _info(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"config": config.to_dict(), "numbers": numbers, "norms": norms}, indent=2))
         return
-    shape = f"{config.depth} layers of width {config.width}"
-    print(f"base model  {config.base_model} ({config.model_type}, {shape})")
+    shape = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
+    print(f"base model  {config.base_model_name_or_path} ({config.model_type}, {shape})")
     kind = f"{config.kind}, rank {config.rank}" if config.kind == "shared" else config.kind
     where = f"{config.site}, positions {config.positions}, scale {config.scale:g}"
     print(f"vectors     {kind}, {len(norms)} layers, {numbers:,} numbers in {config.dtype}, {where}")
@@ -67,10 +67,10 @@ def _info(args: argparse.Namespace) -> None:
 
 def _diff(args: argparse.Namespace) -> None:
     a, b = artifact.read_numpy(args.a), artifact.read_numpy(args.b)
-    if a.config.width != b.config.width:
+    if a.config.hidden_size != b.config.hidden_size:
         raise SteerError(
-            f"{args.a} has width {a.config.width}, {args.b} {b.config.width}: vectors of two widths have no "
-            "cosine; bring one over with steer transfer"
+            f"{args.a} has hidden_size={a.config.hidden_size}, {args.b} {b.config.hidden_size}: their "
+            "vectors have no cosine; bring one over with steer transfer"
         )
     left, right = a.effective(), b.effective()
     rows: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ def _diff(args: argparse.Namespace) -> None:
         norms = [math.sqrt(v @ v) if (v := side.get(layer)) is not None else None for side in (left, right)]
         cosine = float(left[layer] @ right[layer]) / (norms[0] * norms[1]) if norms[0] and norms[1] else None
         rows.append({"layer": layer, "norm_a": norms[0], "norm_b": norms[1], "cosine": cosine})
-    names = ("base_model", "base_checksum", "kind", "site", "positions", "scale")
+    names = ("base_model_name_or_path", "base_checksum", "kind", "site", "positions", "scale")
     changed = {n: [getattr(a.config, n), getattr(b.config, n)] for n in names}
     changed = {n: pair for n, pair in changed.items() if pair[0] != pair[1]}
     if args.json:

@@ -61,7 +61,7 @@ def _train_population(folder: Path, settings: RunSettings) -> None:
         dtype=run.model_dtype,
         attn_implementation=run.attn_implementation,
     ).to(training.device)
-    everyone = grid.members(settings, find_decoder(model).depth, sys.argv[1:])
+    everyone = grid.members(settings, find_decoder(model).num_hidden_layers, sys.argv[1:])
     now = grid.chosen(everyone, asked.only)
     train, held_out = recipe.problems(run)
     prompts = settings.prompt

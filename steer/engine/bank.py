@@ -1,8 +1,8 @@
 """
 Several sets of vectors inside one model, chosen token by token: the part of the engine that knows no vLLM.
 
-Every decoder layer holds a bank of shape (slots, width), float32. All layers share two buffers with an entry
-for each token of the running batch: which row of the bank it gets, and with what coefficient,
+Every decoder layer holds a bank of shape (slots, hidden_size), float32. All layers share two buffers with an
+entry for each token of the running batch: which row of the bank it gets, and with what coefficient,
 
     h_t <- h_t + coefficient_t * bank[slot_t]
 
@@ -90,14 +90,14 @@ class Steering(nn.Module):
     slot: torch.Tensor
     coefficient: torch.Tensor
 
-    def __init__(self, rows: int, width: int, slot: torch.Tensor, coefficient: torch.Tensor):
+    def __init__(self, rows: int, hidden_size: int, slot: torch.Tensor, coefficient: torch.Tensor):
         super().__init__()
-        bank = torch.zeros(rows, width, dtype=torch.float32, device=slot.device)
+        bank = torch.zeros(rows, hidden_size, dtype=torch.float32, device=slot.device)
         for name, buffer in {"bank": bank, "slot": slot, "coefficient": coefficient}.items():
             self.register_buffer(name, buffer, persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden` of shape (tokens, width), or (1, tokens, width)."""
+        """`hidden` of shape (tokens, hidden_size), or (1, tokens, hidden_size)."""
         tokens = hidden.shape[-2]
         rows = self.bank[self.slot[:tokens]] * self.coefficient[:tokens, None]
         return hidden + rows.to(hidden.dtype)
@@ -112,21 +112,27 @@ class Bank:
     """
     The named sets of vectors of one model, and what the tokens of the running batch get.
 
-    `layers` are this process's decoder layers by index in the whole model, which has `depth` of them (a
-    pipeline stage holds some). `tokens` is the most tokens that a batch can have.
+    `layers` are this process's decoder layers by index in the whole model, which has `num_hidden_layers` of
+    them (a pipeline stage holds some). `tokens` is the most tokens that a batch can have.
     """
 
     def __init__(
-        self, layers: dict[int, nn.Module], depth: int, width: int, rows: int, tokens: int, device: Any
+        self,
+        layers: dict[int, nn.Module],
+        num_hidden_layers: int,
+        hidden_size: int,
+        rows: int,
+        tokens: int,
+        device: Any,
     ):
         if not isinstance(rows, int) or rows < 2:
             raise SteerError(f"steering_slots={rows!r}: expected 2 or more, for base model and default set")
-        self.depth, self.width, self.rows = depth, width, rows
+        self.num_hidden_layers, self.hidden_size, self.rows = num_hidden_layers, hidden_size, rows
         self.slot = torch.full((tokens,), DEFAULT_ROW, dtype=torch.int64, device=device)
         self.coefficient = torch.ones(tokens, dtype=torch.float32, device=device)
         self.vectors: dict[int, Steering] = {}
         for index, layer in layers.items():
-            layer.steering = self.vectors[index] = Steering(rows, width, self.slot, self.coefficient)
+            layer.steering = self.vectors[index] = Steering(rows, hidden_size, self.slot, self.coefficient)
             layer.register_forward_hook(steer_output)
         self.entries = {DEFAULT: Entry(DEFAULT_ROW, 0, "all")}
         self.requests: dict[str, tuple[Choice, int]] = {}  # by id: what it wants, the length of its prompt
@@ -138,8 +144,8 @@ class Bank:
 
     def push(self, name: str, vectors: dict[int, torch.Tensor], positions: str = "all") -> None:
         """
-        Put `vectors` ((width,) by layer; layers not in it get none) under `name`, in place of what it held.
-        Nothing is changed unless all of it is right; SteerError says what is not.
+        Put `vectors` ((hidden_size,) by layer; layers not in it get none) under `name`, in place of what it
+        held. Nothing is changed unless all of it is right; SteerError says what is not.
         """
         if not NAME.fullmatch(name):
             raise SteerError(f"{name!r} cannot name vectors: use letters, digits and . _ - : / @ +")
@@ -186,17 +192,18 @@ class Bank:
         return {name: entry.version for name, entry in self.entries.items()}
 
     def check(self, vectors: dict[int, torch.Tensor]) -> None:
-        """SteerError unless this model has those layers, and each vector is a finite one of its width."""
+        """SteerError unless this model has those layers, and each vector is finite and fits."""
         for layer, vector in vectors.items():
-            if not 0 <= layer < self.depth:
+            if not 0 <= layer < self.num_hidden_layers:
                 raise SteerError(
-                    f"layer {layer} does not exist: the engine's model has layers 0 to {self.depth - 1}"
+                    f"layer {layer} does not exist: the engine's model has layers 0 to "
+                    f"{self.num_hidden_layers - 1}"
                 )
-            if tuple(vector.shape) != (self.width,) or not vector.dtype.is_floating_point:
+            if tuple(vector.shape) != (self.hidden_size,) or not vector.dtype.is_floating_point:
                 raise SteerError(
                     f"the vector of layer {layer} is {vector.dtype} of shape {tuple(vector.shape)}, the "
-                    f"engine's model takes floats of shape ({self.width},); vectors only fit a model of "
-                    "their own width"
+                    f"engine's model takes floats of shape ({self.hidden_size},); vectors only "
+                    "fit a model of their own hidden size"
                 )
         if vectors and not torch.isfinite(torch.stack(list(vectors.values()))).all():
             layer = next(layer for layer, vector in vectors.items() if not torch.isfinite(vector).all())

@@ -45,11 +45,11 @@ def push(
     Put `vectors` into the engine under `name`, in place of what it held; other layers get none. Returns the
     bytes of the vectors sent (4 for each number). Requests in flight go on with the new ones.
 
-    `vectors`: an artifact or where one lies (its scale and positions count), or (width,) tensors by layer
-    with `positions`. `llm`: a vLLM `LLM`, a `Server`, or what else has `collective_rpc(method, args=...)`.
-    Raises SteerError for a layer, width or number the model cannot take, for adaptive vectors, for a site
-    that is not the residual stream between layers, when there is no room, and for an engine without the
-    plugin.
+    `vectors`: an artifact or where one lies (its scale and positions count), or (hidden_size,) tensors by
+    layer with `positions`. `llm`: a vLLM `LLM`, a `Server`, or what else has `collective_rpc(method,
+    args=...)`. Raises SteerError for a layer, hidden size or number the model cannot take, for adaptive
+    vectors, for a site that is not the residual stream between layers, when there is no room, and for an
+    engine without the plugin.
     """
     from steer.engine.bank import pack
 

@@ -90,11 +90,11 @@ def attach(runner: Any, config: Any, slots: int) -> Bank:
     if parallel.use_ubatching or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         raise SteerError("the engine cannot steer split batches: switch off DBO and prefill context parallel")
     model = runner.get_model()
-    layers, depth = find_layers(model)
-    width = config.model_config.get_hidden_size()
+    layers, num_hidden_layers = find_layers(model)
+    hidden_size = config.model_config.get_hidden_size()
     tokens = config.scheduler_config.max_num_batched_tokens
     sizes = [tokens, *(config.compilation_config.cudagraph_capture_sizes or [])]
-    steering = Bank(layers, depth, width, slots, max(sizes), runner.device)
+    steering = Bank(layers, num_hidden_layers, hidden_size, slots, max(sizes), runner.device)
     _follow_batches(runner, steering)
     _take_pushed_weights(model, steering)
     return steering
@@ -102,8 +102,8 @@ def attach(runner: Any, config: Any, slots: int) -> Bank:
 
 def find_layers(model: nn.Module) -> tuple[dict[int, nn.Module], int]:
     """
-    This process's decoder layers by index, and the depth of the whole model: the one list of modules that
-    all hold attention, apart from placeholders for the layers of other pipeline stages.
+    This process's decoder layers by index, and the number of layers of the whole model: the one list of
+    modules that all hold attention, apart from placeholders for the layers of other pipeline stages.
     """
     from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -121,8 +121,8 @@ def find_layers(model: nn.Module) -> tuple[dict[int, nn.Module], int]:
             f"the engine cannot steer {type(model).__name__}: it has no single stack of decoder layers with "
             f"attention in it (seen: {seen})"
         )
-    _, layers, depth = stacks[0]
-    return layers, depth
+    _, layers, num_hidden_layers = stacks[0]
+    return layers, num_hidden_layers
 
 
 def _has_attention(layer: nn.Module) -> bool:

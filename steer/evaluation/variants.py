@@ -117,9 +117,9 @@ def check(variants: Sequence[Variant], model: Any, tokenizer: Any, other_tokeniz
         made_for = saved.config.tokenizer_checksum
         if made_for not in (None, have) and not other_tokenizer:
             raise SteerError(
-                f"{variant.path}: these vectors were made for {saved.config.base_model} with another "
-                f"tokenizer (vocabulary {made_for}, this model's is {have}); give the model they were made "
-                "for, or --other-tokenizer to measure them all the same"
+                f"{variant.path}: these vectors were made for {saved.config.base_model_name_or_path} with "
+                f"another tokenizer (vocabulary {made_for}, this model's is {have}); give the model they "
+                "were made for, or --other-tokenizer to measure them all the same"
             )
         steer.load(saved, model)
         steer.detach(model)

@@ -1,12 +1,18 @@
 """
 Plain arrays of steering vectors: `.npz`, `.npy`, `.pt`, `.safetensors`, and activation-steering's `.svec`.
 
-    (depth, width)       row i is layer i's vector; a row of zeros is a layer that is not steered
-    (depth + 1, width)   as `hidden_states` are counted, row 0 the embeddings': only with `embeddings_row`
-    (n, width)           the vectors of `layers`, in the order given there
-    (width,)             the vector of the one layer in `layers`, as EasySteer's `.pt` files
-    by name              one (width,) array a layer: 12, "layer12", "layers.12", "direction.12"
-    .svec                JSON of `activation-steering` (IBM), {"directions": {"12": [...]}}
+    (num_hidden_layers, hidden_size)
+        row i is layer i's vector; a row of zeros is a layer that is not steered
+    (num_hidden_layers + 1, hidden_size)
+        as `hidden_states` are counted, row 0 the embeddings': only with `embeddings_row`
+    (n, hidden_size)
+        the vectors of `layers`, in the order given there
+    (hidden_size,)
+        the vector of the one layer in `layers`, as EasySteer's `.pt` files
+    by name
+        one (hidden_size,) array a layer: 12, "layer12", "layers.12", "direction.12"
+    .svec
+        JSON of `activation-steering` (IBM), {"directions": {"12": [...]}}
 
 Nothing that is read can execute code: `.pt` files go through PyTorch's weights-only unpickler, arrays of
 Python objects are refused, and nothing may unpack to more than MAX_BYTES.
@@ -34,7 +40,7 @@ from torch import nn
 from steer import artifact as artifacts
 from steer.artifact import Artifact
 from steer.artifact_file import MAX_BYTES
-from steer.config import MAX_DEPTH, SteeringConfig
+from steer.config import MAX_LAYERS, SteeringConfig
 from steer.errors import SteerError, one_line
 from steer.export.architecture import check_everywhere
 from steer.files import json_object, replace_file, safetensors_header
@@ -55,9 +61,9 @@ _NO_LAYER = re.compile(r"attn|attention|mlp|norm|resid_pre|resid_mid|^arr_$")
 
 def write(artifact: Artifact, path: str | os.PathLike[str]) -> Path:
     """
-    Write `artifact` as one array (depth, width) to `path`, a `.npz`, `.npy` or `.pt` file, atomically, with
-    zeros for layers that are not steered and `config.scale` folded in. float32, or float64 where the vectors
-    are. Returns the path.
+    Write `artifact` as one array (num_hidden_layers, hidden_size) to `path`, a `.npz`, `.npy` or `.pt` file,
+    atomically, with zeros for layers that are not steered and `config.scale` folded in. float32, or float64
+    where the vectors are. Returns the path.
 
     An `.npz` holds the steered layers as well, as `layers`. Raises SteerError for adaptive vectors and for
     positions other than all; the site is not in the file, which a warning says unless it is resid_post.
@@ -70,7 +76,7 @@ def write(artifact: Artifact, path: str | os.PathLike[str]) -> Path:
     if config.site != "resid_post":
         warnings.warn(f"{path} cannot say that its vectors stand at {config.site}: do so", stacklevel=2)
     first = next(iter(steered.values()))
-    array = torch.zeros(artifact.depth, len(first), dtype=first.dtype)
+    array = torch.zeros(artifact.num_hidden_layers, len(first), dtype=first.dtype)
     for i, vector in steered.items():
         array[i] = vector
     out = io.BytesIO()
@@ -107,14 +113,16 @@ def read(
     decoder = find_decoder(model)
     if set(arrays) == {VECTORS, LAYERS}:
         _check_untold(path, layers is None and not embeddings_row)
-        vectors = _own(arrays[VECTORS], arrays[LAYERS], (decoder.depth, decoder.width), path)
+        vectors = _own(
+            arrays[VECTORS], arrays[LAYERS], (decoder.num_hidden_layers, decoder.hidden_size), path
+        )
     elif len(arrays) == 1 and (_layer(*arrays) is None or next(iter(arrays.values())).dim() == 2):
         (array,) = arrays.values()
-        vectors = _by_row(array, decoder.width, decoder.depth, layers, embeddings_row, path)
+        vectors = _by_row(array, decoder.hidden_size, decoder.num_hidden_layers, layers, embeddings_row, path)
     else:
         _check_untold(path, layers is None and not embeddings_row)
         vectors = _by_name(arrays, path)
-    _check(vectors, decoder.width, decoder.depth, path)
+    _check(vectors, decoder.hidden_size, decoder.num_hidden_layers, path)
     double = any(vector.dtype == torch.float64 for vector in vectors.values())
     return artifacts.from_vectors(
         dict(sorted(vectors.items())),
@@ -144,25 +152,31 @@ def _own(
 
 
 def _by_row(
-    array: torch.Tensor, width: int, depth: int, layers: Layers, embeddings_row: bool, path: Path
+    array: torch.Tensor,
+    hidden_size: int,
+    num_hidden_layers: int,
+    layers: Layers,
+    embeddings_row: bool,
+    path: Path,
 ) -> dict[int, torch.Tensor]:
     shape = tuple(array.shape)
-    if array.dim() not in (1, 2) or shape[-1] != width:
+    if array.dim() not in (1, 2) or shape[-1] != hidden_size:
         raise SteerError(
-            f"{path} holds an array {shape}, expected (layers, {width}) for this model of width {width}; "
-            "`steer transfer` carries vectors to another width"
+            f"{path} holds an array {shape}, expected (layers, {hidden_size}) for this model; "
+            "`steer transfer` carries vectors to another hidden size"
         )
-    rows = array.reshape(-1, width)
+    rows = array.reshape(-1, hidden_size)
     if layers is not None:
-        indices = _in_order(layers, depth)
+        indices = _in_order(layers, num_hidden_layers)
         if embeddings_row or len(rows) != len(indices):
             raise SteerError(f"{path} holds an array {shape}, layers={layers!r} names {len(indices)} layers")
         return dict(zip(indices, rows, strict=True))
-    if array.dim() == 1 or len(rows) != depth + embeddings_row:
+    if array.dim() == 1 or len(rows) != num_hidden_layers + embeddings_row:
         hint = (
-            f"expected ({depth + embeddings_row}, {width}), or layers= to say which layers the rows are for"
+            f"expected ({num_hidden_layers + embeddings_row}, {hidden_size}), or layers= to say which layers "
         )
-        if shape == (depth + 1, width):
+        hint += "the rows are for"
+        if shape == (num_hidden_layers + 1, hidden_size):
             hint += "; if row 0 is the embeddings' (as in hidden_states), give embeddings_row=True"
         raise SteerError(f"{path} holds an array {shape}, {hint}")
     if embeddings_row:
@@ -176,10 +190,10 @@ def _by_row(
     return steered
 
 
-def _in_order(layers: Layers, depth: int) -> list[int]:
+def _in_order(layers: Layers, num_hidden_layers: int) -> list[int]:
     """Layer indices in the order given: each row belongs to the layer at its place."""
     parts = SteeringConfig(layers=layers).layers.split(",")  # type: ignore[arg-type]
-    indices = [i for part in parts for i in SteeringConfig(layers=part).resolve_layers(depth)]
+    indices = [i for part in parts for i in SteeringConfig(layers=part).resolve_layers(num_hidden_layers)]
     if len(set(indices)) < len(indices):
         raise SteerError(f"layers={layers!r} names a layer twice")
     return indices
@@ -205,14 +219,16 @@ def _layer(name: str) -> int | None:
     return int(match["layer"]) if match and not _NO_LAYER.search(match["head"]) else None
 
 
-def _check(vectors: Mapping[int, torch.Tensor], width: int, depth: int, path: Path) -> None:
+def _check(vectors: Mapping[int, torch.Tensor], hidden_size: int, num_hidden_layers: int, path: Path) -> None:
     for i, vector in vectors.items():
-        if i >= depth:
-            raise SteerError(f"{path} has a vector for layer {i}, the model has layers 0 to {depth - 1}")
-        if tuple(vector.shape) != (width,):
+        if i >= num_hidden_layers:
             raise SteerError(
-                f"{path}: the vector of layer {i} has shape {tuple(vector.shape)}, expected ({width},) for "
-                "this model; `steer transfer` carries vectors to another width"
+                f"{path} has a vector for layer {i}, the model has layers 0 to {num_hidden_layers - 1}"
+            )
+        if tuple(vector.shape) != (hidden_size,):
+            raise SteerError(
+                f"{path}: the vector of layer {i} has shape {tuple(vector.shape)}, expected "
+                f"({hidden_size},) for this model; `steer transfer` carries vectors to another hidden size"
             )
         if not vector.is_floating_point():
             raise SteerError(f"{path}: the vector of layer {i} is {vector.dtype}, expected floats")
@@ -260,7 +276,7 @@ def _members(content: bytes, path: Path, compressed: bool) -> dict[str, Callable
         entries = archive.infolist()
     except Exception as error:
         raise SteerError(f"{path} is not a whole zip archive ({one_line(error)})") from error
-    if sum(entry.file_size for entry in entries) > MAX_BYTES or len(entries) > MAX_DEPTH:
+    if sum(entry.file_size for entry in entries) > MAX_BYTES or len(entries) > MAX_LAYERS:
         raise SteerError(f"{path} unpacks to more than any set of steering vectors ({MAX_BYTES} bytes)")
     if not compressed and any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise SteerError(f"{path} holds compressed parts, which torch.save does not write")

@@ -54,7 +54,7 @@ def write(artifact: Artifact, model_name: str, folder: str | os.PathLike[str]) -
     made = artifact.config
     check_everywhere(made, "a plain checkpoint")
     place = bias_place(made, "a plain checkpoint") if made.kind != "adaptive" else None
-    revision = made.base_revision if model_name == made.base_model else None
+    revision = made.base_revision if model_name == made.base_model_name_or_path else None
     model: Any = load_model(model_name, dtype="auto", revision=revision)
     if getattr(model, "quantization_method", None) is not None:
         raise SteerError(f"{model_name} is quantised; write the checkpoint from its unquantised weights")

@@ -6,7 +6,7 @@ GGUF control vectors: what llama.cpp (`--control-vector`), EasySteer and repeng 
     controlvector.layer_count   number of tensors
     controlvector.method        "steer"; EasySteer writes its own there, the others nothing
     steer.config                JSON of the steering config, which `read` restores
-    direction.{k}               float32 (width,): added to the residual stream after block k, counted from 0
+    direction.{k}               float32 (hidden_size,): added to the residual stream after block k, from 0 on
 
 There is no place for a scale (it is folded in), and the vectors are added at every token. llama.cpp refuses a
 file that has `direction.0`; EasySteer and repeng steer block 0 with it. Some architectures of llama.cpp
@@ -77,7 +77,7 @@ def write(artifact: Artifact, path: str | os.PathLike[str], *, block_0: str = "r
         raise SteerError(f"the vector of layer {broken[0]} holds NaN or Inf in float32, which GGUF has")
     note = {}
     if 0 in vectors and block_0 != "keep":
-        vectors, note = _without_block_0(vectors, artifact.depth, block_0), {"block_0": block_0}
+        vectors, note = _without_block_0(vectors, artifact.num_hidden_layers, block_0), {"block_0": block_0}
     inside = replace(
         config,
         kind="constant",
@@ -93,7 +93,9 @@ def write(artifact: Artifact, path: str | os.PathLike[str], *, block_0: str = "r
     return path
 
 
-def _without_block_0(vectors: dict[int, torch.Tensor], depth: int, block_0: str) -> dict[int, torch.Tensor]:
+def _without_block_0(
+    vectors: dict[int, torch.Tensor], num_hidden_layers: int, block_0: str
+) -> dict[int, torch.Tensor]:
     rest = {k: vector for k, vector in vectors.items() if k}
     first = vectors[0]
     share = first.norm() / sum(vector.norm() for vector in vectors.values()) if first.any() else 0.0
@@ -105,7 +107,7 @@ def _without_block_0(vectors: dict[int, torch.Tensor], depth: int, block_0: str)
             "whole GGUF model, which is exact"
         )
     if block_0 == "fold":
-        if depth < 2:
+        if num_hidden_layers < 2:
             raise SteerError("the model has a single block, and llama.cpp cannot steer block 0")
         warnings.warn(f"{size} is added after block 1 instead: block 1 does not see it", stacklevel=3)
         rest[1] = rest[1] + first if 1 in rest else first
@@ -140,8 +142,8 @@ def read(path: str | os.PathLike[str], model: nn.Module, *, block_0: str = "refu
 
     `block_0` says what `direction.0` is where the file does not tell (EasySteer's and ours do): "keep" takes
     it for the vector of block 0, "drop" leaves it out, "refuse" refuses the file, as llama.cpp does. Raises
-    SteerError for a file that is damaged or no control vector, and for one of another width or depth than
-    `model`'s; warns when it names another type of model.
+    SteerError for a file that is damaged or no control vector, and for one of another hidden size or
+    more layers than `model`'s; warns when it names another type of model.
     """
     path = Path(path)
     _check_choice(block_0, _READ_BLOCK_0)
@@ -187,7 +189,9 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
         if match is None:
             raise SteerError(f"{path} has a tensor {name!r}, expected names like 'direction.12'")
         if tensor.type != "F32" or len(tensor.shape) != 1:
-            raise SteerError(f"{path}: {name} is {tensor.type} {list(tensor.shape)}, expected F32 [width]")
+            raise SteerError(
+                f"{path}: {name} is {tensor.type} {list(tensor.shape)}, expected F32 [hidden_size]"
+            )
         vector = np.frombuffer(content, "<f4", tensor.shape[0], tensor.at).copy()
         if not np.isfinite(vector).all():
             raise SteerError(f"{path}: {name} holds NaN or Inf")
@@ -201,13 +205,15 @@ def _fitting(vectors: dict[int, np.ndarray], model: nn.Module, path: Path) -> di
     if not vectors:
         raise SteerError(f"{path} holds nothing but direction.0: without it nothing would be steered")
     for k, vector in sorted(vectors.items()):
-        if len(vector) != decoder.width:
+        if len(vector) != decoder.hidden_size:
             raise SteerError(
                 f"{path}: direction.{k} has {len(vector)} numbers, the model's residual stream "
-                f"{decoder.width}: import it for its own model, `steer transfer` carries it over"
+                f"{decoder.hidden_size}: import it for its own model, `steer transfer` carries it over"
             )
-        if k >= decoder.depth:
-            raise SteerError(f"{path} steers block {k}, the model has blocks 0 to {decoder.depth - 1}")
+        if k >= decoder.num_hidden_layers:
+            raise SteerError(
+                f"{path} steers block {k}, the model has blocks 0 to {decoder.num_hidden_layers - 1}"
+            )
     return {k: torch.from_numpy(vector) for k, vector in sorted(vectors.items())}
 
 
@@ -216,15 +222,16 @@ def _restored(made: Artifact, text: Any, path: Path) -> Artifact:
     if not isinstance(text, str):
         raise SteerError(f"{path}: {CONFIG_KEY} is no steering config but a {type(text).__name__}")
     saved = SteeringConfig.from_json(text, path)
-    layers = saved.resolve_layers(made.depth)
+    layers = saved.resolve_layers(made.num_hidden_layers)
     config = made.config
-    for field in ("model_type", "width", "depth"):
+    for field in ("model_type", "hidden_size", "num_hidden_layers"):
         if getattr(saved, field) != getattr(config, field):
             raise SteerError(
-                f"{path} was made for {short(saved.base_model)} with {field}={getattr(saved, field)}, this "
-                f"model has {field}={getattr(config, field)}: `steer transfer` carries it over"
+                f"{path} was made for {short(saved.base_model_name_or_path)} with "
+                f"{field}={getattr(saved, field)}, this model has {field}={getattr(config, field)}: "
+                "`steer transfer` carries it over"
             )
-    found = config.resolve_layers(made.depth)
+    found = config.resolve_layers(made.num_hidden_layers)
     whole = replace(saved, kind="constant", layers=config.layers, scale=1.0, dtype="float32")
     same_place = (saved.site, saved.positions) == (config.site, config.positions)
     if [k for k in layers if k or 0 in found] != found or not same_place:

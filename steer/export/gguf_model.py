@@ -44,7 +44,8 @@ def write(artifact: Artifact, base: str | os.PathLike[str], path: str | os.PathL
 
     The tensors of `base` stay as they are, so the file is larger by the vectors alone. Raises SteerError for
     adaptive vectors, for positions other than all, for models whose layers have no place for a bias in
-    llama.cpp, and for a `base` of another depth or width.
+    llama.cpp, and for a `base` of another hidden size or number
+    of layers.
     """
     base, path = Path(base), Path(path)
     place = bias_place(artifact.config, "a GGUF model")
@@ -76,13 +77,18 @@ def _check_base(artifact: Artifact, header: Header, place: str, base: Path) -> N
         raise SteerError(f"{base} is a mixture of experts, with no place for biases; write a control vector")
     if metadata.get("split.count", 0) not in (0, 1):
         raise SteerError(f"{base} is a piece of a model; join the pieces with llama-gguf-split --merge")
-    width, depth = (metadata.get(f"{architecture}.{key}") for key in ("embedding_length", "block_count"))
-    fits = config.model_type in ARCHITECTURES[architecture] and (width, depth) == (config.width, config.depth)
-    if not fits or "token_embd.weight" not in header.tensors:
+    shape = [metadata.get(f"{architecture}.{key}") for key in ("embedding_length", "block_count")]
+    fits = shape == [config.hidden_size, config.num_hidden_layers]
+    if (
+        not fits
+        or config.model_type not in ARCHITECTURES[architecture]
+        or "token_embd.weight" not in header.tensors
+    ):
         raise SteerError(
-            f"{base} is a {architecture} of width {width} and depth {depth}, the vectors are for "
-            f"{config.base_model}, a {config.model_type} of width {config.width} and depth {config.depth}: "
-            "give the GGUF file of that model"
+            f"{base} is a {architecture} with hidden_size={shape[0]} and num_hidden_layers={shape[1]}, the "
+            f"vectors are for {config.base_model_name_or_path}, a {config.model_type} with "
+            f"hidden_size={config.hidden_size} and num_hidden_layers={config.num_hidden_layers}: give the "
+            "GGUF file of that model"
         )
     if CONFIG_KEY in metadata:
         raise SteerError(f"{base} has vectors inside already; give the model without vectors")

@@ -92,7 +92,7 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> Artifact:
         places.add(place)
         if layer in vectors or len(places) > 1:
             raise SteerError(f"{path}: {shown(hookpoint)} is a second place; give one place in each layer")
-        vectors[layer] = _vector(info, decoder.width, f"{path}: {shown(hookpoint)}")
+        vectors[layer] = _vector(info, decoder.hidden_size, f"{path}: {shown(hookpoint)}")
     if not vectors:
         raise SteerError(f"{path} steers nothing: it is an empty dict")
     place = places.pop()
@@ -122,8 +122,8 @@ def _parse(hookpoint: Any, stack: str, path: Path) -> tuple[int, str]:
     return int(layer), place
 
 
-def _vector(info: Any, width: int, where: str) -> torch.Tensor:
-    """(width,), the coefficient folded in."""
+def _vector(info: Any, hidden_size: int, where: str) -> torch.Tensor:
+    """(hidden_size,), the coefficient folded in."""
     if not isinstance(info, dict) or not {"steering_vector", "action"} <= set(info) <= _INFO:
         raise SteerError(f"{where} is not described by the fields {', '.join(sorted(_INFO))}")
     if info["action"] != "add" or info.get("bias") is not None or info.get("head_index") is not None:
@@ -132,9 +132,11 @@ def _vector(info: Any, width: int, where: str) -> torch.Tensor:
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not abs(factor) < 1e30:
         raise SteerError(f"{where}: steering_coefficient is not a finite number")
     # the shape first: a tensor of a few bytes may claim any
-    if not isinstance(vector, torch.Tensor) or tuple(vector.shape) not in ((width,), (1, width)):
+    if not isinstance(vector, torch.Tensor) or tuple(vector.shape) not in ((hidden_size,), (1, hidden_size)):
         shape = f"of shape {tuple(vector.shape)}" if isinstance(vector, torch.Tensor) else "no tensor"
-        raise SteerError(f"{where}: steering_vector is {shape}, expected ({width},) or (1, {width})")
+        raise SteerError(
+            f"{where}: steering_vector is {shape}, expected ({hidden_size},) or (1, {hidden_size})"
+        )
     if vector.dtype not in _DTYPES or vector.layout != torch.strided or vector.is_meta:
         raise SteerError(f"{where}: steering_vector is no tensor of plain floats ({vector.dtype})")
     vector = vector.detach().flatten()

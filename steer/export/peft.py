@@ -2,9 +2,9 @@
 PEFT adapters: what `PeftModel.from_pretrained` loads with no steer installed.
 
 constant, shared   BEFT (peft 0.20 and later): a bias on the last matrix of the MLP or of the attention,
-                   `base_model.model.model.layers.12.mlp.down_proj.beft_bias` (1, width)
+                   `base_model.model.model.layers.12.mlp.down_proj.beft_bias` (1, hidden_size)
 adaptive           LoRA of rank one on the MLP's last matrix: `…down_proj.lora_A.weight` (1, inner) is the
-                   read-out, `…down_proj.lora_B.weight` (width, 1) the vector; vLLM serves it as any LoRA
+                   read-out, `…down_proj.lora_B.weight` (hidden_size, 1) the vector; vLLM serves it as a LoRA
 
 Neither has a place for a scale: it is folded into the vectors, and shared directions into one vector per
 layer. Steer's own config travels in the tensor file's metadata, which PEFT does not look at.
@@ -136,7 +136,7 @@ def _adapter_config(config: SteeringConfig, decoder: str, layers: list[int], pla
     indices = "|".join(map(str, layers))
     common = {
         "auto_mapping": None,
-        "base_model_name_or_path": config.base_model,
+        "base_model_name_or_path": config.base_model_name_or_path,
         "inference_mode": True,
         "modules_to_save": None,
         "revision": config.base_revision,
@@ -158,12 +158,12 @@ def _adapter_config(config: SteeringConfig, decoder: str, layers: list[int], pla
 
 
 def _constant(parts: Parts, site: str, model: nn.Module, where: Path) -> Artifact:
-    width = find_decoder(model).width
+    hidden_size = find_decoder(model).hidden_size
     for layer, tensors in parts.items():
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if shapes not in ({"beft_bias": (1, width)}, {"beft_bias": (width,)}):
+        if shapes not in ({"beft_bias": (1, hidden_size)}, {"beft_bias": (hidden_size,)}):
             raise SteerError(
-                f"{where}: layer {layer} holds {shapes}, expected beft_bias of shape (1, {width})"
+                f"{where}: layer {layer} holds {shapes}, expected beft_bias of shape (1, {hidden_size})"
             )
     vectors = {layer: tensors["beft_bias"].flatten() for layer, tensors in parts.items()}
     return artifacts.from_vectors(vectors, model, site=site, dtype=_dtype(parts))
@@ -174,11 +174,11 @@ def _adaptive(parts: Parts, alpha: float, model: nn.Module, where: Path) -> Arti
     layers = ",".join(map(str, parts))
     asked = SteeringConfig(kind="adaptive", layers=layers, scale=alpha, dtype=_dtype(parts))
     config = replace(asked, **describe(model))
-    downs = find_down_projections(decoder, config.resolve_layers(decoder.depth))
+    downs = find_down_projections(decoder, config.resolve_layers(decoder.num_hidden_layers))
     tensors = {}
     for (layer, found), (_, inner) in zip(parts.items(), downs, strict=True):
         shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        expected = {"lora_A.weight": (1, inner), "lora_B.weight": (decoder.width, 1)}
+        expected = {"lora_A.weight": (1, inner), "lora_B.weight": (decoder.hidden_size, 1)}
         if shapes != expected:
             raise SteerError(
                 f"{where}: layer {layer} holds {shapes}, expected a LoRA of rank one: {expected}"
@@ -198,18 +198,19 @@ def _restored(made: Artifact, text: str | None, where: Path) -> Artifact:
         return made
     saved = SteeringConfig.from_json(text, where)
     config = made.config
-    same = (saved.model_type, saved.width, saved.depth) == (config.model_type, config.width, config.depth)
+    shape = ("model_type", "hidden_size", "num_hidden_layers")
+    same = all(getattr(saved, name) == getattr(config, name) for name in shape)
     place = "a PEFT adapter"
     if (
         not same
         or (saved.kind == "adaptive") != (config.kind == "adaptive")
-        or saved.resolve_layers(made.depth) != config.resolve_layers(made.depth)
+        or saved.resolve_layers(made.num_hidden_layers) != config.resolve_layers(made.num_hidden_layers)
         or bias_place(saved, place) != bias_place(config, place)
     ):
         raise SteerError(
-            f"{where}: written for layers {shown(saved.layers)} of {shown(saved.base_model)}, a "
-            f"{shown(saved.model_type)} of width {saved.width} and depth {saved.depth}; its tensors, or the "
-            "model given, are others"
+            f"{where}: written for layers {shown(saved.layers)} of {shown(saved.base_model_name_or_path)}, a "
+            f"{shown(saved.model_type)} with hidden_size={saved.hidden_size} and "
+            f"num_hidden_layers={saved.num_hidden_layers}; its tensors, or the model given, are others"
         )
     kind = "adaptive" if saved.kind == "adaptive" else "constant"
     return Artifact(replace(saved, kind=kind, scale=config.scale, dtype=config.dtype), made.tensors)

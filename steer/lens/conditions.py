@@ -111,7 +111,7 @@ class _Routes:
         self.decoder, self.conditions = decoder, conditions
         self.injected = torch.empty(
             0
-        )  # what the vectors have added so far, (conditions, rows, tokens, width)
+        )  # what the vectors have added so far, (conditions, rows, tokens, hidden_size)
         self.routed = {
             i: condition.effect_path
             for i, condition in enumerate(conditions)
@@ -132,7 +132,7 @@ class _Routes:
 
     def hook(self, handles: list[Any]) -> None:
         """Adds its hooks to `handles`, as they come: SteerError where a layer has no module to hold."""
-        depth = self.decoder.depth
+        num_hidden_layers = self.decoder.num_hidden_layers
         if not self.sources:
             return
         first = min(self.sources)
@@ -141,7 +141,7 @@ class _Routes:
             "mlp": first + (not (self.direct and self.site in ("resid_pre", "resid_mid"))),
         }
         for kind, site in (("attention", "attn_out"), ("mlp", "mlp_out")):
-            for layer in range(starts[kind], depth):
+            for layer in range(starts[kind], num_hidden_layers):
                 (place,) = find_sites(self.decoder, [layer], site)
                 if held := [
                     i for i, effect_path in self.routed.items() if not effect_path.passes(kind, layer)
@@ -156,7 +156,7 @@ class _Routes:
                     if r.heads is not None and r.passes(kind, layer)
                 }
                 if kind == "attention" and some:
-                    projection = output_projection(place.module, self.heads, self.decoder.width)
+                    projection = output_projection(place.module, self.heads, self.decoder.hidden_size)
                     handles.append(projection.register_forward_pre_hook(partial(self._hold_heads, some)))
         if closed := [i for i, effect_path in self.routed.items() if not effect_path.residual]:
             for layer in self.sources:
@@ -210,12 +210,12 @@ def heads(subject: Subject) -> int:
     return int(count)
 
 
-def output_projection(attention: nn.Module, heads: int, width: int) -> nn.Module:
+def output_projection(attention: nn.Module, heads: int, hidden_size: int) -> nn.Module:
     """
     The matrix that writes an attention's heads, side by side, into the stream: its input is (batch, tokens,
     heads * head size). SteerError where there is no such matrix.
     """
-    found = last_writer(attention, width)
+    found = last_writer(attention, hidden_size)
     if found is None or found[1] % heads:
         raise SteerError(
             f"{type(attention).__name__} has no matrix that writes {heads} heads into the stream"
@@ -228,8 +228,8 @@ def watch(
     subject: Subject, seen: Callable[[int, torch.Tensor], None], layers: Sequence[int]
 ) -> Iterator[None]:
     """
-    Inside, `seen(layer, stream)` gets the residual stream after each of `layers`, (batch, tokens, width), the
-    layer's vector included: own hooks, which always run after those of the vectors.
+    Inside, `seen(layer, stream)` gets the residual stream after each of `layers`, (batch, tokens,
+    hidden_size), the layer's vector included: own hooks, which always run after those of the vectors.
     """
 
     blocks = subject.decoder.layers

@@ -66,10 +66,13 @@ def mean_difference(
     """
     if subject.vectors.config.kind == "shared":
         raise SteerError("shared vectors hold no free direction a layer; use the random control")
-    depth, width = subject.decoder.depth, subject.decoder.width
+    num_hidden_layers, hidden_size = subject.decoder.num_hidden_layers, subject.decoder.hidden_size
     means = []
     for rows in (wanted, unwanted):
-        total, count = torch.zeros(depth, width, dtype=torch.float64), torch.zeros(depth, dtype=torch.float64)
+        total, count = (
+            torch.zeros(num_hidden_layers, hidden_size, dtype=torch.float64),
+            torch.zeros(num_hidden_layers, dtype=torch.float64),
+        )
 
         def seen(
             layer: int,

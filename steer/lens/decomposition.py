@@ -27,9 +27,9 @@ from steer.sites import find_sites
 class Decomposition(Result):
     """
     Shares of the change of the last stream, averaged over tokens: each part's projection on the whole change,
-    divided by its length squared, so that all parts sum to 1. `vectors`, `attention`, `mlp` (depth,). `norms`
-    are the parts' mean lengths in units of the whole change's. `error`: largest distance of a token's sum of
-    parts from its change, in units of the change.
+    divided by its length squared, so that all parts sum to 1. `vectors`, `attention`, `mlp`
+    (num_hidden_layers,). `norms` are the parts' mean lengths in units of the whole change's. `error`: largest
+    distance of a token's sum of parts from its change, in units of the change.
     """
 
     layers: list[int]
@@ -74,12 +74,14 @@ def decompose(
         what = config.kind if config.kind == "adaptive" else config.site
         raise SteerError(f"the decomposition takes vectors at site resid_post, these are {what}")
     conditions = [BASE, Condition(frozenset(subject.layers if layers is None else layers))]
-    depth, last = subject.decoder.depth, subject.decoder.depth - 1
+    num_hidden_layers, last = subject.decoder.num_hidden_layers, subject.decoder.num_hidden_layers - 1
     writers = residual_writers(subject)
-    shares, norms = ({kind: torch.zeros(depth, dtype=torch.float64) for kind in writers} for _ in range(2))
+    shares, norms = (
+        {kind: torch.zeros(num_hidden_layers, dtype=torch.float64) for kind in writers} for _ in range(2)
+    )
     whole = total = at = torch.empty(
         0
-    )  # this batch's change, (tokens, width), the sum of its parts, and where
+    )  # this batch's change, (tokens, hidden_size), the sum of its parts, and where
     error, tokens = 0.0, 0
 
     def change(made: torch.Tensor) -> torch.Tensor:
@@ -140,7 +142,7 @@ def residual_writers(subject: Subject) -> dict[str, dict[int, nn.Module]]:
     OLMo2) are counted in; SteerError for a block that adds anything else.
     """
     decoder = subject.decoder
-    block, layers = decoder.layers[0], range(decoder.depth)
+    block, layers = decoder.layers[0], range(decoder.num_hidden_layers)
     made: dict[str, torch.Tensor] = {}
     ends: dict[str, torch.Tensor] = {}
 

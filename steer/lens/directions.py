@@ -84,7 +84,7 @@ def directions(sources: Sequence[str | os.PathLike[str] | Artifact]) -> Directio
 
 
 def effective(one: Artifact) -> dict[int, torch.Tensor]:
-    """What each layer adds, (width,) by layer, an adaptive vector times the norm of its read-out."""
+    """What each layer adds, (hidden_size,) by layer, an adaptive vector times the norm of its read-out."""
     if one.config.kind == "adaptive":
         return {layer: vector * readout.norm() for layer, (vector, readout) in one.rank_one().items()}
     return one.by_layer()

@@ -46,11 +46,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         if not results:
             continue
         vectors = artifact.read(place / "vectors")
-        layers = vectors.config.resolve_layers(vectors.config.depth or 1)
+        layers = vectors.config.resolve_layers(vectors.config.num_hidden_layers or 1)
         row: dict[str, Any] = {
             "member": name,
             "layers": layers,
-            "depth": vectors.config.depth,
+            "num_hidden_layers": vectors.config.num_hidden_layers,
             **{key: own["steering"][key] for key in ("kind", "site", "positions")},
             "learning_rate": own["training"]["lr_by_layer"] or own["training"]["learning_rate"],
             "seed": own["training"]["seed"],
@@ -143,7 +143,7 @@ def rates_table(found: Sequence[dict[str, Any]]) -> str:
     rates = _rates(single)
     if len(rates) < 2:
         return ""
-    rung, depth = min(single[0]["rungs"], key=int), single[0]["depth"]
+    rung, num_hidden_layers = min(single[0]["rungs"], key=int), single[0]["num_hidden_layers"]
     ended: dict[int, dict[str, Any]] = {}
     for r in sorted(single, key=lambda r: r["reward"]):
         if r["stopped"] is None and "accuracy" in r:
@@ -151,7 +151,7 @@ def rates_table(found: Sequence[dict[str, Any]]) -> str:
     lines = ["", f"Mean score at update {rung} by learning rate, and held-out accuracy of each layer's best:"]
     head = ["layers", *(f"{rate:g}" for rate in rates), "median at the end", "best at the end"]
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for third in np.array_split(np.arange(depth), 3):
+    for third in np.array_split(np.arange(num_hidden_layers), 3):
         inside = [r for r in single if r["layers"][0] in third and rung in r["rungs"]]
         by_rate = [[r["rungs"][rung] for r in inside if r["learning_rate"] == rate] for rate in rates]
         cells = [f"{np.mean(values):.3f}" if values else "" for values in by_rate]
@@ -187,7 +187,11 @@ def jointly_trained(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     site and with the rewards of `best_layers`.
     """
     like = best_layers(found, 1)[0]
-    able = [r for r in found if len(r["layers"]) == r["depth"] and r["stopped"] is None and "accuracy" in r]
+    able = [
+        r
+        for r in found
+        if len(r["layers"]) == r["num_hidden_layers"] and r["stopped"] is None and "accuracy" in r
+    ]
     same = [r for r in able if all(r[k] == like[k] for k in ("kind", "rewards", "site", "positions"))]
     return max(same, key=lambda r: r["accuracy"]["value"]) if same else None
 

@@ -89,7 +89,7 @@ def logit_lens(
     top: int = 50,
 ) -> LogitLens:
     """
-    Read `vectors`, (width,) by layer, through the model's unembedding.
+    Read `vectors`, (hidden_size,) by layer, through the model's unembedding.
 
     reading: "dot" or "cosine". final_norm: multiply by the final norm's weights first (and centre, for a
     LayerNorm), as the model does; its division by the stream's length is left out, as a vector alone has
@@ -101,10 +101,10 @@ def logit_lens(
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
         raise SteerError(f"{type(model).__name__} has no unembedding matrix to read vectors with")
-    width = find_decoder(model).width
-    if not vectors or any(vector.shape != (width,) for vector in vectors.values()):
+    hidden_size = find_decoder(model).hidden_size
+    if not vectors or any(vector.shape != (hidden_size,) for vector in vectors.values()):
         seen = ", ".join(sorted({str(tuple(vector.shape)) for vector in vectors.values()})) or "none"
-        raise SteerError(f"the logit lens takes vectors of shape ({width},) by layer, got {seen}")
+        raise SteerError(f"the logit lens takes vectors of shape ({hidden_size},) by layer, got {seen}")
     layers = sorted(vectors)
     stack = torch.stack([vectors[layer] for layer in layers]).to(head.weight.device, torch.float32)
     if final_norm:

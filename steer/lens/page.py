@@ -46,7 +46,7 @@ def render(report: Report) -> str:
         _sections(report),
         _method(report),
     ]
-    title = escape(f"What the vectors of {report.subject.vectors.config.base_model} do")
+    title = escape(f"What the vectors of {report.subject.vectors.config.base_model_name_or_path} do")
     body = "\n".join(parts)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -59,8 +59,9 @@ def _head(report: Report) -> str:
     config = report.subject.vectors.config
     count = sum(parameter.numel() for parameter in report.subject.vectors.parameters())
     return (
-        f"<h1>What {count:,} trainable parameters do to {escape(str(config.base_model))}</h1>\n"
-        f"<p><small>Steering vectors ({escape(config.kind)}), {len(report.subject.layers)} of {config.depth} "
+        f"<h1>What {count:,} trainable parameters do to {escape(str(config.base_model_name_or_path))}</h1>\n"
+        f"<p><small>Steering vectors ({escape(config.kind)}), {len(report.subject.layers)} of "
+        f"{config.num_hidden_layers} "
         "layers, read with the methods of <cite>Small Vectors, Big Effects</cite> "
         "(arXiv 2509.06608).</small></p>"
     )

@@ -79,9 +79,9 @@ def streams(
 ) -> None:
     """
     Calls `seen(layer, stream, rows, starts)` for every batch and each of `layers` (all of them by default):
-    stream (conditions, rows, columns, width) after the layer, and the column of each row's first token.
+    stream (conditions, rows, columns, hidden_size) after the layer, and the column of each row's first token.
     """
-    layers = range(subject.decoder.depth) if layers is None else layers
+    layers = range(subject.decoder.num_hidden_layers) if layers is None else layers
     for _, batch in _batches(subject, rows, conditions, label):
         padded = subject.padded(batch)
         starts = padded.start.tolist()

@@ -45,7 +45,10 @@ def later_frozen(layer: int) -> EffectPath:
 
 def frozen_routes(subject: Subject, first: int, count: int = 10) -> dict[str, EffectPath]:
     """`later_frozen` from layer `first` on, evenly at no more than `count` layers, the last one included."""
-    return {f"frozen after {i}": later_frozen(i) for i in spread(range(first, subject.decoder.depth), count)}
+    return {
+        f"frozen after {i}": later_frozen(i)
+        for i in spread(range(first, subject.decoder.num_hidden_layers), count)
+    }
 
 
 def head_routes(subject: Subject, layer: int) -> dict[str, EffectPath]:

@@ -27,10 +27,11 @@ SOURCES = 8  # sets of vectors that run, and whose sums are kept, side by side
 @dataclass
 class Persistence(Result):
     """
-    `diff_diff`, `diff_vector` and `size` (sources, depth): mean over tokens of the two cosines and of the
-    change's length in units of the stream's, after each layer; NaN where nothing has changed, or the layer
-    has no vector. `diff_diff_at` and `diff_vector_at` (sources, depth, positions) are the same by token
-    position. `offsets` (positions,) counts positions from the first generated token, which is 0.
+    `diff_diff`, `diff_vector` and `size` (sources, num_hidden_layers): mean over tokens of the two cosines
+    and of the change's length in units of the stream's, after each layer; NaN where nothing has changed, or
+    the layer has no vector. `diff_diff_at` and `diff_vector_at` (sources, num_hidden_layers, positions) are
+    the same by token position. `offsets` (positions,) counts positions from the first generated token, which
+    is 0.
     """
 
     sources: list[str]
@@ -74,7 +75,7 @@ def persistence(
     Both cosines for each of `sources`, which name sets of layers whose vectors are on; by default all
     together.
 
-    vectors: (width,) by layer, what the change is compared with; by default the subject's own. window:
+    vectors: (hidden_size,) by layer, what the change is compared with; by default the subject's own. window:
     positions on either side of the first generated token that are told apart; the means take in every token
     but the first, which models use as an attention sink. One pass: mean_t cos(d_t, m) = (sum_t d_t / |d_t|) .
     m / (n |m|), so sums of changes and of unit changes are all that is kept, however many texts there are.
@@ -103,11 +104,20 @@ def _some(
 ) -> list[torch.Tensor]:
     """The five tensors of a `Persistence`, for a few sources that run side by side."""
     conditions = [BASE, *map(Condition, sources)]
-    depth, width, slots = subject.decoder.depth, subject.decoder.width, 2 * window
-    shape = (len(sources), depth, slots + 1, width)  # the last slot: tokens outside the window
+    num_hidden_layers, hidden_size, slots = (
+        subject.decoder.num_hidden_layers,
+        subject.decoder.hidden_size,
+        2 * window,
+    )
+    shape = (
+        len(sources),
+        num_hidden_layers,
+        slots + 1,
+        hidden_size,
+    )  # the last slot: tokens outside the window
     sums, units = torch.zeros(shape), torch.zeros(shape)
     count = torch.zeros(shape[:3])
-    size = torch.zeros(len(sources), depth, dtype=torch.float64)
+    size = torch.zeros(len(sources), num_hidden_layers, dtype=torch.float64)
 
     def seen(layer: int, stream: torch.Tensor, batch: Sequence[Row], starts: list[int]) -> None:
         at, slot = [], []
@@ -131,11 +141,11 @@ def _some(
     streams(subject, rows, conditions, seen, label=label)
     tokens = sum(len(row.ids) - 1 for row in rows)
     total = count.sum(2)
-    mean = normalize(sums.sum(2), dim=-1)  # (sources, depth, width)
-    own = torch.zeros(depth, width)
+    mean = normalize(sums.sum(2), dim=-1)  # (sources, num_hidden_layers, hidden_size)
+    own = torch.zeros(num_hidden_layers, hidden_size)
     for layer, vector in compared.items():
         own[layer] = normalize(vector.float(), dim=0)
-    known = torch.tensor([1.0 if own[layer].any() else torch.nan for layer in range(depth)])
+    known = torch.tensor([1.0 if own[layer].any() else torch.nan for layer in range(num_hidden_layers)])
     some = torch.where(total > 0, 1.0, torch.nan)
     at_some = torch.where(count > 0, 1.0, torch.nan)
     return [

@@ -43,7 +43,8 @@ def trained(report: Report) -> str:
     config, made = report.subject.vectors.config, report.subject.vectors.config.provenance or {}
     run, how = made.get("run") or {}, made.get("training") or {}
     told = [
-        f"{config.base_model} has {config.depth} layers of width {config.width}. After each of "
+        f"{config.base_model_name_or_path} has {config.num_hidden_layers} layers and a hidden size of "
+        f"{config.hidden_size}. After each of "
         f"{len(report.subject.layers)} of them a {config.kind} vector is added to the residual stream "
         f"(site {config.site}, positions {config.positions}, scale {config.scale:g}); the model itself is "
         "frozen."

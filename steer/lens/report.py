@@ -66,7 +66,8 @@ class Report:
         """What was found, without the larger tensors: accuracies, numbers and findings."""
         config = self.subject.vectors.config
         vectors = {
-            k: getattr(config, k) for k in ("base_model", "kind", "layers", "site", "positions", "scale")
+            k: getattr(config, k)
+            for k in ("base_model_name_or_path", "kind", "layers", "site", "positions", "scale")
         }
         return {
             "vectors": vectors,
@@ -108,7 +109,7 @@ class _Study:
         self.subject, self.problems, self.grader = subject, problems, grader
         self.checkpoints, self.seed = checkpoints, seed
         self.report = Report(subject, len(problems))
-        self.last = subject.decoder.depth - 1
+        self.last = subject.decoder.num_hidden_layers - 1
         self.random = random_vectors(subject.vectors, seed)
         self.rows: list[Row] = []  # the steered model's greedy answers
         self.base: list[Row] = []  # the base model's

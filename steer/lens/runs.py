@@ -47,7 +47,7 @@ Records = list[dict[str, Any]]
 def _subject(args: argparse.Namespace) -> Subject:
     """The model with the artifact in it, framed as in its training unless told otherwise."""
     found = artifact.read(args.artifact)
-    name = args.model or found.config.base_model
+    name = args.model or found.config.base_model_name_or_path
     if not name:
         raise SteerError("the artifact does not name its base model; give --model")
     tokenizer = load_tokenizer(name)
@@ -127,7 +127,7 @@ def _right(subject: Subject, problems: Records, grader: MathGrader) -> list[Row]
 def _layers(args: argparse.Namespace, subject: Subject) -> list[int] | None:
     if args.layers is None:
         return None
-    return SteeringConfig(layers=args.layers).resolve_layers(subject.decoder.depth)
+    return SteeringConfig(layers=args.layers).resolve_layers(subject.decoder.num_hidden_layers)
 
 
 def _show(args: argparse.Namespace, result: Result, lines: Iterator[str]) -> None:
@@ -207,7 +207,7 @@ def patch(args: argparse.Namespace) -> None:
     subject, problems = _ready(args)
     effect_paths = ROUTES
     if args.heads is not None:
-        layer = range(subject.decoder.depth)[_in(args.heads, subject.decoder.depth)]
+        layer = range(subject.decoder.num_hidden_layers)[_in(args.heads, subject.decoder.num_hidden_layers)]
         effect_paths = {**head_routes(subject, layer), **group_routes(subject, layer)}
     if args.frozen:
         effect_paths = frozen_routes(subject, min(_layers(args, subject) or subject.layers))
@@ -241,9 +241,9 @@ def patch(args: argparse.Namespace) -> None:
     _show(args, found, lines())
 
 
-def _in(layer: int, depth: int) -> int:
-    if not -depth <= layer < depth:
-        raise SteerError(f"layer {layer} does not exist: the model has layers 0 to {depth - 1}")
+def _in(layer: int, num_hidden_layers: int) -> int:
+    if not -num_hidden_layers <= layer < num_hidden_layers:
+        raise SteerError(f"layer {layer} does not exist: the model has layers 0 to {num_hidden_layers - 1}")
     return layer
 
 
@@ -350,7 +350,7 @@ def transfer(args: argparse.Namespace) -> None:
     entries = []
     for source in args.artifacts:
         found = artifact.read(source)
-        name = found.config.base_model
+        name = found.config.base_model_name_or_path
         if not name:
             raise SteerError(f"{source} does not name its base model, which the matrix needs")
         asked_as = _prompt_settings(args, found.config.provenance)

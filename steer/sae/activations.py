@@ -67,12 +67,14 @@ class Reader:
         decoder = find_decoder(model)
         if site not in SITES:
             raise SteerError(f"site={site!r} is unknown; choose one of {', '.join(SITES)}")
-        if not -decoder.depth <= layer < decoder.depth:
-            raise SteerError(f"layer {layer} does not exist: the model has layers 0 to {decoder.depth - 1}")
+        if not -decoder.num_hidden_layers <= layer < decoder.num_hidden_layers:
+            raise SteerError(
+                f"layer {layer} does not exist: the model has layers 0 to {decoder.num_hidden_layers - 1}"
+            )
         if what not in ("as_is", "base", "difference"):
             raise SteerError(f"what={what!r} is unknown; choose one of as_is, base, difference")
-        self.model, self.backbone, self.width = model, decoder.backbone, decoder.width
-        self.layer, self.site, self.what = layer % decoder.depth, site, what
+        self.model, self.backbone, self.width = model, decoder.backbone, decoder.hidden_size
+        self.layer, self.site, self.what = layer % decoder.num_hidden_layers, site, what
         self._site = find_sites(decoder, [self.layer], site)[0]
         self._vectors = attached(model) if what != "as_is" else None
 

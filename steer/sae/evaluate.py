@@ -138,8 +138,8 @@ def loss_recovered(
     before on the same windows, spares the two passes that do not depend on the SAE.
     """
     decoder = find_decoder(model)
-    if decoder.width != sae.cfg.d_in:
-        raise SteerError(f"the SAE has d_in={sae.cfg.d_in}, the model a width of {decoder.width}")
+    if decoder.hidden_size != sae.cfg.d_in:
+        raise SteerError(f"the SAE has d_in={sae.cfg.d_in}, the model hidden_size={decoder.hidden_size}")
     state: dict[str, Any] = {}
 
     def change(hidden: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from steer.sites import find_decoder, find_sites
 def changed(
     model: PreTrainedModel, layer: int, site: str, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """Inside, the activations (rows, columns, width) at the site become what `change` makes of them."""
+    """Inside, the activations (rows, columns, hidden_size) at the site become what `change` makes of them."""
     decoder = find_decoder(model)
-    place = find_sites(decoder, [layer % decoder.depth], site)[0]
+    place = find_sites(decoder, [layer % decoder.num_hidden_layers], site)[0]
     with hooked(hook(change, place, first=False)):
         yield
 
@@ -34,12 +34,14 @@ def shifted(
     model: PreTrainedModel, layer: int, direction: Tensor, site: str = "resid_post"
 ) -> Iterator[None]:
     """
-    Inside, `direction` (width,) is added to the activations at the site, at every token: a feature is added
-    with `strength * sae.W_dec[f]`.
+    Inside, `direction` (hidden_size,) is added to the activations at the site, at every token: a feature is
+    added with `strength * sae.W_dec[f]`.
     """
-    width = find_decoder(model).width
-    if direction.shape != (width,):
-        raise SteerError(f"direction of shape {tuple(direction.shape)} for a model of width {width}")
+    hidden_size = find_decoder(model).hidden_size
+    if direction.shape != (hidden_size,):
+        raise SteerError(
+            f"direction of shape {tuple(direction.shape)}, the model's hidden size is {hidden_size}"
+        )
     with changed(model, layer, site, lambda hidden: hidden + direction.to(hidden.device, hidden.dtype)):
         yield
 

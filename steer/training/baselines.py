@@ -89,7 +89,7 @@ def peft_config(baseline: Baseline, model: PreTrainedModel) -> Any:
 def _modules(baseline: Baseline, model: PreTrainedModel) -> list[str]:
     """The full names of the modules to adapt."""
     decoder = find_decoder(model)
-    layers = SteeringConfig(layers=baseline.target_layers).resolve_layers(decoder.depth)
+    layers = SteeringConfig(layers=baseline.target_layers).resolve_layers(decoder.num_hidden_layers)
     linear = [name for name, module in decoder.layers[0].named_modules() if isinstance(module, _LINEAR)]
     wanted = baseline.target_modules
     chosen = [name for name in linear if wanted == ["all-linear"] or name.split(".")[-1] in wanted]

@@ -195,11 +195,11 @@ class SteeringGRPOConfig(GRPOConfig):
                             "or 'geometric:0.003:0.1'"
                         )
 
-    def layer_rates(self, layers: list[int], depth: int) -> dict[int | None, float]:
+    def layer_rates(self, layers: list[int], num_hidden_layers: int) -> dict[int | None, float]:
         """
         The learning rate of each of `layers`, by layer. One table may serve runs of single layers: a layer
-        of the model that is not steered may be named, one that the model (of `depth` layers) lacks raises
-        SteerError.
+        of the model that is not steered may be named, one that the model (of `num_hidden_layers`) lacks
+        raises SteerError.
         """
         rates: dict[int | None, float] = dict.fromkeys(layers, self.learning_rate)
         if self.lr_by_layer is None:
@@ -212,9 +212,9 @@ class SteeringGRPOConfig(GRPOConfig):
             match = _PART.fullmatch(part)
             assert match
             for layer in range(int(match[1]), int(match[2] or match[1]) + 1):
-                if layer >= depth:
+                if layer >= num_hidden_layers:
                     raise SteerError(
-                        f"lr_by_layer names layer {layer}; the model has layers 0 to {depth - 1}"
+                        f"lr_by_layer names layer {layer}; the model has layers 0 to {num_hidden_layers - 1}"
                     )
                 rates[layer] = float(match[3])
         return {layer: rates[layer] for layer in layers}

@@ -152,7 +152,7 @@ def make_optimizer(
     args: SteeringGRPOConfig, vectors: SteeringVectors, trained: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimizer that `args` asks for, with each layer's rate. `trained`: the parameters of `vectors`."""
-    by_layer = args.layer_rates(vectors.layers, vectors.depth)
+    by_layer = args.layer_rates(vectors.layers, vectors.num_hidden_layers)
     rates = [by_layer.get(i, args.learning_rate) for i in vectors.parameter_layers()]
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, vectors.model)
     groups = [{"params": [p], "lr": rate} for p, rate in zip(trained, rates, strict=True)]

@@ -54,7 +54,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Streams of paired tokens: (tokens, width) in float32 by layer, row n of both after the same text."""
+    """Streams of paired tokens: (tokens, hidden_size) in float32 by layer, row n after the same text."""
 
     donor: dict[int, torch.Tensor]
     recipient: dict[int, torch.Tensor]
@@ -63,16 +63,17 @@ class Pairs:
         return len(next(iter(self.donor.values())))
 
 
-def read_texts(texts: Sequence[str] | str | os.PathLike[str] | None, width: int) -> list[str]:
+def read_texts(texts: Sequence[str] | str | os.PathLike[str] | None, hidden_size: int) -> list[str]:
     """
     The text sample, without duplicates.
 
     texts: strings, or a file: `.txt` holds one text a line, `.jsonl` records with `text`, or with `problem`
-        and optional `solution` or `answer`. None is the built-in sample, long enough for models of `width`.
+        and optional `solution` or `answer`. None is the built-in sample, long enough for models of
+        `hidden_size`.
     Raises SteerError for a file that cannot be read so and for an empty sample.
     """
     if texts is None:
-        return builtin_texts(75 * width)
+        return builtin_texts(75 * hidden_size)
     if isinstance(texts, (str, os.PathLike)):
         texts = _from_file(Path(texts))
     found = list(dict.fromkeys(text for text in texts if text.strip()))

@@ -22,9 +22,9 @@ CKA_TEXTS = 64
 @dataclass(frozen=True)
 class Fitted:
     """
-    `matrices` are the maps, (width, other width), by match; None is a copy. What else was measured is by
-    match too, and empty where no model was run: `r2`, `cka`, mean `norms` of the stream in (donor,
-    recipient), ridge `penalties`. `pairs` and `held_out` count tokens.
+    `matrices` are the maps, (hidden_size, other hidden_size), by match; None is a copy. What else was
+    measured is by match too, and empty where no model was run: `r2`, `cka`, mean `norms` of the stream in
+    (donor, recipient), ridge `penalties`. `pairs` and `held_out` count tokens.
     """
 
     method: str
@@ -51,7 +51,7 @@ def match_by_cka(
     donor: Side, recipient: Side, texts: Sequence[str], layers: Sequence[int], site: str
 ) -> list[Match]:
     """Match the donor's `layers` to those of the recipient whose streams are most like theirs."""
-    others = range(recipient.decoder.depth)
+    others = range(recipient.decoder.num_hidden_layers)
     pairs = [(i, j) for i in layers for j in others]
     similarity = Similarity()
     for batch in paired(donor, recipient, texts[:CKA_TEXTS], layers, others, site, "comparing layers"):
@@ -78,11 +78,11 @@ def fit(
     Fit `method` on eight texts of ten; of the other two, one chooses the ridge penalty, one judges the maps.
 
     A copy is judged as the map it is: the identity, times the ratio of the streams' mean norms if `rescale`.
-    Raises SteerError for a sample that pairs too few tokens: a ridge regression has `width` unknowns for each
-    output, an orthogonal map needs covariances of full rank.
+    Raises SteerError for a sample that pairs too few tokens: a ridge regression has `hidden_size` unknowns
+    for each output, an orthogonal map needs covariances of full rank.
     """
     similarity = Similarity()
-    shape = (donor.decoder.width, recipient.decoder.width)
+    shape = (donor.decoder.hidden_size, recipient.decoder.hidden_size)
     # One text of ten judges, the first of them, so that a small sample has one too; the second chooses.
     held_out = _moments(donor, recipient, texts[0::10], matches, site, similarity, "held-out texts")
     choosing = _moments(donor, recipient, texts[1::10], matches, site, similarity, "texts to choose on")
@@ -95,8 +95,8 @@ def fit(
     if have < needed or judged < MIN_HELD_OUT:
         raise SteerError(
             f"the text sample gives {have} paired tokens to fit on and {judged} to judge on; {method} from "
-            f"width {shape[0]} to {shape[1]} wants at least {needed} and {MIN_HELD_OUT}: give more texts, or "
-            "none for the built-in sample"
+            f"hidden size {shape[0]} to {shape[1]} wants at least {needed} and {MIN_HELD_OUT}: give more "
+            "texts, or none for the built-in sample"
         )
     norms = {m: (fitting[m].x_norm, fitting[m].y_norm) for m in matches}
 
@@ -140,7 +140,7 @@ def _moments(
     similarity: Similarity,
     label: str,
 ) -> dict[Match, Moments]:
-    found = {match: Moments(donor.decoder.width, recipient.decoder.width) for match in matches}
+    found = {match: Moments(donor.decoder.hidden_size, recipient.decoder.hidden_size) for match in matches}
     layers = sorted({m.donor for m in matches}), sorted({m.recipient for m in matches})
     for batch in paired(donor, recipient, texts, *layers, site, label):
         for match, moments in found.items():

@@ -30,7 +30,7 @@ from steer.transfer.quality import LayerReport, TransferReport
 
 METHODS = {
     "auto": "direct where the widths agree and the streams do too (R2), ridge otherwise",
-    "direct": "the vectors as they are: the recipient has the donor's width and coordinates",
+    "direct": "the vectors as they are: the recipient has the donor's hidden size and coordinates",
     "procrustes": "an orthogonal map and one factor",
     "ridge": "a linear map by ridge regression",
 }
@@ -77,7 +77,8 @@ def transfer(
     Constant and shared vectors go anywhere (shared ones as constant ones where the shapes differ); adaptive
     ones read the inner space of their own MLP and go only into a model of the same shape. Positions and site
     carry over. `method="direct", rescale=False` between models of the same shape reads no text and runs
-    neither model. The moments take 24 * layers * width * (width + other width) bytes.
+    neither model. The moments take 24 * layers * hidden_size * (hidden_size + other hidden_size)
+    bytes.
 
     Raises SteerError when the artifact is not the donor's, for a method the shapes do not allow, for a text
     sample that pairs too few tokens, and for a map that explains too little.
@@ -93,18 +94,19 @@ def transfer(
     decoder = find_decoder(target)
     blind = method == "direct" and not rescale and layers_by == "depth" and _same_shape(source.config, target)
     method = _possible(source, target, method, layers_by)
-    layers = source.config.resolve_layers(source.depth)
-    matches = by_depth(layers, source.depth, decoder.depth)
+    layers = source.config.resolve_layers(source.num_hidden_layers)
+    matches = by_depth(layers, source.num_hidden_layers, decoder.num_hidden_layers)
     notes: list[str] = []
     if blind:
         fitted = Fitted("direct", dict.fromkeys(matches))
     else:
         giver = _loaded(donor) if donor is not None else _named(source)
         if not _same_shape(source.config, giver):
-            shape = f"{source.config.model_type}, {source.depth} layers of width {source.config.width}"
+            config, given = source.config, giver.config.name_or_path or "the donor given"
             raise SteerError(
-                f"the artifact is not the donor's: it was made for {source.config.base_model} ({shape}), not "
-                f"for {giver.config.name_or_path or 'the donor given'}; give the model it was trained in"
+                f"the artifact is not the donor's: it was made for {config.base_model_name_or_path} "
+                f"({config.model_type}, {config.num_hidden_layers} layers, hidden size "
+                f"{config.hidden_size}), not for {given}; give the model it was trained in"
             )
         if None not in (own := {source.config.base_checksum, base_checksum(giver)}) and len(own) > 1:
             notes.append("the donor given has other weights than the model that the vectors were made for")
@@ -113,7 +115,7 @@ def transfer(
             Side(target, decoder, recipient_tokenizer or _tokenizer(target)),
         )
         recipient_tokenizer = sides[1].tokenizer
-        sample = read_texts(texts, max(sides[0].decoder.width, decoder.width))
+        sample = read_texts(texts, max(sides[0].decoder.hidden_size, decoder.hidden_size))
         site = source.config.site
         if layers_by == "cka":
             matches = match_by_cka(*sides, sample, layers, site)
@@ -130,8 +132,8 @@ def transfer(
     moved = {match: _move(given[match.donor], match, fitted) for match in matches}
     made, more = _build(source, target, fitted, moved)
     report = TransferReport(
-        donor=str(source.config.base_model),
-        recipient=str(made.config.base_model),
+        donor=str(source.config.base_model_name_or_path),
+        recipient=str(made.config.base_model_name_or_path),
         method=fitted.method,
         layers_by=layers_by,
         rescale=rescale,
@@ -168,23 +170,27 @@ def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 def _named(source: Artifact) -> PreTrainedModel:
     from steer.models import load_model
 
-    if not source.config.base_model:
+    if not source.config.base_model_name_or_path:
         raise SteerError("the artifact does not name the model it was trained in; give the donor")
-    return load_model(source.config.base_model, revision=source.config.base_revision)
+    return load_model(source.config.base_model_name_or_path, revision=source.config.base_revision)
 
 
 def _same_shape(config: SteeringConfig, model: PreTrainedModel) -> bool:
     found = describe(model)
-    return all(getattr(config, name) == found[name] for name in ("model_type", "width", "depth"))
+    return all(
+        getattr(config, name) == found[name] for name in ("model_type", "hidden_size", "num_hidden_layers")
+    )
 
 
 def _possible(source: Artifact, target: PreTrainedModel, method: str, layers_by: str) -> str:
     """The method as far as the kind and the site decide it; SteerError for what no text sample could mend."""
     config, decoder = source.config, find_decoder(target)
-    alike = decoder.width == config.width
+    alike = decoder.hidden_size == config.hidden_size
     if method == "direct" and not alike:
-        widths = f"{config.width} and {decoder.width}"
-        raise SteerError(f"method='direct' needs one width, these are {widths}; use ridge or procrustes")
+        raise SteerError(
+            f"method='direct' needs models of one hidden size, these have {config.hidden_size} and "
+            f"{decoder.hidden_size}; use ridge or procrustes"
+        )
     if config.kind == "adaptive":
         inner = {len(readout) for _, readout in source.rank_one().values()}
         same = _same_shape(config, target)
@@ -197,7 +203,7 @@ def _possible(source: Artifact, target: PreTrainedModel, method: str, layers_by:
                 "architecture and shape"
             )
         return "direct"
-    find_sites(decoder, list(range(decoder.depth)), config.site)
+    find_sites(decoder, list(range(decoder.num_hidden_layers)), config.site)
     if config.site in ("attn_out", "mlp_out"):
         if method not in ("auto", "direct") or not alike:
             raise SteerError(
@@ -210,7 +216,7 @@ def _possible(source: Artifact, target: PreTrainedModel, method: str, layers_by:
 
 
 def _given(source: Artifact) -> dict[int, torch.Tensor]:
-    """The donor's vectors by layer, (width,) in float64, without the read-outs that adaptive ones have."""
+    """The donor's vectors by layer, (hidden_size,) in float64, without the read-outs of adaptive ones."""
     if source.config.kind == "adaptive":
         return {layer: vector.double() for layer, (vector, _) in source.rank_one().items()}
     return {layer: vector.double() for layer, vector in source.by_layer().items()}

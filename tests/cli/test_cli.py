@@ -32,7 +32,7 @@ def steered(tmp_path, tiny_llama, tiny_tokenizer):
 def test_info_shows_layers_and_norms(steered, capsys):
     assert main(["info", str(steered[1])]) == 0
     out = capsys.readouterr().out
-    assert "llama, 3 layers of width 32" in out and "constant, 2 layers, 64 numbers" in out
+    assert "llama, 3 layers, hidden size 32" in out and "constant, 2 layers, 64 numbers" in out
     assert "    0    5.6569" in out and "    2   11.3137" in out and "\n    1" not in out
 
 
@@ -75,7 +75,7 @@ def test_info_and_diff_as_json_agree_with_torch(steered, capsys):
     twice = artifact.write(folder.parent / "twice", 2.0 * artifact.read(folder).layers(0, 0))
     assert main(["info", str(folder), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["numbers"] == 64 and shown["config"]["width"] == 32
+    assert shown["numbers"] == 64 and shown["config"]["hidden_size"] == 32
     assert shown["norms"] == {"0": pytest.approx(32**0.5), "2": pytest.approx(2 * 32**0.5)}
     assert main(["diff", str(folder), str(twice), "--json"]) == 0
     rows = {row["layer"]: row for row in json.loads(capsys.readouterr().out)["layers"]}
@@ -83,12 +83,12 @@ def test_info_and_diff_as_json_agree_with_torch(steered, capsys):
     assert rows[2]["norm_b"] is None and rows[2]["cosine"] is None
 
 
-def test_diff_of_two_widths_is_refused(steered, tmp_path, capsys):
-    config = steer.SteeringConfig(layers=0, width=4, depth=3, model_type="llama")
+def test_diff_of_two_hidden_sizes_is_refused(steered, tmp_path, capsys):
+    config = steer.SteeringConfig(layers=0, hidden_size=4, num_hidden_layers=3, model_type="llama")
     small = Artifact(config, {"model.layers.0.steering.vector": torch.ones(4)})
     other = artifact.write(tmp_path / "small", small)
     assert main(["diff", str(steered[1]), str(other)]) == 1
-    assert "width 32" in capsys.readouterr().err
+    assert "hidden_size=32" in capsys.readouterr().err
 
 
 def test_the_card_tells_scores_controls_and_size(steered, tmp_path, capsys):

@@ -259,7 +259,13 @@ def test_artifacts_bring_their_scale_and_positions(site: str, shift: int) -> Non
     from steer.artifact import Artifact
 
     config = SteeringConfig(
-        layers="1-2", site=site, scale=0.5, positions="prompt", width=WIDTH, depth=DEPTH, model_type="llama"
+        layers="1-2",
+        site=site,
+        scale=0.5,
+        positions="prompt",
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        model_type="llama",
     )
     given = {f"model.layers.{i}.steering.vector": v for i, v in vectors(1, [1, 2]).items()}
     engine = Engine()
@@ -282,7 +288,9 @@ def test_artifacts_bring_their_scale_and_positions(site: str, shift: int) -> Non
 def test_artifacts_that_the_engine_cannot_hold(changes: dict[str, Any], words: str) -> None:
     from steer.artifact import Artifact
 
-    config = SteeringConfig(layers="0", width=WIDTH, depth=DEPTH, model_type="llama", **changes)
+    config = SteeringConfig(
+        layers="0", hidden_size=WIDTH, num_hidden_layers=DEPTH, model_type="llama", **changes
+    )
     with pytest.raises(SteerError, match=words) as error:
         push(Engine(), Artifact(config, {"model.layers.0.steering.vector": torch.ones(WIDTH)}))
     message(error)

@@ -349,7 +349,7 @@ def test_vectors_of_another_tokenizer(base, tmp_path, capsys):
 def test_vectors_of_another_model(base, build_tiny, tmp_path, capsys):
     fill(steer.attach(build_tiny("llama", num_hidden_layers=2))).save(tmp_path / "v")
     line = refused(capsys, arguments(base, tmp_path / "out", "--vectors", str(tmp_path / "v")))
-    assert "depth=2" in line
+    assert "num_hidden_layers=2" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -235,7 +235,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused(build_tiny, tmp_path, model_ty
 
 def test_vectors_of_another_model_are_refused(base, build_tiny):
     made = steered(build_tiny("llama", hidden_size=64))
-    with pytest.raises(SteerError, match="width=64") as error:
+    with pytest.raises(SteerError, match="hidden_size=64") as error:
         checkpoint.write(made, str(base), base.with_name("steered"))
     message(error)
     assert not base.with_name("steered").exists()

@@ -174,7 +174,7 @@ def test_another_model_is_refused(tiny_llama: PreTrainedModel, build_tiny: Any, 
     cases = {
         "model_type=llama, this model has model_type=qwen2": build_tiny("qwen2"),
         "residual stream 64": build_tiny("llama", hidden_size=64),
-        "depth=3, this model has depth=2": build_tiny("llama", num_hidden_layers=2),
+        "num_hidden_layers=3, this model has num_hidden_layers=2": build_tiny("llama", num_hidden_layers=2),
     }
     for expected, model in cases.items():
         with pytest.raises(SteerError, match=expected) as error:

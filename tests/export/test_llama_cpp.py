@@ -173,9 +173,9 @@ def test_models_that_cannot_hold_vectors(build_tiny: Any, tmp_path: Path) -> Non
     (tmp_path / "short.gguf").write_bytes(base.read_bytes()[:-5000])
     cases: list[tuple[Artifact, Path, str]] = [
         (made(model), control, "'controlvector'"),
-        (made(other), base, "a qwen2 of width 32 and depth 3"),
-        (made(build_tiny("llama", num_hidden_layers=2)), base, "depth 2"),
-        (made(build_tiny("llama", hidden_size=64)), base, "width 64"),
+        (made(other), base, "a qwen2 with hidden_size=32 and num_hidden_layers=3"),
+        (made(build_tiny("llama", num_hidden_layers=2)), base, "num_hidden_layers=2"),
+        (made(build_tiny("llama", hidden_size=64)), base, "hidden_size=64"),
         (made(model, kind="adaptive"), base, "adaptive"),
         (made(model, positions="prompt"), base, "every token"),
         (made(model, site="resid_pre"), base, "resid_pre"),

@@ -161,7 +161,10 @@ def test_vectors_come_back_with_their_config(build_tiny, tmp_path, config, dtype
     other = build_tiny("qwen2", seed=1)  # the config tells the base it was made for, not the one at hand
     read = peft.read(tmp_path / "new" / "adapter", other)
     assert equal(read, made)
-    assert (read.config.base_model, read.config.provenance) == ("org/tiny", made.config.provenance)
+    assert (read.config.base_model_name_or_path, read.config.provenance) == (
+        "org/tiny",
+        made.config.provenance,
+    )
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "gpt2 constant"])
@@ -230,7 +233,7 @@ def test_peft_s_own_beft_is_read(build_tiny, tmp_path, model_type, target, site)
     model = build_tiny(model_type)
     base = logits(model, ids)
     read = peft.read(tmp_path, model)
-    assert (read.config.kind, read.config.site, read.config.width) == ("constant", site, 32)
+    assert (read.config.kind, read.config.site, read.config.hidden_size) == ("constant", site, 32)
     steer.load(read, model)
     assert (logits(model, ids) - theirs).abs().max() < 1e-6  # one addition in another order
     assert (theirs - base).abs().max() > 1e-2

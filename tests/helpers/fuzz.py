@@ -57,10 +57,10 @@ LIKELY = {
     '"dtype"': ['"float64"', '"float32"', '"bfloat16"', '"float16"'],
     '"layers"': ['"all"', '"last"', '"0"', '"0-1"', "2", "[0,2]", "[0,1,2]", '"-3--1"', '"0,1,2,2"'],
     '"rank"': ["1", "2", "3"],
-    '"width"': ["2", "3", "4", "8"],
-    '"depth"': ["2", "3", "4"],
+    '"hidden_size"': ["2", "3", "4", "8"],
+    '"num_hidden_layers"': ["2", "3", "4"],
     '"scale"': ["0", "-1", "2.5", "1e-320"],
-    '"format_version"': ["1", "2"],
+    '"format_version"': ["1", "2", "3"],
 }
 NAMES = [
     *("model.layers.0.steering.vector", "model.layers.00.steering.vector", "model.layers.3.steering.vector"),

@@ -50,7 +50,7 @@ def artifact(tmp_path, tiny_llama, tiny_tokenizer):
     """An artifact that names its model, its data and its prompt format."""
     folder = model_folder(tmp_path / "model", tiny_llama, tiny_tokenizer)
     provenance = {"run": RUN, "training": {"max_completion_length": 4}}
-    config = steer.SteeringConfig(layers="0-2", base_model=str(folder), provenance=provenance)
+    config = steer.SteeringConfig(layers="0-2", base_model_name_or_path=str(folder), provenance=provenance)
     vectors = steer.attach(tiny_llama, config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

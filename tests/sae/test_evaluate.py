@@ -113,7 +113,7 @@ def test_a_perfect_reconstruction_recovers_everything(tiny_llama, monkeypatch):
 def test_loss_recovered_refuses_another_width(tiny_llama):
     with pytest.raises(SteerError) as error:
         loss_recovered(SAE(SAEConfig(33, 64, 6)), tiny_llama, windows(), 1)
-    assert "d_in=33, the model a width of 32" in message(error)
+    assert "d_in=33, the model hidden_size=32" in message(error)
 
 
 def test_nearest_cosines():

@@ -180,7 +180,7 @@ def test_shifted_adds_like_a_steering_vector(tiny_llama):
         torch.testing.assert_close(logits(tiny_llama, ids), base, rtol=1e-4, atol=1e-5)
     with pytest.raises(SteerError) as error, shifted(tiny_llama, 1, torch.zeros(3)):
         pass
-    assert "width 32" in message(error)
+    assert "hidden size is 32" in message(error)
 
 
 def greedily(model, prompts: list[list[int]], length: int) -> list[list[int]]:

@@ -163,7 +163,11 @@ def test_results_of_older_runs_are_shown_as_what_they_are():
 def test_the_card_shows_the_elicited_base():
     def written(scores):
         config = SteeringConfig(
-            base_model="a/b", depth=2, width=4, layers="0-1", provenance={"results": scores}
+            base_model_name_or_path="a/b",
+            num_hidden_layers=2,
+            hidden_size=4,
+            layers="0-1",
+            provenance={"results": scores},
         )
         return card(config, "model.layers", 8, 100)
 

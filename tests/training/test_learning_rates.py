@@ -12,7 +12,9 @@ from steer import SteerError
 
 
 def rates(**settings: Any) -> list[float]:
-    table = config(Path("unused"), learning_rate=0.5, **settings).layer_rates([0, 1, 2, 5], depth=6)
+    table = config(Path("unused"), learning_rate=0.5, **settings).layer_rates(
+        [0, 1, 2, 5], num_hidden_layers=6
+    )
     return list(table.values())
 
 
@@ -23,7 +25,9 @@ def test_lr_by_layer() -> None:
     assert rates(lr_by_layer="1-4:0.1") == [0.5, 0.1, 0.1, 0.5]
     assert rates(lr_by_layer=" 0:3e-3, 1-2:7E-2 ") == [3e-3, 7e-2, 7e-2, 0.5]
     assert rates(lr_by_layer="geometric:1e-3:8e-3") == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3])
-    assert config(Path("unused"), lr_by_layer="geometric:0.1:0.9").layer_rates([4], depth=6) == {4: 0.1}
+    assert config(Path("unused"), lr_by_layer="geometric:0.1:0.9").layer_rates([4], num_hidden_layers=6) == {
+        4: 0.1
+    }
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.format_1 import downgrade, old_config
 from helpers.launching import LAUNCHERS, ROOT, environment, launcher, run_folder, started
 from helpers.training import far, same
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import steer
-from steer import artifact
+from steer import SteeringConfig, artifact
 from steer.files import held
 from steer.training.steering_trainer import last_checkpoint
 
@@ -79,7 +80,7 @@ def test_a_whole_run_leaves_everything_behind(whole: Path, base: Path) -> None:
     saved = artifact.read(whole / "vectors")
     assert all(t.norm() > 0 for t in saved.tensors.values()), "the reward never differed: nothing was tested"
     assert saved.config.provenance["training"]["learning_rate"] == 2e-2
-    assert saved.config.base_model == str(base / "model")
+    assert saved.config.base_model_name_or_path == str(base / "model")
     assert same(artifact.read(whole / f"checkpoint-{STEPS}").tensors, saved.tensors)
 
 
@@ -152,6 +153,34 @@ def test_killed_between_steps_and_started_again_ends_with_the_same_vectors(whole
     assert results["steps"] == STEPS and "after" in results
     expected = json.loads((whole / "results.json").read_text())
     assert (results["before"], results["after"]) == (expected["before"], expected["after"])
+
+
+def test_a_run_that_an_older_version_began_goes_on(whole: Path, base: Path, tmp_path: Path) -> None:
+    """Stopped before its end, with a checkpoint of format 1 and settings under their old names."""
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "vectors")
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    left = last_checkpoint(folder)
+    assert left is not None
+    downgrade(left)
+    results = json.loads((folder / "results.json").read_text())
+    for name in ("asked", "after", "steps"):
+        del results[name]
+    (folder / "results.json").write_text(json.dumps(results))
+    settings = json.loads((folder / "run.json").read_text())
+    chosen = SteeringConfig(**settings["steering"])
+    settings["steering"] = old_config(chosen.to_dict())
+    assert settings["steering"]["depth"] is None
+    (folder / "run.json").write_text(json.dumps(settings))
+
+    other = started(command(base, "--output_dir", str(folder), "--layers", "1"), base)
+    assert other.returncode == 1 and "layers was 'all', now '1'" in other.stderr
+    done = started(command(base, "--output_dir", str(folder)), base)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {left}" in done.stdout + done.stderr
+    saved = artifact.read(folder / "vectors")
+    assert same(saved.tensors, artifact.read(whole / "vectors").tensors)
 
 
 def test_stopped_after_its_last_update_it_trains_no_further(whole: Path, base: Path, tmp_path: Path) -> None:

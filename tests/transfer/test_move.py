@@ -223,7 +223,11 @@ def test_another_architecture_width_depth_and_tokenizer(build_tiny, give, word_t
     give["recipient_tokenizer"] = word_tokenizer
     found = transfer(source, donor, recipient, texts=TEXTS, force=True, **give)
     config = found.artifact.config
-    assert (config.width, config.depth, config.model_type) == (24, 5, recipient.config.model_type)
+    assert (config.hidden_size, config.num_hidden_layers, config.model_type) == (
+        24,
+        5,
+        recipient.config.model_type,
+    )
     assert (config.site, config.positions, config.scale, config.dtype) == (
         "resid_post",
         "completion",

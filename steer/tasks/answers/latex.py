@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-MAX_DEPTH = 40  # nested brackets; deeper is nonsense, and recursion would be too deep
+MAX_LAYERS = 40  # nested brackets; deeper is nonsense, and recursion would be too deep
 
 
 class Unreadable(Exception):
@@ -137,9 +137,9 @@ def normalise(text: str) -> str:
     r"""The text in one spelling: \text{cm} as "cm", no sizes, fonts or spacing that carry no meaning.
 
     Raises:
-        Unreadable: braces that never close, or nesting beyond MAX_DEPTH.
+        Unreadable: braces that never close, or nesting beyond MAX_LAYERS.
     """
-    if _nesting(text) > MAX_DEPTH:
+    if _nesting(text) > MAX_LAYERS:
         raise Unreadable
     for symbol, command in _SYMBOLS.items():
         text = text.replace(symbol, command)

@@ -116,13 +116,13 @@ def own(settings: RunSettings) -> dict[str, Any]:
     return {"steering": asdict(settings.steering), "training": training, "rewards": settings.run.rewards}
 
 
-def members(settings: RunSettings, depth: int, arguments: Sequence[str]) -> list[RunSettings]:
+def members(settings: RunSettings, num_hidden_layers: int, arguments: Sequence[str]) -> list[RunSettings]:
     """
     The members of a population.
 
     Args:
         settings: what the command line says, the population that it asks for among it.
-        depth: number of layers of the model.
+        num_hidden_layers: of the model.
         arguments: that command line, which all members share.
 
     Raises:
@@ -130,7 +130,7 @@ def members(settings: RunSettings, depth: int, arguments: Sequence[str]) -> list
     """
     asked, training = settings.population, settings.training
     assert asked is not None
-    changes = [*_grid(asked, training, depth), *map(_mapping, asked.population or [])]
+    changes = [*_grid(asked, training, num_hidden_layers), *map(_mapping, asked.population or [])]
     if not changes:
         changes = [{}]
     found: dict[str, RunSettings] = {}
@@ -142,7 +142,7 @@ def members(settings: RunSettings, depth: int, arguments: Sequence[str]) -> list
             )
         if name in found:
             raise SteerError(f"two members are called {name!r}; give one of them a `name` of its own")
-        found[name] = _settings(name, change, arguments, depth)
+        found[name] = _settings(name, change, arguments, num_hidden_layers)
     return list(found.values())
 
 
@@ -156,12 +156,14 @@ def chosen(found: Sequence[RunSettings], only: Sequence[str] | None) -> list[Run
     return [settings for settings in found if settings.member in only]
 
 
-def _grid(asked: PopulationArguments, training: SteeringGRPOConfig, depth: int) -> list[dict[str, Any]]:
+def _grid(
+    asked: PopulationArguments, training: SteeringGRPOConfig, num_hidden_layers: int
+) -> list[dict[str, Any]]:
     layers: list[int | None] = [None]
     rates: dict[int | None, float] = {}
     if asked.each_layer is not None:
-        found = SteeringConfig(layers=asked.each_layer).resolve_layers(depth)
-        rates, layers = training.layer_rates(found, depth), [*found]
+        found = SteeringConfig(layers=asked.each_layer).resolve_layers(num_hidden_layers)
+        rates, layers = training.layer_rates(found, num_hidden_layers), [*found]
     elif not asked.learning_rates and not asked.seeds:
         return []
     changes = []
@@ -203,7 +205,9 @@ def _name(change: dict[str, Any]) -> str:
     return re.sub(r"[^\w.-]+", "+", "-".join(parts), flags=re.ASCII).replace("+", "_") or "base"
 
 
-def _settings(name: str, change: dict[str, Any], arguments: Sequence[str], depth: int) -> RunSettings:
+def _settings(
+    name: str, change: dict[str, Any], arguments: Sequence[str], num_hidden_layers: int
+) -> RunSettings:
     given = {key: value for key, value in change.items() if value is not None}
     if wrong := sorted(change.keys() - given.keys() - _NULLABLE):
         raise SteerError(f"member {name}: {', '.join(wrong)} cannot be null; leave it out")
@@ -216,8 +220,8 @@ def _settings(name: str, change: dict[str, Any], arguments: Sequence[str], depth
         run, training = found.run, found.training
         for key in change.keys() - given.keys():  # what the command line says of it is taken back
             setattr(training, key, None)
-        layers = found.steering_config().resolve_layers(depth)
-        training.layer_rates(layers, depth)  # names no layer that is not there
+        layers = found.steering_config().resolve_layers(num_hidden_layers)
+        training.layer_rates(layers, num_hidden_layers)  # names no layer that is not there
     except SteerError as error:
         raise SteerError(f"member {name}: {error}") from error
     if training.reward_weights is not None and len(training.reward_weights) != len(run.rewards):

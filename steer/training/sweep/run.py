@@ -237,7 +237,7 @@ def _league(study: Study, trainer: PopulationTrainer, member: Member) -> list[st
     common = [str(getattr(f, "__name__", f)) for f in member.reward_funcs]
     common += map(str, member.args.reward_weights or [])
     if study.asked.halve_among == "layers":
-        common += [f"layer {i}" for i in member.steering.resolve_layers(trainer.population.depth)]
+        common += [f"layer {i}" for i in member.steering.resolve_layers(trainer.population.num_hidden_layers)]
     return common
 
 

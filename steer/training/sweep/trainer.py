@@ -78,9 +78,9 @@ class PopulationTrainer:
         model.eval()
         self._paths = fast_paths(model)
         self.population = Population(model)
-        depth = self.population.depth
+        num_hidden_layers = self.population.num_hidden_layers
         # Neighbours in depth share a batch, and with it the layer at which its graph begins.
-        self.members = sorted(members, key=lambda m: m.steering.resolve_layers(depth)[0])
+        self.members = sorted(members, key=lambda m: m.steering.resolve_layers(num_hidden_layers)[0])
         checksum = tokenizer_checksum(tokenizer)
         for member in self.members:
             vectors = self.population.add(member.name, member.steering)
