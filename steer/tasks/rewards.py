@@ -34,21 +34,42 @@ REWARDS = {
     "correct": r"+1 when the \boxed answer is right, -1 otherwise",
     "correct01": r"1 when the \boxed answer is right, 0 otherwise",
     "format": r"1 when the text ends in its one and only \boxed answer, 0 otherwise",
+    "length_penalty": "0 up to target_tokens, then linear to -1 at max_tokens (give both)",
     "random": "1 or 0 by a coin, whatever the text: a control",
 }
 
 
-def make_reward(name: str, grader: MathGrader) -> RewardFunction:
-    """The reward function of that name in `REWARDS`; SteerError lists the known ones for another name."""
-    if name == "correct":
-        return Correctness(grader)
-    if name == "correct01":
-        return Correctness(grader, wrong=0.0)
-    if name == "format":
-        return format_reward
-    if name == "random":
-        return RandomReward()
-    raise SteerError(f"unknown reward {name!r}; expected one of {', '.join(REWARDS)}")
+def make_reward(name: str, grader: MathGrader, **arguments: Any) -> RewardFunction:
+    """
+    A built-in reward function.
+
+    Args:
+        name: a key of `REWARDS`.
+        grader: judges the answers.
+        arguments: keyword arguments of the reward, such as `wrong=-0.5` of "correct".
+
+    Raises:
+        SteerError: another name, or arguments that this reward does not take.
+    """
+    makers: dict[str, Callable[..., RewardFunction]] = {
+        "correct": functools.partial(Correctness, grader),
+        "correct01": functools.partial(Correctness, grader, wrong=0.0),
+        "format": lambda: format_reward,
+        "length_penalty": LengthPenalty,
+        "random": RandomReward,
+    }
+    if name not in makers:
+        raise SteerError(f"unknown reward {name!r}; expected one of {', '.join(REWARDS)}")
+    numbers = {k: v for k, v in arguments.items() if isinstance(v, bool) or not isinstance(v, int | float)}
+    if numbers:
+        raise SteerError(f"reward {name!r} takes numbers as arguments, not {shown(numbers)}")
+    takes = inspect.signature(makers[name]).parameters
+    try:
+        return makers[name](**arguments)
+    except TypeError as error:
+        raise SteerError(
+            f"reward {name!r} got arguments {shown(arguments)}; expected {', '.join(takes) or 'none'}"
+        ) from error
 
 
 class Correctness:

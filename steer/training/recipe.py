@@ -32,7 +32,8 @@ from steer.sharded import shape
 from steer.tasks.data import load_problems
 from steer.tasks.elicited import UNTRAINED, choose
 from steer.tasks.prompts import PromptSpec
-from steer.tasks.rewards import MathGrader, make_reward
+from steer.tasks.reward_loading import load_rewards, reward_names
+from steer.tasks.rewards import MathGrader
 from steer.training import run as runs
 from steer.training.group_trainer import GroupGRPOTrainer
 from steer.training.resuming import newest_checkpoint
@@ -102,7 +103,7 @@ def begin(settings: RunSettings) -> None:
     if training.reward_weights is not None and len(training.reward_weights) != len(run.rewards):
         raise SteerError(
             f"{len(training.reward_weights)} reward_weights for {len(run.rewards)} rewards "
-            f"({', '.join(run.rewards)}); give one for each"
+            f"({', '.join(reward_names(run.rewards))}); give one for each"
         )
     if run.examples < 0:
         raise SteerError(f"examples is {run.examples}; expected the number of worked examples, 0 for none")
@@ -233,7 +234,7 @@ def _train_run(
     )
     data = fitting(data, held_out, format_problem, tokenizer, model, training.max_completion_length or 1)
     with MathGrader() as grader:
-        rewards = [make_reward(name, grader) for name in run.rewards]
+        rewards = load_rewards(run.rewards, grader, set(data.column_names) - {"prompt"})
         trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
         if trainer.sharded and held_out is not None:
             raise SteerError(

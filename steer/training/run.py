@@ -14,6 +14,7 @@ from steer.files import HOLDER_FILE, LOCK_FILE, read_json, replace_file
 from steer.tasks.data import Arithmetic
 from steer.tasks.elicited import EXAMPLES
 from steer.tasks.prompts import TEMPLATES
+from steer.tasks.reward_loading import reward_entries
 from steer.tasks.rewards import REWARDS
 from steer.training.neutral import Settings, differences
 
@@ -87,6 +88,8 @@ class RunConfig:
         metadata={
             "help": "Reward functions, added up with reward_weights: "
             + "; ".join(f"{k} = {v}" for k, v in REWARDS.items())
+            + "; or a function of your own, as file.py:function or package.module:function, which is called "
+            "as trl calls it. With arguments: '{name: my_rewards.py:brevity, target: 50}'."
         },
     )
     operators: str = field(default="+-", metadata={"help": "Operators of generated arithmetic."})
@@ -99,6 +102,9 @@ class RunConfig:
         default=0.2, metadata={"help": "Share of all possible generated problems that is never trained on."}
     )
     samples_shown: int = field(default=3, metadata={"help": "Answers printed before and after."})
+
+    def __post_init__(self) -> None:
+        self.rewards = reward_entries(self.rewards)  # type: ignore[assignment]
 
     def arithmetic(self, problems: int) -> Arithmetic:
         return Arithmetic(self.operators, self.digits, self.terms, problems, heldout=self.heldout)

@@ -16,6 +16,7 @@ from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.models import fast_dtype
 from steer.tasks.prompts import PromptSpec
+from steer.tasks.reward_loading import source_checksums
 from steer.training.config import SteeringGRPOConfig
 from steer.training.neutral import WATCHING
 from steer.training.run import RunConfig, SteeringArguments
@@ -107,6 +108,8 @@ class RunSettings:
         parts = {"run": asdict(self.run), **{name: asdict(part) for name, part in trained.items()}}
         parts["training"] = {k: v for k, v in self.training.to_dict().items() if k != "max_steps"}
         kept = {part: {k: v for k, v in s.items() if k not in WATCHING} for part, s in parts.items()}
+        if sources := source_checksums(self.run.rewards):
+            kept["source"] = {f"source of {name}": checksum for name, checksum in sources.items()}
         return json.loads(json.dumps(kept, default=str))
 
     def defaults(self) -> dict[str, dict[str, Any]]:

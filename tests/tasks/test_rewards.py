@@ -98,9 +98,11 @@ def test_random_reward_depends_on_the_process_seed_only():
 
 def test_make_reward_knows_what_it_lists():
     for name in REWARDS:
-        assert callable(make_reward(name, MathGrader()))
+        arguments = {"target_tokens": 1, "max_tokens": 2} if name == "length_penalty" else {}
+        assert callable(make_reward(name, MathGrader(), **arguments))
     with pytest.raises(
-        SteerError, match="unknown reward 'corect'; expected one of correct, correct01, format, random"
+        SteerError,
+        match="unknown reward 'corect'; expected one of correct, correct01, format, length_penalty, random",
     ):
         make_reward("corect", MathGrader())
 

@@ -6,6 +6,7 @@ of that run alone.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -113,7 +114,9 @@ class PopulationArguments:
 def own(settings: RunSettings) -> dict[str, Any]:
     """What tells a member from others, as JSON types; how long it is trained is not part of it."""
     training = {k: v for k, v in settings.training.to_dict().items() if k in OWN - {"max_steps"}}
-    return {"steering": asdict(settings.steering), "training": training, "rewards": settings.run.rewards}
+    found = {"steering": asdict(settings.steering), "training": training, "rewards": settings.run.rewards}
+    source = settings.identity().get("source")
+    return {**found, "source": source} if source else found
 
 
 def members(settings: RunSettings, num_hidden_layers: int, arguments: Sequence[str]) -> list[RunSettings]:
@@ -213,7 +216,8 @@ def _settings(
         raise SteerError(f"member {name}: {', '.join(wrong)} cannot be null; leave it out")
     extra: list[str] = []
     for key, value in given.items():
-        extra += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [value]
+        extra += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     try:
         given_all = [*arguments, *extra]
         found = RunSettings.parse("layer_sweep", arguments=given_all, population=PopulationArguments)

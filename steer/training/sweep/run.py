@@ -34,7 +34,8 @@ from steer.files import read_json, replace_file
 from steer.models import context_length
 from steer.tasks.elicited import STAGES, UNTRAINED, choose
 from steer.tasks.prompts import PromptSpec
-from steer.tasks.rewards import MathGrader, make_reward
+from steer.tasks.reward_loading import load_rewards
+from steer.tasks.rewards import MathGrader
 from steer.training import run as runs
 from steer.training.neutral import differences
 from steer.training.run import RunConfig
@@ -151,12 +152,13 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
             "processes than members"
         )
     mine = list(members)[state.process_index :: state.num_processes]
+    columns = set(study.train.column_names) - {"prompt"}
     trainer = PopulationTrainer(
         study.model,
         [
             Member(
                 m.member,
-                [make_reward(r, study.grader) for r in m.run.rewards],
+                load_rewards(m.run.rewards, study.grader, columns),
                 m.training,
                 m.steering_config(),
             )

@@ -1,0 +1,268 @@
+"""
+Rewards by name: built-in ones, and functions of the user's own out of a file or an installed module.
+
+An entry is a name, or a mapping of a name and keyword arguments: `correct`, `my_rewards.py:brevity`,
+`{name: "my_rewards.py:brevity", target: 50}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from steer.errors import SteerError, one_line, shown
+from steer.tasks.grading import MathGrader
+from steer.tasks.rewards import REWARDS, RewardFunction, make_reward
+
+Entry = str | dict[str, Any]
+
+_FORM = "file.py:function or package.module:function"
+# What a reward function is given beside the columns of the data set.
+_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def reward_entries(given: Any) -> list[Entry]:
+    """
+    Rewards as a config file or a command line names them, as a list of names and mappings.
+
+    Args:
+        given: a name, a mapping, or a list of these. A string that opens with a brace is a mapping in YAML.
+
+    Raises:
+        SteerError: no reward, or an entry that is neither a name nor a mapping with one.
+    """
+    entries = list(given) if isinstance(given, list | tuple) else [given]
+    if not entries:
+        raise SteerError(f"rewards is empty; name at least one of {', '.join(REWARDS)}, or {_FORM}")
+    return [_entry(one) for one in entries]
+
+
+def _entry(given: Any) -> Entry:
+    found = given
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        try:
+            found = yaml.safe_load(given)
+        except yaml.YAMLError as error:
+            raise SteerError(
+                f"reward {shown(given)} is not YAML; write '{{name: length_penalty, target_tokens: 100, "
+                "max_tokens: 200}'"
+            ) from error
+    if isinstance(found, Mapping):
+        named = isinstance(found.get("name"), str)
+        if not named or not all(isinstance(key, str) for key in found):
+            raise SteerError(f"reward {shown(given)} has no name; write '{{name: NAME, argument: value}}'")
+        return dict(found) if len(found) > 1 else str(found["name"])
+    if not isinstance(found, str) or not found.strip():
+        raise SteerError(f"reward {shown(given)} is no name; give one of {', '.join(REWARDS)}, or {_FORM}")
+    return found
+
+
+def reward_names(entries: Sequence[Entry]) -> list[str]:
+    """The name of each entry, without its arguments."""
+    return [entry if isinstance(entry, str) else entry["name"] for entry in entries]
+
+
+def load_rewards(
+    entries: Sequence[Entry], grader: MathGrader, columns: Collection[str] | None = None
+) -> list[RewardFunction]:
+    """
+    The reward functions that `entries` name. Of functions with the same name all but the first get a number,
+    so that each has its own line in the logs.
+
+    Args:
+        entries: as `reward_entries` gives them.
+        grader: judges the answers for the built-in rewards.
+        columns: columns of the data set, which every function is called with. With None the calls are not
+            checked.
+
+    Raises:
+        SteerError: a name, file, module or function that does not exist; arguments that the function does not
+            take; a function that cannot be called with the columns.
+    """
+    found: list[RewardFunction] = []
+    seen: dict[str, int] = {}
+    for entry in entries:
+        name, arguments = _parts(entry)
+        if ":" in name:
+            function = _own(name, arguments)
+            if columns is not None:
+                _check_call(name, function, arguments, columns)
+        else:
+            function = _built_in(name, grader, arguments)
+        label = getattr(function, "__name__", type(function).__name__)
+        seen[label] = count = seen.get(label, 0) + 1
+        if count > 1:
+            function = _named(function, f"{label}_{count}")
+        found.append(function)
+    return found
+
+
+def source_checksums(entries: Sequence[Entry]) -> dict[str, str]:
+    """Of each reward that is the user's own, 16 hex digits of the text of its file: edited, it is another."""
+    found = {}
+    for name in reward_names(entries):
+        if ":" in name:
+            file = _file(_module(name))
+            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file else "no file"
+    return found
+
+
+def _parts(entry: Entry) -> tuple[str, dict[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    return entry["name"], {key: value for key, value in entry.items() if key != "name"}
+
+
+def _built_in(name: str, grader: MathGrader, arguments: dict[str, Any]) -> RewardFunction:
+    if name not in REWARDS:
+        near = difflib.get_close_matches(name, REWARDS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise SteerError(f"unknown reward {name!r}{hint}; expected one of {', '.join(REWARDS)}, or {_FORM}")
+    return make_reward(name, grader, **arguments)
+
+
+# ---- the user's own
+
+
+def _own(name: str, arguments: dict[str, Any]) -> RewardFunction:
+    attribute = name.rpartition(":")[2]
+    module = _module(name)
+    if not hasattr(module, attribute):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(attribute, there, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(there[:10]) or 'none'}"
+        raise SteerError(f"reward {name!r}: no function {attribute!r} there{hint}")
+    made = getattr(module, attribute)
+    if not callable(made):
+        raise SteerError(f"reward {name!r} is a {type(made).__name__}, which cannot be called")
+    if inspect.isclass(made):
+        return _constructed(name, made, arguments)
+    if arguments:
+        _check_arguments(name, made, arguments)
+        return _partial(made, arguments, attribute)
+    return made
+
+
+def _constructed(name: str, kind: type, arguments: dict[str, Any]) -> RewardFunction:
+    try:
+        made = kind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise SteerError(f"reward {name!r} with arguments {shown(arguments)}: {one_line(error)}") from error
+    if not callable(made):
+        raise SteerError(f"reward {name!r} is a class whose objects cannot be called; give it a __call__")
+    return made
+
+
+def _check_arguments(name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Refuse an argument that `function` does not name: `**columns` would take and ignore it."""
+    takes = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in _GIVEN
+    ]
+    if unknown := sorted(set(arguments) - set(takes)):
+        raise SteerError(
+            f"reward {name!r} has no argument {', '.join(unknown)}; it has {', '.join(takes) or 'none'}"
+        )
+
+
+def _check_call(
+    name: str, function: Callable[..., Any], arguments: dict[str, Any], columns: Collection[str]
+) -> None:
+    """Refuse a function that the trainer's call would fail on, before anything is sampled."""
+    if both := sorted(set(arguments) & set(columns)):
+        raise SteerError(
+            f"reward {name!r}: {', '.join(both)} is given as an argument and is a column of the data set; "
+            "rename one of them"
+        )
+    call = {*_GIVEN, *columns}
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(call))
+    except TypeError as error:
+        raise SteerError(
+            f"reward {name!r} cannot be called with {', '.join(sorted(call))} ({one_line(error)}); end its "
+            "parameters with **columns, and name no column that is not there"
+        ) from error
+
+
+def _partial(function: Callable[..., Any], arguments: dict[str, Any], label: str) -> RewardFunction:
+    made: Any = functools.partial(function, **arguments)
+    made.__name__ = label
+    return made
+
+
+def _named(function: Any, label: str) -> RewardFunction:
+    if inspect.isroutine(function):
+        return _partial(function, {}, label)
+    function.__name__ = label  # an object of its own for this entry
+    return function
+
+
+def _module(name: str) -> ModuleType:
+    place = name.rpartition(":")[0]
+    if place.endswith(".py"):
+        return _from_file(name, Path(place).expanduser())
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", place):
+        raise SteerError(f"reward {name!r} names no file and no module; write {_FORM}")
+    _find_in(os.getcwd())
+    try:
+        return importlib.import_module(place)
+    except Exception as error:  # whatever the user's module raises
+        raise SteerError(
+            f"reward {name!r}: cannot import {place} ({type(error).__name__}: {one_line(error)}); install "
+            "it, start in the folder that holds it, or write file.py:function"
+        ) from error
+
+
+def _from_file(name: str, path: Path) -> ModuleType:
+    """
+    The module in `path`, under the name of the file: processes that its author starts find it by that name,
+    as its folder is on their search path.
+    """
+    if not path.is_file():
+        raise SteerError(f"reward {name!r}: no file {str(path)!r} (from {os.getcwd()}); correct the path")
+    file = path.resolve()
+    if (known := sys.modules.get(file.stem)) is None:
+        _find_in(str(file.parent))
+        importlib.invalidate_caches()
+        found = importlib.util.find_spec(file.stem) if "." not in file.stem else None
+        there = found.origin if found else None
+    else:
+        there = getattr(known, "__file__", None)
+    if there is None or Path(there).resolve() != file:
+        raise SteerError(
+            f"reward {name!r}: another module is called {file.stem!r} ({there or 'built in'}); rename the "
+            "file"
+        )
+    try:
+        return importlib.import_module(file.stem)
+    except Exception as error:
+        sys.modules.pop(file.stem, None)
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise SteerError(
+            f"reward {name!r}: {path}{line} cannot be imported ({type(error).__name__}: {one_line(error)})"
+        ) from error
+
+
+def _find_in(folder: str) -> None:
+    # At the end: nothing there takes the place of an installed module.
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def _file(module: ModuleType) -> Path | None:
+    path = getattr(module, "__file__", None)
+    return Path(path) if path and Path(path).is_file() else None

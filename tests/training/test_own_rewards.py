@@ -1,0 +1,73 @@
+"""Recipes with rewards of the user's own, from a config file, on two processes and in a population."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.launching import LAUNCHERS, ROOT, launcher, run_folder, started
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+OWN = """
+def near(completions, completion_ids, answer, modulus=5, **columns):
+    assert len(answer) == len(completions)
+    return [float(sum(ids) % modulus) for ids in completion_ids]
+
+
+async def short(completions, **columns):
+    return [None if len(text) > 1000 else -float(len(text)) for text in completions]
+"""
+
+
+@pytest.fixture
+def base(
+    tmp_path: Path, build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    (tmp_path / "own_reward.py").write_text(OWN)
+    return run_folder(tmp_path, build_tiny, tiny_tokenizer, 4, max_steps=1, use_cpu=True, eval_data="none")
+
+
+def configured(base: Path, **changes: object) -> Path:
+    path = base / "own.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load((base / "config.yaml").read_text()), **changes}))
+    return path
+
+
+def test_two_processes_find_a_file_and_an_edited_file_is_another_run(base: Path) -> None:
+    rewards = [{"name": "own_reward.py:near", "modulus": 7}, "own_reward.py:short"]
+    config = configured(base, rewards=rewards, per_device_train_batch_size=16)
+    words = [str(ROOT / "recipes" / "grpo_steer.py"), "--config", str(config)]
+    done = started([*launcher(LAUNCHERS / "cpu-2.yaml"), *words], base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    state = json.loads((base / "whole" / "checkpoint-1" / "trainer_state.json").read_text())
+    row = next(row for row in state["log_history"] if "reward" in row)
+    assert {"rewards/near/mean", "rewards/short/mean"} <= set(row)
+    assert 0 < row["rewards/near/mean"] < 7 and row["rewards/short/mean"] < 0
+    run = json.loads((base / "whole" / "run.json").read_text())
+    assert run["run"]["rewards"] == rewards
+    assert set(run["source"]) == {"source of own_reward.py:near", "source of own_reward.py:short"}
+    (base / "own_reward.py").write_text(OWN.replace("float(sum", "2 * float(sum"))
+    again = started([sys.executable, *words, "--per_device_train_batch_size", "32"], base)
+    assert again.returncode == 1
+    assert "holds another run: source of own_reward.py:near was" in again.stderr, again.stderr
+
+
+def test_a_member_of_a_population_has_rewards_of_its_own(base: Path) -> None:
+    member = {
+        "name": "own",
+        "rewards": [{"name": "own_reward.py:near", "modulus": 7}],
+        "reward_weights": [2.0],
+    }
+    config = configured(base, population=[member, {"name": "base", "seed": 3}], winners=0)
+    words = [sys.executable, str(ROOT / "recipes" / "layer_sweep.py"), "--config", str(config)]
+    done = started(words, base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = json.loads((base / "whole" / "members" / "own" / "log.json").read_text())
+    assert log[0]["reward"] == pytest.approx(2 * log[0]["rewards/near/mean"]) and log[0]["reward"] > 0
+    kept = json.loads((base / "whole" / "population.json").read_text())
+    assert kept["own"]["rewards"] == member["rewards"] and len(kept["own"]["source"]) == 1
+    assert "source" not in kept["base"]
