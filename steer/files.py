@@ -83,6 +83,17 @@ def held(folder: str | os.PathLike[str], option: str) -> Iterator[None]:
         lock.release()
 
 
+class JsonNumber(str):
+    """A number of JSON as it is written there."""
+
+    def number(self) -> int | float | str:
+        """Its value; the text itself where Python has no such number."""
+        try:
+            return float(self) if set(self) & set(".eE") else int(self)
+        except ValueError:  # thousands of digits
+            return str(self)
+
+
 def parse_json(text: str | bytes, where: str | os.PathLike[str], literal_numbers: bool = False) -> Any:
     """
     The JSON value in `text`.
@@ -90,8 +101,8 @@ def parse_json(text: str | bytes, where: str | os.PathLike[str], literal_numbers
     Args:
         text: the whole of one JSON value.
         where: where it came from, for the message: a file, or a file and a line.
-        literal_numbers: give numbers as strings, written as they are in `text`, and refuse NaN and Infinity,
-            which are none. As floats 0.10 would become 0.1 and 1e-7 would become 1e-07.
+        literal_numbers: give numbers as `JsonNumber`, strings as they are in `text`, and refuse NaN and
+            Infinity, which are none. As floats 0.10 would become 0.1 and 1e-7 would become 1e-07.
 
     Raises:
         SteerError: no JSON; a key that is there twice, which could mean two things; half a surrogate pair,
@@ -111,7 +122,7 @@ def parse_json(text: str | bytes, where: str | os.PathLike[str], literal_numbers
 
     numbers: dict[str, Any] = {}
     if literal_numbers:
-        numbers = {"parse_int": str, "parse_float": str, "parse_constant": refuse}
+        numbers = {"parse_int": JsonNumber, "parse_float": JsonNumber, "parse_constant": refuse}
     try:
         values = json.loads(text, object_pairs_hook=once, **numbers)
         _check_nesting(values)

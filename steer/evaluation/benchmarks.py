@@ -14,16 +14,17 @@ others one; 4096 tokens in all), unless a command line says otherwise.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from steer.errors import SteerError
 from steer.tasks.data import Arithmetic, load_problems
-from steer.tasks.prompts import TEMPLATES
+from steer.tasks.prompts import TEMPLATES, Question
 
 FORMS = {
     "integer": re.compile(r"-?[0-9][0-9,]*(\.0+)?"),
@@ -60,6 +61,17 @@ class Problem:
     id: str
     problem: str
     answer: str
+    golds: tuple[str, ...] = ()  # all right answers, where there are several
+    messages: tuple[dict[str, str], ...] = ()  # the chat that asks it, where it is one
+
+    @property
+    def asks(self) -> Question:
+        return self.messages or self.problem
+
+    @property
+    def references(self) -> str | tuple[str, ...]:
+        """What an answer is graded against."""
+        return self.golds or self.answer
 
 
 KNOWN = {
@@ -158,10 +170,13 @@ def parse(text: str, **overrides: Any) -> Benchmark:
     return benchmark
 
 
-def load(benchmark: Benchmark, data_dir: str | Path | None = None) -> tuple[list[Problem], str]:
+def load(
+    benchmark: Benchmark, data_dir: str | Path | None = None, columns: Mapping[str, str] | None = None
+) -> tuple[list[Problem], str]:
     """
     The problems, and a digest of the whole set before `limit` cut it. With `data_dir`, the named benchmarks
-    are read from their files there and the hub is not asked.
+    are read from their files there and the hub is not asked. `columns` are those of files that are no named
+    benchmark (`steer.tasks.columns`).
 
     Raises SteerError for a file that is missing or broken (with the line), a hub that does not answer, and a
     set whose answers have another form than this benchmark's.
@@ -178,18 +193,21 @@ def load(benchmark: Benchmark, data_dir: str | Path | None = None) -> tuple[list
                 f"benchmark {benchmark.name!r}: no file {path}; put the problems there as JSON lines with "
                 "'problem' and 'answer', or leave --data-dir and STEER_DATA out to ask the hub"
             )
-        records, digest = load_problems(str(path)).to_list(), ""
+        records = load_problems(str(path), columns=None if benchmark.hub else columns).to_list()
+        digest = ""
     found: dict[str, Problem] = {}
     for number, record in enumerate(records, 1):
         text, answer = str(record["problem"]), str(record["answer"])
+        golds, messages = tuple(record.get("golds") or ()), tuple(record.get("messages") or ())
         if not FORMS[benchmark.answer].fullmatch(answer.strip()):
             article = "an" if benchmark.answer[0] in "aeiou" else "a"
             raise SteerError(
                 f"benchmark {benchmark.name!r}: the answer of problem {number}, {answer[:40]!r}, is not "
                 f"{article} {benchmark.answer}: is this another set's file?"
             )
-        key = _digest(f"{' '.join(text.split())}\n{answer}")
-        found.setdefault(key, Problem(key, text, answer))
+        identity = "\n".join([" ".join(text.split()), *(golds or [answer]), *map(json.dumps, messages)])
+        key = _digest(identity)
+        found.setdefault(key, Problem(key, text, answer, golds if len(golds) > 1 else (), messages))
     problems = list(found.values())
     digest = digest or _digest(" ".join(sorted(p.id for p in problems)))
     if benchmark.limit is not None and benchmark.limit < len(problems):

@@ -15,6 +15,7 @@ import numpy as np
 
 from steer.evaluation import scores
 from steer.evaluation.collect import Cell, Collection
+from steer.evaluation.store import references
 from steer.tasks.elicited import constant_answer
 from steer.tasks.grading import MathGrader
 
@@ -54,8 +55,9 @@ def constant_rows(collection: Collection) -> list[dict[str, Any]]:
             cells = collection.cells(benchmark, True) or collection.cells(benchmark, False)
             if not cells:
                 continue
-            golds = [str(collection.problems[benchmark][key]["answer"]) for key in cells[0].problems]
-            answer = constant_answer(golds)
+            asked = [collection.problems[benchmark][key] for key in cells[0].problems]
+            answer = constant_answer(str(problem["answer"]) for problem in asked)
+            golds = [references(problem) for problem in asked]
             verdicts = grader.check([rf"\boxed{{{answer}}}"] * len(golds), golds)
             right = np.array([[verdict.correct for verdict in verdicts]], dtype=float)
             rows.append(

@@ -54,7 +54,7 @@ def elicited(
         if not isinstance(found, str):
             held_out = [p.problem for p in problems[b.name]]
             examples = choose(found, count, held_out)
-            rows = [{"problem": text} for text in held_out]
+            rows = [{"problem": p.problem, "messages": p.messages} for p in problems[b.name]]
             way = ways(prompts[b.name], b.max_new_tokens, examples, rows, tokenizer, context)
             if "elicited" in way:
                 spec, limit = way["elicited"]

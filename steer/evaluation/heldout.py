@@ -17,7 +17,7 @@ from steer.stats import wilson
 from steer.tasks.elicited import Example, constant_answer, fitting, longer
 from steer.tasks.grading import MathGrader
 from steer.tasks.lenient import extract_lenient
-from steer.tasks.prompts import PromptSpec
+from steer.tasks.prompts import PromptSpec, question
 
 log = logging.getLogger("steer")
 
@@ -65,7 +65,7 @@ def answer_greedily(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[dict[str, Any]],
-    format_problem: Callable[[str], str],
+    format_problem: Callable[[Any], str],
     grader: MathGrader,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
@@ -79,7 +79,7 @@ def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[dict[str, Any]],
-    format_problem: Callable[[str], str],
+    format_problem: Callable[[Any], str],
     grader: MathGrader,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
@@ -101,13 +101,13 @@ def answer(
         for start in range(0, len(problems), BATCH):
             batch = problems[start : start + BATCH]
             prompts = [
-                tokenizer(format_problem(row["problem"]), add_special_tokens=False)["input_ids"]
+                tokenizer(format_problem(question(row)), add_special_tokens=False)["input_ids"]
                 for row in batch
             ]
             noise = uniforms(numbers[start : start + BATCH], max_new_tokens, 0, 0) if temperature else None
             ids = rollout(model, prompts, sampling, noise).ids
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            golds = [row["answer"] for row in batch]
+            golds = [row.get("golds") or row["answer"] for row in batch]
             verdicts = grader.check(texts, golds)
             lenient = grader.check(texts, golds, extract_lenient)
             for row, text, verdict, free, tokens in zip(batch, texts, verdicts, lenient, ids, strict=True):
@@ -153,8 +153,8 @@ def score(answered: Sequence[Answered]) -> Score:
 
 def constant(problems: Sequence[dict[str, Any]], grader: MathGrader) -> dict[str, Any]:
     """The score of the best constant answer to `problems`, as a run's results hold it."""
-    golds = [str(row["answer"]) for row in problems]
-    given = constant_answer(golds)
+    given = constant_answer(str(row["answer"]) for row in problems)
+    golds = [row.get("golds") or str(row["answer"]) for row in problems]
     verdicts = grader.check([rf"\boxed{{{given}}}"] * len(problems), golds)
     right = sum(verdict.correct for verdict in verdicts)
     low, high = wilson(right, len(problems))
@@ -188,7 +188,7 @@ def ways(
 
     def longest(some: Sequence[Example]) -> int:
         format_problem = replace(prompts, examples=tuple(some)).formatter(tokenizer)
-        texts = [format_problem(row["problem"]) for row in problems]
+        texts = [format_problem(question(row)) for row in problems]
         return max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     wide = longer(limit)

@@ -65,6 +65,11 @@ def parser(description: str) -> argparse.ArgumentParser:
         required=True,
         help=f"comma-separated: {names}, or files; settings after colons: gsm8k:limit=200:samples=4",
     )
+    asked(
+        "--columns",
+        metavar="FIELD=COLUMN,...",
+        help="columns of the files that have other names: problem=question,answer=solution",
+    )
     local = os.environ.get("STEER_DATA")
     asked(
         "--data-dir", default=local, help="folder of files to read instead of the hub (default: $STEER_DATA)"

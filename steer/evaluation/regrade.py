@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from steer.evaluation.store import references
 from steer.tasks.grading import MathGrader
 from steer.tasks.lenient import extract_lenient
 
@@ -25,7 +26,7 @@ def regrade(columns: dict[str, list[Any]], problems: Sequence[dict[str, Any]]) -
     unread = [row for row in missing if lenient[row] is None and columns["text"][row]]
     if not unread:
         return
-    golds = {(p["benchmark"], p["id"]): p["answer"] for p in problems}
+    golds = {(p["benchmark"], p["id"]): references(p) for p in problems}
     with MathGrader() as grader:
         verdicts = grader.check(
             [columns["text"][row] for row in unread],

@@ -20,6 +20,7 @@ added to it. With `--engine hf`, greedy answers are the same in every run on one
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import shlex
@@ -48,6 +49,7 @@ from steer.evaluation.engines import (
 from steer.evaluation.store import FIXED, GREEDY, Store
 from steer.evaluation.variants import Variant
 from steer.stop_tokens import stop_token_ids
+from steer.tasks.columns import parse_columns
 from steer.tasks.lenient import extract_lenient
 from steer.tasks.prompts import TEMPLATES, PromptSpec
 from steer.versions import versions
@@ -100,7 +102,10 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     from steer.models import context_length, load_tokenizer, skeleton
 
     chosen = _benchmarks(args)
-    problems = {b.name: benchmarks.load(b, args.data_dir) for b in chosen}
+    columns = parse_columns(args.columns)
+    if columns and all(b.hub or b.arithmetic for b in chosen):
+        raise SteerError("--columns are for files, and no benchmark is one; leave them out")
+    problems = {b.name: benchmarks.load(b, args.data_dir, columns) for b in chosen}
     tokenizer = load_tokenizer(args.model, revision=args.revision)
     bones = skeleton(args.model, args.revision)
     base = _base(args, bones)
@@ -145,6 +150,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     }
     table = [
         {"benchmark": name, "id": p.id, "problem": p.problem, "answer": p.answer}
+        | ({"golds": json.dumps(p.golds)} if p.golds else {})
         for name, (found, _) in problems.items()
         for p in found
     ]
@@ -225,7 +231,7 @@ def _answer(
     seeds = [row_seed(args.seed, row.problem.id, row.sample) for row in batch]
     completions = engine.complete([list(row.prompt) for row in batch], seeds, decoding)
     texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-    golds = [row.problem.answer for row in batch]
+    golds = [row.problem.references for row in batch]
     verdicts = grader.check(texts, golds)
     lenient = grader.check(texts, golds, extract_lenient)
     return [
@@ -347,7 +353,7 @@ def _rows(
                 continue
             examples, limit = (way.examples, way.max_new_tokens) if way else ((), b.max_new_tokens)
             spec = replace(prompts[b.name], prefix=variant.prefix, system=variant.system, examples=examples)
-            texts = [spec.format_prompt(p.problem, tokenizer) for p in problems[b.name]]
+            texts = [spec.format_prompt(p.asks, tokenizer) for p in problems[b.name]]
             tokens = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
             asked = sorted(zip(problems[b.name], tokens, strict=True), key=lambda pair: -len(pair[1]))
             for samples in ([GREEDY] if args.greedy else [], range(b.samples)):

@@ -115,8 +115,13 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def read_problems(folder: str | Path) -> list[dict[str, Any]]:
-    """Rows with `benchmark`, `id`, `problem` and `answer`."""
+    """Rows with `benchmark`, `id`, `problem`, `answer`, and `golds` where some have several right answers."""
     return _read(Path(folder) / PROBLEMS_FILE, None).to_pylist()
+
+
+def references(problem: Mapping[str, Any]) -> str | list[str]:
+    """What answers to a problem of `read_problems` are graded against: its answer, or all that are right."""
+    return json.loads(problem["golds"]) if problem.get("golds") else str(problem["answer"])
 
 
 def read_completions(folder: str | Path, columns: Iterable[str] = tuple(COLUMNS)) -> dict[str, list[Any]]:
@@ -153,7 +158,8 @@ def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
     import pyarrow.parquet
 
     types = {str: pyarrow.string(), int: pyarrow.int64(), bool: pyarrow.bool_(), float: pyarrow.float64()}
-    schema = pyarrow.schema([(name, types[COLUMNS.get(name, str)]) for name in rows[0]])
+    names = dict.fromkeys(name for row in rows for name in row)
+    schema = pyarrow.schema([(name, types[COLUMNS.get(name, str)]) for name in names])
     buffer = io.BytesIO()
     table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=schema)
     pyarrow.parquet.write_table(table, buffer, compression="zstd")

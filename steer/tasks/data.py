@@ -6,11 +6,12 @@ They come from a generator of arithmetic, known data sets on the hub, or a local
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from steer.errors import SteerError, one_line
 from steer.files import json_lines, parse_json, read_text
+from steer.tasks.columns import conversation, extras, renamed
 
 if TYPE_CHECKING:
     import datasets
@@ -181,6 +183,11 @@ _KNOWN = {
 }
 
 
+def has_own_columns(source: str) -> bool:
+    """Whether `source` is a file or hub id, whose columns may have any names, and none that is known here."""
+    return source != "arithmetic" and source not in _KNOWN
+
+
 def load_problems(
     source: str,
     split: str = "train",
@@ -191,8 +198,14 @@ def load_problems(
     exclude: Sequence[str] = (),
     seed: int = 0,
     arithmetic: Arithmetic | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> datasets.Dataset:
     """Problems of one source as a data set with at least the string columns `problem`, `answer` and `source`.
+
+    A row whose `prompt` is a list of messages is a chat: it is in column `messages`, and its `problem` is the
+    user's last turn where it has none of its own. Where answers are lists, `golds` has all those of a
+    problem, of which any is right, and `answer` the first. Columns that are not in the record form follow
+    under their own names.
 
     source: "arithmetic" (made by `arithmetic`), "gsm8k", "math", "deepscaler", "math500", another hub id
         whose columns are in the record form, or a path ending in .jsonl, .json or .parquet (no splits).
@@ -201,13 +214,14 @@ def load_problems(
     max_chars: longest problem text kept, in characters.
     exclude: sources whose problems must not occur, compared with whitespace folded. Their "test" split is
         read; write "gsm8k:train" for another.
+    columns: the column of each field of the record form that a file or hub id has under another name.
     Raises SteerError for a source that cannot be read, a record without problem or answer, an empty result.
     """
     import datasets  # seconds to import, and only loading needs it
 
     if limit is not None and limit < 1:
         raise SteerError(f"limit is {limit}; expected at least 1, or none for all problems")
-    records = _read(source, split, arithmetic)
+    records = _read(source, split, arithmetic, columns or {})
     counts = [f"{len(records)} read"]
 
     def keep(rule: str, kept: list[Record]) -> None:
@@ -221,7 +235,8 @@ def load_problems(
 
     first: dict[str, Record] = {}
     for record in records:
-        first.setdefault(_fold(record["problem"]), record)
+        key = json.dumps(record["messages"]) if record["messages"] else record["problem"]
+        first.setdefault(_fold(key), record)
     keep("removing duplicates", list(first.values()))
     for other in exclude:
         name, mark, part = other.rpartition(":")
@@ -242,12 +257,21 @@ def load_problems(
     if limit is not None and limit < len(records):
         records = random.Random(seed).sample(records, limit)
     log.info("%s: %d problems", source, len(records))
-    columns = ["problem", "answer", "source"]
-    columns += [c for c in ("level", *_OPTIONAL) if any(r[c] is not None for r in records)]
-    return datasets.Dataset.from_dict({c: [r[c] for r in records] for c in columns})
+    names = ["problem", "answer", "source"]
+    names += [c for c in ("level", *_OPTIONAL, "messages") if any(r[c] is not None for r in records)]
+    if any(len(r["golds"]) > 1 for r in records):
+        names.append("golds")
+    made = {c: [r[c] for r in records] for c in names}
+    extra = {name: [r["extra"][name] for r in records] for name in records[0]["extra"]}
+    return datasets.Dataset.from_dict({**made, **extra})
 
 
-def _read(source: str, split: str, arithmetic: Arithmetic | None) -> list[Record]:
+def _read(
+    source: str, split: str, arithmetic: Arithmetic | None, columns: Mapping[str, str] | None = None
+) -> list[Record]:
+    columns = columns or {}
+    if columns and not has_own_columns(source):
+        raise SteerError(f"columns are for files and hub ids, and {source!r} has its own; leave them out")
     if source == "arithmetic":
         return _records(
             (arithmetic or Arithmetic()).generate("train" if split == "train" else "heldout"), source
@@ -262,9 +286,9 @@ def _read(source: str, split: str, arithmetic: Arithmetic | None) -> list[Record
             raise SteerError(
                 f"no file {source!r}; give a path ending in {', '.join(_SUFFIXES)} to an existing file"
             )
-        return _records(_from_file(path), path.name)
+        return _records(_from_file(path), path.name, columns)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.is_file():
-        return _records(_from_hub(source, None, split), source)
+        return _records(_from_hub(source, None, split), source, columns)
     raise SteerError(
         f"unknown source {source!r}; expected arithmetic, {', '.join(_KNOWN)}, a hub id owner/name, or a "
         f"path ending in {', '.join(_SUFFIXES)}"
@@ -303,35 +327,50 @@ def _from_file(path: Path) -> list[Any]:
     return rows
 
 
-def _records(rows: Iterable[Any], source: str) -> list[Record]:
-    """Rows checked and brought to the record form, every field present (None where the row has none)."""
-    records = []
+def _records(rows: Iterable[Any], source: str, columns: Mapping[str, str] | None = None) -> list[Record]:
+    """
+    Rows checked and brought to the record form, every field present (None where the row has none). With
+    `columns`, `extra` holds the columns that are not in the record form.
+    """
+    records, kept = [], []
     for number, row in enumerate(rows, 1):
         if row is None:
             continue
+        where = f"{source}, record {number}"
         if not isinstance(row, dict):
-            raise SteerError(
-                f"{source}, record {number}: a {type(row).__name__}; expected fields {_RECORD_FORM}"
-            )
-        record: Record = {"source": str(row.get("source") or source), "level": _level(row.get("level"))}
-        for name in ("problem", "answer"):
-            if isinstance(row.get(name), float) and not math.isfinite(row[name]):
-                raise SteerError(
-                    f"{source}, record {number}: {name!r} is {row[name]}, which is no number; correct the "
-                    "record or leave it out"
-                )
-            value = _text(row.get(name))
-            if value is None:
-                seen = ", ".join(map(str, row))
-                raise SteerError(
-                    f"{source}, record {number}: no {name!r} (a non-empty string or number) among columns "
-                    f"{seen}; expected {_RECORD_FORM}"
-                )
-            record[name] = value
+            raise SteerError(f"{where}: a {type(row).__name__}; expected fields {_RECORD_FORM}")
+        fields = renamed(row, columns or {}, where)
+        record: Record = {"source": str(fields.get("source") or source), "level": _level(fields.get("level"))}
+        record["messages"] = messages = conversation(fields.get("prompt"), where)
+        if messages and "problem" not in fields:
+            fields["problem"] = messages[-1]["content"]
+        answers = fields.get("answer")
+        golds = answers if isinstance(answers, list) and answers else [answers]
+        record["problem"] = _required("problem", fields.get("problem"), row, where)
+        record["golds"] = [_required("answer", gold, row, where) for gold in golds]
+        record["answer"] = record["golds"][0]
         for name in _OPTIONAL:
-            record[name] = _text(row.get(name))
+            record[name] = _text(fields.get(name))
         records.append(record)
+        kept.append(row)
+    extra = {} if columns is None else extras(kept, columns, source)
+    for i, record in enumerate(records):
+        record["extra"] = {name: values[i] for name, values in extra.items()}
     return records
+
+
+def _required(name: str, given: Any, row: Record, where: str) -> str:
+    if isinstance(given, float) and not math.isfinite(given):
+        raise SteerError(
+            f"{where}: {name!r} is {given}, which is no number; correct the record or leave it out"
+        )
+    value = _text(given)
+    if value is None:
+        raise SteerError(
+            f"{where}: no {name!r} (a non-empty string or number) among columns {', '.join(map(str, row))}; "
+            f"expected {_RECORD_FORM}, or say which column it is: --columns problem=COLUMN,answer=COLUMN"
+        )
+    return value
 
 
 def _text(value: Any) -> str | None:

@@ -138,6 +138,16 @@ def _symbolic(gold: str, answer: str) -> bool:
 # --- the grader --------------------------------------------------------------------------------------------
 
 
+def _best(verdicts: list[Verdict | None]) -> Verdict:
+    """The first that says right, else the first; None are those that were not needed."""
+    found = [verdict for verdict in verdicts if verdict is not None]
+    return next((verdict for verdict in found if verdict.correct), found[0])
+
+
+def _golds(answer: Any) -> list[str]:
+    return [str(gold) for gold in answer] if isinstance(answer, list | tuple) else [str(answer)]
+
+
 class MathGrader:
     r"""Grades \boxed answers. Works from any thread; starts no process until an answer needs math-verify.
 
@@ -174,10 +184,11 @@ class MathGrader:
     def check(
         self,
         completions: Sequence[str],
-        answers: Sequence[str],
+        answers: Sequence[str | Sequence[str]],
         extract: Callable[[str], str | None] = extract_boxed,
     ) -> list[Verdict]:
-        """One verdict per completion, against the reference answer at the same place.
+        """One verdict per completion, against the reference answer at the same place: a text, or several of
+        which any is right. Where none is matched the verdict is that on the first.
 
         `extract` takes the answer out of a completion: `extract_boxed`, or
         `steer.tasks.lenient.extract_lenient`. Answers that time out or crash a worker count as wrong, with
@@ -189,20 +200,33 @@ class MathGrader:
                 f"{len(completions)} completions and {len(answers)} reference answers; "
                 "expected one answer each"
             )
+        golds = [_golds(answer) for answer in answers]
+        if (empty := next((i for i, some in enumerate(golds) if not some), None)) is not None:
+            raise SteerError(f"completion {empty} has no reference answer; give at least one")
         extracted = [extract(completion) for completion in completions]
-        verdicts = [self._cheap(str(gold), found) for gold, found in zip(answers, extracted, strict=True)]
-        pairs = [(str(gold), found or "") for gold, found in zip(answers, extracted, strict=True)]
-        open_pairs = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None}
+        rows = [
+            [(gold, found, self._cheap(gold, found)) for gold in some]
+            for some, found in zip(golds, extracted, strict=True)
+        ]
+        # what only sympy can tell, of answers that are not right already; in order, each once
+        left = {
+            (gold, found or ""): None
+            for row in rows
+            if not any(verdict and verdict.correct for _, _, verdict in row)
+            for gold, found, verdict in row
+            if verdict is None
+        }
         with self._lock:
-            known = {pair: self._cache[pair] for pair in open_pairs if pair in self._cache}
-            fresh = [pair for pair in dict.fromkeys(pairs) if pair in open_pairs and pair not in known]
-            known.update(self._grade(fresh))
+            known = {pair: self._cache[pair] for pair in left if pair in self._cache}
+            known.update(self._grade([pair for pair in left if pair not in known]))
             for pair in known:
                 if pair in self._cache:
                     self._cache.move_to_end(pair)
             while len(self._cache) > _CACHE_SIZE:
                 self._cache.popitem(last=False)
-        return [verdict or known[pair] for pair, verdict in zip(pairs, verdicts, strict=True)]
+        return [
+            _best([verdict or known.get((gold, found or "")) for gold, found, verdict in row]) for row in rows
+        ]
 
     def _cheap(self, gold: str, answer: str | None) -> Verdict | None:
         if answer is None or not answer.strip():

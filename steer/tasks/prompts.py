@@ -16,6 +16,9 @@ from steer.errors import SteerError, one_line, shown
 
 log = logging.getLogger("steer")
 
+# What a model is asked: the text of a problem, or the messages of a chat, each with `role` and `content`.
+Question = str | Sequence[Mapping[str, str]]
+
 _STEP_BY_STEP = r"Please reason step by step, and put your final answer within \boxed{}."
 _SLOT, _WORKED = "{problem}", "{answer}"
 
@@ -137,7 +140,7 @@ class PromptSpec:
             chosen, self.prefix if prefix is None else prefix, self.system, chat_template_kwargs
         )
 
-    def format_prompt(self, problem: str, tokenizer: Any) -> str:
+    def format_prompt(self, problem: Question, tokenizer: Any) -> str:
         """The prompt of `problem`, as `format_prompt` makes it."""
         return format_prompt(
             problem,
@@ -149,9 +152,14 @@ class PromptSpec:
             self.examples,
         )
 
-    def formatter(self, tokenizer: Any) -> Callable[[str], str]:
+    def formatter(self, tokenizer: Any) -> Callable[[Question], str]:
         """`format_prompt` with this tokenizer."""
         return lambda problem: self.format_prompt(problem, tokenizer)
+
+
+def question(row: Mapping[str, Any]) -> Question:
+    """What a problem in the record form of `steer.tasks.data` asks: its chat, else its text."""
+    return row.get("messages") or str(row["problem"])
 
 
 def recorded(provenance: Mapping[str, Any] | None, part: str) -> Mapping[str, Any]:
@@ -161,7 +169,7 @@ def recorded(provenance: Mapping[str, Any] | None, part: str) -> Mapping[str, An
 
 
 def format_prompt(
-    problem: str,
+    problem: Question,
     tokenizer: Any,
     template: str = "boxed",
     prefix: str = "",
@@ -177,7 +185,8 @@ def format_prompt(
     opening of the user turn.
 
     Args:
-        problem: the problem's text.
+        problem: the problem's text; or the messages of a chat, which the tokenizer's chat template lays out
+            as they are, whatever the template.
         tokenizer: a tokenizer of transformers.
         template, prefix, system, chat_template_kwargs, examples: as in `PromptSpec`.
 
@@ -190,16 +199,17 @@ def format_prompt(
         raise SteerError(f"unknown prompt template {template!r}; expected one of {', '.join(TEMPLATES)}")
     chosen = TEMPLATES[template]
     chats = ", ".join(name for name, other in TEMPLATES.items() if other.chat)
-    if system and not chosen.chat:
+    chat = chosen.chat or not isinstance(problem, str)
+    if system and not chat:
         raise SteerError(f"prompt template {template!r} has no turn for a system text; use one of {chats}")
-    if chat_template_kwargs and not chosen.chat:
+    if chat_template_kwargs and not chat:
         raise SteerError(
             f"chat_template_kwargs={shown(dict(chat_template_kwargs))} are for the tokenizer's chat "
             f"template, and prompt template {template!r} is no chat; leave them out, or use one of {chats}"
         )
     text = (
         _chat_text(problem, tokenizer, template, system, chat_template_kwargs or {}, examples)
-        if chosen.chat
+        if not isinstance(problem, str) or chosen.chat
         else _plain_text(problem, chosen, examples)
     )
     # Many chat templates write BOS themselves, some after white space: the model knows one BOS, at the start.
@@ -235,40 +245,51 @@ def _plain_text(problem: str, template: Template, examples: Sequence[tuple[str, 
 
 
 def _chat_text(
-    problem: str,
+    problem: Question,
     tokenizer: Any,
     template: str,
     constant: str,
     variables: Mapping[str, Any],
     examples: Sequence[tuple[str, str]] = (),
 ) -> str:
+    of_template = isinstance(problem, str)
+    what = f"prompt template {template!r}" if of_template else "a conversational prompt"
     without = ", ".join(name for name, other in TEMPLATES.items() if not other.chat)
+    instead = f"use one of {without}" if of_template else "give the problem as text in column problem"
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
-        raise SteerError(
-            f"prompt template {template!r} needs a chat template and tokenizer {name!r} has none; "
-            f"use one of {without}"
-        )
+        raise SteerError(f"{what} needs a chat template and tokenizer {name!r} has none; {instead}")
     if variables:
         check_chat_template_kwargs(tokenizer, variables)
-    instruction = TEMPLATES[template].instruction
+    instruction = TEMPLATES[template].instruction if isinstance(problem, str) else _SLOT
     form = instruction if _SLOT in instruction else _SLOT
     # an empty system turn keeps the default text out that some chat templates put there
     system = constant if _SLOT in instruction else f"{constant}\n{instruction}".lstrip("\n")
-    user = form.replace(_SLOT, problem)
+    asked: list[dict[str, str]] = []
+    if isinstance(problem, str):
+        asked.append({"role": "user", "content": form.replace(_SLOT, problem)})
+    else:
+        asked += [dict(turn) for turn in problem]
+        if asked[0]["role"] == "system":
+            own = asked.pop(0)["content"]
+            system = f"{constant}\n{own}" if constant else own
     dialogue = []
     for example, answer in examples:
         dialogue.append({"role": "user", "content": form.replace(_SLOT, example)})
         dialogue.append({"role": "assistant", "content": answer})
-    dialogue.append({"role": "user", "content": user})
+    dialogue += asked
     opening, *later = dialogue
+    user = dialogue[-1]["content"]
     worked = [turn["content"] for turn in dialogue[:-1]]
     in_user_turn = f"{system}\n\n{opening['content']}" if system else opening["content"]
     told = ""
-    for turns in (
+    ways = [
         [{"role": "system", "content": system}, *dialogue],
         [{"role": "user", "content": in_user_turn}, *later],
-    ):
+    ]
+    if not of_template and not system:  # a chat as it is
+        ways = [dialogue]
+    for turns in ways:
         try:
             text = str(
                 tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables)
@@ -278,7 +299,7 @@ def _chat_text(
             continue
         lost = [part for part in (user, system, *worked) if not _holds(text, part)]
         if not lost:
-            if turns[0]["role"] == "user" and system:
+            if turns[0]["role"] != "system" and system:
                 _tell(f"the chat template of {name} has no system turn: its text opens the user turn instead")
             if "strftime_now" in tokenizer.get_chat_template() and not variables:
                 _tell(
@@ -288,8 +309,8 @@ def _chat_text(
             return text
         told = told or f"it leaves out {shown(lost[0])}"
     raise SteerError(
-        f"the tokenizer's chat template refused prompt template {template!r} ({told}); correct the chat "
-        f"template, or use one of {without}" + (", or no examples (--examples 0)" if examples else "")
+        f"the tokenizer's chat template refused {what} ({told}); correct the chat template, or {instead}"
+        + (", or no examples (--examples 0)" if examples else "")
     )
 
 

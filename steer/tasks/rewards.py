@@ -73,7 +73,10 @@ def make_reward(name: str, grader: MathGrader, **arguments: Any) -> RewardFuncti
 
 
 class Correctness:
-    """`right` for a right answer and `wrong` for any other, judged by `grader` against column `answer`."""
+    """
+    `right` for a right answer and `wrong` for any other, judged by `grader` against column `answer`, or
+    against `golds` where there is one: lists of answers of which any is right.
+    """
 
     __name__ = "correctness"  # trl names its metrics after this
 
@@ -91,7 +94,8 @@ class Correctness:
             raise SteerError(
                 f"the correctness reward needs a column 'answer'; the data set has {sorted(columns)}"
             )
-        verdicts = self.grader.check([_text(c) for c in completions], columns["answer"])
+        golds = columns.get("golds") or columns["answer"]
+        verdicts = self.grader.check([_text(c) for c in completions], golds)
         if log_extra := columns.get("log_extra"):
             log_extra("answer_given", [v.answer if v.answer is not None else "" for v in verdicts])
         if (log_metric := columns.get("log_metric")) and verdicts:

@@ -29,9 +29,10 @@ from steer.evaluation.heldout import Answered, answer, constant, score, ways
 from steer.files import held, read_json, replace_file
 from steer.models import check_context, context_length, load_model, load_tokenizer
 from steer.sharded import shape
-from steer.tasks.data import load_problems
+from steer.tasks.columns import parse_columns
+from steer.tasks.data import has_own_columns, load_problems
 from steer.tasks.elicited import UNTRAINED, choose
-from steer.tasks.prompts import PromptSpec
+from steer.tasks.prompts import PromptSpec, Question, question
 from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
 from steer.training import run as runs
@@ -120,13 +121,19 @@ def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
             max_chars=run.max_problem_chars,
             exclude=run.exclude,
             arithmetic=run.arithmetic(run.generated_problems),
+            columns=parse_columns(run.columns),
         )
         source = run.eval_data or ("arithmetic" if run.train_data == "arithmetic" else "none")
         if source == "none":
             return train, None
         split = "heldout" if source == "arithmetic" else run.eval_split
+        columns = run.eval_columns or (run.columns if has_own_columns(source) else None)
         held_out = load_problems(
-            source, split, limit=run.eval_limit, arithmetic=run.arithmetic(run.eval_limit)
+            source,
+            split,
+            limit=run.eval_limit,
+            arithmetic=run.arithmetic(run.eval_limit),
+            columns=parse_columns(columns),
         )
     kept = {" ".join(text.split()) for text in held_out["problem"]}
     unseen = train.filter(lambda row: " ".join(row["problem"].split()) not in kept)
@@ -144,7 +151,7 @@ def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
 def fitting(
     train: Dataset,
     held_out: Problems | None,
-    format_problem: Callable[[str], str],
+    format_problem: Callable[[Question], str],
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     answer: int,
@@ -161,7 +168,7 @@ def fitting(
     if context is None:
         return train
     if held_out:
-        longest = max(tokens([format_problem(row["problem"]) for row in held_out]))
+        longest = max(tokens([format_problem(question(row)) for row in held_out]))
         check_context(model.config, longest, answer, "--max_completion_length", "held-out problems: ")
     lengths = tokens(train["prompt"])
     kept = [i for i, length in enumerate(lengths) if length + answer <= context]
@@ -225,7 +232,7 @@ def _train_run(
 
     tokenizer = load_tokenizer(run.model, revision=run.model_revision)
     format_problem = settings.prompt.formatter(tokenizer)
-    data = train.map(lambda row: {"prompt": format_problem(row["problem"])}, desc="formatting prompts")
+    data = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
     model = load_model(
         run.model,
         revision=run.model_revision,

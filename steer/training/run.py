@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.files import HOLDER_FILE, LOCK_FILE, read_json, replace_file
+from steer.tasks.columns import columns_text, parse_columns
 from steer.tasks.data import Arithmetic
 from steer.tasks.elicited import EXAMPLES
 from steer.tasks.prompts import TEMPLATES
@@ -50,6 +51,19 @@ class RunConfig:
             "or a .jsonl or "
             ".parquet file with columns problem and answer."
         },
+    )
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of train_data, a file or hub id, that have other names: "
+            "problem=question,answer=solution (in a config also a mapping). A row may have several right "
+            "answers as a list, and a chat instead of a problem: a list of messages in column prompt, which "
+            "is used as it is, without the template's instruction. Other columns are passed to the rewards."
+        },
+    )
+    eval_columns: str | None = field(
+        default=None,
+        metadata={"help": "The same of eval_data; default: columns, where eval_data is a file or hub id."},
     )
     train_split: str = field(default="train", metadata={"help": "Split of a hub data set."})
     train_limit: int | None = field(default=None, metadata={"help": "Use at most this many problems."})
@@ -105,6 +119,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.rewards = reward_entries(self.rewards)  # type: ignore[assignment]
+        self.columns = columns_text(parse_columns(self.columns))
+        self.eval_columns = columns_text(parse_columns(self.eval_columns))
 
     def arithmetic(self, problems: int) -> Arithmetic:
         return Arithmetic(self.operators, self.digits, self.terms, problems, heldout=self.heldout)

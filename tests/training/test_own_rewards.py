@@ -13,8 +13,8 @@ from helpers.launching import LAUNCHERS, ROOT, launcher, run_folder, started
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 OWN = """
-def near(completions, completion_ids, answer, modulus=5, **columns):
-    assert len(answer) == len(completions)
+def near(completions, completion_ids, answer, golds, size, modulus=5, **columns):
+    assert all([a, "7"] == g and int(a) == (s + 1) % 10 for a, g, s in zip(answer, golds, size, strict=True))
     return [float(sum(ids) % modulus) for ids in completion_ids]
 
 
@@ -28,7 +28,19 @@ def base(
     tmp_path: Path, build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
     (tmp_path / "own_reward.py").write_text(OWN)
-    return run_folder(tmp_path, build_tiny, tiny_tokenizer, 4, max_steps=1, use_cpu=True, eval_data="none")
+    rows = [{"question": f"{n}+1", "gold": [str((n + 1) % 10), "7"], "size": n} for n in range(40)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run_folder(
+        tmp_path,
+        build_tiny,
+        tiny_tokenizer,
+        4,
+        max_steps=1,
+        use_cpu=True,
+        train_data="own.jsonl",
+        eval_data="none",
+        columns={"problem": "question", "answer": "gold"},
+    )
 
 
 def configured(base: Path, **changes: object) -> Path:
@@ -48,12 +60,13 @@ def test_two_processes_find_a_file_and_an_edited_file_is_another_run(base: Path)
     assert {"rewards/near/mean", "rewards/short/mean"} <= set(row)
     assert 0 < row["rewards/near/mean"] < 7 and row["rewards/short/mean"] < 0
     run = json.loads((base / "whole" / "run.json").read_text())
+    assert run["run"]["columns"] == "problem=question,answer=gold"
     assert run["run"]["rewards"] == rewards
     assert set(run["source"]) == {"source of own_reward.py:near", "source of own_reward.py:short"}
     (base / "own_reward.py").write_text(OWN.replace("float(sum", "2 * float(sum"))
     again = started([sys.executable, *words, "--per_device_train_batch_size", "32"], base)
     assert again.returncode == 1
-    assert "holds another run: source of own_reward.py:near was" in again.stderr, again.stderr
+    assert "holds another run: " in again.stderr and "source of own_reward.py:near was" in again.stderr
 
 
 def test_a_member_of_a_population_has_rewards_of_its_own(base: Path) -> None:
