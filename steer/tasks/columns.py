@@ -58,7 +58,7 @@ def parse_columns(given: Any) -> dict[str, str]:
         if field in found or not isinstance(column, str) or not column:
             raise SteerError(f"columns {shown(given)}: {field!r} has not exactly one column; {form}")
         found[field] = column
-    return found
+    return {field: found[field] for field in FIELDS if field in found}
 
 
 def columns_text(columns: Mapping[str, str]) -> str | None:

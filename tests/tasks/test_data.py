@@ -154,7 +154,7 @@ def test_local_files_come_in_the_record_form(tmp_path, suffix, caplog):
     assert data["answer"] == ["2", "0.5", r"\frac12"]
     assert data["level"] == [5, 1, None]
     assert data["source"] == [path.name, "mine", path.name]
-    assert set(data.column_names) == {"problem", "answer", "source", "level", "type"}
+    assert set(data.column_names) == {"problem", "answer", "source", "level", "type", "extra"}
     assert "dropped 1 of 4 problems: removing duplicates" in caplog.text
 
 
@@ -195,7 +195,7 @@ def test_limit_shuffles_only_when_it_cuts(tmp_path):
             "record 3: no 'problem'.*question, answer",
         ),
         ("p.jsonl", '{"problem": "a", "answer": " "}', "record 1: no 'answer'"),
-        ("p.jsonl", '{"problem": "a", "answer": ["1"]}', "record 1: no 'answer'"),
+        ("p.jsonl", '{"problem": "a", "answer": [["1"]]}', "record 1: no 'answer'"),
         ("p.jsonl", "[1]", "record 1: a list; expected fields"),
         ("p.jsonl", "", r"no problems left from .*0 read"),
         ("p.json", "{", r"p.json \(.*\) is not JSON"),

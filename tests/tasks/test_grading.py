@@ -280,7 +280,7 @@ def test_checker_mistakes():
 def test_an_unguarded_script_gets_told(tmp_path):
     script = tmp_path / "unguarded.py"
     script.write_text(
-        "from steer.tasks.grading import Checker\nprint(Checker().check([r'\\boxed{x+1}'], ['1+x']))\n"
+        "from steer.tasks.grading import MathGrader\nprint(MathGrader().check([r'\\boxed{x+1}'], ['1+x']))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = subprocess.run(
