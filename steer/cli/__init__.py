@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except SteerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_with_options(str(error), parser, args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -53,6 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     for module in (info, generate, convert, serve, lens, sae):
         module.add_commands(commands)
     return parser
+
+
+def _with_options(message: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """`message` with Python arguments, such as block_0='drop', as options of the command: --block-0 drop."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                message = _with_options(message, command, args)
+        elif parser.get_default("run") is args.run and action.option_strings:
+            option = action.option_strings[0]
+            message = re.sub(rf"\b{action.dest}=True\b", option, message)
+            message = re.sub(rf"\b{action.dest}='([^']*)'", rf"{option} \1", message)
+    return message
 
 
 def _one_line(message: Warning | str, *args: object, **kwargs: object) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer.arguments import count, finite
+from steer.cli.outputs import add_force, output
 from steer.errors import SteerError, shown
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ SOURCES = {
 }
 
 
+MODELS = ("checkpoint", "gguf-model")  # formats that hold the whole model
+
+
 def add_commands(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser(
         "export",
@@ -56,10 +60,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     export.add_argument(
         "--block-0",
         choices=("refuse", "drop", "fold", "keep"),
-        default="refuse",
-        help="llama.cpp's control vectors cannot steer block 0: refuse, drop that vector, fold it into block "
-        "1 (not exact), or keep it, for EasySteer and repeng",
+        help="llama.cpp's control vectors cannot steer block 0: refuse (the default), drop that vector, fold "
+        "it into block 1 (not exact), or keep it, for EasySteer and repeng",
     )
+    add_force(export)
     export.add_argument("--json", action="store_true", help="print JSON")
     export.set_defaults(run=_export)
 
@@ -76,6 +80,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     load.add_argument("--format", choices=SOURCES, help="default: told by the file's name")
     load.add_argument("--layers", help="the layers that the rows of an array belong to; default: all")
     load.add_argument("--out", required=True, help="folder to write the artifact to")
+    add_force(load)
     load.add_argument("--json", action="store_true", help="print JSON")
     load.set_defaults(run=_import)
 
@@ -97,7 +102,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     transfer.add_argument("--no-rescale", action="store_true", help="keep the lengths as the map gives them")
     transfer.add_argument("--texts", help=".txt (one text a line) or .jsonl to compare the models on")
-    transfer.add_argument("--force", action="store_true", help="also with a map that explains little")
+    transfer.add_argument(
+        "--accept-poor-map",
+        dest="force",
+        action="store_true",
+        help="write the result even if the map explains little of the recipient's stream",
+    )
+    add_force(transfer)
     transfer.add_argument(
         "--check", metavar="DATA", help="measure accuracy with and without: arithmetic, gsm8k, FILE"
     )
@@ -115,6 +126,7 @@ def _export(args: argparse.Namespace) -> None:
     from steer.export import arrays, checkpoint, gguf, gguf_model, lm_eval, peft
     from steer.weights import gguf_path
 
+    _check_options(args)
     found = artifact.read(args.artifact)
     if args.layers:
         ends = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", args.layers)
@@ -124,25 +136,33 @@ def _export(args: argparse.Namespace) -> None:
     if args.scale is not None:
         found = replace(found, config=replace(found.config, scale=args.scale))
     out = args.out or str(args.artifact).rstrip("/").removesuffix(".safetensors") + TARGETS[args.to][1]
-    if args.to == "peft":
-        peft.write(found, out)
-    elif args.to == "gguf":
-        gguf.write(found, out, block_0=args.block_0)
-    elif args.to == "lm-eval":
-        lm_eval.write(found, out)
-    elif args.to in ("checkpoint", "gguf-model"):
-        base = args.model or found.config.base_model_name_or_path
-        if not base:
-            raise SteerError("the artifact does not name its base model; give --model")
-        if args.to == "checkpoint":
+    base = args.model or found.config.base_model_name_or_path or ""
+    if args.to in MODELS and not base:
+        raise SteerError("the artifact does not name its base model; give --model")
+    with output(out, args.replace, args.artifact):
+        if args.to == "peft":
+            peft.write(found, out)
+        elif args.to == "gguf":
+            gguf.write(found, out, block_0=args.block_0 or "refuse")
+        elif args.to == "lm-eval":
+            lm_eval.write(found, out)
+        elif args.to == "checkpoint":
             checkpoint.write(found, base, out)
-        else:
+        elif args.to == "gguf-model":
             gguf_model.write(found, gguf_path(base), out)
-    else:
-        arrays.write(found, out)
+        else:
+            arrays.write(found, out)
     size = _size(Path(out))
     told = {"out": out, "format": args.to, "bytes": size}
     print(json.dumps(told) if args.json else f"{out}  ({size:,} bytes)")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """SteerError for an option that the format does not use."""
+    if args.model and args.to not in MODELS:
+        raise SteerError(f"--model is for --to {' and '.join(MODELS)}; --to {args.to} needs no model")
+    if args.block_0 and args.to != "gguf":
+        raise SteerError(f"--block-0 is for --to gguf; --to {args.to} holds the vector of block 0")
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -158,7 +178,8 @@ def _import(args: argparse.Namespace) -> None:
         if args.layers:
             raise SteerError(f"--layers is for arrays; a {kind} file names its layers itself")
         found = {"peft": peft, "gguf": gguf, "lm-eval": lm_eval}[kind].read(args.source, model)
-    artifact.write(args.out, found)
+    with output(args.out, args.replace, args.source):
+        artifact.write(args.out, found)
     told = {"out": args.out, "kind": found.config.kind, "layers": found.config.layers}
     what = f"{told['kind']} vectors of layers {told['layers']}"
     print(json.dumps(told) if args.json else f"{args.out}  ({what})")
@@ -194,7 +215,8 @@ def _transfer(args: argparse.Namespace) -> None:
         force=args.force,
         recipient_tokenizer=tokenizer,
     )
-    artifact.write(args.out, made)
+    with output(args.out, args.replace, args.artifact):
+        artifact.write(args.out, made)
     scores = _check(args, made, recipient, tokenizer) if args.check else {}
     if args.json:
         print(json.dumps({"report": report.to_dict(), "check": scores, "out": os.fspath(args.out)}, indent=2))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from steer.cli.outputs import add_force, output
+
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add `sae` and its two actions."""
@@ -20,6 +22,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         default="saelens",
         help="steer, saelens, sparsify or dictionary_learning (default: saelens)",
     )
+    add_force(convert)
     convert.set_defaults(run=_convert)
 
 
@@ -44,4 +47,6 @@ def _info(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from steer.sae.files import load_sae, save_sae
 
-    print(save_sae(load_sae(args.folder), args.target, args.format))
+    sae = load_sae(args.folder)
+    with output(args.target, args.replace, args.folder, "target"):
+        print(save_sae(sae, args.target, args.format))
