@@ -1,7 +1,7 @@
 """
 How large a run is, by calculation: memory of a GPU, bytes sent a step, tokens a second that a day allows.
 
-    python -m evals.scale                        # the table of recipes/accelerate/README.md
+    python -m evals.scale                        # the table of docs/distributed.md
     python -m evals.scale --gpus 1 16 --tokens 2000 --hours 48
     python -m evals.scale --check                # the same formulas against what is measured on this machine
 

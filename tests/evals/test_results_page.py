@@ -1,0 +1,33 @@
+"""docs/results.md holds what the committed result files say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from helpers.paths import ROOT
+
+from evals.results_page import RESULTS, markdown, render, tables
+
+
+def test_the_page_is_current() -> None:
+    shown = (ROOT / "docs" / "results.md").read_text()
+    assert shown == render(), "the page is stale: python -m evals.results_page --out docs/results.md"
+
+
+def test_the_page_follows_the_files(tmp_path: Path) -> None:
+    copy = tmp_path / "results"
+    shutil.copytree(RESULTS, copy, ignore=shutil.ignore_patterns("*.png", "*.safetensors"))
+    assert render(copy) == render()
+    file = copy / "demo" / "results.json"
+    changed = json.loads(file.read_text())
+    changed["after"].update(accuracy=0.123, low=0.011)
+    file.write_text(json.dumps(changed))
+    assert "| 0.123 [0.011, " in render(copy) and "0.123 [0.011, " not in render()
+
+
+def test_tables_of_a_text() -> None:
+    one, two = markdown(["a", "b"], [[1, 2]]), markdown(["c"], [[3], [4]])
+    assert tables(f"Text.\n\n{one}\n\nMore | text.\n\n{two}\n") == [one, two]
+    assert len({line.count("|") for line in one.splitlines()}) == 1
