@@ -1,6 +1,6 @@
 """
-Hooks of mkdocs. The pages link to files of the repository (`../evals/results/...png`, `../recipes/...`), so that they
-also read well there: figures are copied into the site, other files become links to the repository.
+Hooks of mkdocs. The pages link to files of the repository (`../evals/results/...png`, `../recipes/...`), so
+that they also read well there: figures are copied into the site, other files become links to the repository.
 """
 
 import re

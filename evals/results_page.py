@@ -106,7 +106,9 @@ def demo(results: dict[str, Any], controls: dict[str, dict[str, Any]]) -> str:
 
 
 def comparison(scores: dict[str, Any], training: str) -> str:
-    made = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables(training)[0].splitlines()]
+    made = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in tables(training)[0].splitlines()
+    ]
     how = {line[0]: (line[2], line[5]) for line in made[2:]}  # learning rate and minutes
     rows = []
     sampled = {row["method"]: row for row in scores["rows"] if row["decoding"] == "sampled"}

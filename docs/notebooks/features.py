@@ -1,9 +1,9 @@
 # %% [markdown]
 # # SAE features of the change
 #
-# What do vectors change, in parts? A sparse autoencoder trained on the *differences* that the vectors make in the
-# residual stream (a DiffSAE) splits the change into features. This script trains a very small one on a few completions.
-# `python -m evals.sae diff` does it at full size.
+# What do vectors change, in parts? A sparse autoencoder trained on the *differences* that the vectors make
+# in the residual stream (a DiffSAE) splits the change into features. This script trains a very small one on
+# a few completions. `python -m evals.sae diff` does it at full size.
 
 # %%
 from steer.threads import prepare_environment
@@ -79,14 +79,14 @@ print(f"{len(differences)} differences; 4 of 64 features explain {found.explaine
 # %% [markdown]
 # ## Which features go with right answers
 #
-# For each feature: in how many right and wrong completions it fires, and which tokens its direction promotes. `q` is the
-# p-value of a test within prompts, corrected for the number of features.
+# For each feature: in how many right and wrong completions it fires, and which tokens its direction
+# promotes. `q` is the p-value of a test within prompts, corrected for the number of features.
 
 # %%
 features = analyse(sae, reader, tokenizer, completions, rows=differences)
 for feature in features[:5]:
     print(
-        f"feature {feature.index:2}  in {feature.right:.0%} of right, {feature.wrong:.0%} of wrong completions, "
+        f"feature {feature.index:2}  in {feature.right:.0%} of right, {feature.wrong:.0%} of wrong answers, "
         f"q = {feature.q:.2g}, promotes {feature.promotes[:3]}"
     )
 
@@ -105,9 +105,11 @@ def accuracy(without):
 
 
 steered, one, none = accuracy([]), accuracy([features[0].index]), accuracy(range(64))
-print(f"steered {steered:.2f}, without feature {features[0].index} {one:.2f}, without all features {none:.2f}")
+print(
+    f"steered {steered:.2f}, without feature {features[0].index} {one:.2f}, without all features {none:.2f}"
+)
 assert none < steered
 
 # %% [markdown]
-# A feature that fires in right answers need not cause them. At full size ([results](../results.md), "What the demo's
-# vectors change") no single feature made a difference, and all of them together did.
+# A feature that fires in right answers need not cause them. At full size ([results](../results.md), "What
+# the demo's vectors change") no single feature made a difference, and all of them together did.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Look inside a vector
 #
-# The vectors of the demo (30 layers of SmolLM2-135M-Instruct, trained to answer one-digit sums and products in a box)
-# come with the repository. Which tokens do they promote, and when do they act? `steer lens report` answers more, with
-# controls; this script shows the Python functions below it.
+# The vectors of the demo (30 layers of SmolLM2-135M-Instruct, trained to answer one-digit sums and products
+# in a box) come with the repository. Which tokens do they promote, and when do they act? `steer lens
+# report` answers more, with controls; this script shows the Python functions below it.
 
 # %%
 from steer.threads import prepare_environment
@@ -39,13 +39,13 @@ for layer in (0, 15, 26, 28, 29):
     print(f"layer {layer:2}  promotes {lens.top_tokens[layer]}")
 
 # %% [markdown]
-# The last layers promote the opening of `$\boxed{answer}$`, which is how answers should be written. The vectors of early
-# layers name no such token: what they do passes through the layers above.
+# The last layers promote the opening of `$\boxed{answer}$`, which is how answers should be written. The
+# vectors of early layers name no such token: what they do passes through the layers above.
 #
 # ## When the vectors act
 #
-# A `Subject` is a model with its vectors and the prompt format. The steered model answers a few held-out problems; along
-# these answers, the next-token distributions with and without the vectors are compared.
+# A `Subject` is a model with its vectors and the prompt format. The steered model answers a few held-out
+# problems; along these answers, the next-token distributions with and without the vectors are compared.
 
 # %%
 subject = Subject(vectors, tokenizer, template="boxed_short", max_new_tokens=16)
@@ -80,5 +80,5 @@ print(f"base with the opening forced {accuracy(forced_rows):.2f}: {subject.answe
 assert accuracy(rows) > accuracy(forced_rows)
 
 # %% [markdown]
-# It is not: most of the effect comes after the opening. On eight problems the numbers are rough. `steer lens report` uses
-# more problems and compares with random vectors, shuffled layers and mean differences.
+# It is not: most of the effect comes after the opening. On eight problems the numbers are rough. `steer
+# lens report` uses more problems and compares with random vectors, shuffled layers and mean differences.

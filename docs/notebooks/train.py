@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Train and use a vector
 #
-# One vector in one layer of SmolLM2-135M-Instruct, trained by reinforcement learning for a few updates with a reward of
-# our own. It takes under a minute on two CPU cores. Real runs are longer and use the command line; the steps are the same.
+# One vector in one layer of SmolLM2-135M-Instruct, trained by reinforcement learning for a few updates with
+# a reward of our own. It takes under a minute on two CPU cores. Real runs are longer and use the command
+# line; the steps are the same.
 
 # %%
 from steer.threads import prepare_environment
@@ -22,21 +23,23 @@ model, tokenizer = load_model(name, dtype="float32"), load_tokenizer(name)
 # %% [markdown]
 # ## Problems and prompts
 #
-# A data set with a column `prompt`, which the model reads, and any columns that the reward needs. `PromptSpec` writes a
-# problem in the model's chat template.
+# A data set with a column `prompt`, which the model reads, and any columns that the reward needs.
+# `PromptSpec` writes a problem in the model's chat template.
 
 # %%
 prompts = PromptSpec(template="boxed_short")
 numbers = range(2, 10)
 sums = [{"problem": f"What is {a} + {b}?", "answer": str(a + b)} for a in numbers for b in numbers]
-data = Dataset.from_list([{**row, "prompt": prompts.format_prompt(row["problem"], tokenizer)} for row in sums])
+data = Dataset.from_list(
+    [{**row, "prompt": prompts.format_prompt(row["problem"], tokenizer)} for row in sums]
+)
 print(data[0]["prompt"])
 
 # %% [markdown]
 # ## A reward
 #
-# Any function in trl's form: it gets the completions and the columns of the data set, and returns a number for each. This
-# one looks at the form alone: the answer should begin with a box.
+# Any function in trl's form: it gets the completions and the columns of the data set, and returns a number
+# for each. This one looks at the form alone: the answer should begin with a box.
 
 # %%
 

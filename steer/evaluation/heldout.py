@@ -177,7 +177,8 @@ def ways(
     How each stage of a run asks the held-out problems: the prompts and the limit on the answers in tokens.
 
     Args:
-        prompts, limit: the run's own, of the stages "before" and "after".
+        prompts: the run's own, of the stages "before" and "after".
+        limit: the run's own limit on an answer, in tokens, of these stages.
         examples: those of the stage "elicited"; none leave the stages "longer" and "elicited" out.
         problems: the held-out problems.
         context: tokens that the model can read; None for any number. Examples that do not fit are left out.

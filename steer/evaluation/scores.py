@@ -219,7 +219,9 @@ def gain_share(values: Array, base: Array, reference: Array) -> Estimate | None:
     base).
 
     Args:
-        values, base, reference: (seeds, problems) each, on the same problems in the same order.
+        values: the method's verdicts, (seeds, problems).
+        base: the base's, on the same problems in the same order.
+        reference: the reference's, likewise.
 
     Returns:
         The share with its interval by Fieller's theorem (1954): all shares r for which the interval of

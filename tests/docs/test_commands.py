@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NoReturn
 from unittest.mock import patch
 
@@ -21,7 +20,15 @@ from helpers.paths import ROOT
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Options of other programs that the pages name in their text.
-FOREIGN = {"--help", "--index-url", "--logprobs-mode", "--tensor-parallel-size", "--port", "--dtype", "--strict"}
+FOREIGN = {
+    "--help",
+    "--index-url",
+    "--logprobs-mode",
+    "--tensor-parallel-size",
+    "--port",
+    "--dtype",
+    "--strict",
+}
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?:    .*\n(?:\s*\n(?=    ))?)+")
@@ -72,7 +79,11 @@ def shell(text: str) -> Iterator[str]:
 
 def commands(text: str) -> Iterator[list[str]]:
     """The words of every command line of ours in a page: in blocks, and in the text."""
-    inline = [code for code in _INLINE.findall(_FENCE.sub("", text)) if re.match(r"(steer|make|python|accelerate) ", code)]
+    inline = [
+        code
+        for code in _INLINE.findall(_FENCE.sub("", text))
+        if re.match(r"(steer|make|python|accelerate) ", code)
+    ]
     for line in [*shell(text), *inline]:
         try:
             words = shlex.split(line)
@@ -139,9 +150,8 @@ def test_commands_exist(name: str) -> None:
             bad += [f"make {word}" for word in words[1:] if "=" not in word and word not in targets]
         elif started := program(words):
             start, arguments = started
-            if not start.endswith(".py") and start != "steer" and find_spec(start) is None:
-                bad.append(start)
-            elif start.endswith(".py") and not (ROOT / start).is_file():
+            script = start.endswith(".py")
+            if not ((ROOT / start).is_file() if script else start == "steer" or find_spec(start)):
                 bad.append(start)
             else:
                 bad += [f"{start}: {what}" for what in wrong(start, arguments)]
@@ -206,9 +216,8 @@ def test_python_imports_exist(name: str) -> None:
                 module = importlib.import_module(node.module or "")
                 names = [alias.name for alias in node.names]
                 missing += [f"{node.module}.{x}" for x in names if not hasattr(module, x)]
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "steer":
-                if not hasattr(importlib.import_module("steer"), node.attr):
-                    missing.append(f"steer.{node.attr}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "steer":
+                missing += [] if hasattr(importlib.import_module("steer"), node.attr) else [ast.unparse(node)]
     assert not missing
 
 
@@ -219,6 +228,12 @@ def test_what_does_not_exist_is_found() -> None:
     assert wrong("steer", ["export", "--vacuum"]) == ["--vacuum"]
     assert wrong("steer", ["serve", "m", "--port", "1"]) == []
     assert wrong("recipes/grpo_steer.py", ["--learning_rate", "1", "--vacuum", "2"]) == ["--vacuum"]
-    text = "Text.\n\n    steer info x \\\n        --json   # note\n    make demo && steer diff a b\n\n`steer lens logit`\n"
+    text = "Text.\n\n    steer info x \\\n        --json   # note\n    make demo && steer diff a b\n\n"
+    text += "`steer lens logit`\n"
     lines = [words for words in commands(text) if words[0] in ("steer", "make")]
-    assert lines == [["steer", "info", "x", "--json"], ["make", "demo"], ["steer", "diff", "a", "b"], ["steer", "lens", "logit"]]
+    assert lines == [
+        ["steer", "info", "x", "--json"],
+        ["make", "demo"],
+        ["steer", "diff", "a", "b"],
+        ["steer", "lens", "logit"],
+    ]

@@ -23,7 +23,8 @@ def test_the_page_shows_the_script(name: str) -> None:
 
 
 def test_cells_and_outputs_are_read_back() -> None:
-    script = "# %% [markdown]\n# # Title\n#\n# Text.\n\n# %%\nx = 1\n\n# %% [markdown]\n# More.\n\n# %%\nprint(x)\n"
+    script = "# %% [markdown]\n# # Title\n#\n# Text.\n\n# %%\nx = 1\n\n"
+    script += "# %% [markdown]\n# More.\n\n# %%\nprint(x)\n"
     assert [cell.code for cell in cells(script)] == [False, True, False, True]
     made = page(script, ["", "1\n"])
     assert made.startswith("# Title\n\nText.\n\n```python\nx = 1\n```\n\nMore.\n\n")
