@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 from helpers.paths import ROOT
 
 from evals.results_page import RESULTS, markdown, render, tables
+from steer.training.summary import score_table
 
 
 def test_the_page_is_current() -> None:
@@ -25,6 +27,16 @@ def test_the_page_follows_the_files(tmp_path: Path) -> None:
     changed["after"].update(accuracy=0.123, low=0.011)
     file.write_text(json.dumps(changed))
     assert "| 0.123 [0.011, " in render(copy) and "0.123 [0.011, " not in render()
+
+
+def test_the_readme_agrees_with_the_files() -> None:
+    readme, shown = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+    numbers = re.findall(r"[-+]?\d\.\d{3}\*{0,2} \[[^\]]+\]", readme)
+    assert len(numbers) > 10
+    assert not [number for number in numbers if number.replace("*", "") not in shown]
+    printed = score_table(json.loads((RESULTS / "demo" / "results.json").read_text()))
+    lines = [line.rstrip() for line in printed.splitlines()]
+    assert "\n".join(lines) in readme
 
 
 def test_tables_of_a_text() -> None:
