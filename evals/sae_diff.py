@@ -19,6 +19,7 @@ import steer
 from steer.files import replace_file
 from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.models import load_model, load_tokenizer
+from steer.prompt import recorded
 from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import Reader
 from steer.sae.browser import write_browser
@@ -32,7 +33,7 @@ from steer.stop_tokens import stop_token_ids
 from steer.tasks.data import Arithmetic, load_problems
 from steer.tasks.grading import MathGrader
 from steer.tasks.lenient import extract_lenient
-from steer.tasks.prompts import PromptSpec, recorded
+from steer.tasks.prompts import choose_prompt, formatter
 
 ROWS = 256  # completions sampled at once
 
@@ -141,7 +142,7 @@ class Subject:
         provenance = self.vectors.config.provenance
         self.trained = recorded(provenance, "run")
         self.length: int = recorded(provenance, "training").get("max_completion_length", 16)
-        self.format_prompt = PromptSpec.of_training(provenance, "boxed_short").formatter(self.tokenizer)
+        self.format_prompt = formatter(choose_prompt({vectors: self.vectors.config.prompt}), self.tokenizer)
         self.eos = stop_token_ids(self.tokenizer, self.model.generation_config)
         names = ("operators", "digits", "terms", "heldout")
         settings = {k: self.trained[k] for k in names if k in self.trained}

@@ -75,7 +75,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     model = load_model(model_name, dtype=dtype)
     if on_gpu:
         model.cuda()
-    texts = [format_prompt(p, tokenizer, "boxed") for p in problems(PROMPTS * steps)]
+    texts = [format_prompt(p, tokenizer) for p in problems(PROMPTS * steps)]
     # Nobody stops early, since the model has no logit for this token: all variants compute the same tokens.
     model.generation_config.eos_token_id = None
     tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
@@ -239,7 +239,7 @@ def generate(cache: str | None, dtype: str, model_name: str) -> dict[str, float]
 
     tokenizer, model = load_tokenizer(model_name), load_model(model_name, dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    texts = [format_prompt(p, tokenizer, "boxed") for p in problems(BATCH)]
+    texts = [format_prompt(p, tokenizer) for p in problems(BATCH)]
     inputs = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True).to(model.device)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "cache_implementation": cache}
 
@@ -273,7 +273,7 @@ def vllm(method: str, dtype: str, model_name: str) -> dict[str, float]:
     from steer.weights import model_path
 
     tokenizer = load_tokenizer(model_name)
-    texts = [format_prompt(p, tokenizer, "boxed") for p in problems(BATCH)]
+    texts = [format_prompt(p, tokenizer) for p in problems(BATCH)]
     prompts: Any = [{"prompt_token_ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in texts]
     llm: Any = LLM(str(model_path(model_name)), dtype=dtype, max_model_len=1024, seed=0)
     with torch.device("meta"):

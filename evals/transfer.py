@@ -34,7 +34,7 @@ from steer.models import load_model, load_tokenizer
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.data import Arithmetic, load_problems
 from steer.tasks.grading import MathGrader
-from steer.tasks.prompts import PromptSpec
+from steer.tasks.prompts import choose_prompt, formatter
 from steer.transfer import transfer
 from steer.weights import cache_dir
 
@@ -196,7 +196,7 @@ def conditions(
             "examples": examples,
         }
 
-    chat = PromptSpec.of_training(source.config.provenance).formatter(donor_tokenizer)
+    chat = formatter(choose_prompt({"the donor's": source.config.prompt}), donor_tokenizer)
 
     own = (donor, donor_tokenizer, donor_name)
     yield measure(*own, source, "its own", chat), None

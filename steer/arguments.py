@@ -53,6 +53,20 @@ def at_least(least: float) -> Callable[[str], float]:
     return read
 
 
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that change how vectors are asked from how they were trained (`choose_prompt`)."""
+    parser.add_argument("--template", help="prompt template; default: the one the vectors were trained with")
+    parser.add_argument(
+        "--prefix", type=text, help="forced opening of the answer, e.g. To; default: as in training"
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="variables of the chat template, e.g. '{\"enable_thinking\": false}'; default: as in training",
+    )
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object, such as '{"enable_thinking": false}'."""
     try:

@@ -28,6 +28,7 @@ leaves the old artifact or the new one. Nothing in any of the files can execute 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
+
+log = logging.getLogger("steer")
 
 CARD_FILE = "README.md"
 _NAME = re.compile(r"(?P<decoder>[\w.]+)\.(?P<layer>\d{1,5})\.steering\.(?:vector|readout|mix)", re.ASCII)
@@ -150,7 +153,12 @@ class Artifact:
         total = {**left, **{i: left[i] + v if i in left else v for i, v in right.items()}}
         total = dict(sorted(total.items()))
         step = {"plus" if sign > 0 else "minus": _origin(other.config)}
-        return self._constant(total, step, self.config.dtype, other.config.dtype)
+        made = self._constant(total, step, self.config.dtype, other.config.dtype)
+        one, two = self.config.prompt, other.config.prompt
+        if one == two:
+            return made
+        log.warning("warning: the sum has no prompt: its parts were trained with %s and %s", one, two)
+        return replace(made, config=replace(made.config, prompt=None))
 
     def _constant(self, vectors: dict[int, torch.Tensor], step: dict[str, Any], *dtypes: str) -> Artifact:
         dtype = "float64" if "float64" in dtypes else "float32"

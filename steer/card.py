@@ -57,6 +57,7 @@ def _summary(config: SteeringConfig, numbers: int, size: int) -> str:
         f"| layers | {config.layers} |\n"
         f"| positions | {config.positions} |\n"
         f"| scale | {config.scale:g} |\n"
+        f"| prompt | {_line(config.prompt or 'not recorded')} |\n"
         f"| size | {numbers:,} numbers in {config.dtype}, {size / 1000:,.0f} KB |"
     )
 

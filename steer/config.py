@@ -1,6 +1,6 @@
 """
-`SteeringConfig`: which vectors, where, and for which model. Its field docs are the CLI help, its dump the
-artifact.
+`SteeringConfig`: which vectors, where, for which model, and how they were asked (`steer.prompt.PromptSpec`).
+Its dump is in the artifact.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from steer.errors import SteerError, shown
 from steer.files import json_object
+from steer.prompt import PromptSpec, prompt_in_provenance
 
 FORMAT_VERSION = 2
 # What format 1 calls these fields.
@@ -50,11 +51,8 @@ _RANGE = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", re.ASCII)
 
 
 @dataclass
-class SteeringConfig:
-    """
-    One vector per layer, added to the residual stream of a frozen model: h <- h + scale * s_l
-    ("Small Vectors, Big Effects", arXiv 2509.06608, section 2).
-    """
+class SteeringArguments:
+    """What a user chooses of a set of vectors; the field docs are the help of the command line."""
 
     _argument_group_name = "steering vectors"
 
@@ -94,6 +92,39 @@ class SteeringConfig:
             "help": f"Precision of the vectors, whatever the base model has; one of {', '.join(DTYPES)}."
         },
     )
+
+    def __post_init__(self) -> None:
+        self.layers = _canonical(self.layers)
+        for name, value, known in (
+            ("kind", self.kind, KINDS),
+            ("site", self.site, SITES),
+            ("positions", self.positions, POSITIONS),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            if not isinstance(value, str) or value not in known:
+                raise SteerError(f"{name}={shown(value)} is unknown; choose one of {', '.join(known)}")
+        if (
+            isinstance(self.scale, bool)
+            or not isinstance(self.scale, (int, float))
+            or not abs(self.scale) <= sys.float_info.max  # whole numbers may be larger than any float
+        ):
+            raise SteerError(f"scale={shown(self.scale)} is not a finite number")
+        self.scale = float(self.scale)
+        _check_count("rank", self.rank, None)
+        if self.kind == "adaptive" and self.site != "resid_post":
+            raise SteerError(
+                f"kind='adaptive' stands at the MLP's down-projection and takes no site, got {self.site!r}; "
+                "leave site at its default"
+            )
+
+
+@dataclass
+class SteeringConfig(SteeringArguments):
+    """
+    One vector per layer, added to the residual stream of a frozen model: h <- h + scale * s_l
+    ("Small Vectors, Big Effects", arXiv 2509.06608, section 2).
+    """
+
     base_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Id of the base model. Filled in from the model when vectors are attached."},
@@ -118,25 +149,13 @@ class SteeringConfig:
     provenance: dict[str, Any] | None = field(
         default=None, metadata={"help": "How the vectors were made: recipe, data, reward, settings, scores."}
     )
+    prompt: PromptSpec | None = field(
+        default=None, metadata={"help": "How the vectors were asked in training; None where nobody knows."}
+    )
 
     def __post_init__(self) -> None:
-        self.layers = _canonical(self.layers)
-        for name, value, known in (
-            ("kind", self.kind, KINDS),
-            ("site", self.site, SITES),
-            ("positions", self.positions, POSITIONS),
-            ("dtype", self.dtype, DTYPES),
-        ):
-            if not isinstance(value, str) or value not in known:
-                raise SteerError(f"{name}={shown(value)} is unknown; choose one of {', '.join(known)}")
-        if (
-            isinstance(self.scale, bool)
-            or not isinstance(self.scale, (int, float))
-            or not abs(self.scale) <= sys.float_info.max  # whole numbers may be larger than any float
-        ):
-            raise SteerError(f"scale={shown(self.scale)} is not a finite number")
-        self.scale = float(self.scale)
-        for name, limit in (("rank", None), ("hidden_size", None), ("num_hidden_layers", MAX_LAYERS)):
+        super().__post_init__()
+        for name, limit in (("hidden_size", None), ("num_hidden_layers", MAX_LAYERS)):
             _check_count(name, getattr(self, name), limit)
         for name in (
             "base_model_name_or_path",
@@ -150,11 +169,8 @@ class SteeringConfig:
                 raise SteerError(f"{name}={shown(text)} is not a line of text")
         if not isinstance(self.provenance, (dict, type(None))):
             raise SteerError(f"provenance is a {type(self.provenance).__name__}, expected an object")
-        if self.kind == "adaptive" and self.site != "resid_post":
-            raise SteerError(
-                f"kind='adaptive' stands at the MLP's down-projection and takes no site, got {self.site!r}; "
-                "leave site at its default"
-            )
+        if not isinstance(self.prompt, (PromptSpec, type(None))):
+            raise SteerError(f"prompt is a {type(self.prompt).__name__}, expected a PromptSpec")
         _check_version(self.format_version)
         if self.format_version < FORMAT_VERSION:
             raise SteerError(
@@ -184,7 +200,7 @@ class SteeringConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, in field order."""
-        return asdict(self)
+        return {**asdict(self), "prompt": self.prompt and self.prompt.to_dict()}
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str | os.PathLike[str]) -> SteeringConfig:
@@ -215,15 +231,18 @@ class SteeringConfig:
         _check_version(version)  # first: it explains unknown fields
         known = {f.name: f.name for f in fields(cls)}  # by the name in the file
         if version == 1:
-            known = {_FORMAT_1.get(name, name): name for name in known}
+            known = {_FORMAT_1.get(name, name): name for name in known if name != "prompt"}
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise SteerError(
                 f"steering config has unknown fields {shown(', '.join(unknown))}; was it written by steer?"
             )
-        return cls(
-            **{known[name]: value for name, value in values.items()} | {"format_version": FORMAT_VERSION}
-        )
+        made = {known[name]: value for name, value in values.items()} | {"format_version": FORMAT_VERSION}
+        if version == 1:  # it named the prompt in the provenance alone
+            made["prompt"] = prompt_in_provenance(made.get("provenance"))
+        elif made.get("prompt") is not None:
+            made["prompt"] = PromptSpec.from_dict(made["prompt"])
+        return cls(**made)
 
 
 def _check_version(version: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         args.more = more
     warnings.showwarning = _one_line
     try:
+        logging.basicConfig(format="%(message)s")  # to standard error
+        logging.getLogger("steer").setLevel(logging.INFO)
         args.run(args)
     except SteerError as error:
         print(f"error: {_with_options(str(error), parser, args)}", file=sys.stderr)

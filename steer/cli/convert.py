@@ -235,10 +235,11 @@ def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any)
     """Greedy accuracy of the recipient without and with the vectors."""
     import steer
     from steer.evaluation.heldout import answer_greedily, score
+    from steer.prompt import recorded
     from steer.stop_tokens import stop_token_ids
     from steer.tasks.data import Arithmetic, load_problems
     from steer.tasks.grading import MathGrader
-    from steer.tasks.prompts import PromptSpec, recorded
+    from steer.tasks.prompts import choose_prompt, formatter
 
     run = recorded(made.config.provenance, "run")
     names = ("operators", "digits", "terms", "heldout")
@@ -251,7 +252,7 @@ def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any)
     ).to_list()
     vectors = steer.load(made, model, tokenizer=tokenizer)
     stops = stop_token_ids(tokenizer, model.generation_config)
-    format_problem = PromptSpec.of_training(made.config.provenance).formatter(tokenizer)
+    format_problem = formatter(choose_prompt({args.artifact: made.config.prompt}), tokenizer)
 
     def measure(label: str) -> dict[str, Any]:
         with MathGrader() as grader:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from steer.arguments import count, finite, json_object, text
+from steer.arguments import add_prompt_arguments, count, finite, text
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -15,15 +15,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("model", help="hub id, local folder, .gguf file or the name of bundled weights")
     generate.add_argument("--vectors", required=True, help="folder, .safetensors file or hub id")
     generate.add_argument("--prompt", type=text, required=True, help="the problem or question")
-    generate.add_argument(
-        "--template", help="prompt template; default: the one the vectors were trained with"
-    )
-    generate.add_argument(
-        "--chat-template-kwargs",
-        type=json_object,
-        metavar="JSON",
-        help="variables of the chat template, e.g. '{\"enable_thinking\": false}'; default: as in training",
-    )
+    add_prompt_arguments(generate)
     generate.add_argument("--scale", type=finite, help="factor on the vectors; default: as saved")
     generate.add_argument(
         "--max-new-tokens", type=count, default=64, help="length of the answer (default: 64)"
@@ -37,15 +29,16 @@ def _generate(args: argparse.Namespace) -> None:
     import steer
     from steer.models import check_context, load_model, load_tokenizer
     from steer.stop_tokens import stop_token_ids
-    from steer.tasks.prompts import PromptSpec
+    from steer.tasks.prompts import DEFAULT_PROMPT, choose_prompt, format_prompt
 
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, dtype=args.dtype)
     vectors = steer.load(args.vectors, model, tokenizer=tokenizer)
     if args.scale is not None:
         vectors.scale = args.scale
-    trained = PromptSpec.of_training(vectors.config.provenance)
-    prompt = trained.but(args.template, None, args.chat_template_kwargs).format_prompt(args.prompt, tokenizer)
+    asked = (args.template, args.prefix, args.chat_template_kwargs)
+    spec = choose_prompt({args.vectors: vectors.config.prompt}, DEFAULT_PROMPT, *asked)
+    prompt = format_prompt(args.prompt, tokenizer, spec)
     inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
 
     check_context(model.config, inputs["input_ids"].shape[1], args.max_new_tokens, "--max-new-tokens")

@@ -57,9 +57,9 @@ def _info(args: argparse.Namespace) -> None:
     kind = f"{config.kind}, rank {config.rank}" if config.kind == "shared" else config.kind
     where = f"{config.site}, positions {config.positions}, scale {config.scale:g}"
     print(f"vectors     {kind}, {len(norms)} layers, {numbers:,} numbers in {config.dtype}, {where}")
+    print(f"prompt      {_printable(str(config.prompt or 'not recorded'))}")
     for part, values in (config.provenance or {}).items():
-        text = f"{part:11} {_text(values)}"
-        print("".join(c if c.isprintable() else "?" for c in text))
+        print(_printable(f"{part:11} {_text(values)}"))
     print("\nlayer      norm")
     for layer, norm in norms.items():
         print(f"{layer:5}  {norm:8.4f}  {_bar(norm, max(norms.values()))}")
@@ -78,11 +78,11 @@ def _diff(args: argparse.Namespace) -> None:
         norms = [math.sqrt(v @ v) if (v := side.get(layer)) is not None else None for side in (left, right)]
         cosine = float(left[layer] @ right[layer]) / (norms[0] * norms[1]) if norms[0] and norms[1] else None
         rows.append({"layer": layer, "norm_a": norms[0], "norm_b": norms[1], "cosine": cosine})
-    names = ("base_model_name_or_path", "base_checksum", "kind", "site", "positions", "scale")
+    names = ("base_model_name_or_path", "base_checksum", "kind", "site", "positions", "scale", "prompt")
     changed = {n: [getattr(a.config, n), getattr(b.config, n)] for n in names}
     changed = {n: pair for n, pair in changed.items() if pair[0] != pair[1]}
     if args.json:
-        print(json.dumps({"differ": changed, "layers": rows}, indent=2))
+        print(json.dumps({"differ": changed, "layers": rows}, indent=2, default=str))
         return
     for name, pair in changed.items():
         print(f"{name}: {pair[0]} | {pair[1]}")
@@ -126,6 +126,10 @@ def _norms(found: Artifact) -> dict[int, float]:
 
 def _bar(value: float, longest: float) -> str:
     return "#" * round(BAR * value / longest) if longest else ""
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _text(values: Any) -> str:

@@ -30,7 +30,7 @@ from steer.files import held
 from steer.lens import layer_study
 from steer.models import load_model, load_tokenizer
 from steer.sites import find_decoder
-from steer.tasks.prompts import question
+from steer.tasks.prompts import formatter, question
 from steer.tasks.rewards import MathGrader
 from steer.training import recipe
 from steer.training.run_settings import RunSettings
@@ -66,7 +66,7 @@ def _train_population(folder: Path, settings: RunSettings) -> None:
     now = grid.chosen(everyone, asked.only)
     train, held_out = recipe.problems(run)
     prompts = settings.prompt
-    format_problem = prompts.formatter(tokenizer)
+    format_problem = formatter(prompts, tokenizer)
     train = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
     train = recipe.fitting(
         train, held_out, format_problem, tokenizer, model, training.max_completion_length or 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from steer.arguments import at_least, count, finite, json_object
+from steer.arguments import add_prompt_arguments, at_least, count, finite
 
 CONTROLS = ("random", "shuffled", "mean-difference")
 
@@ -242,16 +242,7 @@ def _input(parser: argparse.ArgumentParser, problems: int = 32) -> None:
     parser.add_argument(
         "--problems", type=count, default=problems, help=f"problems to use (default: {problems})"
     )
-    parser.add_argument("--template", help="prompt template; default: the one the vectors were trained with")
-    parser.add_argument(
-        "--prefix", help="opening of the answer; default: the one the vectors were trained with"
-    )
-    parser.add_argument(
-        "--chat-template-kwargs",
-        type=json_object,
-        metavar="JSON",
-        help="variables of the chat template; default: those of training",
-    )
+    add_prompt_arguments(parser)
     parser.add_argument(
         "--max-new-tokens", type=count, help="length of an answer; default: as in training, else 256"
     )

@@ -22,7 +22,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="serve a model with vectors, chosen by each request, over OpenAI's HTTP API (vLLM)",
         description="Starts `vllm serve MODEL`; options that are not listed here go to it (--port, --dtype, "
         "--tensor-parallel-size, ...). A request names its vectors in `model`: `math`, or `math@0.5` for "
-        "half. GET, POST and DELETE /v1/steering list, add and remove sets while the server runs.",
+        "half. A chat of one question is put to a set as in its training. GET, POST and DELETE /v1/steering "
+        "list, add and remove sets while the server runs.",
     )
     serve.add_argument("model", help="hub id, local folder or the name of bundled weights")
     serve.add_argument(
@@ -32,11 +33,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         metavar="[NAME=]ARTIFACT[@SCALE]",
         help="artifacts to serve; a name is by default that of the artifact's folder",
     )
+    serve.add_argument(
+        "--template",
+        help="how a chat of one question is put to the vectors: a prompt template that is a chat, or none to "
+        "leave requests as they are sent; default: as in the training of each set",
+    )
     serve.set_defaults(run=_serve, more=[])
 
 
 def _serve(args: argparse.Namespace) -> None:
     from steer.artifact import read_numpy
+    from steer.engine.chat import served_prompt
     from steer.weights import BUNDLED, model_path
 
     if find_spec("vllm") is None:
@@ -45,9 +52,11 @@ def _serve(args: argparse.Namespace) -> None:
     names = [name for name, _, _ in sets]
     if len(set(names)) < len(names):
         raise SteerError(f"two sets have one name ({', '.join(names)}); write NAME=ARTIFACT")
-    for _, source, _ in sets:
-        read_numpy(source)  # a damaged artifact is told now, not after the model has loaded
-    os.environ["STEER_SERVE"] = json.dumps(sets)
+    for name, source, _ in sets:
+        found = read_numpy(source)  # a damaged artifact is told now, not after the model has loaded
+        _, line = served_prompt(found.config.prompt, args.template)
+        print(f"{name}: {line}", file=sys.stderr)
+    os.environ["STEER_SERVE"] = json.dumps({"vectors": sets, "template": args.template})
     groups = [name for name in entry_points().groups if name.startswith("vllm.") and "endpoint" not in name]
     plugins = {point.name for group in groups for point in entry_points(group=group)}
     before = os.environ.get("VLLM_PLUGINS")

@@ -24,13 +24,13 @@ from typing import Any
 
 from accelerate import PartialState
 
+from steer.config import SteeringArguments
 from steer.errors import SteerError
 from steer.training import recipe
 from steer.training.baselines import Baseline, BaselineGRPOTrainer, readable
 from steer.training.config import SteeringGRPOConfig
 from steer.training.rate_search import SweepArguments, choose
 from steer.training.recipe import Recipe
-from steer.training.run import SteeringArguments
 from steer.training.run_settings import RunSettings
 
 log = logging.getLogger("steer")

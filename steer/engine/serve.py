@@ -2,8 +2,8 @@
 Vectors in vLLM's OpenAI-compatible server: each set is a model of its own name, as LoRA modules are.
 
 `steer serve` starts `vllm serve` with this endpoint plugin. A request whose `model` is the name of a set gets
-those vectors, `name@0.5` half of them, and the base model's own name the base model. Sets come and go while
-the server runs:
+those vectors, `name@0.5` half of them, and the base model's own name the base model. A chat of one question
+is put to a set as in its training (`steer.engine.chat`). Sets come and go while the server runs:
 
     GET    /v1/steering                  the sets, with their artifacts and scales
     POST   /v1/steering                  {"name": "math", "artifact": "runs/math/vectors", "scale": 1.0}
@@ -25,10 +25,14 @@ from fastapi.responses import JSONResponse
 
 from steer.artifact import read
 from steer.engine.bank import DEFAULT, pack
+from steer.engine.chat import put, served_prompt
 from steer.engine.client import NO_PLUGIN, steered_layers
 from steer.errors import SteerError
+from steer.models import load_tokenizer
+from steer.prompt import PromptSpec
 
-# How `steer serve` tells the server what to start with: JSON, [name, artifact, scale] of each set.
+# How `steer serve` tells the server what to start with: JSON, `vectors` with [name, artifact, scale] of each
+# set, and `template` as its option.
 VARIABLE = "STEER_SERVE"
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _SCALED = re.compile(r"(?P<name>.+)@(?P<scale>-?\d+(\.\d+)?)")
@@ -40,6 +44,7 @@ class Served:
 
     artifact: str
     scale: float
+    prompt: PromptSpec | None = None  # how chats of one question are put; None for as they come
 
 
 class Vectors:
@@ -52,6 +57,8 @@ class Vectors:
         self.sets: dict[str, Served] = {}
         self.engine: Any = None
         self.models: Any = None
+        self.tokenizer: Any = None
+        self.template: str | None = None
         self.lock = asyncio.Lock()
 
     def attach_router(self, app: FastAPI) -> None:
@@ -63,7 +70,10 @@ class Vectors:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         self.engine, self.models = engine_client, state.openai_serving_models
-        for name, artifact, scale in json.loads(os.environ.get(VARIABLE, "[]")):
+        self.tokenizer = await asyncio.to_thread(load_tokenizer, args.tokenizer or args.model)
+        start = json.loads(os.environ.get(VARIABLE, "{}"))
+        self.template = start.get("template")
+        for name, artifact, scale in start.get("vectors", []):
             await self.add(name, artifact, scale)
 
     # ---- the sets
@@ -75,9 +85,10 @@ class Vectors:
         found = await asyncio.to_thread(read, artifact)
         found = replace(found, config=replace(found.config, scale=scale * found.config.scale))
         vectors, positions = steered_layers(found)
+        prompt, _ = served_prompt(found.config.prompt, self.template)
         async with self.lock:
             await self._call("steer_push", name, pack(vectors), positions)
-            self.sets[name] = Served(str(artifact), scale)
+            self.sets[name] = Served(str(artifact), scale, prompt)
 
     async def remove(self, name: str) -> None:
         async with self.lock:
@@ -116,7 +127,10 @@ class Vectors:
     # ---- routes
 
     async def _list(self) -> JSONResponse:
-        listed = {name: {"artifact": s.artifact, "scale": s.scale} for name, s in self.sets.items()}
+        listed = {
+            name: {"artifact": s.artifact, "scale": s.scale, "prompt": s.prompt and s.prompt.to_dict()}
+            for name, s in self.sets.items()
+        }
         return JSONResponse({"vectors": listed})
 
     async def _add(self, request: Request) -> JSONResponse:
@@ -189,6 +203,13 @@ class _Choose:
         except (ValueError, TypeError, AttributeError):  # vLLM says what is wrong with it
             chosen = None
         if chosen is not None:
+            prompt = self.vectors.sets[chosen[0]].prompt
+            if prompt is not None and scope["path"].endswith("/v1/chat/completions"):
+                try:
+                    asked = await asyncio.to_thread(put, asked, prompt, self.vectors.tokenizer)
+                except SteerError as error:
+                    await _error(HTTPStatus.BAD_REQUEST, str(error))(scope, receive, send)
+                    return
             extra = {"steering": chosen[0], "steering_scale": chosen[1]}
             asked["model"] = self.vectors.models.base_model_paths[0].name
             asked["vllm_xargs"] = {**(asked.get("vllm_xargs") or {}), **extra}

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from steer.errors import SteerError
+from steer.prompt import PromptSpec
 from steer.tasks.data import Arithmetic, load_problems
-from steer.tasks.prompts import TEMPLATES, Question
+from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES, Question
 
 FORMS = {
     "integer": re.compile(r"-?[0-9][0-9,]*(\.0+)?"),
@@ -43,7 +44,8 @@ class Benchmark:
     answer: str = "expression"
     samples: int = 1  # sampled completions of each problem, beside the greedy one
     max_new_tokens: int = 3072
-    template: str = "boxed"
+    prompt: PromptSpec = DEFAULT_PROMPT  # where neither the user nor the vectors say another
+    template: str | None = None  # the one that the user asks for
     limit: int | None = None  # most problems; a seeded choice, and a larger limit holds a smaller one's
     config: str | None = None
     split: str = "test"
@@ -113,7 +115,7 @@ KNOWN = {
             answer="integer",
             samples=8,
             max_new_tokens=32,
-            template="boxed_short",
+            prompt=PromptSpec("boxed_short"),
             arithmetic=Arithmetic(problems=200),
         ),
     )
@@ -162,7 +164,7 @@ def parse(text: str, **overrides: Any) -> Benchmark:
         count = getattr(benchmark, key)
         if count is not None and count < least:
             raise SteerError(f"benchmark {name!r}: {key}={count} is below {least}")
-    if benchmark.template not in TEMPLATES:
+    if benchmark.template is not None and benchmark.template not in TEMPLATES:
         raise SteerError(
             f"benchmark {name!r}: unknown template {benchmark.template!r}; expected one of "
             f"{', '.join(TEMPLATES)}"

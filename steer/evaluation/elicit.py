@@ -15,9 +15,9 @@ from typing import Any
 from steer.errors import SteerError
 from steer.evaluation.benchmarks import Benchmark, Problem
 from steer.evaluation.variants import Asked, Variant
+from steer.prompt import PromptSpec
 from steer.tasks.data import load_problems
 from steer.tasks.elicited import EXAMPLES, choose
-from steer.tasks.prompts import PromptSpec
 
 log = logging.getLogger("steer")
 

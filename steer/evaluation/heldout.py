@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.generation.sampler import Sampling, rollout, uniforms
+from steer.prompt import PromptSpec
 from steer.stats import wilson
 from steer.tasks.elicited import Example, constant_answer, fitting, longer
 from steer.tasks.grading import MathGrader
 from steer.tasks.lenient import extract_lenient
-from steer.tasks.prompts import PromptSpec, question
+from steer.tasks.prompts import formatter, question
 
 log = logging.getLogger("steer")
 
@@ -188,7 +189,7 @@ def ways(
         return found
 
     def longest(some: Sequence[Example]) -> int:
-        format_problem = replace(prompts, examples=tuple(some)).formatter(tokenizer)
+        format_problem = formatter(replace(prompts, examples=tuple(some)), tokenizer)
         texts = [format_problem(question(row)) for row in problems]
         return max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 

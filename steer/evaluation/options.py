@@ -79,13 +79,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     asked("--temperature", type=finite, default=1.0, help="of the sampled answers (default: 1)")
     asked("--top-p", type=finite, default=1.0, help="of the sampled answers (default: 1)")
     asked("--max-new-tokens", type=count, help="longest answer (default: the benchmark's own)")
-    asked("--template", help="prompt template (default: the benchmark's own)")
+    asked(
+        "--template",
+        help="prompt template (default: that which the vectors were trained with, else the benchmark's own)",
+    )
+    asked("--prefix", type=text, help="forced opening of every answer (default: as in training)")
     asked(
         "--chat-template-kwargs",
         type=json_object,
         metavar="JSON",
-        help="variables of the chat template, e.g. '{\"enable_thinking\": false}' (default: those that the "
-        "vectors were trained with)",
+        help="variables of the chat template, e.g. '{\"enable_thinking\": false}' (default: as in training)",
     )
     asked("--limit", type=count, help="most problems of each benchmark: a seeded choice (default: all)")
     asked("--seed", type=int, default=0, help="of the sampled answers (default: 0)")

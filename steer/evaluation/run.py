@@ -48,10 +48,11 @@ from steer.evaluation.engines import (
 )
 from steer.evaluation.store import FIXED, GREEDY, Store
 from steer.evaluation.variants import Variant
+from steer.prompt import PromptSpec
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.columns import parse_columns
 from steer.tasks.lenient import extract_lenient
-from steer.tasks.prompts import TEMPLATES, PromptSpec
+from steer.tasks.prompts import TEMPLATES, agreed_prompt, choose_prompt, format_prompt
 from steer.versions import versions
 
 log = logging.getLogger("steer")
@@ -111,11 +112,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     base = _base(args, bones)
     compared = variants.collect(base, args.vectors, args.scales, args.adapter, args.prefixes, args.systems)
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
-    variables = _chat_template_kwargs(args, compared, chosen)
-    prompts = {
-        b.name: PromptSpec(b.template, chat_template_kwargs=variables if TEMPLATES[b.template].chat else None)
-        for b in chosen
-    }
+    prompts = _prompts(args, compared, chosen)
     texts = {name: found for name, (found, _) in problems.items()}
     context = context_length(bones.config)
     extra = elicit.elicited(args, base, chosen, texts, tokenizer, prompts, context)
@@ -138,8 +135,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
         "benchmarks": {
             b.name: {
                 "digest": problems[b.name][1],
-                "template": b.template,
-                "chat_template_kwargs": (variables or None) if TEMPLATES[b.template].chat else None,
+                **_kept(prompts[b.name]),
                 "max_new_tokens": b.max_new_tokens,
                 "answer": b.answer,
             }
@@ -292,45 +288,27 @@ def _base(args: argparse.Namespace, bones: Any) -> Variant:
     )
 
 
-def _chat_template_kwargs(
+def _prompts(
     args: argparse.Namespace, compared: Sequence[Variant], chosen: Sequence[Benchmark]
-) -> dict[str, Any]:
-    """
-    The variables of the chat template that every variant is asked with: those given, else those that the
-    vectors were trained with. Tells where vectors were trained with another template.
-    """
+) -> dict[str, PromptSpec]:
+    """How each benchmark is put to every variant: as asked for, else as the vectors were trained."""
     from steer import artifact
 
-    trained = {
-        path: PromptSpec.of_training(artifact.read(path).config.provenance, "")
-        for path in dict.fromkeys(variant.path for variant in compared if variant.kind == "vectors")
-    }
-    for path, prompts in trained.items():
-        for b in chosen:
-            if prompts.template and prompts.template != b.template:
-                log.info(
-                    "note: %s was trained with template %s, %s asks with %s",
-                    path,
-                    prompts.template,
-                    b.name,
-                    b.template,
-                )
-    if args.chat_template_kwargs is not None:
-        if args.chat_template_kwargs and not any(TEMPLATES[b.template].chat for b in chosen):
-            raise SteerError("--chat-template-kwargs are for a chat template, and no benchmark asks with one")
-        return args.chat_template_kwargs
-    made = {path: dict(prompts.chat_template_kwargs or {}) for path, prompts in trained.items()}
-    different = [path for path in made if made[path] != next(iter(made.values()))]
-    if different:
-        first = next(iter(made))
-        raise SteerError(
-            f"{first} was trained with chat_template_kwargs {made[first]}, {different[0]} with "
-            f"{made[different[0]]}, and all are to be asked the same; give --chat-template-kwargs"
-        )
-    found = next(iter(made.values()), {})
-    if found and any(TEMPLATES[b.template].chat for b in chosen):
-        log.info("chat_template_kwargs %s, as in training", found)
+    paths = dict.fromkeys(variant.path for variant in compared if variant.kind == "vectors")
+    trained = {path: artifact.read(path).config.prompt for path in paths}
+    found = {}
+    for b in chosen:
+        chat = TEMPLATES[b.template or agreed_prompt(trained, b.prompt).template].chat
+        asked = (b.template, args.prefix, args.chat_template_kwargs if chat else None)
+        found[b.name] = choose_prompt(trained, b.prompt, *asked, label=f"prompt of {b.name}")
+    if args.chat_template_kwargs and not any(TEMPLATES[spec.template].chat for spec in found.values()):
+        raise SteerError("--chat-template-kwargs are for a chat template, and no benchmark asks with one")
     return found
+
+
+def _kept(spec: PromptSpec) -> dict[str, Any]:
+    """A prompt as `run.json` holds it: the fields that are set, and those that runs of all versions have."""
+    return {k: v for k, v in spec.to_dict().items() if v or k in ("template", "chat_template_kwargs")}
 
 
 def _rows(
@@ -351,9 +329,11 @@ def _rows(
             way = variant.way(b.name)
             if variant.asked and way is None:
                 continue
-            examples, limit = (way.examples, way.max_new_tokens) if way else ((), b.max_new_tokens)
-            spec = replace(prompts[b.name], prefix=variant.prefix, system=variant.system, examples=examples)
-            texts = [spec.format_prompt(p.asks, tokenizer) for p in problems[b.name]]
+            spec, limit = prompts[b.name], b.max_new_tokens
+            if way:
+                spec, limit = replace(spec, examples=way.examples), way.max_new_tokens
+            spec = replace(spec, prefix=variant.prefix or spec.prefix, system=variant.system or spec.system)
+            texts = [format_prompt(p.asks, tokenizer, spec) for p in problems[b.name]]
             tokens = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
             asked = sorted(zip(problems[b.name], tokens, strict=True), key=lambda pair: -len(pair[1]))
             for samples in ([GREEDY] if args.greedy else [], range(b.samples)):

@@ -25,8 +25,8 @@ from steer.errors import SteerError
 from steer.evaluation import scores
 from steer.evaluation.plots import COLOURS
 from steer.files import read_json, replace_file
+from steer.prompt import PromptSpec
 from steer.tasks.elicited import UNTRAINED, best_base, stages
-from steer.tasks.prompts import PromptSpec
 from steer.training.run import read_results
 from steer.training.sweep.run import HALVING_FILE, MEMBERS, POPULATION_FILE
 
@@ -314,7 +314,7 @@ def compose_pairs(
     tokenizer: Any,
     grader: Any,
     problems: list[dict[str, Any]],
-    prompts: PromptSpec,
+    prompt: PromptSpec,
     tokens: int,
 ) -> None:
     """
@@ -335,14 +335,7 @@ def compose_pairs(
         total = total + part
     vectors = steer.load(total, model)
     try:
-        subject = Subject(
-            vectors,
-            tokenizer,
-            prompts.template,
-            prompts.prefix,
-            max_new_tokens=tokens,
-            chat_template_kwargs=prompts.chat_template_kwargs,
-        )
+        subject = Subject(vectors, tokenizer, prompt, max_new_tokens=tokens)
         found = compose(subject, problems, grader, label="best layers in pairs")
     finally:
         steer.detach(model)

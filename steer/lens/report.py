@@ -36,10 +36,10 @@ from steer.lens.scale_maps import scale_maps
 from steer.lens.scripts import count_scripts
 from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import common_opening, prefix_substitution, token_shift
+from steer.prompt import PromptSpec, recorded
 from steer.stats import wilson
 from steer.tasks.elicited import best_base
 from steer.tasks.grading import MathGrader
-from steer.tasks.prompts import recorded
 
 Record = dict[str, Any]
 ADDED = "added to the base run"
@@ -163,9 +163,9 @@ class _Study:
                 report.notes.append(f"Control left out: {name} ({error}).")
                 continue
             self._score(name, graded(subject, written, self.problems, self.grader))
-        plain = "plain" if subject.template != "plain" else "qwen_math"
-        other = replace(subject, template=plain, prefix="", chat_template_kwargs=None)
-        title = f"template {other.template} instead of {subject.template}"
+        trained = subject.prompt.template
+        other = replace(subject, prompt=PromptSpec("plain" if trained != "plain" else "qwen_math"))
+        title = f"template {other.prompt.template} instead of {trained}"
         try:
             asked = other.rows(self.problems)
         except SteerError as error:  # its prompts do not fit into the model

@@ -37,39 +37,38 @@ from steer.lens.subject import Row, Subject
 from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
 from steer.models import load_model, load_tokenizer
+from steer.prompt import PromptSpec, recorded
 from steer.tasks.data import Arithmetic, load_problems
 from steer.tasks.grading import MathGrader
-from steer.tasks.prompts import PromptSpec, recorded
+from steer.tasks.prompts import DEFAULT_PROMPT, choose_prompt
 
 Records = list[dict[str, Any]]
 
 
 def _subject(args: argparse.Namespace) -> Subject:
-    """The model with the artifact in it, framed as in its training unless told otherwise."""
+    """The model with the artifact in it, asked as in its training unless told otherwise."""
     found = artifact.read(args.artifact)
     name = args.model or found.config.base_model_name_or_path
     if not name:
         raise SteerError("the artifact does not name its base model; give --model")
     tokenizer = load_tokenizer(name)
     vectors = steer.load(found, load_model(name, dtype=args.dtype), tokenizer=tokenizer)
-    return Subject(vectors, tokenizer, **_prompt_settings(args, found.config.provenance))
+    # analyses that read no problems have none of these settings
+    prompt = _prompt(args, args.artifact, found) if hasattr(args, "template") else DEFAULT_PROMPT
+    length, size = _max_new_tokens(args, found), getattr(args, "batch_size", 128)
+    return Subject(vectors, tokenizer, prompt, length, size)
 
 
-def _prompt_settings(args: argparse.Namespace, provenance: dict[str, Any] | None) -> dict[str, Any]:
-    def told(name: str, value: Any = None) -> Any:
-        given = getattr(args, name, None)
-        return value if given is None else given
+def _prompt(args: argparse.Namespace, source: str, found: artifact.Artifact) -> PromptSpec:
+    """The prompt of an artifact, with what the command line says."""
+    asked = (args.template, args.prefix, args.chat_template_kwargs)
+    return choose_prompt({source: found.config.prompt}, DEFAULT_PROMPT, *asked)
 
-    trained = PromptSpec.of_training(provenance)
-    prompts = trained.but(told("template"), told("prefix"), told("chat_template_kwargs"))
-    training = recorded(provenance, "training")
-    return {
-        "template": prompts.template,
-        "prefix": prompts.prefix,
-        "chat_template_kwargs": prompts.chat_template_kwargs,
-        "max_new_tokens": told("max_new_tokens", training.get("max_completion_length") or 256),
-        "batch_size": told("batch_size", 128),
-    }
+
+def _max_new_tokens(args: argparse.Namespace, found: artifact.Artifact) -> int:
+    """The limit on an answer: as given, else as in training, else 256."""
+    trained = recorded(found.config.provenance, "training").get("max_completion_length")
+    return getattr(args, "max_new_tokens", None) or trained or 256
 
 
 def _problems(args: argparse.Namespace, provenance: dict[str, Any] | None) -> Records:
@@ -353,14 +352,12 @@ def transfer(args: argparse.Namespace) -> None:
         name = found.config.base_model_name_or_path
         if not name:
             raise SteerError(f"{source} does not name its base model, which the matrix needs")
-        asked_as = _prompt_settings(args, found.config.provenance)
-        model = load_model(name, dtype="float32")
-        asked = (asked_as[part] for part in ("template", "prefix", "chat_template_kwargs"))
-        entries.append(Entry(name, model, load_tokenizer(name), found, *asked))
+        prompt = _prompt(args, source, found)
+        entries.append(Entry(name, load_model(name, dtype="float32"), load_tokenizer(name), found, prompt))
     problems = _problems(args, entries[0].artifact.config.provenance)
     with MathGrader() as grader:
         options = {
-            "max_new_tokens": asked_as["max_new_tokens"],
+            "max_new_tokens": _max_new_tokens(args, found),
             "batch_size": args.batch_size,
             "force": args.force,
             "seed": args.seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError
 from steer.models import check_context
+from steer.prompt import PromptSpec
 from steer.sites import Decoder, find_decoder
-from steer.tasks.prompts import format_prompt
+from steer.tasks.prompts import DEFAULT_PROMPT, format_prompt
 from steer.vectors import SteeringVectors
 
 T = TypeVar("T")
@@ -42,8 +43,7 @@ class Row(NamedTuple):
 @dataclass
 class Subject:
     """
-    A model with vectors attached, and the prompt format
-    (`steer.tasks.prompts.format_prompt`).
+    A model with vectors attached, and how problems are put to it.
 
     batch_size: sequences per forward pass, and with the length of the texts all that memory depends on.
     Neither it nor `padding_side` ("left" or "right") changes a result beyond rounding; a model on which
@@ -52,12 +52,10 @@ class Subject:
 
     vectors: SteeringVectors
     tokenizer: PreTrainedTokenizerBase
-    template: str = "boxed"
-    prefix: str = ""
+    prompt: PromptSpec = DEFAULT_PROMPT
     max_new_tokens: int = 64
     batch_size: int = 128
     padding_side: str = "left"
-    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
@@ -86,14 +84,7 @@ class Subject:
 
     def row(self, problem: str, forced: str | Sequence[int] = "") -> Row:
         """The prompt of one problem; `forced` (text or token ids) is a completion's opening that is given."""
-        text = format_prompt(
-            problem,
-            self.tokenizer,
-            self.template,
-            self.prefix,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
-        ids = self.encode(text)
+        ids = self.encode(format_prompt(problem, self.tokenizer, self.prompt))
         opening = self.encode(forced) if isinstance(forced, str) else list(forced)
         return Row((*ids, *opening), len(ids))
 

@@ -5,7 +5,7 @@ transfer).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from steer.lens.controls import random_vectors, values
 from steer.lens.results import Result, share
 from steer.lens.sampling import accuracies
 from steer.lens.subject import Subject
+from steer.prompt import PromptSpec
 from steer.tasks.grading import MathGrader
+from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.transfer import transfer
 
 
@@ -32,9 +34,7 @@ class Entry:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     artifact: Artifact
-    template: str = "boxed"
-    prefix: str = ""
-    chat_template_kwargs: Mapping[str, Any] | None = None
+    prompt: PromptSpec = DEFAULT_PROMPT
 
 
 @dataclass
@@ -114,15 +114,7 @@ def transfer_matrix(
                 continue
             vectors = steer.load(carried, to.model)
             try:
-                subject = Subject(
-                    vectors,
-                    to.tokenizer,
-                    to.template,
-                    to.prefix,
-                    max_new_tokens,
-                    batch_size,
-                    chat_template_kwargs=to.chat_template_kwargs,
-                )
+                subject = Subject(vectors, to.tokenizer, to.prompt, max_new_tokens, batch_size)
                 text = label and f"{label}: {of.name} in {to.name}"
                 conditions = [steered(subject), *([BASE] if i == j else [])]
                 found = accuracies(subject, problems, conditions, grader, text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension
 
 from steer.errors import SteerError, one_line, shown
+from steer.prompt import PromptSpec
 
 log = logging.getLogger("steer")
 
@@ -21,6 +22,7 @@ Question = str | Sequence[Mapping[str, str]]
 
 _STEP_BY_STEP = r"Please reason step by step, and put your final answer within \boxed{}."
 _SLOT, _WORKED = "{problem}", "{answer}"
+DEFAULT_PROMPT = PromptSpec()
 
 
 class Template(NamedTuple):
@@ -73,110 +75,12 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-@dataclass(frozen=True)
-class PromptSpec:
-    """
-    How problems are put to a model: all that decides the text of a prompt but the problem and the tokenizer.
-
-    Args:
-        template: name of a prompt template, a key of `TEMPLATES`.
-        prefix: forced opening of the model's own turn, such as "To" or "Step".
-        system: a constant system text, before the template's own where it has one.
-        chat_template_kwargs: variables of the tokenizer's chat template: `{"enable_thinking": False}`.
-        examples: worked examples before the problem, each a problem and its answer as the model should write
-            it (`steer.tasks.elicited.choose`): turns of a chat, text in a template that is none.
-    """
-
-    template: str = "boxed"
-    prefix: str = ""
-    system: str = ""
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    examples: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def of_training(cls, provenance: Mapping[str, Any] | None, template: str = "boxed") -> PromptSpec:
-        """
-        The prompts that vectors were trained with, as their artifact's provenance tells.
-
-        Args:
-            provenance: `config.provenance` of an artifact.
-            template: the template where the provenance names none.
-
-        Raises:
-            SteerError: the provenance describes no prompt, being altered or of another program.
-        """
-        run, training = (recorded(provenance, part) for part in ("run", "training"))
-        found = cls(
-            run.get("template") or template,
-            run.get("prefix") or "",
-            chat_template_kwargs=training.get("chat_template_kwargs") or None,
-        )
-        for name, value, kind in (
-            ("run.template", found.template, str),
-            ("run.prefix", found.prefix, str),
-            ("training.chat_template_kwargs", found.chat_template_kwargs or {}, dict),
-        ):
-            if not isinstance(value, kind):
-                raise SteerError(
-                    f"the artifact's provenance says {name} = {shown(value)}, which is no {kind.__name__}; "
-                    "correct its steering_config.json, or remove that entry"
-                )
-        return found
-
-    def but(
-        self,
-        template: str | None = None,
-        prefix: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> PromptSpec:
-        """
-        The same with what is given here; None keeps what there is. A plain template leaves out the
-        `chat_template_kwargs` of a chat.
-        """
-        chosen = self.template if template is None else template
-        if chat_template_kwargs is None and chosen in TEMPLATES and TEMPLATES[chosen].chat:
-            chat_template_kwargs = self.chat_template_kwargs
-        return PromptSpec(
-            chosen, self.prefix if prefix is None else prefix, self.system, chat_template_kwargs
-        )
-
-    def format_prompt(self, problem: Question, tokenizer: Any) -> str:
-        """The prompt of `problem`, as `format_prompt` makes it."""
-        return format_prompt(
-            problem,
-            tokenizer,
-            self.template,
-            self.prefix,
-            self.system,
-            self.chat_template_kwargs,
-            self.examples,
-        )
-
-    def formatter(self, tokenizer: Any) -> Callable[[Question], str]:
-        """`format_prompt` with this tokenizer."""
-        return lambda problem: self.format_prompt(problem, tokenizer)
-
-
 def question(row: Mapping[str, Any]) -> Question:
     """What a problem in the record form of `steer.tasks.data` asks: its chat, else its text."""
     return row.get("messages") or str(row["problem"])
 
 
-def recorded(provenance: Mapping[str, Any] | None, part: str) -> Mapping[str, Any]:
-    """One part of an artifact's provenance, such as "run"; empty where it has none."""
-    found = (provenance or {}).get(part)
-    return found if isinstance(found, dict) else {}
-
-
-def format_prompt(
-    problem: Question,
-    tokenizer: Any,
-    template: str = "boxed",
-    prefix: str = "",
-    system: str = "",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    examples: Sequence[tuple[str, str]] = (),
-) -> str:
+def format_prompt(problem: Question, tokenizer: Any, prompt: PromptSpec = DEFAULT_PROMPT) -> str:
     """
     The full prompt text, to be tokenized with `add_special_tokens=False`; ends where the model writes on.
 
@@ -188,36 +92,108 @@ def format_prompt(
         problem: the problem's text; or the messages of a chat, which the tokenizer's chat template lays out
             as they are, whatever the template.
         tokenizer: a tokenizer of transformers.
-        template, prefix, system, chat_template_kwargs, examples: as in `PromptSpec`.
+        prompt: how the problem is put.
 
     Raises:
         SteerError: an unknown template; a chat template asked of a tokenizer that has none; a system text or
             `chat_template_kwargs` for a template that is no chat; a variable that the chat template never
             reads; a chat template that fails, or whose text lacks the problem or the instruction.
     """
+    template = prompt.template
     if template not in TEMPLATES:
         raise SteerError(f"unknown prompt template {template!r}; expected one of {', '.join(TEMPLATES)}")
     chosen = TEMPLATES[template]
     chats = ", ".join(name for name, other in TEMPLATES.items() if other.chat)
     chat = chosen.chat or not isinstance(problem, str)
-    if system and not chat:
+    if prompt.system and not chat:
         raise SteerError(f"prompt template {template!r} has no turn for a system text; use one of {chats}")
-    if chat_template_kwargs and not chat:
+    if prompt.chat_template_kwargs and not chat:
         raise SteerError(
-            f"chat_template_kwargs={shown(dict(chat_template_kwargs))} are for the tokenizer's chat "
+            f"chat_template_kwargs={shown(prompt.chat_template_kwargs)} are for the tokenizer's chat "
             f"template, and prompt template {template!r} is no chat; leave them out, or use one of {chats}"
         )
     text = (
-        _chat_text(problem, tokenizer, template, system, chat_template_kwargs or {}, examples)
-        if not isinstance(problem, str) or chosen.chat
-        else _plain_text(problem, chosen, examples)
+        _plain_text(problem, chosen, prompt.examples)
+        if isinstance(problem, str) and not chosen.chat
+        else chat_turns(problem, tokenizer, prompt)[1]
     )
     # Many chat templates write BOS themselves, some after white space: the model knows one BOS, at the start.
     if (bos := getattr(tokenizer, "bos_token", None)) and text.lstrip().startswith(bos):
         text = text.lstrip()
     else:
         text = _own_bos(tokenizer) + text
-    return text + prefix
+    return text + prompt.prefix
+
+
+def formatter(prompt: PromptSpec, tokenizer: Any) -> Callable[[Question], str]:
+    """`format_prompt` with this prompt and tokenizer."""
+    return lambda problem: format_prompt(problem, tokenizer, prompt)
+
+
+def with_changes(
+    prompt: PromptSpec,
+    template: str | None = None,
+    prefix: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> PromptSpec:
+    """
+    The prompt with what is given here; None keeps what there is. A template that is no chat leaves out the
+    system text and the `chat_template_kwargs` of a chat.
+    """
+    changed = replace(
+        prompt,
+        template=prompt.template if template is None else template,
+        prefix=prompt.prefix if prefix is None else prefix,
+    )
+    if changed.template in TEMPLATES and not TEMPLATES[changed.template].chat:
+        changed = replace(changed, system="", chat_template_kwargs=None)
+    if chat_template_kwargs is not None:
+        changed = replace(changed, chat_template_kwargs=chat_template_kwargs)
+    return changed
+
+
+def agreed_prompt(trained: Mapping[str, PromptSpec | None], default: PromptSpec) -> PromptSpec:
+    """The prompt that all sets of vectors which name one were trained with; `default` where there is none."""
+    known = [prompt for prompt in trained.values() if prompt is not None]
+    return known[0] if known and all(prompt == known[0] for prompt in known) else default
+
+
+def choose_prompt(
+    trained: Mapping[str, PromptSpec | None],
+    default: PromptSpec = DEFAULT_PROMPT,
+    template: str | None = None,
+    prefix: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    label: str = "prompt",
+) -> PromptSpec:
+    """
+    The prompt that sets of vectors are asked with. Logs in one line which it is and why, and warns in another
+    of the sets that were trained with another.
+
+    Args:
+        trained: the prompt of each set, by its name; None where it names none.
+        default: where the sets name no prompt, or different ones.
+        template, prefix, chat_template_kwargs: what the user asks for; None for as in training.
+        label: what the line calls the prompt.
+
+    Returns:
+        The prompt of the sets, or `default`, with what the user asks for.
+    """
+    known = {name: prompt for name, prompt in trained.items() if prompt is not None}
+    chosen = with_changes(agreed_prompt(known, default), template, prefix, chat_template_kwargs)
+    if known and all(prompt == chosen for prompt in known.values()):
+        why = "as the vectors were trained with"
+    elif any(value is not None for value in (template, prefix, chat_template_kwargs)):
+        why = "as asked for"
+    elif known:
+        why = "since the vectors were trained with different ones"
+    else:
+        why = "the default, since the vectors name none" if trained else "the default"
+    log.info("%s: %s (%s)", label, chosen, why)
+    others = [f"{name} ({prompt})" for name, prompt in known.items() if prompt != chosen]
+    if others:
+        log.warning("warning: %s differs from what vectors were trained with: %s", label, "; ".join(others))
+    return chosen
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -244,14 +220,19 @@ def _plain_text(problem: str, template: Template, examples: Sequence[tuple[str, 
     return head + worked + turn.replace(_SLOT, problem)
 
 
-def _chat_text(
-    problem: Question,
-    tokenizer: Any,
-    template: str,
-    constant: str,
-    variables: Mapping[str, Any],
-    examples: Sequence[tuple[str, str]] = (),
-) -> str:
+def chat_turns(problem: Question, tokenizer: Any, prompt: PromptSpec) -> tuple[list[dict[str, str]], str]:
+    """
+    The turns of a chat that put a problem, in a form that the chat template takes, and their text.
+
+    Args:
+        problem: text, or the messages of a chat.
+        tokenizer: a tokenizer of transformers, with a chat template.
+        prompt: its prefix is not among the turns.
+
+    Raises:
+        SteerError: as `format_prompt`.
+    """
+    template, examples, variables = prompt.template, prompt.examples, prompt.chat_template_kwargs or {}
     of_template = isinstance(problem, str)
     what = f"prompt template {template!r}" if of_template else "a conversational prompt"
     without = ", ".join(name for name, other in TEMPLATES.items() if not other.chat)
@@ -264,7 +245,7 @@ def _chat_text(
     instruction = TEMPLATES[template].instruction if isinstance(problem, str) else _SLOT
     form = instruction if _SLOT in instruction else _SLOT
     # an empty system turn keeps the default text out that some chat templates put there
-    system = constant if _SLOT in instruction else f"{constant}\n{instruction}".lstrip("\n")
+    system = prompt.system if _SLOT in instruction else f"{prompt.system}\n{instruction}".lstrip("\n")
     asked: list[dict[str, str]] = []
     if isinstance(problem, str):
         asked.append({"role": "user", "content": form.replace(_SLOT, problem)})
@@ -272,7 +253,7 @@ def _chat_text(
         asked += [dict(turn) for turn in problem]
         if asked[0]["role"] == "system":
             own = asked.pop(0)["content"]
-            system = f"{constant}\n{own}" if constant else own
+            system = f"{prompt.system}\n{own}" if prompt.system else own
     dialogue = []
     for example, answer in examples:
         dialogue.append({"role": "user", "content": form.replace(_SLOT, example)})
@@ -306,7 +287,7 @@ def _chat_text(
                     f"the chat template of {name} may write today's date into the prompts, which then "
                     "differ from day to day; set the date in chat_template_kwargs where it has a variable"
                 )
-            return text
+            return turns, text
         told = told or f"it leaves out {shown(lost[0])}"
     raise SteerError(
         f"the tokenizer's chat template refused {what} ({told}); correct the chat template, or {instead}"

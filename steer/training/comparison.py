@@ -35,6 +35,7 @@ from steer.evaluation import compare, plots
 from steer.evaluation.pack import pack, read_packed
 from steer.evaluation.plan import Plan
 from steer.files import replace_file
+from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.training.neutral import WATCHING
 
 ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
@@ -203,11 +204,13 @@ class Comparison:
         """What every model is asked, with the template and length of training where the plan has no other."""
         shared = self.shared
         from_training = {
-            "template": shared.get("template", "boxed"),
+            "template": shared.get("template", DEFAULT_PROMPT.template),
             "max_new_tokens": shared["max_completion_length"],
             "dtype": shared.get("model_dtype", "auto"),
             "samples": 8,
         }
+        if shared.get("prefix"):
+            from_training["prefix"] = shared["prefix"]
         if shared.get("chat_template_kwargs"):
             from_training["chat_template_kwargs"] = json.dumps(shared["chat_template_kwargs"])
         return {**from_training, **self.plan.evaluation}
@@ -215,7 +218,7 @@ class Comparison:
     def evals(self, out: Path) -> list[str]:
         asked = self.asked()
         words = [sys.executable, "-m", "steer.evaluation.run", "--out", str(out)]
-        for name in ("template", "max_new_tokens", "dtype", "engine", "chat_template_kwargs"):
+        for name in ("template", "prefix", "max_new_tokens", "dtype", "engine", "chat_template_kwargs"):
             words += [f"--{name.replace('_', '-')}", str(asked[name])] if name in asked else []
         return words
 

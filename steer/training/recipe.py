@@ -28,11 +28,12 @@ from steer.errors import SteerError, print_any_text
 from steer.evaluation.heldout import Answered, answer, constant, score, ways
 from steer.files import held, read_json, replace_file
 from steer.models import check_context, context_length, load_model, load_tokenizer
+from steer.prompt import PromptSpec
 from steer.sharded import shape
 from steer.tasks.columns import parse_columns
 from steer.tasks.data import has_own_columns, load_problems
 from steer.tasks.elicited import UNTRAINED, choose
-from steer.tasks.prompts import PromptSpec, Question, question
+from steer.tasks.prompts import Question, formatter, question
 from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
 from steer.training import run as runs
@@ -231,7 +232,7 @@ def _train_run(
         return done
 
     tokenizer = load_tokenizer(run.model, revision=run.model_revision)
-    format_problem = settings.prompt.formatter(tokenizer)
+    format_problem = formatter(settings.prompt, tokenizer)
     data = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
     model = load_model(
         run.model,
@@ -293,7 +294,7 @@ def _evaluate(
         model,
         tokenizer,
         [rows[i] for i in numbers],
-        prompts.formatter(tokenizer),
+        formatter(prompts, tokenizer),
         grader,
         limit,
         trainer.eos_token_ids,

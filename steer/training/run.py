@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.files import HOLDER_FILE, LOCK_FILE, read_json, replace_file
 from steer.tasks.columns import columns_text, parse_columns
 from steer.tasks.data import Arithmetic
 from steer.tasks.elicited import EXAMPLES
-from steer.tasks.prompts import TEMPLATES
+from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES
 from steer.tasks.reward_loading import reward_entries
 from steer.tasks.rewards import REWARDS
 from steer.training.neutral import Settings, differences
@@ -91,11 +90,12 @@ class RunConfig:
         },
     )
     template: str = field(
-        default="boxed",
+        default=DEFAULT_PROMPT.template,
         metadata={"help": "Prompt: " + "; ".join(f"{k} = {t.description}" for k, t in TEMPLATES.items())},
     )
     prefix: str = field(
-        default="", metadata={"help": "Forced opening of every answer, e.g. To or Step (a control)."}
+        default=DEFAULT_PROMPT.prefix,
+        metadata={"help": "Forced opening of every answer, e.g. To or Step (a control)."},
     )
     rewards: list[str] = field(
         default_factory=lambda: ["correct"],
@@ -124,19 +124,6 @@ class RunConfig:
 
     def arithmetic(self, problems: int) -> Arithmetic:
         return Arithmetic(self.operators, self.digits, self.terms, problems, heldout=self.heldout)
-
-
-# What a run may choose about its vectors; the other fields of SteeringConfig are filled in from the model.
-_HINTS = get_type_hints(SteeringConfig)
-SteeringArguments = make_dataclass(
-    "SteeringArguments",
-    [
-        (f.name, _HINTS[f.name], f)
-        for f in fields(SteeringConfig)
-        if f.name in ("kind", "rank", "layers", "site", "positions", "scale", "dtype")
-    ],
-    namespace={"_argument_group_name": SteeringConfig._argument_group_name},
-)
 
 
 def claim_output_dir(

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from steer.config import SteeringConfig
+from steer.config import SteeringArguments, SteeringConfig
 from steer.errors import SteerError
 from steer.models import fast_dtype
-from steer.tasks.prompts import PromptSpec
+from steer.prompt import PromptSpec
 from steer.tasks.reward_loading import source_checksums
 from steer.training.config import SteeringGRPOConfig
 from steer.training.neutral import WATCHING
-from steer.training.run import RunConfig, SteeringArguments
+from steer.training.run import RunConfig
 from steer.versions import versions
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class RunSettings:
 
     recipe: str
     run: RunConfig
-    steering: Any  # SteeringArguments
+    steering: SteeringArguments
     training: SteeringGRPOConfig
     baseline: Baseline | None = None
     rates: SweepArguments | None = None
@@ -91,7 +91,7 @@ class RunSettings:
 
     def steering_config(self) -> SteeringConfig:
         """The config of the vectors that the run attaches."""
-        return SteeringConfig(**asdict(self.steering))
+        return SteeringConfig(**asdict(self.steering), prompt=self.prompt)
 
     @property
     def prompt(self) -> PromptSpec:

@@ -143,7 +143,7 @@ def transfer(
         layers=[_row(match, given[match.donor], vector, fitted) for match, vector in moved.items()],
         notes=notes + more,
     )
-    config = replace(made.config, provenance=_provenance(source, report))
+    config = replace(made.config, provenance=_provenance(source, report), prompt=source.config.prompt)
     if recipient_tokenizer is not None:
         config = replace(config, tokenizer_checksum=tokenizer_checksum(recipient_tokenizer))
     return Transferred(Artifact(config, made.tensors), report)

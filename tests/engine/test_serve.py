@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,8 @@ from helpers.training import SPREAD, model_folder
 import steer
 from steer import SteerError
 from steer.cli.serve import _parse
+from steer.prompt import PromptSpec
+from steer.tasks.prompts import format_prompt
 
 WIDTH = 128
 
@@ -82,6 +85,7 @@ def plugin() -> Any:
             )
         return seen.get("body"), answer
 
+    ask.vectors = vectors  # type: ignore[attr-defined]
     return ask
 
 
@@ -115,6 +119,26 @@ def test_an_unknown_name_gets_404_and_the_list(plugin: Any) -> None:
     assert body is None and answer["status"] == 404
     assert "`maths` does not exist" in answer["error"]["message"]
     assert "base, lora, math, code" in answer["error"]["message"]
+
+
+def test_a_chat_of_one_question_is_put_as_in_training(plugin: Any, tiny_tokenizer: Any) -> None:
+    prompt = PromptSpec("boxed_short", system="Be brief.", examples=(("2+2?", "4"),))
+    from steer.engine.serve import Served
+
+    plugin.vectors.tokenizer = tiny_tokenizer
+    plugin.vectors.sets["math"] = Served("runs/math", 1.0, prompt)
+    chat = {"model": "math", "messages": [{"role": "user", "content": "1+1?"}]}
+    body, answer = plugin(chat, "/v1/chat/completions")
+    assert answer is None
+    text = tiny_tokenizer.apply_chat_template(
+        json.loads(body)["messages"], tokenize=False, add_generation_prompt=True
+    )
+    assert text == format_prompt("1+1?", tiny_tokenizer, prompt)
+    body, _ = plugin({**chat, "model": "code"}, "/v1/chat/completions")
+    assert json.loads(body)["messages"] == chat["messages"], "a set without a prompt"
+    wrong = {**chat, "chat_template_kwargs": {"nobody_reads": 1}}
+    body, answer = plugin(wrong, "/v1/chat/completions")
+    assert body is None and answer["status"] == 400 and "nobody_reads" in answer["error"]["message"]
 
 
 # ---- the whole server
@@ -188,7 +212,9 @@ def complete(url: str, model: str, prompt: list[int]) -> str:
 
 
 @pytest.mark.slow
-def test_many_clients_with_mixed_vectors_get_what_each_gets_alone(served: tuple[str, Path]) -> None:
+def test_many_clients_with_mixed_vectors_get_what_each_gets_alone(
+    served: tuple[str, Path], tiny_tokenizer: Any
+) -> None:
     url, folder = served
     assert (
         call(f"{url}/v1/steering", {"name": "two", "artifact": str(folder / "two"), "scale": 0.7})[0] == 200
@@ -203,6 +229,18 @@ def test_many_clients_with_mixed_vectors_get_what_each_gets_alone(served: tuple[
     assert together == alone
     same = [complete(url, name, [5, 6, 7, 8]) for name in names]
     assert len(set(same)) == 5, "the vectors make no difference: nothing was tested"
+
+    # a chat of one question is put as the vectors were trained
+    two = steer.artifact.read(folder / "two")
+    prompt = PromptSpec("boxed_short", "So")
+    steer.artifact.write(folder / "chat", replace(two, config=replace(two.config, prompt=prompt)))
+    assert call(f"{url}/v1/steering", {"name": "chat", "artifact": str(folder / "chat")})[0] == 200
+    question = {"messages": [{"role": "user", "content": "1+1?"}], "max_tokens": 12, "temperature": 0}
+    status, answer = call(f"{url}/v1/chat/completions", {**question, "model": "chat", "ignore_eos": True})
+    assert status == 200, answer
+    ids = tiny_tokenizer(format_prompt("1+1?", tiny_tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    assert answer["choices"][0]["message"]["content"] == complete(url, "chat", ids)
+    assert call(f"{url}/v1/steering/chat", method="DELETE")[0] == 200
 
     # an artifact that cannot be read, a name that is not there, one that goes
     status, answer = call(f"{url}/v1/steering", {"name": "bad", "artifact": str(folder / "broken")})
@@ -227,6 +265,6 @@ def test_a_damaged_artifact_is_told_before_the_server_starts(tmp_path: Path, mon
     monkeypatch.setattr(serve, "find_spec", lambda name: True)
     (tmp_path / "steering.safetensors").write_bytes(b"nothing")
     with pytest.raises(SteerError, match="not a readable safetensors file"):
-        serve._serve(SimpleNamespace(vectors=[str(tmp_path)], model="m", more=[]))
+        serve._serve(SimpleNamespace(vectors=[str(tmp_path)], template=None, model="m", more=[]))
     with pytest.raises(SteerError, match="two sets have one name"):
-        serve._serve(SimpleNamespace(vectors=["a/x", "b/x"], model="m", more=[]))
+        serve._serve(SimpleNamespace(vectors=["a/x", "b/x"], template=None, model="m", more=[]))

@@ -27,6 +27,7 @@ from steer.evaluation.engines import HfEngine, row_seed
 from steer.evaluation.heldout import answer_greedily
 from steer.evaluation.store import GREEDY, read_completions, read_settings
 from steer.files import held
+from steer.prompt import PromptSpec
 from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import format_prompt
 
@@ -96,7 +97,7 @@ def test_greedy_answers_are_those_of_a_plain_evaluation(base, whole):
     found = rows(whole)
     tokenizer = AutoTokenizer.from_pretrained(base / "model", padding_side="left")
     problems = store.read_problems(whole)
-    format_problem = lambda text: format_prompt(text, tokenizer, "plain")  # noqa: E731
+    format_problem = lambda text: format_prompt(text, tokenizer, PromptSpec("plain"))  # noqa: E731
 
     def evaluated(model: Any) -> list[str]:
         with MathGrader() as grader:

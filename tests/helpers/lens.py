@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import steer
 from steer.lens.subject import Row, Subject
+from steer.prompt import PromptSpec
 
 PROBLEMS = [
     {"problem": "1 + 2?", "answer": "3"},
@@ -25,7 +26,9 @@ def subject_of(model: PreTrainedModel, tokenizer: Any, std: float = 0.5, **field
     """
     own = {k: fields.pop(k) for k in ("batch_size", "padding_side", "max_new_tokens") if k in fields}
     vectors = fill(steer.attach(model, steer.SteeringConfig(**fields)), std)
-    return Subject(vectors, tokenizer, **{"template": "plain", "max_new_tokens": 4, "batch_size": 64, **own})
+    return Subject(
+        vectors, tokenizer, **{"prompt": PromptSpec("plain"), "max_new_tokens": 4, "batch_size": 64, **own}
+    )
 
 
 def texts(lengths: Sequence[tuple[int, int]] = ((5, 4), (9, 2), (3, 6)), seed: int = 0) -> list[Row]:

@@ -20,6 +20,7 @@ from steer.lens.sampling import complete
 from steer.lens.scale_maps import scale_maps
 from steer.lens.token_shift import PrefixSubstitution
 from steer.lens.transfer_matrix import Entry, TransferMatrix, transfer_matrix
+from steer.prompt import PromptSpec
 
 
 def goal(subject, layers) -> list[dict[str, str]]:
@@ -176,7 +177,7 @@ def test_transfer_matrix(build_tiny, tiny_tokenizer) -> None:
         saved = Artifact(subject.vectors.config, subject.vectors.tensors())
         wanted = goal(subject, [0, 1, 2]) if name == "one" else wanted  # noqa: F821
         steer.detach(model)
-        entries.append(Entry(name, model, tiny_tokenizer, saved, "plain"))
+        entries.append(Entry(name, model, tiny_tokenizer, saved, PromptSpec("plain")))
     options = {"method": "direct", "rescale": False}
     found = transfer_matrix(entries, wanted, Exact(), max_new_tokens=4, **options)
     assert found.accuracy[0].tolist() == [1, 1]
@@ -186,7 +187,7 @@ def test_transfer_matrix(build_tiny, tiny_tokenizer) -> None:
     assert not found.refused
     assert "steering_vectors" not in entries[0].model.__dict__
     wide = build_tiny("llama", hidden_size=16, head_dim=8)
-    other = Entry("three", wide, tiny_tokenizer, entries[0].artifact, "plain")
+    other = Entry("three", wide, tiny_tokenizer, entries[0].artifact, PromptSpec("plain"))
     with pytest.raises(SteerError):  # its own vectors do not fit: a mistake, not a refused transfer
         transfer_matrix([entries[0], other], wanted, Exact(), max_new_tokens=4, **options)
     with pytest.raises(SteerError) as error:

@@ -16,10 +16,9 @@ from helpers.training import SPREAD, model_folder, write_problems
 
 from steer import artifact
 from steer.cli import main
-from steer.errors import SteerError
 from steer.evaluation import run as evals_run
 from steer.evaluation.store import read_settings
-from steer.tasks.prompts import PromptSpec
+from steer.prompt import PromptSpec
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -81,13 +80,13 @@ def quiet(texts: list[str]) -> tuple[int, int]:
     return told, len(prompts) - told
 
 
-def test_from_training_to_generate_and_evals(base, tmp_path, monkeypatch, read, capsys) -> None:
+def test_from_training_to_generate_and_evals(base, tmp_path, monkeypatch, read, capsys, caplog) -> None:
     out = tmp_path / "run"
     train(base, out, monkeypatch, "--chat_template_kwargs", QUIET)
     told, others = quiet(read)
     assert told and not others
     vectors = out / "vectors"
-    trained = PromptSpec.of_training(artifact.read(vectors).config.provenance)
+    trained = artifact.read(vectors).config.prompt
     assert trained == PromptSpec("boxed_short", chat_template_kwargs={"quiet": True})
 
     def shown(*more: str) -> str:
@@ -122,13 +121,15 @@ def test_from_training_to_generate_and_evals(base, tmp_path, monkeypatch, read, 
     assert evaluated("base")[0] == 0
     assert evaluated("given", "--chat-template-kwargs", QUIET)[1] == 0
 
+    # one set has another prompt: the benchmark's own, and a line that names what differs
     other = artifact.read(vectors)
-    other.config.provenance = None
+    other.config.prompt = PromptSpec("boxed_short")
     artifact.write(tmp_path / "other", other)
-    capsys.readouterr()
-    asked = ["--model", str(base / "model"), "--benchmarks", str(base / "heldout.jsonl"), "--out", "nowhere"]
-    assert evals_run.main([*asked, "--vectors", f"v={vectors}", f"o={tmp_path / 'other'}"]) == 1
-    assert "give --chat-template-kwargs" in capsys.readouterr().err
+    assert evaluated("both", *given, f"o={tmp_path / 'other'}")[0] == 0
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"][-1]
+    assert warned.startswith("warning: prompt of heldout differs from what vectors were trained with: ")
+    assert f"{vectors} (template boxed_short, chat_template_kwargs {{'quiet': True}})" in warned
+    assert str(tmp_path / "other") not in warned
 
 
 def test_the_lens_reads_the_prompts_of_training(base, tmp_path, monkeypatch, read, capsys) -> None:
@@ -147,7 +148,7 @@ def test_a_population_has_them_too(base, tmp_path, monkeypatch, read) -> None:
     told, others = quiet(read)
     assert told and not others
     (vectors,) = out.glob("members/*/vectors")
-    trained = PromptSpec.of_training(artifact.read(vectors).config.provenance)
+    trained = artifact.read(vectors).config.prompt
     assert trained.chat_template_kwargs == {"quiet": True}
 
 
@@ -162,17 +163,3 @@ def test_a_population_has_them_too(base, tmp_path, monkeypatch, read) -> None:
 def test_what_cannot_work_is_one_line(base, tmp_path, monkeypatch, kwargs, more, named) -> None:
     with pytest.raises(SystemExit, match=f"^error: .*{named}[^\n]*$"):
         train(base, tmp_path / "run", monkeypatch, "--chat_template_kwargs", kwargs, *more)
-
-
-@pytest.mark.parametrize(
-    "provenance",
-    [{"run": {"template": 3}}, {"run": {"prefix": ["To"]}}, {"training": {"chat_template_kwargs": [1]}}],
-)
-def test_a_provenance_that_describes_no_prompt_is_refused(provenance) -> None:
-    with pytest.raises(SteerError, match="provenance says"):
-        PromptSpec.of_training(provenance)
-
-
-@pytest.mark.parametrize("provenance", [None, {}, {"run": "by hand"}, {"run": None, "training": []}])
-def test_a_provenance_that_says_nothing_is_the_default(provenance) -> None:
-    assert PromptSpec.of_training(provenance) == PromptSpec()

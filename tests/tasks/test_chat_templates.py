@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trl
@@ -11,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SteerError
-from steer.tasks.prompts import TEMPLATES, format_prompt
+from steer.prompt import PromptSpec
+from steer.tasks import prompts
+from steer.tasks.prompts import TEMPLATES
+
+
+def format_prompt(problem: str, tokenizer: Any, *fields: Any, **named: Any) -> str:
+    """As `steer.tasks.prompts.format_prompt`, with the fields of the prompt."""
+    return prompts.format_prompt(problem, tokenizer, PromptSpec(*fields, **named))
+
 
 STEPS = r"put your final answer within \boxed{}."
 SHORT = r"Give the answer as $\boxed{answer}$."

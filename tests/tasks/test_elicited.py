@@ -12,10 +12,11 @@ from steer.card import card
 from steer.config import SteeringConfig
 from steer.evaluation.heldout import Answered, constant, score, ways
 from steer.lens.report import _elicited
+from steer.prompt import PromptSpec
 from steer.tasks.data import Arithmetic
 from steer.tasks.elicited import best_base, choose, constant_answer, fitting, longer, stages
 from steer.tasks.grading import MathGrader, extract_boxed
-from steer.tasks.prompts import PromptSpec
+from steer.tasks.prompts import format_prompt
 from steer.training.summary import score_table
 
 TRAIN = Arithmetic("+*", 1, 2, 87, heldout=0.4).generate("train")
@@ -107,7 +108,7 @@ def test_the_stages_of_a_run(tiny_tokenizer):
 def test_a_short_context_gets_fewer_examples_and_room_for_the_run_s_own_answers(tiny_tokenizer, caplog):
     caplog.set_level("INFO", "steer")
     prompts, examples = PromptSpec("plain"), choose(TRAIN, 3)
-    one = len(tiny_tokenizer(prompts.format_prompt(HELD_OUT[0]["problem"], tiny_tokenizer))["input_ids"])
+    one = len(tiny_tokenizer(format_prompt(HELD_OUT[0]["problem"], tiny_tokenizer, prompts))["input_ids"])
     found = ways(prompts, 4, examples, HELD_OUT, tiny_tokenizer, one + 80)
     assert found["longer"] == (prompts, 16)
     assert 0 < len(found["elicited"][0].examples) < 3

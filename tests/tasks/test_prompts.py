@@ -3,7 +3,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from steer.errors import SteerError
-from steer.tasks.prompts import TEMPLATES, format_prompt
+from steer.prompt import PromptSpec
+from steer.tasks import prompts
+from steer.tasks.prompts import TEMPLATES
+
+
+def format_prompt(problem, tokenizer, *fields, **named):
+    """As `steer.tasks.prompts.format_prompt`, with the fields of the prompt."""
+    return prompts.format_prompt(problem, tokenizer, PromptSpec(*fields, **named))
+
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"

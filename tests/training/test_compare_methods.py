@@ -337,9 +337,10 @@ SHAPES = {
 def module_fields(script: str) -> list[str]:
     from dataclasses import fields
 
+    from steer.config import SteeringArguments
     from steer.training.baselines import Baseline
     from steer.training.config import SteeringGRPOConfig
-    from steer.training.run import RunConfig, SteeringArguments
+    from steer.training.run import RunConfig
 
     trained = SteeringArguments if script == "grpo_steer" else Baseline
     parts = (RunConfig, trained, SteeringArguments, SteeringGRPOConfig, rate_search.SweepArguments)

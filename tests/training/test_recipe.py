@@ -439,6 +439,7 @@ def test_help_names_the_groups(base: Path) -> None:
 def test_the_shipped_configs_are_readable() -> None:
     from trl import TrlParser
 
+    from steer.config import SteeringArguments
     from steer.training import run as runs
     from steer.training.config import SteeringGRPOConfig
 
@@ -447,7 +448,7 @@ def test_the_shipped_configs_are_readable() -> None:
     files = sorted(p for p in configs.glob("*.yaml") if not p.name.startswith(others))
     assert files
     for path in files:
-        parser = TrlParser([runs.RunConfig, runs.SteeringArguments, SteeringGRPOConfig])
+        parser = TrlParser([runs.RunConfig, SteeringArguments, SteeringGRPOConfig])
         changes = ["--use_cpu", "true", "--bf16", "false"]
         run, chosen, training = parser.parse_args_and_config(["--config", str(path), *changes])
         steer.SteeringConfig(**vars(chosen))

@@ -15,10 +15,9 @@ from typing import Any
 
 import yaml
 
-from steer.config import SteeringConfig
+from steer.config import SteeringArguments, SteeringConfig
 from steer.errors import SteerError, shown
 from steer.training.config import SteeringGRPOConfig
-from steer.training.run import SteeringArguments
 from steer.training.run_settings import RunSettings
 from steer.training.sweep.member import OWN
 

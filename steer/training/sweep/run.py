@@ -32,8 +32,9 @@ from steer.errors import SteerError
 from steer.evaluation.heldout import Answered, answer_greedily, constant, score, ways
 from steer.files import read_json, replace_file
 from steer.models import context_length
+from steer.prompt import PromptSpec
 from steer.tasks.elicited import STAGES, UNTRAINED, choose
-from steer.tasks.prompts import PromptSpec
+from steer.tasks.prompts import formatter
 from steer.tasks.reward_loading import load_rewards
 from steer.tasks.rewards import MathGrader
 from steer.training import run as runs
@@ -80,7 +81,7 @@ class Study:
             self.model,
             self.tokenizer,
             problems,
-            prompts.formatter(self.tokenizer),
+            formatter(prompts, self.tokenizer),
             self.grader,
             limit,
             trainer.eos_token_ids,

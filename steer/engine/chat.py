@@ -1,0 +1,75 @@
+"""How the server puts the question of a chat request: as the vectors that answer it were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from steer.errors import SteerError
+from steer.prompt import PromptSpec
+from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES, chat_turns, with_changes
+
+# The value of `steer serve --template` that leaves all requests as they are.
+AS_SENT = "none"
+
+
+def served_prompt(trained: PromptSpec | None, template: str | None) -> tuple[PromptSpec | None, str]:
+    """
+    The prompt of a set of vectors on the server.
+
+    Args:
+        trained: that of training; None where nobody knows.
+        template: the template that the user asks for, `AS_SENT` for none; None for as in training.
+
+    Returns:
+        The prompt, None where requests stay as they are; and one line that says so and why.
+
+    Raises:
+        SteerError: `template` is none of a chat.
+    """
+    if template == AS_SENT:
+        return None, "requests are answered as sent (--template none)"
+    chats = [name for name, known in TEMPLATES.items() if known.chat]
+    if template is not None and template not in chats:
+        raise SteerError(
+            f"--template {template!r} lays out no chats; give one of {', '.join(chats)}, or none"
+        )
+    if template is None and trained is None:
+        return None, "requests are answered as sent: the vectors name no prompt (--template sets one)"
+    chosen = with_changes(trained or DEFAULT_PROMPT, template)
+    if chosen.template not in chats:
+        return None, f"requests are answered as sent: template {chosen.template} is for plain text, not chats"
+    why = "as in training" if chosen == trained else f"trained with {trained}" if trained else "--template"
+    return chosen, f"a chat of one question is put with {chosen} ({why})"
+
+
+def put(request: Mapping[str, Any], prompt: PromptSpec, tokenizer: Any) -> dict[str, Any]:
+    """
+    A chat request whose one turn is a question, with that question put as `prompt` says. Other requests, with
+    a system turn or a dialogue of their own, come back as they are.
+
+    Args:
+        request: the body of a request for `/v1/chat/completions`. Variables of the chat template that it sets
+            go before those of the prompt.
+        prompt: for a template that is a chat.
+        tokenizer: that of the model which is served.
+
+    Raises:
+        SteerError: the chat template takes neither the turns nor the variables.
+    """
+    turns = request.get("messages")
+    if not isinstance(turns, list) or len(turns) != 1 or request.get("continue_final_message"):
+        return dict(request)
+    (turn,) = turns
+    if not isinstance(turn, dict) or turn.get("role") != "user" or not isinstance(turn.get("content"), str):
+        return dict(request)
+    variables = {**(prompt.chat_template_kwargs or {}), **(request.get("chat_template_kwargs") or {})}
+    asked, _ = chat_turns(turn["content"], tokenizer, replace(prompt, chat_template_kwargs=variables))
+    changed: dict[str, Any] = {**request, "messages": asked}
+    if variables:
+        changed["chat_template_kwargs"] = variables
+    if prompt.prefix:  # the opening of the model's own turn, which it goes on with
+        changed["messages"] = [*asked, {"role": "assistant", "content": prompt.prefix}]
+        changed |= {"add_generation_prompt": False, "continue_final_message": True}
+    return changed
