@@ -23,6 +23,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
@@ -37,6 +38,7 @@ from steer.training.run_settings import RunSettings
 from steer.training.sweep import grid
 from steer.training.sweep.grid import PopulationArguments
 from steer.training.sweep.run import Study, claim_sweep_dir, train_members
+from steer.training.validation import SHARE, split
 
 
 def main() -> None:
@@ -71,12 +73,17 @@ def _train_population(folder: Path, settings: RunSettings) -> None:
     train = recipe.fitting(
         train, held_out, format_problem, tokenizer, model, training.max_completion_length or 1
     )
+    validation: list[dict[str, Any]] = []
+    if run.validate_every:
+        train, validation = split(train, run.validation or SHARE)
     main_process = PartialState().is_main_process
     if main_process:
         claim_sweep_dir(folder, settings, everyone, {member.member for member in now})
     PartialState().wait_for_everyone()
     with MathGrader() as grader:
-        train_members(Study(folder, run, asked, model, tokenizer, prompts, grader, train, held_out), now)
+        train_members(
+            Study(folder, run, asked, model, tokenizer, prompts, grader, train, held_out, validation), now
+        )
         if not main_process:
             return
         best = layer_study.best_layers(layer_study.rows(folder), asked.winners) if asked.winners else []

@@ -87,18 +87,19 @@ def answer(
     label: str = "evaluating",
     temperature: float = 0.0,
     numbers: Sequence[int] | None = None,
+    leave: bool = True,
 ) -> list[Answered]:
     """
     One completion of each problem as `format_problem` puts it, graded; a problem that is there several times
     is read once. `numbers` (default: 0, 1, ...) tell the random numbers of one row from another's where the
-    temperature is not 0.
+    temperature is not 0. The progress bar stays when it is full if `leave` is set.
     """
     sampling = Sampling(max_new_tokens, tuple(eos_token_ids), temperature)
     numbers = range(len(problems)) if numbers is None else numbers
     was_training = model.training
     model.eval()
     answered: list[Answered] = []
-    with tqdm(total=len(problems), desc=label, unit="problem") as bar:
+    with tqdm(total=len(problems), desc=label, unit="problem", leave=leave) as bar:
         for start in range(0, len(problems), BATCH):
             batch = problems[start : start + BATCH]
             prompts = [

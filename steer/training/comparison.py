@@ -99,9 +99,10 @@ class Comparison:
         asked = {"evaluation": self.asked(), "systems": self.plan.systems, "sweep": self.plan.sweep}
         if self.done("system-prompt", asked):
             return
-        from steer.training.rate_search import SweepArguments, split
+        from steer.training.rate_search import SHARE
+        from steer.training.validation import split
 
-        share = self.plan.sweep.get("validation", SweepArguments.validation)
+        share = self.plan.sweep.get("validation", SHARE)
         _, validation = split(self.training_problems(), share)
         file = self.work / "validation.jsonl"
         _write_problems(file, validation)

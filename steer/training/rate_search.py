@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import hashlib
 import json
 import logging
-import re
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,10 +22,13 @@ from steer.errors import SteerError
 from steer.files import replace_file
 from steer.training.recipe import Recipe, train_run
 from steer.training.run_settings import RunSettings
+from steer.training.validation import split
 
 log = logging.getLogger("steer")
 
 SWEEP_FILE = "sweep.json"
+# Share of the training problems that a sweep validates on where nothing is said.
+SHARE = 0.3
 
 
 @dataclass
@@ -50,32 +51,9 @@ class SweepArguments:
         },
     )
     sweep_only: bool = field(default=False, metadata={"help": "Stop once the rate is chosen."})
-    validation: float = field(
-        default=0.3, metadata={"help": "Share of the training problems that the sweep validates on."}
-    )
     validation_samples: int = field(
         default=8, metadata={"help": "Answers to each validation problem, at temperature 1."}
     )
-
-
-def split(problems: Dataset, share: float) -> tuple[Dataset, list[dict[str, Any]]]:
-    """
-    Problems to train and to validate on. A hash of the problem's words, whatever their order, decides, so
-    that 3 + 4 and 4 + 3 stay together.
-    """
-
-    def validates(row: dict[str, Any]) -> bool:
-        words = sorted(re.findall(r"\w+|[^\w\s]", row["problem"]))
-        return int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:8], "big") / 2**64 < share
-
-    validation = problems.filter(validates)
-    rest = problems.filter(lambda row: not validates(row))
-    if not len(validation) or not len(rest):
-        raise SteerError(
-            f"validation={share} leaves {len(rest)} problems to train and {len(validation)} to validate on, "
-            f"of {len(problems)}; give a share between 0 and 1 that leaves both, or more problems"
-        )
-    return rest, validation.to_list()
 
 
 def choose(
@@ -95,7 +73,7 @@ def choose(
     if training.lr_by_layer is not None:
         raise SteerError("lr_sweep and lr_by_layer both set the learning rates; drop one of them")
     folder = Path(f"{training.output_dir}-sweep")
-    train, validation = split(problems, sweep.validation)
+    train, validation = split(problems, settings.run.validation or SHARE)
     tried: list[dict[str, Any]] = []
     for rate in rates:
         one = copy.copy(training)

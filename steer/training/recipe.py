@@ -12,20 +12,18 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.distributed import DistBackendError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from steer.errors import SteerError, print_any_text
-from steer.evaluation.heldout import Answered, answer, constant, score, ways
+from steer.evaluation.heldout import Answered, constant, score, ways
 from steer.files import held, read_json, replace_file
 from steer.models import check_context, context_length, load_model, load_tokenizer
 from steer.prompt import PromptSpec
@@ -42,7 +40,8 @@ from steer.training.resuming import newest_checkpoint
 from steer.training.run import RunConfig
 from steer.training.run_settings import RunSettings
 from steer.training.settings import check_recipe, idle
-from steer.training.summary import plot_training, sample_answers, score_table
+from steer.training.summary import plot_training, sample_answers, score_table, validation_line
+from steer.training.validation import SHARE, Validation, answer_together, split
 from steer.versions import versions
 
 log = logging.getLogger("steer")
@@ -221,6 +220,8 @@ def _train_run(
     stages: Sequence[str],
     samples: int,
 ) -> dict[str, Any]:
+    if not settings.run.validate_every:  # what a choice of the rate validates on is no part of the run
+        settings = replace(settings, run=replace(settings.run, validation=None))
     run, training, state = settings.run, settings.training, PartialState()
     if state.is_main_process:
         runs.claim_output_dir(folder, settings.identity(), settings.defaults())
@@ -241,6 +242,10 @@ def _train_run(
         attn_implementation=run.attn_implementation,
     )
     data = fitting(data, held_out, format_problem, tokenizer, model, training.max_completion_length or 1)
+    validation: Problems = []
+    if run.validate_every:
+        data, validation = split(data, run.validation or SHARE)
+        log.info("%d problems to validate on, %d to train on", len(validation), len(data))
     with MathGrader() as grader:
         rewards = load_rewards(run.rewards, grader, set(data.column_names) - {"prompt"})
         trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
@@ -248,6 +253,13 @@ def _train_run(
             raise SteerError(
                 "a sharded model is not evaluated in training; pass --eval_data none, score it later"
             )
+
+        validator = None
+        if run.validate_every:
+            validator = Validation(
+                trainer, validation, format_problem, grader, run.validate_every, run.keep_best, run.patience
+            )
+            trainer.add_callback(validator)
 
         way: dict[str, tuple[PromptSpec, int]] = {}
         if held_out is not None:
@@ -268,7 +280,7 @@ def _train_run(
             always = constant(held_out, grader)
             runs.write_results(folder, {**runs.read_results(folder), "constant": always})
         state.wait_for_everyone()
-        _train(trainer, recipe, folder, asked)
+        _train(trainer, recipe, folder, asked, validator)
         state.wait_for_everyone()
         evaluate("after")
     state.wait_for_everyone()
@@ -288,21 +300,15 @@ def _evaluate(
     state = PartialState()
     prompts, limit = way
     rows = [row for row in held_out for _ in range(samples or 1)]
-    numbers = range(state.process_index, len(rows), state.num_processes)
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
-    mine = answer(
-        model,
-        tokenizer,
-        [rows[i] for i in numbers],
+    answered = answer_together(
+        trainer,
+        rows,
         formatter(prompts, tokenizer),
         grader,
         limit,
-        trainer.eos_token_ids,
-        label=f"held-out problems, {stage}",
+        f"held-out problems, {stage}",
         temperature=1.0 if samples else 0.0,
-        numbers=numbers,
     )
-    answered = [a for turn in zip_longest(*gather_object([mine])) for a in turn if a is not None]
     if not state.is_main_process:
         return
     kept = json.dumps([asdict(a) for a in answered], indent=1).encode()
@@ -313,7 +319,13 @@ def _evaluate(
     runs.write_results(folder, {**runs.read_results(folder), stage: found})
 
 
-def _train(trainer: GroupGRPOTrainer, recipe: Recipe, folder: Path, asked: list[float]) -> None:
+def _train(
+    trainer: GroupGRPOTrainer,
+    recipe: Recipe,
+    folder: Path,
+    asked: list[float],
+    validator: Validation | None = None,
+) -> None:
     """
     Train to the end, from the last whole checkpoint when there is one; what was trained lands in the run's
     folder.
@@ -322,6 +334,7 @@ def _train(trainer: GroupGRPOTrainer, recipe: Recipe, folder: Path, asked: list[
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    validated = {"validation": validator.finish()} if validator else {}
     trainer.save_model(str(folder / recipe.artifact))
     if not trainer.accelerator.is_main_process:
         return
@@ -330,6 +343,7 @@ def _train(trainer: GroupGRPOTrainer, recipe: Recipe, folder: Path, asked: list[
     history = trainer.state.log_history
     each = max(1, int(trainer.args.logging_steps))  # logs hold the mean over this many updates
     results.update(
+        **validated,
         asked=asked,
         steps=trainer.state.global_step,
         training_seconds=round(each * sum(row.get("seconds/wall") or 0 for row in history), 3),
@@ -346,7 +360,8 @@ def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:
     checkpoint = newest_checkpoint(folder, recipe.readable)
     if checkpoint is not None:
         history = read_json(checkpoint / "trainer_state.json")["log_history"]
-        plot_training(history, folder / "training.png", f"{run.model} on {run.train_data}")
+        validated = results.get("validation", {}).get("history", [])
+        plot_training(history, folder / "training.png", f"{run.model} on {run.train_data}", validated)
     if "before" in results and "after" in results:
         before, after = (
             [Answered(**row) for row in read_json(folder / f"samples_{s}.json")] for s in ("before", "after")
@@ -361,3 +376,5 @@ def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:
         f"\ncurves    {folder / 'training.png'}"
         f"\ntraining  {results['steps']} updates in {results['training_seconds'] / 60:.1f} minutes"
     )
+    if "validation" in results:
+        print(f"validated {validation_line(results['validation'])}")

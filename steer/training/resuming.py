@@ -48,7 +48,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         return _Shuffle(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # it had been stopped after its last update
+        # it had been stopped after its last update, or a callback knows that it had ended early
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,27 @@ class RunConfig:
         default=DEFAULT_PROMPT.prefix,
         metadata={"help": "Forced opening of every answer, e.g. To or Step (a control)."},
     )
+    validate_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure greedy accuracy on problems split off the training set every this many updates, "
+            "and after the last one; default: never."
+        },
+    )
+    validation: float | None = field(
+        default=None,
+        metadata={
+            "help": "The problems split off: a share of the training problems below 1, or their number; "
+            "default: 0.1 for validate_every, 0.3 for lr_sweep."
+        },
+    )
+    keep_best: bool = field(
+        default=False,
+        metadata={"help": "Keep what had the best validation accuracy, instead of the last update's."},
+    )
+    patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many validations without a better one."}
+    )
     rewards: list[str] = field(
         default_factory=lambda: ["correct"],
         metadata={
@@ -120,6 +142,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.rewards = reward_entries(self.rewards)  # type: ignore[assignment]
         self.columns = columns_text(parse_columns(self.columns))
+        for name, least in (("validate_every", 1), ("patience", 1), ("validation", 1e-9)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise SteerError(f"{name}={value!r} is out of range; give a value above 0, or leave it out")
+        if self.validation is not None and self.validation > 1 and self.validation % 1:
+            raise SteerError(f"validation={self.validation} is neither a share below 1 nor a whole number")
+        if self.validate_every is None and (self.keep_best or self.patience is not None):
+            raise SteerError("keep_best and patience need validations; set validate_every, or leave them out")
         self.eval_columns = columns_text(parse_columns(self.eval_columns))
 
     def arithmetic(self, problems: int) -> Arithmetic:

@@ -53,10 +53,26 @@ def sample_answers(
     return "\n\n".join(blocks)
 
 
-def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None:
+def validation_line(validation: Mapping[str, Any]) -> str:
+    """The validation of a run, as its results hold it, in one line."""
+    top, history = validation["best"], validation["history"]
+    text = f"on {validation['problems']} problems, {len(history)} times"
+    if top:
+        last = history[-1]["accuracy"]
+        text += f"; best accuracy {top['accuracy']:.3f} at update {top['step']}, last {last:.3f}"
+    text += f"; the artifact is the {validation['kept']} one"
+    return f"{text}; stopped: {validation['stopped']}" if validation["stopped"] else text
+
+
+def plot_training(
+    history: list[dict[str, Any]],
+    path: Path,
+    title: str,
+    validation: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """
-    A PNG: reward and accuracy by update, answer length and entropy by update, and the norm of each layer's
-    vector where vectors were trained.
+    A PNG: reward, accuracy and validation accuracy by update, answer length and entropy by update, and the
+    norm of each layer's vector where vectors were trained.
     """
     import matplotlib
 
@@ -82,6 +98,10 @@ def plot_training(history: list[dict[str, Any]], path: Path, title: str) -> None
         points = [(row["step"], row[key]) for row in steps if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, color=colour)
+    if validation:
+        points = [(row["step"], row["accuracy"]) for row in validation]
+        label = "validation accuracy (greedy)"
+        top.plot(*zip(*points, strict=True), label=label, color="tab:red", marker="o", markersize=3)
     entropy = [(row["step"], row["entropy"]) for row in steps if row.get("entropy") is not None]
     if entropy:
         right = middle.twinx()

@@ -29,6 +29,7 @@ from steer.tasks.data import load_problems
 from steer.tasks.elicited import choose
 from steer.training import rate_search
 from steer.training.comparison import Comparison, Failed
+from steer.training.validation import split
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("compare-*.yaml"))
 
@@ -235,7 +236,7 @@ def test_a_validation_split_keeps_like_problems_together():
     from datasets import Dataset
 
     texts = [f"What is {a} {op} {b}?" for a in range(12) for b in range(12) for op in "+*"]
-    train, validation = rate_search.split(Dataset.from_dict({"problem": texts}), 0.3)
+    train, validation = split(Dataset.from_dict({"problem": texts}), 0.3)
     assert 0.2 < len(validation) / len(texts) < 0.4
     words = [{tuple(sorted(row["problem"][:-1].split())) for row in part} for part in (train, validation)]
     assert not words[0] & words[1]
@@ -245,8 +246,8 @@ def test_a_validation_split_keeps_like_problems_together():
 def test_a_split_that_leaves_nothing_is_said():
     from datasets import Dataset
 
-    with pytest.raises(SteerError, match=r"validation=1\.0 leaves 0 problems to train and 3 to validate on"):
-        rate_search.split(Dataset.from_dict({"problem": ["a", "b", "c"]}), 1.0)
+    with pytest.raises(SteerError, match="validation=3 leaves 0 problems to train and 3 to validate on"):
+        split(Dataset.from_dict({"problem": ["a", "b", "c"]}), 3)
 
 
 # ---- the files

@@ -69,7 +69,8 @@ class PopulationArguments:
         default="reward",
         metadata={
             "help": "What halve_at compares: reward = mean training reward of the last 5 updates; validation "
-            "= greedy accuracy on validation_problems. Held-out problems play no part."
+            "= greedy accuracy on the problems of validate_every, or on validation_problems of those that "
+            "are trained on. Held-out problems play no part."
         },
     )
     halve_among: str = field(

@@ -63,7 +63,7 @@ IDLE = frozenset(
 class Member:
     """
     One run: `name`, and what `SteeringGRPOTrainer` would be given. Below, what it has become: `step` updates,
-    a record of each in `log`, and in `stopped` why no more will follow.
+    a record of each in `log`, validations in `history`, and in `stopped` why no more will follow.
     """
 
     name: str
@@ -73,6 +73,8 @@ class Member:
     step: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)  # its validations
+    best: dict[str, torch.Tensor] | None = None  # its vectors at the best of them
 
     def prepare(self, vectors: SteeringVectors, problems: int) -> None:
         """Optimizer, schedule and random numbers, as a run over that many problems begins with them."""
@@ -144,6 +146,8 @@ class Member:
             "step": self.step,
             "log": self.log,
             "stopped": self.stopped,
+            "history": self.history,
+            "best": self.best,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -153,6 +157,7 @@ class Member:
         self.scheduler.load_state_dict(state["scheduler"])
         self.random = state["random"]
         self.step, self.log, self.stopped = state["step"], state["log"], state["stopped"]
+        self.history, self.best = state.get("history", []), state.get("best")
 
 
 def _reward(function: Any) -> RewardFunction:

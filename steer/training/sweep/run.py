@@ -16,7 +16,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from math import ceil
 from pathlib import Path
@@ -44,6 +45,7 @@ from steer.training.run_settings import RunSettings
 from steer.training.sweep.grid import PopulationArguments, own
 from steer.training.sweep.member import OWN, Member, read_states
 from steer.training.sweep.trainer import PopulationTrainer
+from steer.training.validation import best, history_entry, stalled, summary
 
 log = logging.getLogger("steer")
 
@@ -67,6 +69,23 @@ class Study:
     grader: MathGrader
     train: Dataset  # with a column `prompt`
     held_out: Problems | None
+    validation: Problems = field(default_factory=list)
+
+    def validate(self, trainer: PopulationTrainer, member: Member) -> None:
+        """Measure a member's greedy accuracy where one is due after its last update; stop it as asked."""
+        run, step = self.run, member.step
+        if not run.validate_every or (step % run.validate_every and step != member.steps):
+            return
+        with trainer.population.only(member.name):
+            answered = self.answer(trainer, self.validation, f"validating {member.name}, update {step}")
+        # the one after the last update of a shorter run was out of turn
+        member.history = [row for row in member.history if row["step"] % run.validate_every == 0]
+        member.history.append(found := history_entry(step, answered))
+        member.log[-1]["validation/accuracy"] = found["accuracy"]
+        if run.keep_best and best(member.history) is found:
+            member.best = {name: tensor.clone() for name, tensor in member.vectors.tensors().items()}
+        if stalled(member.history, run.patience) and member.stopped is None:
+            member.stopped = f"no better validation in {run.patience}"
 
     def answer(
         self,
@@ -177,6 +196,7 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
         )
     states = read_states(folder)
     trainer.load(states)
+    trainer.validate = partial(study.validate, trainer)
     if states:
         furthest = max((states[m.member]["step"] for m in mine if m.member in states), default=0)
         log.info("going on from update %d", furthest)
@@ -230,7 +250,10 @@ def _halve(study: Study, trainer: PopulationTrainer, rung: int) -> None:
 def _rank_by(study: Study, trainer: PopulationTrainer, member: Member, rung: int) -> float:
     if study.asked.halve_on == "reward":
         return mean_reward(member.log[:rung])
-    problems = study.train.select(range(min(study.asked.validation_problems, len(study.train)))).to_list()
+    problems = study.validation
+    if not problems:
+        count = min(study.asked.validation_problems, len(study.train))
+        problems = study.train.select(range(count)).to_list()
     with trainer.population.only(member.name):
         return score(study.answer(trainer, problems, f"validating {member.name}")).accuracy
 
@@ -301,6 +324,11 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         "reward": mean_reward(member.log),
         **base,
     }
+    if member.history:
+        if member.best is not None:
+            member.vectors.set_tensors(member.best)
+        kept = "last" if member.best is None else "best"
+        results["validation"] = summary(member.history, len(study.validation), kept)
     if study.held_out is not None:
         with trainer.population.only(member.name):
             answered = study.answer(trainer, study.held_out, f"held-out problems, {member.name}")

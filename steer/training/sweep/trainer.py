@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
@@ -52,10 +52,12 @@ class PopulationTrainer:
     """
     Train `members` on `problems` (a data set with a column `prompt`, and what the rewards read). They must
     agree in all settings of `SHARED`. State is kept in `state_file`, written every `save_steps` rounds. Where
-    `engine` is set (`steer.engine.sweep_sampler`), it samples.
+    `engine` is set (`steer.engine.sweep_sampler`), it samples. `validate` is called with a member after each
+    of its updates.
     """
 
     engine: EngineSampler | None = None
+    validate: Callable[[Member], None] | None = None
 
     def __init__(
         self,
@@ -116,6 +118,8 @@ class PopulationTrainer:
                 for member in running:
                     # its share, so that the members' seconds add up to the population's
                     member.log[-1]["step_time"] = seconds / len(running)
+                    if self.validate is not None:
+                        self.validate(member)
                 rounds += 1
                 rewards = [member.log[-1]["reward"] for member in running]
                 bar.set_postfix(

@@ -1,0 +1,206 @@
+"""Validation in training: what it measures, what is kept, and that a stop at any moment changes nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from helpers.launching import ROOT, run_folder, started
+from helpers.training import SPREAD, config, logged, make_trainer, problems, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+
+from steer import artifact
+from steer.errors import SteerError
+from steer.tasks.grading import Verdict
+from steer.training.run import RunConfig
+from steer.training.steering_trainer import SteeringGRPOTrainer, last_checkpoint
+from steer.training.validation import Validation, best, split, stalled
+
+ROWS = [{"problem": f"{n}+{n}=", "answer": str(2 * n)} for n in range(12)]
+
+
+class ByText:
+    """Judges a text by its letters: as good as chance, and another verdict when the text changes."""
+
+    def check(self, texts: list[str], golds: list[str], *more: Any) -> list[Verdict]:
+        return [Verdict(sum(map(ord, text)) % 3 == 0, text, "exact") for text in texts]
+
+
+class Never:
+    def check(self, texts: list[str], golds: list[str], *more: Any) -> list[Verdict]:
+        return [Verdict(False, text, "exact") for text in texts]
+
+
+class Stop(TrainerCallback):
+    def __init__(self, at: int):
+        self.at = at
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def run(build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast):
+    """A run with validation in a folder, which goes on where it was."""
+
+    def train(folder: Path, grader: Any, stop: int | None = None, **changes: Any):
+        validated = {k: changes.pop(k) for k in ("every", "keep_best", "patience") if k in changes}
+        defaults = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7, "learning_rate": 0.4}
+        args = config(folder, **{**defaults, **changes})
+        model = build_tiny("llama", initializer_range=SPREAD)
+        trainer = make_trainer(model, tiny_tokenizer, args, data=problems(40))
+        validation = Validation(trainer, ROWS, lambda text: text, grader, **{"every": 2, **validated})
+        trainer.add_callback(validation)
+        if stop is not None:
+            trainer.add_callback(Stop(stop))
+        checkpoint = last_checkpoint(folder)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            return trainer, validation, None
+        return trainer, validation, validation.finish()
+
+    return train
+
+
+def vectors(trainer: SteeringGRPOTrainer) -> dict[str, Any]:
+    return {name: tensor.clone() for name, tensor in trainer.vectors.tensors().items()}
+
+
+def test_the_best_state_is_kept(run, tmp_path: Path) -> None:
+    trainer, validation, found = run(tmp_path, ByText(), keep_best=True)
+    assert [row["step"] for row in validation.history] == [0, 2, 4, 6, 7]
+    accuracies = [row["accuracy"] for row in validation.history]
+    assert len(set(accuracies[1:])) > 1, "all states are equally good: nothing was tested"
+    assert logged(trainer, "validation/accuracy") == accuracies[1:]
+    top = max(validation.history[1:], key=lambda row: row["accuracy"])
+    assert found["best"] == top and found["kept"] == "best" and found["problems"] == len(ROWS)
+    assert [p.name for p in tmp_path.glob("best-*")] == [f"best-{top['step']}"]
+    assert same(vectors(trainer), artifact.read(tmp_path / f"best-{top['step']}").tensors)
+    assert json.loads((tmp_path / "validation.json").read_text()) == validation.history
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 6])
+def test_a_stopped_run_validates_at_the_same_updates(run, tmp_path: Path, stop: int) -> None:
+    whole, validation, found = run(tmp_path / "whole", ByText(), keep_best=True)
+    run(tmp_path / "stopped", ByText(), stop=stop, keep_best=True)
+    resumed, again, found_again = run(tmp_path / "stopped", ByText(), keep_best=True)
+    assert again.history == validation.history and found_again == found
+    assert same(vectors(resumed), vectors(whole))
+    assert logged(resumed, "validation/accuracy") == logged(whole, "validation/accuracy")
+
+
+def test_without_keep_best_the_last_state_stays_and_validation_changes_nothing(
+    run, tmp_path: Path, build_tiny, tiny_tokenizer
+) -> None:
+    trainer, _, found = run(tmp_path / "validated", ByText(), max_steps=4)
+    assert found["kept"] == "last" and not list((tmp_path / "validated").glob("best-*"))
+    args = config(tmp_path / "plain", max_steps=4, learning_rate=0.4)
+    model = build_tiny("llama", initializer_range=SPREAD)
+    plain = make_trainer(model, tiny_tokenizer, args, data=problems(40))
+    plain.train()
+    assert same(vectors(plain), vectors(trainer))
+
+
+def test_patience_ends_the_run_for_good(run, tmp_path: Path) -> None:
+    trainer, _, found = run(tmp_path, Never(), every=1, patience=2)
+    assert trainer.state.global_step == 3, "the first validation is the best, two more are no better"
+    assert found["stopped"] == "no better validation in 2 after update 1"
+    again, _, found_again = run(tmp_path, Never(), every=1, patience=2)
+    assert again.state.global_step == 3 and found_again == found
+    assert same(vectors(again), vectors(trainer))
+
+
+def test_a_longer_run_forgets_the_validation_after_the_last_update(run, tmp_path: Path) -> None:
+    _, validation, _ = run(tmp_path, ByText(), max_steps=3)
+    assert [row["step"] for row in validation.history] == [0, 2, 3]
+    _, longer, _ = run(tmp_path, ByText(), max_steps=5)
+    assert [row["step"] for row in longer.history] == [0, 2, 4, 5]
+
+
+accuracies = st.lists(st.sampled_from([0.0, 0.25, 0.5]), min_size=1, max_size=8)
+
+
+@given(accuracies, st.integers(1, 4))
+def test_best_and_stalled(values: list[float], patience: int) -> None:
+    history = [{"step": i + 1, "accuracy": value} for i, value in enumerate(values)]
+    top = best([{"step": 0, "accuracy": 1.0}, *history])
+    assert top == history[values.index(max(values))]
+    assert stalled(history, patience) == (len(values) - top["step"] >= patience)
+    assert not stalled(history, None)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 30))
+def test_a_number_of_problems_is_split_off(count: int) -> None:
+    texts = [f"{a} + {b}" for a in range(9) for b in range(9)]
+    train, validation = split(Dataset.from_dict({"problem": texts}), count)
+    # a sum and its mirror image stay together
+    assert count <= len(validation) <= count + 1
+    pairs = [{tuple(sorted(row["problem"].split())) for row in part} for part in (train, validation)]
+    assert not pairs[0] & pairs[1] and len(train) + len(validation) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "message"),
+    [
+        ({"validate_every": 0}, "validate_every=0 is out of range"),
+        ({"validate_every": 1, "validation": 0.0}, "validation=0.0 is out of range"),
+        ({"validate_every": 1, "validation": 2.5}, "neither a share below 1 nor a whole number"),
+        ({"keep_best": True}, "need validations; set validate_every"),
+        ({"patience": 2}, "need validations; set validate_every"),
+        ({"validate_every": 1, "patience": 0}, "patience=0 is out of range"),
+    ],
+)
+def test_settings_that_cannot_work(given_settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SteerError, match=message):
+        RunConfig(**given_settings)
+
+
+# ---- in the recipes
+
+
+@pytest.fixture
+def base(
+    tmp_path: Path, build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    given_settings = {"max_steps": 3, "use_cpu": True, "eval_limit": 2, "examples": 0, "learning_rate": 0.05}
+    return run_folder(tmp_path, build_tiny, tiny_tokenizer, 4, **given_settings)
+
+
+def launched(base: Path, recipe: str, *changes: str) -> str:
+    words = [sys.executable, str(ROOT / "recipes" / recipe), "--config", str(base / "config.yaml")]
+    done = started(
+        [*words, "--validate_every", "2", "--validation", "8", "--keep_best", "true", *changes], base
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_recipe_validates_and_says_so(base: Path) -> None:
+    text = launched(base, "grpo_steer.py")
+    results = json.loads((base / "whole" / "results.json").read_text())
+    found = results["validation"]
+    assert [row["step"] for row in found["history"]] == [0, 2, 3] and found["problems"] >= 8
+    assert f"best accuracy {found['best']['accuracy']:.3f} at update {found['best']['step']}" in text
+    kept = artifact.read(base / "whole" / f"best-{found['best']['step']}").tensors
+    assert same(artifact.read(base / "whole" / "vectors").tensors, kept)
+
+
+def test_a_population_validates_each_member(base: Path) -> None:
+    launched(base, "layer_sweep.py", "--seeds", "1", "2", "--winners", "0")
+    for name in ("seed-1", "seed-2"):
+        folder = base / "whole" / "members" / name
+        found = json.loads((folder / "results.json").read_text())["validation"]
+        assert [row["step"] for row in found["history"]] == [2, 3] and found["kept"] == "best"
+        rows = json.loads((folder / "log.json").read_text())
+        assert "validation/accuracy" not in rows[0]
+        assert rows[1]["validation/accuracy"] == found["history"][0]["accuracy"]
