@@ -8,12 +8,14 @@ from steer.errors import SteerError
 if TYPE_CHECKING:
     from steer.artifact import Artifact, mean, read
     from steer.config import SteeringConfig
+    from steer.prompt import PromptSpec
     from steer.vectors import SteeringVectors, attach, attached, detach, load
 
 __version__ = "0.2.0"
 
 __all__ = [
     "Artifact",
+    "PromptSpec",
     "SteerError",
     "SteeringConfig",
     "SteeringVectors",
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 _HOMES = (
-    {"SteeringConfig": "steer.config"}
+    {"SteeringConfig": "steer.config", "PromptSpec": "steer.prompt"}
     | dict.fromkeys(("SteeringVectors", "attach", "attached", "detach", "load"), "steer.vectors")
     | dict.fromkeys(("Artifact", "mean", "read"), "steer.artifact")
 )

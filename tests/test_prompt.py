@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer.config import SteeringConfig
@@ -16,6 +16,8 @@ from steer.errors import SteerError
 from steer.prompt import PromptSpec
 from steer.tasks.prompts import TEMPLATES, agreed_prompt, choose_prompt, with_changes
 
+# a busy machine is no fault of the strategies
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 texts = st.text(max_size=12)
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | texts,
@@ -32,6 +34,7 @@ prompts = st.builds(
 )
 
 
+@patient
 @given(prompts)
 def test_to_json_and_back(prompt: PromptSpec) -> None:
     text = json.dumps(prompt.to_dict())
@@ -39,6 +42,7 @@ def test_to_json_and_back(prompt: PromptSpec) -> None:
     assert json.loads(text) == prompt.to_dict(), "plain JSON types"
 
 
+@patient
 @given(prompts)
 def test_a_config_holds_it_through_json(prompt: PromptSpec) -> None:
     config = SteeringConfig(prompt=prompt)
@@ -46,6 +50,7 @@ def test_a_config_holds_it_through_json(prompt: PromptSpec) -> None:
     assert SteeringConfig.from_dict(SteeringConfig().to_dict()).prompt is None
 
 
+@patient
 @given(prompts, st.sampled_from(sorted(TEMPLATES)))
 def test_changes_are_those_asked_for(prompt: PromptSpec, template: str) -> None:
     assert with_changes(prompt) == prompt or not TEMPLATES[prompt.template].chat

@@ -24,7 +24,7 @@ from steer.sae.intervene import answer_without
 from steer.sae.trainer import SAETrainer, TrainConfig
 from steer.tasks.data import Arithmetic
 from steer.tasks.grading import extract_boxed
-from steer.tasks.prompts import PromptSpec
+from steer.tasks.prompts import format_prompt
 
 name = "smollm2-135m-instruct"
 model, tokenizer = load_model(name, dtype="float32"), load_tokenizer(name)
@@ -37,8 +37,7 @@ vectors = steer.load(Path(steer.__file__).parents[1] / "evals/results/demo/vecto
 
 # %%
 problems = Arithmetic("+*", digits=1, problems=12, heldout=0.4).generate("heldout")
-prompts = PromptSpec(template="boxed_short")
-texts = [prompts.format_prompt(p["problem"], tokenizer) for p in problems]
+texts = [format_prompt(p["problem"], tokenizer, vectors.config.prompt) for p in problems]
 questions = tokenizer(texts, add_special_tokens=False)["input_ids"]
 asked = [(ids, p["answer"]) for ids, p in zip(questions, problems) for _ in range(8)]
 sampling = Sampling(16, (tokenizer.eos_token_id,), temperature=1.3)

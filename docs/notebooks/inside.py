@@ -48,7 +48,7 @@ for layer in (0, 15, 26, 28, 29):
 # problems; along these answers, the next-token distributions with and without the vectors are compared.
 
 # %%
-subject = Subject(vectors, tokenizer, template="boxed_short", max_new_tokens=16)
+subject = Subject(vectors, tokenizer, vectors.config.prompt, max_new_tokens=16)
 problems = Arithmetic("+*", digits=1, problems=8, heldout=0.4).generate("heldout")
 steered = Condition(frozenset(subject.layers))
 base_rows, rows = complete(subject, subject.rows(problems), [BASE, steered])

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 import steer
 from steer.models import load_model, load_tokenizer
-from steer.tasks.prompts import PromptSpec
+from steer.tasks.prompts import format_prompt
 from steer.training import SteeringGRPOConfig, SteeringGRPOTrainer
 
 name = "smollm2-135m-instruct"
@@ -24,14 +24,14 @@ model, tokenizer = load_model(name, dtype="float32"), load_tokenizer(name)
 # ## Problems and prompts
 #
 # A data set with a column `prompt`, which the model reads, and any columns that the reward needs.
-# `PromptSpec` writes a problem in the model's chat template.
+# A `PromptSpec` says how a problem is put, here in the model's chat template.
 
 # %%
-prompts = PromptSpec(template="boxed_short")
+prompt = steer.PromptSpec(template="boxed_short")
 numbers = range(2, 10)
 sums = [{"problem": f"What is {a} + {b}?", "answer": str(a + b)} for a in numbers for b in numbers]
 data = Dataset.from_list(
-    [{**row, "prompt": prompts.format_prompt(row["problem"], tokenizer)} for row in sums]
+    [{**row, "prompt": format_prompt(row["problem"], tokenizer, prompt)} for row in sums]
 )
 print(data[0]["prompt"])
 

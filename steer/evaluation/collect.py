@@ -213,15 +213,14 @@ def _note_conditions(found: Collection) -> None:
         if len(set(values.values())) > 1:
             found.notes.append(f"{key} differs: " + ", ".join(f"{n} {v}" for n, v in values.items()))
     for name in found.problems:
-        for key in ("template", "max_new_tokens", "digest"):
+        for key in ("template", "prefix", "system", "chat_template_kwargs", "max_new_tokens", "digest"):
             values = {
-                m.name: m.conditions["asked"]
-                .get(name, m.conditions["benchmarks"][name])
-                .get(key, m.conditions["benchmarks"][name][key])
+                m.name: m.conditions["asked"].get(name, {}).get(key, asked.get(key)) or "none"
                 for m in found.methods
-                if name in m.conditions["benchmarks"]
+                for asked in [m.conditions["benchmarks"].get(name)]
+                if asked is not None
             }
-            if len(set(values.values())) > 1:
+            if len(set(map(str, values.values()))) > 1:
                 found.notes.append(
                     f"{name}: {key} differs: " + ", ".join(f"{n} {v}" for n, v in values.items())
                 )

@@ -51,7 +51,7 @@ def trained(report: Report) -> str:
     ]
     if run.get("train_data"):
         detail = f", operators {run['operators']}" if run["train_data"] == "arithmetic" else ""
-        told.append(f"They were trained on {run['train_data']}{detail}, template {run.get('template')}")
+        told.append(f"They were trained on {run['train_data']}{detail}, {config.prompt or 'prompt unknown'}")
         if rewards := run.get("rewards"):
             told[-1] += f", rewarded for {' and '.join(map(str, rewards))}"
         if how.get("max_steps", -1) > 0:

@@ -40,6 +40,7 @@ from steer.prompt import PromptSpec, recorded
 from steer.stats import wilson
 from steer.tasks.elicited import best_base
 from steer.tasks.grading import MathGrader
+from steer.tasks.prompts import DEFAULT_PROMPT
 
 Record = dict[str, Any]
 ADDED = "added to the base run"
@@ -163,9 +164,10 @@ class _Study:
                 report.notes.append(f"Control left out: {name} ({error}).")
                 continue
             self._score(name, graded(subject, written, self.problems, self.grader))
-        trained = subject.prompt.template
-        other = replace(subject, prompt=PromptSpec("plain" if trained != "plain" else "qwen_math"))
-        title = f"template {other.prompt.template} instead of {trained}"
+        trained = (subject.prompt or DEFAULT_PROMPT).template
+        plain = "plain" if trained != "plain" else "qwen_math"
+        other = replace(subject, prompt=PromptSpec(plain))
+        title = f"template {plain} instead of {trained}"
         try:
             asked = other.rows(self.problems)
         except SteerError as error:  # its prompts do not fit into the model

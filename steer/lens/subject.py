@@ -13,7 +13,7 @@ from steer.errors import SteerError
 from steer.models import check_context
 from steer.prompt import PromptSpec
 from steer.sites import Decoder, find_decoder
-from steer.tasks.prompts import DEFAULT_PROMPT, format_prompt
+from steer.tasks.prompts import format_prompt
 from steer.vectors import SteeringVectors
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Subject:
 
     vectors: SteeringVectors
     tokenizer: PreTrainedTokenizerBase
-    prompt: PromptSpec = DEFAULT_PROMPT
+    prompt: PromptSpec | None = None
     max_new_tokens: int = 64
     batch_size: int = 128
     padding_side: str = "left"

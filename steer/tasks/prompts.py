@@ -80,7 +80,7 @@ def question(row: Mapping[str, Any]) -> Question:
     return row.get("messages") or str(row["problem"])
 
 
-def format_prompt(problem: Question, tokenizer: Any, prompt: PromptSpec = DEFAULT_PROMPT) -> str:
+def format_prompt(problem: Question, tokenizer: Any, prompt: PromptSpec | None = None) -> str:
     """
     The full prompt text, to be tokenized with `add_special_tokens=False`; ends where the model writes on.
 
@@ -92,13 +92,14 @@ def format_prompt(problem: Question, tokenizer: Any, prompt: PromptSpec = DEFAUL
         problem: the problem's text; or the messages of a chat, which the tokenizer's chat template lays out
             as they are, whatever the template.
         tokenizer: a tokenizer of transformers.
-        prompt: how the problem is put.
+        prompt: how the problem is put, such as `vectors.config.prompt`; None for the default.
 
     Raises:
         SteerError: an unknown template; a chat template asked of a tokenizer that has none; a system text or
             `chat_template_kwargs` for a template that is no chat; a variable that the chat template never
             reads; a chat template that fails, or whose text lacks the problem or the instruction.
     """
+    prompt = prompt or DEFAULT_PROMPT
     template = prompt.template
     if template not in TEMPLATES:
         raise SteerError(f"unknown prompt template {template!r}; expected one of {', '.join(TEMPLATES)}")
