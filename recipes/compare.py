@@ -2,10 +2,7 @@
 
 import sys
 
-from steer.threads import prepare_environment
+from steer.cli import main
 
 if __name__ == "__main__":
-    prepare_environment()
-    from steer.cli.compare import main
-
-    sys.exit(main())
+    sys.exit(main(["compare", *sys.argv[1:]]))

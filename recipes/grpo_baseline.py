@@ -1,10 +1,8 @@
 """Train what steering vectors are compared with: a full fine-tune, or LoRA, BEFT or TinyLoRA of peft."""
 
-from steer.threads import prepare_environment
+import sys
+
+from steer.cli import main
 
 if __name__ == "__main__":
-    prepare_environment()
-    from steer.cli.train_baseline import main
-    from steer.training.recipe import start
-
-    start(main)
+    sys.exit(main(["train-baseline", *sys.argv[1:]]))

@@ -1,10 +1,8 @@
 """Train steering vectors by reinforcement learning on math problems."""
 
-from steer.threads import prepare_environment
+import sys
+
+from steer.cli import main
 
 if __name__ == "__main__":
-    prepare_environment()
-    from steer.cli.train import main
-    from steer.training.recipe import start
-
-    start(main)
+    sys.exit(main(["train", *sys.argv[1:]]))

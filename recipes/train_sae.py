@@ -2,11 +2,7 @@
 
 import sys
 
-from steer.threads import prepare_environment
+from steer.cli import main
 
 if __name__ == "__main__":
-    prepare_environment()
-    from steer.cli.train_sae import main
-    from steer.training.recipe import start
-
-    start(lambda: main(sys.argv[1:]))
+    sys.exit(main(["sae", "train", *sys.argv[1:]]))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.launching import ROOT
+from helpers.launching import ROOT, run_here
 from helpers.training import SPREAD, model_folder
 from transformers import LlamaConfig
 
@@ -34,23 +32,20 @@ def base(request: pytest.FixtureRequest, tmp_path: Path, build_tiny: Any, tiny_t
     return tmp_path
 
 
-def train(base: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+def train(base: Path, *more: str) -> None:
     settings = (
         f"--model {base / 'model'} --train_data {base / 'mixed.jsonl'} --eval_data none --template plain"
     )
     settings += " --max_steps 2 --use_cpu true --num_generations 2 --rewards format --report_to none"
     settings += f" --per_device_train_batch_size 4 --max_completion_length 8 --output_dir {base / 'run'}"
     recipe = ROOT / "recipes" / "grpo_steer.py"
-    monkeypatch.setattr(sys, "argv", [str(recipe), *settings.split(), *more])
-    runpy.run_path(str(recipe), run_name="__main__")
+    run_here(recipe, *settings.split(), *more)
 
 
-def test_training_problems_that_do_not_fit_are_left_out_with_a_count(
-    base, monkeypatch, caplog, capsys
-) -> None:
+def test_training_problems_that_do_not_fit_are_left_out_with_a_count(base, caplog, capsys) -> None:
     folder = base / "a run"
     with caplog.at_level("WARNING", logger="steer"):
-        train(base, monkeypatch, "--output_dir", str(folder))
+        train(base, "--output_dir", str(folder))
     assert "3 of 9 training problems are left out" in caplog.text and "context of 40 tokens" in caplog.text
     assert json.loads((folder / "results.json").read_text())["steps"] == 2
     lines = capsys.readouterr().out.splitlines()
@@ -66,10 +61,10 @@ def test_training_problems_that_do_not_fit_are_left_out_with_a_count(
         (("--max_completion_length", "40"), "use --max_completion_length 28"),
     ],
 )
-def test_a_run_in_which_nothing_fits_is_one_line(base, monkeypatch, more, named) -> None:
+def test_a_run_in_which_nothing_fits_is_one_line(base, more, named) -> None:
     changes = [str(base / text) if text.endswith("jsonl") else text for text in more]
     with pytest.raises(SystemExit, match=f"^error: .*{named}[^\n]*$"):
-        train(base, monkeypatch, *changes)
+        train(base, *changes)
 
 
 @pytest.mark.parametrize(("prompt", "length"), [(LONG, "8"), (SHORT, "29"), (SHORT, "100")])

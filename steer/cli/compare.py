@@ -2,11 +2,11 @@
 Do a few vectors give what full fine-tuning gives? Train and measure both, other methods and the controls, and
 write tables, plots and a page.
 
-    python recipes/compare.py --config recipes/configs/compare-tiny.yaml
-    python recipes/compare.py --config recipes/configs/compare-tiny.yaml --report
+    steer compare --config compare-tiny
+    steer compare --config compare-tiny --report
 
 Each run of training is a process of its own, started by `accelerate launch`, and is scored on held-out
-problems by `steer.evaluation.run`. Learning rates are chosen once for each method, on problems split off the
+problems by `steer eval`. Learning rates are chosen once for each method, on problems split off the
 training set. Whatever was finished is one small file under OUT/runs or OUT/sweeps and is not done again, on
 this machine or another; a run that was stopped goes on where it was; one that fails is told of at the end and
 holds up no other. Seeds are outermost: after a part of the time there is one seed of everything. `--report`
@@ -29,11 +29,11 @@ from steer.training.comparison import Comparison, Failed
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python recipes/compare.py",
+        prog="steer compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="YAML file: recipes/configs/compare-*.yaml")
+    parser.add_argument("--config", required=True, help="YAML file, or the name of one of steer's")
     parser.add_argument("--seeds", nargs="+", type=int, help="these seeds alone (default: the config's)")
     parser.add_argument(
         "--methods", nargs="+", help="train these methods alone, so that several processes share the work"

@@ -1,16 +1,14 @@
 """
 Train many sets of steering vectors at once on one frozen model: every layer alone, learning rates, controls.
 
+    steer sweep --config layer-sweep-demo
+    steer sweep --config demo --learning_rates 1e-3 3e-3 1e-2 --output_dir runs/rates
+    steer sweep --config layer-sweep-demo --halve_at 10 20 --output_dir runs/halved
+    steer sweep --config deepscaler-qwen2.5-math-7b-single-layer --each_layer all --launcher ddp
     accelerate launch recipes/layer_sweep.py --config recipes/configs/layer-sweep-demo.yaml
-    accelerate launch recipes/layer_sweep.py --config recipes/configs/demo.yaml \\
-        --learning_rates 1e-3 3e-3 1e-2 --output_dir runs/rates
-    accelerate launch recipes/layer_sweep.py --config recipes/configs/layer-sweep-demo.yaml \\
-        --halve_at 10 20 --output_dir runs/halved
-    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/layer_sweep.py \\
-        --config recipes/configs/deepscaler-qwen2.5-math-7b-single-layer.yaml --each_layer all
 
-All settings of grpo_steer.py are here too, and a member of the population ends up with the vectors that
-grpo_steer.py gives it alone. A run that was stopped goes on where it was when it is started again; members
+All settings of `steer train` are here too, and a member of the population ends up with the vectors that
+`steer train` gives it alone. A run that was stopped goes on where it was when it is started again; members
 may be added to it (a longer list, more layers or rates), and `--only NAME` goes on with some. Several
 processes divide the members among them.
 
@@ -20,7 +18,7 @@ The output folder ends up with `members/NAME/vectors` (an artifact each), `sweep
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,20 +39,23 @@ from steer.training.sweep.run import Study, claim_sweep_dir, train_members
 from steer.training.validation import SHARE, split
 
 
-def main() -> None:
-    settings = RunSettings.parse("layer_sweep", __doc__, population=PopulationArguments)
+def main(arguments: Sequence[str]) -> None:
+    settings = RunSettings.parse("layer_sweep", __doc__, arguments, population=PopulationArguments)
     recipe.begin(settings)
-    train_population(settings)
+    train_population(settings, arguments)
 
 
-def train_population(settings: RunSettings) -> None:
-    """Train the members, or what is missing of them, and print the table; all share this command line."""
+def train_population(settings: RunSettings, arguments: Sequence[str]) -> None:
+    """
+    Train the members, or what is missing of them, and print the table. All share the command line
+    `arguments`, which gave the settings.
+    """
     folder = Path(settings.training.output_dir)
     with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
-        _train_population(folder, settings)
+        _train_population(folder, settings, arguments)
 
 
-def _train_population(folder: Path, settings: RunSettings) -> None:
+def _train_population(folder: Path, settings: RunSettings, arguments: Sequence[str]) -> None:
     run, training, asked = settings.run, settings.training, settings.population
     assert asked is not None
     tokenizer = load_tokenizer(run.model, revision=run.model_revision)
@@ -64,7 +65,7 @@ def _train_population(folder: Path, settings: RunSettings) -> None:
         dtype=run.model_dtype,
         attn_implementation=run.attn_implementation,
     ).to(training.device)
-    everyone = grid.members(settings, find_decoder(model).num_hidden_layers, sys.argv[1:])
+    everyone = grid.members(settings, find_decoder(model).num_hidden_layers, arguments)
     now = grid.chosen(everyone, asked.only)
     train, held_out = recipe.problems(run)
     prompts = settings.prompt

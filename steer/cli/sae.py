@@ -1,16 +1,20 @@
-"""`steer sae`: look into sparse autoencoders, and write them in another tool's format."""
+"""`steer sae`: train sparse autoencoders, look into them, and write them in another tool's format."""
 
 from __future__ import annotations
 
 import argparse
 
 from steer.cli.outputs import add_force, output
+from steer.cli.programs import PROGRAMS
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add `sae` and its two actions."""
-    parser = commands.add_parser("sae", help="look into a sparse autoencoder, or write it in another format")
+    """Add `sae` and its actions."""
+    parser = commands.add_parser(
+        "sae", help="train sparse autoencoders, look into one, or write it in another format"
+    )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("train", help=PROGRAMS["sae train"][1])  # listed here; `programs.find` runs it
     info = actions.add_parser("info", help="what a folder holds: format, shape, cost, source")
     info.add_argument("folder", help="folder of an SAE: steer, saelens, sparsify or dictionary_learning")
     info.set_defaults(run=_info)

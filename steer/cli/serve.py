@@ -8,10 +8,10 @@ import os
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from importlib.util import find_spec
 from pathlib import Path
 
 from steer.errors import SteerError
+from steer.extras import require
 
 _VECTORS = re.compile(r"((?P<name>[A-Za-z0-9][\w.-]*)=)?(?P<artifact>.+?)(@(?P<scale>-?\d+(\.\d+)?))?")
 
@@ -46,8 +46,7 @@ def _serve(args: argparse.Namespace) -> None:
     from steer.engine.chat import served_prompt
     from steer.weights import BUNDLED, model_path
 
-    if find_spec("vllm") is None:
-        raise SteerError("vLLM is not installed: `pip install vllm` on a GPU, `make vllm` on a CPU")
+    require("serving", "vllm")
     sets = [_parse(text) for text in args.vectors]
     names = [name for name, _, _ in sets]
     if len(set(names)) < len(names):

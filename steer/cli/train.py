@@ -1,22 +1,22 @@
 """
 Train steering vectors by reinforcement learning on math problems.
 
-    accelerate launch recipes/grpo_steer.py --config recipes/configs/demo.yaml
-    accelerate launch recipes/grpo_steer.py --config recipes/configs/demo.yaml \\
-        --rewards random --reward_weights 1.0 --output_dir runs/control-random
+    steer train --config demo
+    steer train --config demo --max_steps 2 --output_dir runs/dry
+    steer train --config demo --rewards random --reward_weights 1.0 --output_dir runs/control-random
+    steer train --config demo --learning_rates 1e-3 3e-3 1e-2 --output_dir runs/rates
+    steer train --config deepscaler-qwen2.5-math-7b --launcher ddp
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/grpo_steer.py \\
         --config recipes/configs/deepscaler-qwen2.5-math-7b.yaml
-    accelerate launch recipes/grpo_steer.py --config recipes/configs/demo.yaml \\
-        --max_steps 2 --output_dir runs/dry
-    accelerate launch recipes/grpo_steer.py --config recipes/configs/demo.yaml \\
-        --learning_rates 1e-3 3e-3 1e-2 --output_dir runs/rates
 
+The config is a YAML file or the name of one of steer's. Without a launcher one device trains; `--launcher`, a
+file of accelerate or the name of one of steer's, starts `accelerate launch`, as the last command does itself.
 Every setting of a config file can be overridden on the command line. `--lr_sweep` chooses the learning rate
 first, on problems split off the training set. A run that was stopped goes on where it was when it is started
 again with the same settings; a finished one says so. The output folder ends up with `vectors/` (the
 artifact), `results.json`, `training.png`, the graded answers and the checkpoints. With `population`,
-`each_layer`, `learning_rates` or `seeds` many sets of vectors are trained at once, as recipes/layer_sweep.py
-does and explains.
+`each_layer`, `learning_rates` or `seeds` many sets of vectors are trained at once, as `steer sweep` does
+and explains.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from steer.training.steering_trainer import SteeringGRPOTrainer
 from steer.training.sweep.grid import PopulationArguments
 
 
-def main() -> None:
-    settings = parse()
+def main(arguments: Sequence[str]) -> None:
+    settings = parse(arguments)
     recipe.begin(settings)
     training, rates = settings.training, settings.rates
     if settings.population and settings.population.asked:
@@ -54,7 +54,7 @@ def main() -> None:
                 "lr_sweep chooses one rate for one set of vectors; a population takes several at once as "
                 "learning_rates"
             )
-        return train_population(settings)
+        return train_population(settings, arguments)
     chosen = vectors(settings)
     train, held_out = recipe.problems(settings.run)
     if rates and rates.lr_sweep:
@@ -71,8 +71,8 @@ def main() -> None:
         print(f"\nUse them:\n  {shlex.join(map(str, command))}\n")
 
 
-def parse(arguments: Sequence[str] | None = None) -> RunSettings:
-    """The settings, from --config and the command line, or from `arguments`."""
+def parse(arguments: Sequence[str]) -> RunSettings:
+    """The settings, from --config and the other words of a command line."""
     more = {"rates": SweepArguments, "population": PopulationArguments}
     return RunSettings.parse("grpo_steer", __doc__, arguments, **more)
 

@@ -1,13 +1,13 @@
 """
 Train what steering vectors are compared with, exactly as they are trained: a full fine-tune, or LoRA, BEFT or
-TinyLoRA of peft. Data, rewards, samples, budget and logs are those of `grpo_steer.py`.
+TinyLoRA of peft. Data, rewards, samples, budget and logs are those of `steer train`.
 
-    accelerate launch recipes/grpo_baseline.py --config recipes/configs/demo.yaml \\
-        --method full --model_dtype float32 --lr_sweep 3e-6 1e-5 3e-5 --output_dir runs/demo-full
-    accelerate launch recipes/grpo_baseline.py --config recipes/configs/demo.yaml \\
-        --method lora --lora_rank 4 --learning_rate 1e-3 --output_dir runs/demo-lora
-    accelerate launch recipes/grpo_baseline.py --config recipes/configs/demo.yaml \\
-        --method beft --target_modules down_proj --output_dir runs/demo-beft
+    steer train-baseline --config demo --method full --model_dtype float32 \\
+        --lr_sweep 3e-6 1e-5 3e-5 --output_dir runs/demo-full
+    steer train-baseline --config demo --method lora --lora_rank 4 --learning_rate 1e-3 \\
+        --output_dir runs/demo-lora
+    steer train-baseline --config demo --method beft --target_modules down_proj --output_dir runs/demo-beft
+    accelerate launch recipes/grpo_baseline.py --config recipes/configs/demo.yaml --method lora
 
 `--lr_sweep` chooses the learning rate on problems split off the training set, and keeps what each rate
 reached in `OUTPUT_DIR-sweep/sweep.json`. A run that was stopped goes on where it was when it is started again
@@ -39,9 +39,9 @@ log = logging.getLogger("steer")
 FULL_RATE = 1e-4
 
 
-def main() -> None:
-    # A config may be one of grpo_steer's; what it says of vectors is read and plays no part.
-    settings = parse()
+def main(arguments: Sequence[str]) -> None:
+    # A config may be one of `steer train`'s; what it says of vectors is read and plays no part.
+    settings = parse(arguments)
     recipe.begin(settings)
     training, rates = settings.training, settings.rates
     if settings.steering != SteeringArguments():
@@ -62,8 +62,8 @@ def main() -> None:
         recipe.report(Path(training.output_dir), settings.run, chosen)
 
 
-def parse(arguments: Sequence[str] | None = None) -> RunSettings:
-    """The settings, from --config and the command line, or from `arguments`."""
+def parse(arguments: Sequence[str]) -> RunSettings:
+    """The settings, from --config and the other words of a command line."""
     more = {"baseline": Baseline, "rates": SweepArguments}
     return RunSettings.parse("grpo_baseline", __doc__, arguments, **more)
 

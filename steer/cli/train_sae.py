@@ -1,14 +1,14 @@
 """
 Train sparse autoencoders on the activations of any causal language model, steered or not.
 
-    python recipes/train_sae.py --config recipes/configs/sae-demo.yaml
-    python recipes/train_sae.py --config FILE layer=20 saes.topk.k=64 output_dir=runs/layer-20
+    steer sae train --config sae-demo
+    steer sae train --config sae-demo layer=20 saes.topk.k=64 output_dir=runs/layer-20
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/train_sae.py --config FILE
 
-A config file is one run; `name=value` overrides one of its settings, with dots for nested ones. All SAEs of a
-run are trained on one stream. A run that was stopped goes on where it was when it is started again. The
-output folder ends up with a folder per SAE (`steer.sae.load_sae` reads it), `metrics.jsonl` and the last
-checkpoint.
+The config is a YAML file or the name of one of steer's. It is one run; `name=value` overrides one of its
+settings, with dots for nested ones. All SAEs of a run are trained on one stream. A run that was stopped goes
+on where it was when it is started again. The output folder ends up with a folder per SAE
+(`steer.sae.load_sae` reads it), `metrics.jsonl` and the last checkpoint.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from steer.errors import SteerError
 from steer.files import held
 from steer.generation.cpu import keep_freed_memory
 from steer.models import load_model, load_tokenizer
+from steer.recipe_files import config_file
 from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import ActivationStream, Reader
 from steer.sae.cache import CachedActivations, write_cache
@@ -132,23 +133,25 @@ def summary(line: dict[str, Any], names: list[str]) -> str:
 def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
     """The settings from --config and the overrides; SteerError names what is wrong with them."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_help()
+        prog="steer sae train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_help(),
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML file; see recipes/configs/sae-*"
+        "--config", required=True, metavar="NAME", help="YAML file, or the name of one of steer's"
     )
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="settings in place of the file's")
     parsed = parser.parse_args(arguments)
+    file = config_file(parsed.config)
     try:
-        values = yaml.safe_load(Path(parsed.config).read_text())
+        values = yaml.safe_load(file.read_text())
     except OSError as error:
-        raise SteerError(
-            f"cannot read {parsed.config}: {error.strerror}; see recipes/configs/sae-*"
-        ) from error
+        raise SteerError(f"cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise SteerError(f"{parsed.config} is not YAML: {' '.join(str(error).split())}") from error
+        raise SteerError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise SteerError(f"{parsed.config} holds no settings; see recipes/configs/sae-*")
+        raise SteerError(f"{file} holds no settings; recipes/configs/sae-*.yaml show some")
     for override in parsed.overrides:
         _override(values, override)
     known: dict[str, dict[str, Any]] = {"run": {}, "training": {}}

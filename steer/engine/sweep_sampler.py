@@ -15,6 +15,7 @@ from steer.artifact import Artifact
 from steer.engine.client import push, request
 from steer.engine.logprobs import PROCESSED, logprobs_mode
 from steer.errors import SteerError
+from steer.extras import require
 from steer.vectors import SteeringVectors
 from steer.weights import BUNDLED, model_path
 
@@ -33,10 +34,8 @@ class EngineSampler:
                 f"vllm_mode={args.vllm_mode!r} is not for a population, whose processes each sample for "
                 "their own members: use colocate"
             )
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise SteerError("use_vllm needs vLLM: `make vllm` on a CPU, or `pip install vllm`") from error
+        require("use_vllm", "vllm")
+        from vllm import LLM
 
         local = name in BUNDLED or Path(name).expanduser().exists()
         self.args, self.stop = args, list(stop)

@@ -77,7 +77,7 @@ def notes(collection: Collection, rows: Sequence[dict[str, Any]]) -> list[str]:
     if not any(method.conditions["asked"] for method in collection.methods):
         found.append(
             "no base was asked with worked examples: part of a gain over the base may be form alone; "
-            "steer.evaluation.run --examples 8 measures that"
+            "`steer eval --examples 8` measures that"
         )
     for benchmark, decoding in dict.fromkeys((row["benchmark"], row["decoding"]) for row in rows):
         of = [row for row in rows if (row["benchmark"], row["decoding"]) == (benchmark, decoding)]

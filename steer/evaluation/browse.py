@@ -1,8 +1,8 @@
 """
 Read completions side by side in a terminal.
 
-    python -m steer.evaluation.browse runs/eval --verdict gained --limit 3
-    python -m steer.evaluation.browse runs/eval --verdict truncated --methods steering --benchmark gsm8k
+    steer browse runs/eval --verdict gained --limit 3
+    steer browse runs/eval --verdict truncated --methods steering --benchmark gsm8k
 
 The same answers with a filter and a search stand in the page of `steer.evaluation.compare`.
 """
@@ -86,11 +86,11 @@ def plain(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m steer.evaluation.browse",
+        prog="steer browse",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", help="folders that steer.evaluation.run wrote")
+    parser.add_argument("runs", nargs="+", help="folders that `steer eval` wrote")
     parser.add_argument("--methods", nargs="+", help="whose answers to show (default: all)")
     parser.add_argument(
         "--base", default="base", help="what gained and lost are measured against (default: base)"
@@ -123,7 +123,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(side_by_side(problem, answers, width) + "\n" + "=" * width)
     print(f"{min(args.limit, len(found))} of {len(found)} problems ({args.verdict})")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

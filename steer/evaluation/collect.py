@@ -73,7 +73,7 @@ class Collection:
     problems: dict[str, dict[str, Row]]  # benchmark -> id -> problem and answer
     forms: dict[str, str]  # benchmark -> form of its answers
     notes: list[str]
-    sessions: list[dict[str, Any]]  # command, versions and time of every steer.evaluation.run
+    sessions: list[dict[str, Any]]  # command, versions and time of every `steer eval`
 
     def benchmarks(self) -> list[str]:
         return list(self.problems)
@@ -136,7 +136,7 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
         rows = [dict(zip(completions, values, strict=True)) for values in zip(*lists, strict=True)]
         if not rows:
             raise SteerError(
-                f"{folder} holds no answers yet; run steer.evaluation.run again to go on with it"
+                f"{folder} holds no answers yet; give the same `steer eval` command again to go on with it"
             )
         _note_unfinished(found, folder, settings, rows)
         names = {}
@@ -200,7 +200,7 @@ def _note_unfinished(found: Collection, folder: Path, settings: dict[str, Any], 
     if missing:
         found.notes.append(
             f"{folder} is not finished: at least {missing} answers are missing; "
-            "steer.evaluation.run goes on with it"
+            "the same `steer eval` command goes on with it"
         )
 
 

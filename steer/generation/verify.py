@@ -4,7 +4,7 @@ Which fast paths of sampling and scoring compute what the model computes, found 
 `fast_paths(model)` compares, once per model and in about ten short forward passes, each fast path with plain
 passes over single rows without padding or cache. What differs is left out with one log line, as is what
 a named property of the model rules out: a cache of another kind, a forward that takes none, a decoder that is
-not where trl looks for it. Sampling, scoring, the recipes' evaluation and `steer.evaluation.run` all ask
+not where trl looks for it. Sampling, scoring, the recipes' evaluation and `steer eval` all ask
 here. A model for which plain passes are wrong too, since its logits depend on later tokens, is refused.
 """
 

@@ -16,3 +16,7 @@ analysis is a function of a subject that returns plain data with `to_dict()` and
 All of them run base and steered conditions as conditions of one batch (`conditions`, `passes`, `sampling`)
 with exact hooks on the unmodified model. `report` does everything and writes one page.
 """
+
+from steer.extras import require
+
+require("steer.lens", "lens")

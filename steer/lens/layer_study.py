@@ -3,7 +3,7 @@ What a population of single layers found: a table, the plot of gain by layer, an
 
     python -m steer.lens.layer_study runs/layer-sweep-demo       # sweep.json, sweep.md and sweep.png, again
 
-`recipes/layer_sweep.py` calls it at its end. Differences to the untrained model are paired over the problems,
+`steer sweep` calls it at its end. Differences to the untrained model are paired over the problems,
 as in `steer.evaluation.scores`.
 """
 
@@ -35,7 +35,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """One record a member that has results, in the order of the population. SteerError when none has."""
     path = folder / POPULATION_FILE
     if not path.exists():
-        raise SteerError(f"{folder} holds no {POPULATION_FILE}: it is no run of recipes/layer_sweep.py")
+        raise SteerError(f"{folder} holds no {POPULATION_FILE}: it is no run of `steer sweep`")
     base = _right(folder / "samples_before.json")
     halving = folder / HALVING_FILE
     rungs = read_json(halving) if halving.exists() else {}
@@ -73,7 +73,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
             row["gain"] = {**vars(compared.difference), "p": compared.p, "verdict": compared.verdict}
         found.append(row)
     if not found:
-        raise SteerError(f"no member of {folder} has results yet; let recipes/layer_sweep.py finish first")
+        raise SteerError(f"no member of {folder} has results yet; let `steer sweep` finish first")
     return found
 
 
@@ -346,7 +346,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="folder of a run of recipes/layer_sweep.py")
+    parser.add_argument("folder", type=Path, help="folder of a run of `steer sweep`")
     parser.add_argument("--title", help="of the table and the plot (default: as it was)")
     args = parser.parse_args()
     before = args.folder / "sweep.json"

@@ -2,11 +2,11 @@
 Do a few vectors give what full fine-tuning gives? Train and measure both, other methods and the controls, and
 write tables, plots and a page.
 
-    python recipes/compare.py --config recipes/configs/compare-tiny.yaml
-    python recipes/compare.py --config recipes/configs/compare-tiny.yaml --report
+    steer compare --config compare-tiny
+    steer compare --config compare-tiny --report
 
 Each run of training is a process of its own, started by `accelerate launch`, and is scored on held-out
-problems by `steer.evaluation.run`. Learning rates are chosen once for each method, on problems split off the
+problems by `steer eval`. Learning rates are chosen once for each method, on problems split off the
 training set. Whatever was finished is one small file under OUT/runs or OUT/sweeps and is not done again, on
 this machine or another; a run that was stopped goes on where it was; one that fails is told of at the end and
 holds up no other. Seeds are outermost: after a part of the time there is one seed of everything. `--report`
@@ -35,6 +35,7 @@ from steer.evaluation import compare, plots
 from steer.evaluation.pack import pack, read_packed
 from steer.evaluation.plan import Plan
 from steer.files import replace_file
+from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.training.neutral import WATCHING
 
@@ -192,10 +193,11 @@ class Comparison:
         """Train as a user would, from a config file that says all."""
         config = self.work / "configs" / f"{job}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
-        script = f"recipes/{settings['recipe']}.py"
+        script = str(recipes_folder() / f"{settings['recipe']}.py")
         text = yaml.safe_dump({k: v for k, v in settings.items() if k != "recipe"}, sort_keys=False)
         replace_file(config, text.encode())
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launcher]
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+        start += ["--config_file", str(launcher_file(launcher))]
         threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
         self.call([*start, "--num_cpu_threads_per_process", threads, script, "--config", str(config)])
 
@@ -218,7 +220,7 @@ class Comparison:
 
     def evals(self, out: Path) -> list[str]:
         asked = self.asked()
-        words = [sys.executable, "-m", "steer.evaluation.run", "--out", str(out)]
+        words = [sys.executable, "-m", "steer.cli", "eval", "--out", str(out)]
         for name in ("template", "prefix", "max_new_tokens", "dtype", "engine", "chat_template_kwargs"):
             words += [f"--{name.replace('_', '-')}", str(asked[name])] if name in asked else []
         return words
@@ -330,7 +332,7 @@ def _check(file: Path, have: str, asked: dict[str, Any]) -> None:
 def _launcher() -> str:
     import torch
 
-    return f"recipes/accelerate/{'gpu' if torch.cuda.is_available() else 'cpu'}.yaml"
+    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def _processor() -> str:

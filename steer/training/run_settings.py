@@ -16,6 +16,7 @@ from steer.config import SteeringArguments, SteeringConfig
 from steer.errors import SteerError
 from steer.models import fast_dtype
 from steer.prompt import PromptSpec
+from steer.recipe_files import config_file
 from steer.tasks.reward_loading import source_checksums
 from steer.training.config import SteeringGRPOConfig
 from steer.training.neutral import WATCHING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from steer.training.rate_search import SweepArguments
     from steer.training.sweep.grid import PopulationArguments
 
+_COMMANDS = {"grpo_steer": "train", "grpo_baseline": "train-baseline", "layer_sweep": "sweep"}
 # Settings of training that provenance names even at their defaults.
 _ESSENTIAL = (
     *("learning_rate", "lr_by_layer", "advantage", "loss_type", "beta", "num_generations"),
@@ -67,7 +69,7 @@ class RunSettings:
         cls,
         recipe: str,
         description: str | None = None,
-        arguments: Sequence[str] | None = None,
+        arguments: Sequence[str] = (),
         **more: type,
     ) -> RunSettings:
         """
@@ -76,7 +78,8 @@ class RunSettings:
         Args:
             recipe: name of the recipe.
             description: the text above the settings in `--help`.
-            arguments: the command line; default: that of the process.
+            arguments: the words of the command line. `--config` is a file, or the name of a config that
+                comes with the package.
             more: dataclasses of further parts, by the name of their field here.
 
         Raises:
@@ -152,24 +155,35 @@ def _default_training(use_cpu: bool) -> SteeringGRPOConfig:
 
 
 def _read(
-    parts: Sequence[type], description: str | None, recipe: str, arguments: Sequence[str] | None
+    parts: Sequence[type], description: str | None, recipe: str, arguments: Sequence[str]
 ) -> tuple[Any, ...]:
     """One object for each dataclass of `parts`."""
-    usage = f"accelerate launch recipes/{recipe}.py --config FILE [--setting VALUE ...]"
+    usage = f"steer {_COMMANDS[recipe]} --config NAME [--setting VALUE ...]"
     parser = TrlParser(parts, description=description, usage=usage, formatter_class=_Help)
     parser.error = _refuse
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; see recipes/configs")
+    parser.add_argument(
+        "--config", metavar="NAME", help="YAML file of settings, or the name of one of steer's, such as demo"
+    )
     try:
-        return parser.parse_args_and_config(arguments)[: len(parts)]
+        return parser.parse_args_and_config(_with_config_file(arguments))[: len(parts)]
     except OSError as error:
-        raise SteerError(
-            f"no config file {error.filename} ({error.strerror}); those that come with steer are in "
-            "recipes/configs"
-        ) from error
+        raise SteerError(f"cannot read {error.filename} ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SteerError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:  # trl and transformers on unknown or contradictory settings
         raise SteerError(" ".join(str(error).split())) from error
+
+
+def _with_config_file(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line with the path of the config file in place of its name."""
+    words: list[str] = []
+    for word in arguments:
+        # trl reads the file only where it is a word of its own
+        words += ["--config", word.removeprefix("--config=")] if word.startswith("--config=") else [word]
+    if "--config" in words[:-1]:
+        at = words.index("--config") + 1
+        words[at] = str(config_file(words[at]))
+    return words
 
 
 def _refuse(message: str) -> NoReturn:

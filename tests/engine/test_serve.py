@@ -262,7 +262,7 @@ def test_many_clients_with_mixed_vectors_get_what_each_gets_alone(
 def test_a_damaged_artifact_is_told_before_the_server_starts(tmp_path: Path, monkeypatch: Any) -> None:
     from steer.cli import serve
 
-    monkeypatch.setattr(serve, "find_spec", lambda name: True)
+    monkeypatch.setattr(serve, "require", lambda *_: None)
     (tmp_path / "steering.safetensors").write_bytes(b"nothing")
     with pytest.raises(SteerError, match="not a readable safetensors file"):
         serve._serve(SimpleNamespace(vectors=[str(tmp_path)], template=None, model="m", more=[]))

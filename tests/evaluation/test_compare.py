@@ -197,9 +197,7 @@ def test_folders_that_are_no_runs(tmp_path, capsys):
         collect([tmp_path])
     message(error)
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(
-        SteerError, match=r"run.json cannot be read \(it is not what steer.evaluation.run writes\)"
-    ):
+    with pytest.raises(SteerError, match=r"run.json cannot be read \(it is not what `steer eval` writes\)"):
         collect([tmp_path])
     assert compare.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith("error: ")

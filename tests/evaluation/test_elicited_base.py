@@ -43,7 +43,7 @@ def whole(base: Path) -> Path:
     return out
 
 
-# ---- steer.evaluation.run
+# ---- steer eval
 
 
 def test_the_elicited_base_is_a_variant_whose_examples_are_recorded(base, whole):

@@ -219,7 +219,7 @@ def test_a_stopped_run_goes_on(base, whole, tmp_path, monkeypatch, capsys):
 
 def test_a_killed_run_loses_one_batch_at_most(base, whole, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "steer.evaluation.run", *arguments(base, out, "--batch-size", "1")]
+    command = [sys.executable, "-m", "steer.cli", "eval", *arguments(base, out, "--batch-size", "1")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

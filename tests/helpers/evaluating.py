@@ -38,7 +38,7 @@ def make_base(place: Path, build_tiny: Callable, tokenizer: Any, **shape: Any) -
 
 
 def arguments(base: Path, out: Path, *more: str) -> list[str]:
-    """What `steer.evaluation.run` is asked: nine sums, greedily and twice at temperature 1."""
+    """What `steer eval` is asked: nine sums, greedily and twice at temperature 1."""
     plain = ["--benchmarks", str(base / "sums.jsonl"), "--template", "plain", "--max-new-tokens", str(TOKENS)]
     return ["--model", str(base / "model"), *plain, "--samples", "2", "--out", str(out), *more]
 
@@ -84,7 +84,7 @@ def make_run(
         },
         "sessions": [
             {
-                "command": "python -m steer.evaluation.run",
+                "command": "steer eval",
                 "started": "2026-01-01",
                 "versions": {"torch": "2"},
                 "seconds": 60.0,

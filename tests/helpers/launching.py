@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 from helpers.paths import ROOT
@@ -68,6 +70,16 @@ def started(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=500, check=False
     )
+
+
+def run_here(script: Path, *words: str) -> None:
+    """A recipe run inside this process, to save the imports; SystemExit with its line where it is refused."""
+    with patch.object(sys, "argv", [str(script), *words]):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
 
 
 def launcher(config: Path, *options: str) -> list[str]:

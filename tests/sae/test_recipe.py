@@ -1,10 +1,9 @@
 """
-`recipes/train_sae.py`: from a config to SAEs on disk, its overrides and its mistakes, one process and two.
+`steer sae train`: from a config to SAEs on disk, its overrides and its mistakes, one process and two.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,22 +14,13 @@ import yaml
 from helpers.paths import ROOT
 from helpers.steering import message
 
+from steer.cli import train_sae
 from steer.errors import SteerError
 from steer.sae import SAEConfig, load_sae
 from steer.sae.trainer import TrainConfig
 
 RECIPE = ROOT / "recipes" / "train_sae.py"
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("sae-*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("train_sae", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_sae"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_sae"]
 
 
 @pytest.fixture
@@ -59,8 +49,8 @@ def config(build_tiny, tiny_tokenizer, tmp_path):
     return path
 
 
-def test_a_run_writes_saes_that_load(recipe, config, tmp_path, capsys):
-    trained = recipe.main(["--config", str(config)])
+def test_a_run_writes_saes_that_load(config, tmp_path, capsys):
+    trained = train_sae.main(["--config", str(config)])
     for name in ("topk", "kron"):
         sae = load_sae(tmp_path / "run" / name)
         assert torch.equal(sae.W_dec, trained[name].W_dec)
@@ -70,24 +60,26 @@ def test_a_run_writes_saes_that_load(recipe, config, tmp_path, capsys):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12, 16]
     stopped = (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns
-    again = recipe.main(["--config", str(config)])  # finished: nothing is trained again
+    again = train_sae.main(["--config", str(config)])  # finished: nothing is trained again
     assert torch.equal(again["topk"].W_dec, trained["topk"].W_dec)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() == lines
     assert (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns >= stopped
 
 
-def test_a_cache_serves_a_second_run(recipe, config, tmp_path):
+def test_a_cache_serves_a_second_run(config, tmp_path):
     overrides = [f"cache={tmp_path / 'cache'}", "cache_tokens=1500", "epochs=2"]
-    recipe.main(["--config", str(config), *overrides])
+    train_sae.main(["--config", str(config), *overrides])
     written = (tmp_path / "cache" / "activations.f16").stat().st_mtime_ns
-    recipe.main(["--config", str(config), *overrides, f"output_dir={tmp_path / 'second'}", "saes.topk.k=2"])
+    train_sae.main(
+        ["--config", str(config), *overrides, f"output_dir={tmp_path / 'second'}", "saes.topk.k=2"]
+    )
     assert (tmp_path / "cache" / "activations.f16").stat().st_mtime_ns == written
     assert load_sae(tmp_path / "second" / "topk").cfg.k == 2
 
 
-def test_a_stream_that_ends_early_leaves_a_checkpoint(recipe, config, tmp_path):
+def test_a_stream_that_ends_early_leaves_a_checkpoint(config, tmp_path):
     with pytest.raises(SteerError) as error:
-        recipe.main(["--config", str(config), "tokens=1000000", "save_every=5"])
+        train_sae.main(["--config", str(config), "tokens=1000000", "save_every=5"])
     assert "the stream ended after" in message(error)
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["step"] > 10
@@ -131,29 +123,29 @@ def test_two_processes_train_one_sae(config, tmp_path):
         (["texts=nowhere.txt"], "no file 'nowhere.txt'"),
     ],
 )
-def test_mistakes_are_named(recipe, config, overrides, part):
+def test_mistakes_are_named(config, overrides, part):
     with pytest.raises(SteerError) as error:
-        recipe.main(["--config", str(config), "lr=1e-3", *overrides])
+        train_sae.main(["--config", str(config), "lr=1e-3", *overrides])
     assert part in message(error)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_hold_settings_that_can_be(recipe, path):
-    run, training = recipe.parse(["--config", str(path)])
+def test_configs_hold_settings_that_can_be(path):
+    run, training = train_sae.parse(["--config", str(path)])
     for settings in run.saes.values():
         SAEConfig(**{"d_in": 576, **settings})
     assert training.steps > 100
 
 
-def test_published_settings_are_in_the_configs(recipe):
-    _, training = recipe.parse(["--config", str(ROOT / "recipes/configs/sae-kron-qwen2.5-1.5b.yaml")])
+def test_published_settings_are_in_the_configs():
+    _, training = train_sae.parse(["--config", str(ROOT / "recipes/configs/sae-kron-qwen2.5-1.5b.yaml")])
     assert (training.lr, training.final_lr, training.warmup) == (8e-4, 1e-6, 0.1)
     assert (training.batch_size, training.auxiliary, training.tokens) == (8192, 1 / 32, 125_000_000)
     assert TrainConfig().lr == 8e-4
 
 
-def test_help_lists_every_setting(recipe, capsys):
+def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit):
-        recipe.main(["--help"])
+        train_sae.main(["--help"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("batch_size", "prefixes", "cache_tokens"))

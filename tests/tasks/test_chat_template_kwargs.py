@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.launching import ROOT
+from helpers.launching import ROOT, run_here
 from helpers.training import SPREAD, model_folder, write_problems
 
 from steer import artifact
@@ -57,9 +55,7 @@ def read(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> Iterator[list[
     return texts
 
 
-def train(
-    base: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str, script: str = "grpo_steer"
-) -> None:
+def train(base: Path, out: Path, *more: str, script: str = "grpo_steer") -> None:
     settings = (
         f"--model {base / 'model'} --train_data {base / 'sums.jsonl'} --eval_data {base / 'heldout.jsonl'}"
     )
@@ -68,8 +64,7 @@ def train(
     if script == "grpo_steer":
         settings = settings.removesuffix(" --winners 0")
     recipe = ROOT / "recipes" / f"{script}.py"
-    monkeypatch.setattr(sys, "argv", [str(recipe), *settings.split(), "--output_dir", str(out), *more])
-    runpy.run_path(str(recipe), run_name="__main__")
+    run_here(recipe, *settings.split(), "--output_dir", str(out), *more)
 
 
 def quiet(texts: list[str]) -> tuple[int, int]:
@@ -82,7 +77,7 @@ def quiet(texts: list[str]) -> tuple[int, int]:
 
 def test_from_training_to_generate_and_evals(base, tmp_path, monkeypatch, read, capsys, caplog) -> None:
     out = tmp_path / "run"
-    train(base, out, monkeypatch, "--chat_template_kwargs", QUIET)
+    train(base, out, "--chat_template_kwargs", QUIET)
     told, others = quiet(read)
     assert told and not others
     vectors = out / "vectors"
@@ -134,7 +129,7 @@ def test_from_training_to_generate_and_evals(base, tmp_path, monkeypatch, read, 
 
 def test_the_lens_reads_the_prompts_of_training(base, tmp_path, monkeypatch, read, capsys) -> None:
     out = tmp_path / "run"
-    train(base, out, monkeypatch, "--chat_template_kwargs", QUIET)
+    train(base, out, "--chat_template_kwargs", QUIET)
     read.clear()
     lens = ["lens", "shift", str(out / "vectors"), "--problems", "2", "--max-new-tokens", "2"]
     assert main(lens) == 0
@@ -144,7 +139,7 @@ def test_the_lens_reads_the_prompts_of_training(base, tmp_path, monkeypatch, rea
 
 def test_a_population_has_them_too(base, tmp_path, monkeypatch, read) -> None:
     out = tmp_path / "sweep"
-    train(base, out, monkeypatch, "--chat_template_kwargs", QUIET, "--each_layer", "0", script="layer_sweep")
+    train(base, out, "--chat_template_kwargs", QUIET, "--each_layer", "0", script="layer_sweep")
     told, others = quiet(read)
     assert told and not others
     (vectors,) = out.glob("members/*/vectors")
@@ -162,4 +157,4 @@ def test_a_population_has_them_too(base, tmp_path, monkeypatch, read) -> None:
 )
 def test_what_cannot_work_is_one_line(base, tmp_path, monkeypatch, kwargs, more, named) -> None:
     with pytest.raises(SystemExit, match=f"^error: .*{named}[^\n]*$"):
-        train(base, tmp_path / "run", monkeypatch, "--chat_template_kwargs", kwargs, *more)
+        train(base, tmp_path / "run", "--chat_template_kwargs", kwargs, *more)

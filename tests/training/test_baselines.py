@@ -143,7 +143,7 @@ def test_the_saved_adapter_is_one_that_peft_loads(
         assert not torch.allclose(expected, base(IDS).logits, atol=1e-3)
         assert torch.allclose(loaded(IDS).logits, expected, atol=1e-5)
         assert torch.equal(loaded.unload()(IDS).logits, base(IDS).logits)
-    # and steer.evaluation.run counts what was trained, not what was drawn
+    # and `steer eval` counts what was trained, not what was drawn
     (_, variant) = variants.collect(variants.Variant("base"), adapters=[str(tmp_path / "adapter")])
     assert variant.parameters == sum(w.numel() for w in weights(trainer).values())
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers.evaluating import make_base
+from helpers.launching import run_here
 from helpers.paths import ROOT
 from helpers.training import write_problems
 
@@ -25,6 +24,7 @@ from steer.errors import SteerError
 from steer.evaluation import run as evaluation
 from steer.evaluation.pack import read_packed
 from steer.evaluation.plan import read_plan
+from steer.recipe_files import launcher_file
 from steer.tasks.data import load_problems
 from steer.tasks.elicited import choose
 from steer.training import rate_search
@@ -62,7 +62,7 @@ def plan(place: Path, build_tiny: Callable, tiny_tokenizer: Any) -> Path:
         (place / "train.yaml").write_text(yaml.safe_dump(training))
         comparison = {
             "config": str(place / "train.yaml"),
-            "launcher": "recipes/accelerate/cpu.yaml",
+            "launcher": "cpu",
             "seeds": [0, 1],
             "sweep": {"sweep_steps": 1, "validation_samples": 2},
             "reference": "full",
@@ -88,17 +88,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def call(self: Any, words: list[str]) -> None:
         seen.append(words)
-        if "steer.evaluation.run" in words:
-            code = evaluation.main(words[words.index("steer.evaluation.run") + 1 :])
-        else:
-            script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-            monkeypatch.setattr(sys, "argv", words[script:])
-            try:
-                code = runpy.run_path(str(ROOT / words[script]), run_name="__main__") and 0
-            except SystemExit as error:
-                code = error.code
-        if code:
-            raise Failed(f"exit code {code}")
+        if words[1:4] == ["-m", "steer.cli", "eval"]:
+            if code := evaluation.main(words[4:]):
+                raise Failed(f"exit code {code}")
+            return
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        try:
+            run_here(Path(words[script]), *words[script + 1 :])
+        except SystemExit as error:
+            raise Failed(f"exit code {error.code}") from error
 
     monkeypatch.setattr(Comparison, "call", call)
     return seen
@@ -266,7 +264,7 @@ def test_comparisons_that_come_with_steer(path, monkeypatch):
         evaluation.benchmarks.parse(text)
     for name in comparison.plan.methods:
         settings, launcher = comparison.settings(name)
-        assert Path(launcher).is_file()
+        assert launcher_file(launcher).is_file()
         known = [*module_fields(settings["recipe"]), "recipe"]
         assert set(settings) <= set(known)
     lora, _ = comparison.settings("lora-r4")  # as published: arXiv 2509.06608 and its authors' files
@@ -281,14 +279,14 @@ def test_comparisons_that_come_with_steer(path, monkeypatch):
 
 def test_the_paper_comparison_has_the_published_rates(monkeypatch):
     monkeypatch.chdir(ROOT)
-    plan = read_plan("recipes/configs/compare-paper.yaml")
+    plan = read_plan("compare-paper")
     rates = {name: plan.methods[name]["learning_rate"] for name in ("steering", "full", "lora-r4")}
     assert rates == {"steering": 1e-3, "full": 1e-6, "lora-r4": 1e-4}
 
 
 def test_results_that_are_kept_were_made_with_the_settings_of_their_plan(monkeypatch):
     monkeypatch.chdir(ROOT)
-    comparison = Comparison(read_plan("recipes/configs/compare-tiny.yaml"))
+    comparison = Comparison(read_plan("compare-tiny"))
     found = set()
     for file in sorted(comparison.runs.glob("*.json")):
         about = read_packed(file)["about"]

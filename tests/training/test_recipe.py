@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shlex
 import shutil
 import signal
@@ -18,7 +17,7 @@ import pytest
 import torch
 import yaml
 from helpers.format_1 import downgrade, old_config
-from helpers.launching import LAUNCHERS, ROOT, environment, launcher, run_folder, started
+from helpers.launching import LAUNCHERS, ROOT, environment, launcher, run_folder, run_here, started
 from helpers.training import far, same
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -313,16 +312,15 @@ def test_a_machine_dies_and_the_run_goes_on_with_nothing_lost(
 
 
 @pytest.fixture
-def refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def refused(base: Path, tmp_path: Path) -> Callable[..., str]:
     """The one line with which the recipe ends, run inside this process to save the imports."""
 
     def run(*changes: str, config: Path | None = None) -> str:
         arguments = command(base, "--output_dir", str(tmp_path / "out"), *changes)[1:]
         if config is not None:
             arguments[2] = str(config)
-        monkeypatch.setattr(sys, "argv", arguments)
         with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(RECIPE), run_name="__main__")
+            run_here(RECIPE, *arguments[1:])
         line = str(caught.value.code)
         assert line.startswith("error: ") and "\n" not in line, line
         return line
@@ -373,7 +371,8 @@ def test_a_wrong_data_file_is_one_line(refused, tmp_path: Path, text: str, named
 
 
 def test_a_missing_config_file_is_one_line(refused, tmp_path: Path) -> None:
-    assert "recipes/configs" in refused(config=tmp_path / "nothing.yaml")
+    line = refused(config=tmp_path / "layer-sweep.yaml")
+    assert "layer-sweep.yaml" in line and "the name of one of steer's: layer-sweep-demo, " in line
 
 
 @pytest.mark.parametrize(

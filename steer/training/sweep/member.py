@@ -163,9 +163,7 @@ class Member:
 def _reward(function: Any) -> RewardFunction:
     """`function`, checked at every call; SteerError for the kinds of reward that trl alone can call."""
     if isinstance(function, str | nn.Module):
-        raise SteerError(
-            "a population takes reward functions, not reward models; train with recipes/grpo_steer.py"
-        )
+        raise SteerError("a population takes reward functions, not reward models; train with `steer train`")
     if inspect.iscoroutinefunction(checked := guard(function)):
         raise SteerError(
             f"reward function {checked.__name__!r} is async, which a population does not call; give a plain "
@@ -203,7 +201,7 @@ def check_supported(args: SteeringGRPOConfig) -> None:
     if args.loss_type not in LOSSES:
         raise SteerError(
             f"loss_type={args.loss_type!r} is not for a population, which knows {', '.join(LOSSES)}; train "
-            "this one alone with recipes/grpo_steer.py"
+            "this one alone with `steer train`"
         )
     if args.num_iterations != 1 or args.steps_per_generation != args.gradient_accumulation_steps:
         raise SteerError(
@@ -216,8 +214,7 @@ def check_supported(args: SteeringGRPOConfig) -> None:
     if changed:
         told = ", ".join(f"{name}={getattr(args, name)!r}" for name in changed[:3])
         raise SteerError(
-            f"a population does not know what to do with {told}; leave it out, or train with "
-            "recipes/grpo_steer.py"
+            f"a population does not know what to do with {told}; leave it out, or train with `steer train`"
         )
 
 

@@ -164,7 +164,7 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
         if os.environ.get(f"ACCELERATE_USE_{launcher}", "false").lower() == "true":
             raise SteerError(
                 f"a population has a whole copy of the base in each process; {launcher} would not shard it: "
-                "launch with recipes/accelerate/ddp.yaml, or train single members with grpo_steer.py"
+                "launch with recipes/accelerate/ddp.yaml, or train single members with `steer train`"
             )
     if len(members) < state.num_processes:
         raise SteerError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.launching import LAUNCHERS, ROOT, environment, launcher, run_folder, started
+from helpers.launching import LAUNCHERS, ROOT, environment, launcher, run_folder, run_here, started
 from helpers.training import far, same
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -54,18 +53,17 @@ def command(base: Path, *changes: str) -> list[str]:
 
 
 @pytest.fixture
-def here(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
+def here(base: Path) -> Callable[..., str | None]:
     """
     The recipe run inside this process, to save the imports, on one thread as `started` ones are: sums in the
     same order. Gives the line it ends with, if it is refused.
     """
 
     def run(*changes: str, script: Path = RECIPE, config: Path = base / "config.yaml") -> str | None:
-        monkeypatch.setattr(sys, "argv", [str(script), "--config", str(config), *changes])
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            runpy.run_path(str(script), run_name="__main__")
+            run_here(script, "--config", str(config), *changes)
         except SystemExit as end:
             line = str(end.code)
             assert line.startswith("error: ") and "\n" not in line, line

@@ -1,0 +1,104 @@
+"""
+The commands with a command line of their own, such as `steer train`: their words go on to it as they are. The
+files of `recipes/` are doors to the same programs, for `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from steer.errors import SteerError
+from steer.recipe_files import launcher_file
+
+Program = Callable[[list[str]], "int | None"]
+
+
+def find(words: list[str]) -> tuple[Program, list[str]] | None:
+    """The program that a command line names, and the words for it."""
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in PROGRAMS:
+            return PROGRAMS[name][0], words[count:]
+    return None
+
+
+def _trainer(command: str, module: str) -> Program:
+    def run(words: list[str]) -> None:
+        words = _launch(command, words)
+        from steer.training.recipe import start
+
+        start(lambda: import_module(module).main(words))
+
+    return run
+
+
+def _evaluate(words: list[str]) -> int:
+    from steer.evaluation.run import main
+
+    return main(words)
+
+
+def _compare(words: list[str]) -> int:
+    if any(word == "--config" or word.startswith("--config=") for word in words):
+        from steer.cli.compare import main
+    else:
+        from steer.evaluation.compare import main
+
+    return main(words)
+
+
+def _browse(words: list[str]) -> int:
+    from steer.evaluation.browse import main
+
+    return main(words)
+
+
+def _check_grading(words: list[str]) -> int:
+    from steer.evaluation.grading_check import main
+
+    return main(words)
+
+
+PROGRAMS: dict[str, tuple[Program, str]] = {
+    "train": (_trainer("train", "steer.cli.train"), "train vectors by reinforcement learning"),
+    "train-baseline": (
+        _trainer("train-baseline", "steer.cli.train_baseline"),
+        "train what vectors are compared with: a full fine-tune, LoRA, ...",
+    ),
+    "sweep": (
+        _trainer("sweep", "steer.cli.layer_sweep"),
+        "train many sets of vectors at once: every layer, learning rates, seeds",
+    ),
+    "eval": (_evaluate, "score a model and its variants on benchmarks"),
+    "compare": (_compare, "tables and a page from runs of `steer eval`, or a whole comparison of methods"),
+    "browse": (_browse, "read the graded answers of `steer eval` side by side"),
+    "grading-check": (_check_grading, "grade answers again by other graders, and list the differences"),
+    "sae train": (
+        _trainer("sae train", "steer.cli.train_sae"),
+        "train sparse autoencoders on a model's activations",
+    ),
+}
+
+
+def _launch(command: str, words: list[str]) -> list[str]:
+    """
+    The words without `--launcher`, which replaces this process by `accelerate launch` of the same program.
+
+    A process that no launcher started keeps to one GPU, the first it sees: transformers' trainer would copy
+    the model to all of them and bypass the sampler.
+    """
+    for at, word in enumerate(words):
+        if word == "--launcher" or word.startswith("--launcher="):
+            used = 1 if "=" in word else 2
+            if len(words) < at + used:
+                raise SteerError("--launcher needs a file of accelerate, or a name such as ddp")
+            file = launcher_file(word.partition("=")[2] if used == 1 else words[at + 1])
+            start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+            rest = words[:at] + words[at + used :]
+            os.execv(sys.executable, [*start, "-m", "steer.cli", *command.split(), *rest])
+    if "WORLD_SIZE" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return words
