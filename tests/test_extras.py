@@ -47,7 +47,7 @@ place = sys.argv[1]
 model = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                                      num_attention_heads=4, num_key_value_heads=2))
 model.save_pretrained(f"{place}/model")
-vectors = steer.attach(model, steer.SteeringConfig(layers="1,2", base_model=f"{place}/model"))
+vectors = steer.attach(model, steer.SteeringConfig(layers="1,2", base_model_name_or_path=f"{place}/model"))
 vectors.set_tensors({n: torch.randn_like(t) for n, t in vectors.tensors().items()})
 vectors.save(f"{place}/v")
 steer.detach(model)
