@@ -78,6 +78,7 @@ APIS: tuple[Api, ...] = (
     # ---- values and functions that are used or replaced in the functions below
     Api("torch.cpu._is_avx512_bf16_supported", _TORCH, "chooses the precision on a CPU by it", ()),
     Api("torch.cpu._is_amx_tile_supported", _TORCH, "chooses the precision on a CPU by it", ()),
+    Api("torch._C._current_graph_task_id", _TORCH, "tells by it that a backward pass runs"),
     Api("transformers.trainer._is_peft_model", _TRANSFORMERS, "answers for it under DeepSpeed", ("model",)),
     Api("transformers.trainer.save_fsdp_model", _TRANSFORMERS, "leaves it out", ("fsdp_plugin", MORE)),
     Api(
@@ -172,6 +173,13 @@ TRAINER_ATTRIBUTES = (
 )
 # The one of a `VLLMGeneration` in sleep mode; trl sets it where an engine sleeps.
 ENGINE_ATTRIBUTES = ("_llm_weights_sleeping",)
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, where checkpointed layers compute their output again."""
+    import torch
+
+    return torch._C._current_graph_task_id() != -1
 
 
 def cpu_multiplies_bfloat16() -> bool:

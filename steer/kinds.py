@@ -5,27 +5,62 @@ hidden states where it stands, and changes nothing until it is trained.
 
 from __future__ import annotations
 
+import threading
 from math import sqrt
 from typing import Any
 
 import torch
 from torch import nn
 
+from steer.compat import in_backward
 from steer.errors import SteerError
+
+
+class _Own(threading.local):
+    """What is set in one thread alone, so that threads that serve requests do not see each other's passes."""
+
+    enabled: bool = True
+    prompt_length: int | torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+def _per_thread(name: str) -> Any:
+    """A property with a value of its own in each thread, and the last value of any in `_last_NAME`."""
+    last = f"_last_{name}"
+
+    def read(self: SteeringState) -> Any:
+        # Checkpointed layers run again in the backward pass, on a GPU in a thread of autograd's. A compiled
+        # graph cannot ask for its thread: compiled models share one value.
+        shared = torch.compiler.is_compiling() or in_backward()
+        return getattr(self, last) if shared else getattr(self._own, name)
+
+    def write(self: SteeringState, value: Any) -> None:
+        setattr(self, last, value)
+        if not torch.compiler.is_compiling():
+            setattr(self._own, name, value)
+
+    return property(read, write)
 
 
 class SteeringState:
     """
-    What all vectors of one model share: on or off, the scale, and which tokens of the running pass are
-    steered.
+    What all vectors of one model share: the scale, and for each thread whether they are on, the columns of
+    the prompt where it is told, and the mask (batch or 1, tokens, 1) of the tokens that are steered in the
+    running pass, None for every token.
     """
+
+    enabled: bool = _per_thread("enabled")
+    prompt_length: int | torch.Tensor | None = _per_thread("prompt_length")
+    mask: torch.Tensor | None = _per_thread("mask")
 
     def __init__(self, positions: str, scale: float):
         self.positions = positions
         self.scale = scale
-        self.enabled = True
-        self.prompt_length: int | torch.Tensor | None = None  # columns of the prompt, where told
-        self.mask: torch.Tensor | None = None  # (batch or 1, tokens, 1) bool; None steers every token
+        self._own = _Own()
+        self._last_enabled, self._last_prompt_length, self._last_mask = True, None, None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.positions, self.scale)
 
     def place(self, tokens: int, past: Any, device: torch.device) -> None:
         """

@@ -133,7 +133,10 @@ class SteeringVectors:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base model again, exactly."""
+        """
+        Inside, the model is the base model again, exactly: in the thread that calls this, not in others. A
+        compiled model (`torch.compile`) has one state for all threads.
+        """
         before, self._state.enabled = self._state.enabled, False
         try:
             yield
@@ -144,7 +147,7 @@ class SteeringVectors:
     def prompt_length(self, columns: int | torch.Tensor) -> Iterator[None]:
         """
         Inside, the first `columns` columns (padding included; an int, or (batch,) for each row) are the
-        prompt.
+        prompt, in the thread that calls this.
 
         Needed only when `positions` is not 'all' and the model is called without `generate()`. Run the
         backward pass inside too when activations are checkpointed: the recomputation asks again where the
