@@ -24,7 +24,7 @@ from steer.training.steering_trainer import SteeringGRPOTrainer
 STEER = Path(compat.__file__).parent
 TABLES = (*APIS, *engine_compat.APIS)
 # Documented, or Python's own.
-OTHERS = {"_argument_group_name", "_exit", "_fill_text", "_replace", "_SubParsersAction"}
+OTHERS = {"_actions", "_argument_group_name", "_C", "_exit", "_fill_text", "_replace", "_SubParsersAction"}
 
 
 @pytest.mark.parametrize("api", APIS, ids=lambda api: api.name)
