@@ -6,6 +6,7 @@ hidden states where it stands, and changes nothing until it is trained.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from math import sqrt
 from typing import Any
 
@@ -106,7 +107,21 @@ class SteeringState:
         return steered if self.mask is None else torch.where(self.mask.to(hidden.device), steered, hidden)
 
 
-class SteeringVector(nn.Module):
+class _Precise(nn.Module):
+    """
+    Parameters that keep their own precision when the model around them is cast: after
+    `model.to("cuda", torch.bfloat16)` they are on the GPU, and float32 as before.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        return super()._apply(keep, recurse)
+
+
+class SteeringVector(_Precise):
     """
     One vector of shape (hidden_size,), zero at the start, added to hidden states of shape (batch, tokens,
     hidden_size): h <- h + scale * s ("Small Vectors, Big Effects", arXiv 2509.06608, section 2).
@@ -130,7 +145,7 @@ class SteeringVector(nn.Module):
         return self.vector
 
 
-class AdaptiveVector(nn.Module):
+class AdaptiveVector(_Precise):
     """
     The paper's adaptive token-wise scaling: the MLP's output gets scale * (x . readout) * vector, where x is
     the input of the MLP's down-projection at that token. `vector` (hidden_size,) is zero at the start,
@@ -166,7 +181,7 @@ class AdaptiveVector(nn.Module):
         return self.vector * self.readout.norm()
 
 
-class SharedDirections(nn.Module):
+class SharedDirections(_Precise):
     """The `rank` directions (rank, hidden_size), zero at the start, that the layers of one model mix."""
 
     def __init__(self, rank: int, hidden_size: int, dtype: torch.dtype = torch.float32, device: Any = None):
@@ -174,7 +189,7 @@ class SharedDirections(nn.Module):
         self.directions = nn.Parameter(torch.zeros(rank, hidden_size, dtype=dtype, device=device))
 
 
-class SharedVector(nn.Module):
+class SharedVector(_Precise):
     """
     One layer's vector as a mix of directions that all layers share: the matrix of all vectors is A (layers x
     rank) times B (rank x hidden_size). `mix` (rank,) is this layer's row of A, drawn at random; B starts at
