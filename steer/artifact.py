@@ -1,28 +1,11 @@
 """
 The artifact: a folder of two small files that holds a set of steering vectors.
 
-Format, version 1
------------------
-`steering.safetensors`
-    The trainable parameters of every steered layer, named exactly as the parameters are named inside the
-    model, all finite and of the config's dtype. The file's metadata holds the key `steering_config`: the JSON
-    text of the config, so this one file is a whole artifact; and `sha256`: that of this text followed by
-    every tensor's name and bytes, in the order of the names, compared where it is there.
-
-    kind       tensors (`model.layers` is the name of the decoder list in the base model)
-    constant   `model.layers.12.steering.vector` (hidden_size,)
-    adaptive   the same, and `model.layers.12.steering.readout` (inner,)
-    shared     `model.layers.12.steering.mix` (rank,), and one `model.steering.directions` (rank, hidden_size)
-`steering_config.json`
-    The same config (`steer.config.SteeringConfig`), for people and for tools that do not read safetensors.
-    When the two differ (a kill between the two writes, a hand edit), the copy inside the tensor file is the
-    truth and a warning says so.
-`README.md`
-    The model card, for people (`steer.card`); nothing reads it.
-
-A file of a newer version is refused, and so is one with a field, a tensor, a shape or a dtype that version 1
-does not know. Each file is written beside its target and renamed over it, tensors first: a kill at any moment
-leaves the old artifact or the new one. Nothing in any of the files can execute code.
+docs/format.md describes the format. In short: `steering.safetensors` holds the trainable parameters under
+their names in the model, and the config in its metadata, so that this one file is a whole artifact;
+`steering_config.json` is a copy of the config, and `README.md` the model card (`steer.card`). Each file is
+written beside its target and renamed over it, tensors first: a kill at any moment leaves the old artifact or
+the new one. Nothing in any of the files can execute code.
 """
 
 from __future__ import annotations
@@ -36,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer import hub
 from steer.artifact_file import CONFIG_FILE, TENSOR_FILE, digest, read_file
-from steer.card import MARK, card
+from steer.card import MARK, PLACE, card
 from steer.config import SteeringConfig
 from steer.errors import SteerError, shown
 from steer.files import replace_files, with_metadata
@@ -64,6 +48,73 @@ class Artifact:
 
     config: SteeringConfig
     tensors: Mapping[str, Any]  # torch tensors, or numpy arrays from `read_numpy`
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], revision: str | None = None, token: str | None = None
+    ) -> Artifact:
+        """
+        The artifact in a folder, in a `.safetensors` file or on the hub. `steer.read` is the same.
+
+        Args:
+            name_or_path: folder, file or hub id (`user/name`).
+            revision: branch, tag or commit of a hub id.
+            token: for private repositories, by default that of `hf auth login`.
+
+        Returns:
+            The artifact, every tensor checked.
+
+        Raises:
+            SteerError: when there is none, or it is damaged, of a newer format or not consistent.
+        """
+        return read(name_or_path, revision, token)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
+        """
+        Write the artifact. `steer.artifact.write` is the same.
+
+        Args:
+            save_directory: the folder, made if missing; an artifact in it is replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            SteerError: when the folder cannot be written, or a vector holds NaN or Inf.
+        """
+        return write(save_directory, self)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload steering vectors",
+    ) -> str:
+        """
+        Upload the artifact to a model repository, which is created if missing, as one commit. The model card
+        in the repository is replaced.
+
+        Args:
+            repo_id: such as "user/name".
+            private: whether a repository that is created is private, by default as the account says.
+            token: with write access, by default that of `hf auth login`.
+            commit_message: the title of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            SteerError: when the artifact cannot be saved, the hub refuses or cannot be reached.
+        """
+        return hub.push(
+            lambda folder: write(folder, self, repo_id),
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+        )
 
     @property
     def num_hidden_layers(self) -> int:
@@ -204,10 +255,21 @@ def from_vectors(vectors: Mapping[int, torch.Tensor], model: nn.Module, **fields
     return made
 
 
-def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
+def write(folder: str | os.PathLike[str], artifact: Artifact, name: str = PLACE) -> Path:
     """
-    Write `artifact` to `folder` (made if missing), atomically per file. Returns the folder. NaN and Inf are
-    refused.
+    Write `artifact`, atomically per file.
+
+    Args:
+        folder: made if missing; an artifact in it is replaced, a card of the user's own stays.
+        artifact: what is written.
+        name: what the card's code calls the artifact, such as its id on the hub.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SteerError: when the folder cannot be written, the config is not plain JSON, or the tensors are not
+            those of the config or hold NaN or Inf.
     """
     import torch
     from safetensors.torch import save
@@ -227,7 +289,7 @@ def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
         page = folder / CARD_FILE
         if not page.exists() or MARK in page.read_text(errors="replace"):
             numbers = sum(tensor.numel() for tensor in tensors.values())
-            files[page] = card(artifact.config, artifact.decoder, numbers, len(whole)).encode()
+            files[page] = card(artifact.config, artifact.decoder, numbers, len(whole), name).encode()
         replace_files(files)
     except OSError as error:
         raise SteerError(
@@ -236,13 +298,24 @@ def write(folder: str | os.PathLike[str], artifact: Artifact) -> Path:
     return folder
 
 
-def read(source: str | os.PathLike[str], revision: str | None = None) -> Artifact:
+def read(source: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Artifact:
     """
-    Read an artifact from a folder, a single `.safetensors` file or a hub id, and check every tensor in it.
+    Read an artifact and check every tensor in it.
+
+    Args:
+        source: folder, `.safetensors` file or hub id.
+        revision: branch, tag or commit of a hub id.
+        token: for private repositories on the hub, by default that of `hf auth login`.
+
+    Returns:
+        The artifact, its tensors on the CPU in the config's dtype.
+
+    Raises:
+        SteerError: when there is none, or it is damaged, of a newer format or not consistent.
     """
     import torch
 
-    path, config, entries = read_file(source, revision)
+    path, config, entries = read_file(source, revision, token)
     tensors = {}
     for name, (dtype, shape, data) in entries.items():
         tensors[name] = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(shape)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
+from steer import hub
 from steer.config import SteeringConfig
 from steer.errors import SteerError, shown
 from steer.files import safetensors_header
@@ -27,12 +28,12 @@ _NAME = re.compile(r"[\w.]{1,200}\.(?:vector|readout|mix|directions)", re.ASCII)
 
 
 def read_file(
-    source: str | os.PathLike[str], revision: str | None
+    source: str | os.PathLike[str], revision: str | None = None, token: str | None = None
 ) -> tuple[Path, SteeringConfig, dict[str, tuple[str, list[int], bytes]]]:
     """The config and, by name, each tensor's dtype, shape and little-endian bytes."""
     from safetensors import SafetensorError, deserialize
 
-    path = _tensor_file(source, revision)
+    path = _tensor_file(source, revision, token)
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -86,7 +87,7 @@ def digest(text: str, data: Mapping[str, bytes]) -> str:
     return found.hexdigest()
 
 
-def _tensor_file(source: str | os.PathLike[str], revision: str | None) -> Path:
+def _tensor_file(source: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
     path = Path(source)
     if path.is_dir():
         if not (path / TENSOR_FILE).exists():
@@ -96,16 +97,7 @@ def _tensor_file(source: str | os.PathLike[str], revision: str | None) -> Path:
         return path
     if path.suffix or path.is_absolute() or str(source).count("/") != 1:
         raise SteerError(f"no steering vectors at {source}: there is no such file or folder")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(str(source), TENSOR_FILE, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: not an id
-        reason = str(error).splitlines()[0]
-        raise SteerError(
-            f"no folder {source}, and the hub did not give {TENSOR_FILE} of that id ({reason})"
-        ) from error
+    return hub.fetch(str(source), TENSOR_FILE, revision, token)
 
 
 def _holds(sidecar: Path, config: SteeringConfig) -> bool:

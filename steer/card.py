@@ -8,35 +8,62 @@ import shlex
 from typing import Any
 
 from steer.config import SteeringConfig
+from steer.hub import is_hub_id
 from steer.tasks.elicited import STAGES, stages
 
 # Marks a card as ours: only such a card is written over.
 MARK = "<!-- written by steer; delete this line to keep your own text -->"
+# What the code calls an artifact that is not on the hub.
+PLACE = "THIS_FOLDER"
+URL = "https://github.com/steer-rl/steer"
 
 
-def card(config: SteeringConfig, decoder: str, numbers: int, size: int) -> str:
+def card(config: SteeringConfig, decoder: str, numbers: int, size: int, name: str = PLACE) -> str:
     """
-    The card's Markdown. `decoder` is the name of the list of layers in the base, `numbers` the count of
-    trainable parameters, `size` the tensor file's bytes.
+    The model card of an artifact.
+
+    Args:
+        config: of the artifact.
+        decoder: the name of the list of decoder layers in the base model.
+        numbers: count of trainable parameters.
+        size: of the tensor file, in bytes.
+        name: what the code calls the artifact: its id on the hub, or a place for the reader to fill in.
+
+    Returns:
+        Markdown with YAML front matter.
     """
     made = config.provenance or {}
     parts = [
-        _front_matter(config),
+        front_matter(
+            config.base_model_name_or_path,
+            "steering-vectors",
+            "activation-steering",
+            "reinforcement-learning",
+        ),
         MARK,
         f"# Steering vectors for {config.base_model_name_or_path or 'a language model'}",
         _summary(config, numbers, size),
         _scores(made),
         _settings(made),
-        _use(config, decoder),
+        _use(config, decoder, name),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(config: SteeringConfig) -> str:
-    lines = ["library_name: steer", "tags: [steering-vectors, activation-steering, reinforcement-learning]"]
-    base = config.base_model_name_or_path
-    if base and "/" in base and not base.startswith((".", "/")):
-        lines.insert(0, f"base_model: {_line(base)}")
+def front_matter(base: str | None, *tags: str) -> str:
+    """
+    The metadata that the hub reads from a card.
+
+    Args:
+        base: the base model; it is named where it is a hub id, which the hub demands.
+        tags: of the repository.
+
+    Returns:
+        YAML between lines of three dashes.
+    """
+    lines = ["library_name: steer", f"tags: [{', '.join(tags)}]"]
+    if base and is_hub_id(base):
+        lines = [f"base_model: {base}", "base_model_relation: adapter", *lines]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -130,31 +157,39 @@ def _settings(made: dict[str, Any]) -> str:
     return "## How they were made\n\n" + "\n\n".join(blocks) if blocks else ""
 
 
-def _use(config: SteeringConfig, decoder: str) -> str:
-    base = _line(config.base_model_name_or_path or "BASE")
-    load = "AutoModelForCausalLM.from_pretrained" if "/" in base else "load_model"
-    source = "transformers import AutoModelForCausalLM" if "/" in base else "steer.models import load_model"
-    python = f"""```python
+def _use(config: SteeringConfig, decoder: str, name: str) -> str:
+    base = config.base_model_name_or_path or "BASE"
+    if is_hub_id(base):
+        source, load = "transformers import AutoModelForCausalLM", "AutoModelForCausalLM.from_pretrained"
+    else:
+        source, load = "steer.models import load_model", "load_model"
+    revision = f', revision="{config.base_revision}"' if config.base_revision else ""
+    base = _line(base)
+    python = f"""```bash
+pip install steer-rl
+```
+
+```python
 import steer
 from {source}
 
-model = {load}("{base}")
-vectors = steer.load("THIS_FOLDER", model)    # vectors.scale = 0.5, vectors.disabled(), steer.detach(model)
+model = {load}("{base}"{revision})
+vectors = steer.load("{name}", model)  # vectors.scale = 0.5, vectors.disabled(), steer.detach(model)
 ```"""
     tools = [
-        f"Python, with [steer](https://pypi.org/project/steer):\n\n{python}",
-        f"The command line: `steer generate {shlex.quote(base)} --vectors THIS_FOLDER --prompt '...'`",
+        f"Python, with [steer]({URL}):\n\n{python}",
+        f"The command line: `steer generate {shlex.quote(base)} --vectors {name} --prompt '...'`",
     ]
     if config.kind == "adaptive":
-        tools.append("PEFT and vLLM's LoRA: `steer export THIS_FOLDER --to peft --out adapter`")
+        tools.append(f"PEFT and vLLM's LoRA: `steer export {name} --to peft --out adapter`")
     elif config.positions == "all":
         tools += [
-            "PEFT, without steer: `steer export THIS_FOLDER --to peft --out adapter`, then "
+            f"PEFT, without steer: `steer export {name} --to peft --out adapter`, then "
             '`PeftModel.from_pretrained(base, "adapter")`',
-            "vLLM: `steer export THIS_FOLDER --to checkpoint --out model`, then `vllm serve model`",
-            "llama.cpp: `steer export THIS_FOLDER --to gguf --out vectors.gguf`, then "
+            f"vLLM: `steer export {name} --to checkpoint --out model`, then `vllm serve model`",
+            f"llama.cpp: `steer export {name} --to gguf --out vectors.gguf`, then "
             "`llama-cli -m base.gguf --control-vector vectors.gguf`",
-            "lm-eval: `steer export THIS_FOLDER --to lm-eval --out vectors.pt`, then "
+            f"lm-eval: `steer export {name} --to lm-eval --out vectors.pt`, then "
             f"`lm_eval --model steered --model_args pretrained={base},steer_path=vectors.pt`",
         ]
     listed = "\n".join(f"{i}. {tool}" for i, tool in enumerate(tools, 1))

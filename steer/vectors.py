@@ -159,11 +159,48 @@ class SteeringVectors:
         finally:
             self._state.prompt_length = before
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
         """
-        Write `steering_config.json` and `steering.safetensors`; the format is described in `steer.artifact`.
+        Write the vectors as an artifact (docs/format.md), which `steer.load` reads. `save` is the same.
+
+        Args:
+            save_directory: the folder, made if missing; an artifact in it is replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            SteerError: when the folder cannot be written, or a vector holds NaN or Inf.
         """
-        return artifact.write(folder, artifact.Artifact(self.config, self.tensors()))
+        return artifact.write(save_directory, artifact.Artifact(self.config, self.tensors()))
+
+    save = save_pretrained
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload steering vectors",
+    ) -> str:
+        """
+        Upload the vectors to a model repository on the hub: `Artifact.push_to_hub`.
+
+        Args:
+            repo_id: such as "user/name"; `steer.load(repo_id, model)` loads them from there.
+            private: whether a repository that is created is private, by default as the account says.
+            token: with write access, by default that of `hf auth login`.
+            commit_message: the title of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            SteerError: when the vectors cannot be saved, the hub refuses or cannot be reached.
+        """
+        saved = artifact.Artifact(self.config, self.tensors())
+        return saved.push_to_hub(repo_id, private=private, token=token, commit_message=commit_message)
 
     def __repr__(self) -> str:
         count = sum(shape(p).numel() for p in self.parameters())

@@ -2,7 +2,7 @@
 SAE files: our own, and those of SAELens, sparsify and dictionary_learning, to read and to write.
 
     format               files
-    steer                sae_config.json, model.safetensors: every variant
+    steer                sae_config.json, model.safetensors: every variant (`steer.sae.own`)
     saelens              cfg.json, sae_weights.safetensors: TopK, JumpReLU, and BatchTopK as a JumpReLU
     sparsify             cfg.json, sae.safetensors: TopK
     dictionary_learning  config.json, ae.pt: TopK, BatchTopK, JumpReLU
@@ -28,14 +28,15 @@ from torch import Tensor
 
 from steer.errors import SteerError
 from steer.files import replace_files
+from steer.sae import own
 from steer.sae.config import SAEConfig
 from steer.sae.foreign import from_dictionary_learning, from_saelens, from_sparsify
 from steer.sae.model import SAE
+from steer.sae.own import check_finite
 
-OWN_CONFIG, OWN_WEIGHTS = "sae_config.json", "model.safetensors"
 # By format: the file of its settings and that of its weights.
 FILES = {
-    "steer": (OWN_CONFIG, OWN_WEIGHTS),
+    "steer": (own.CONFIG_FILE, own.WEIGHTS_FILE),
     "saelens": ("cfg.json", "sae_weights.safetensors"),
     "sparsify": ("cfg.json", "sae.safetensors"),
     "dictionary_learning": ("config.json", "ae.pt"),
@@ -46,13 +47,14 @@ def save_sae(sae: SAE, folder: str | os.PathLike[str], format: str = "steer") ->
     """Write `sae` into `folder`, both files or neither; SteerError where the format cannot express it."""
     if format not in FILES:
         raise SteerError(f"SAE format {format!r} is unknown; choose one of {', '.join(FILES)}")
+    if format == "steer":
+        return sae.save_pretrained(folder)
     write: dict[str, Callable[[SAE], tuple[dict[str, Any], dict[str, Tensor]]]] = {
-        "steer": _to_own,
         "saelens": _to_saelens,
         "sparsify": _to_sparsify,
         "dictionary_learning": _to_dictionary_learning,
     }
-    config, tensors = write[format](sae if format == "steer" else as_dense(sae))
+    config, tensors = write[format](as_dense(sae))
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     if format == "dictionary_learning":
         buffer = io.BytesIO()
@@ -74,6 +76,8 @@ def load_sae(folder: str | os.PathLike[str]) -> SAE:
     """
     path = Path(folder)
     format = detect(path)
+    if format == "steer":
+        return SAE.from_pretrained(path)
     settings, weights = FILES[format]
     try:
         config = json.loads((path / settings).read_text())
@@ -87,11 +91,8 @@ def load_sae(folder: str | os.PathLike[str]) -> SAE:
         raise SteerError(f"{path} holds a damaged {format} SAE ({line}); fetch or write it again") from error
     if not isinstance(config, dict) or not isinstance(tensors, dict):
         raise SteerError(f"{path} holds no {format} SAE: expected settings and named tensors")
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor) or (value.is_floating_point() and not torch.isfinite(value).all()):
-            raise SteerError(f"{path}: {name} is not a tensor of finite numbers; fetch or write it again")
+    check_finite(tensors, path)
     read = {
-        "steer": _from_own,
         "saelens": from_saelens,
         "sparsify": from_sparsify,
         "dictionary_learning": from_dictionary_learning,
@@ -104,19 +105,7 @@ def load_sae(folder: str | os.PathLike[str]) -> SAE:
         ) from error
     except SteerError as error:
         raise SteerError(f"{path}: {error}") from error
-    size, stored = (found.d_sae, found.d_in), tuple(state["W_dec"].shape) if "W_dec" in state else "missing"
-    if stored != size:  # before a module of that size is made: a false setting must not fill the memory
-        raise SteerError(f"{path}: W_dec is {stored}, its settings ask for {size}")
-    sae = SAE(found)
-    state = {"threshold": sae.threshold, **state}
-    shapes = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
-    for name in sorted({*shapes, *state}):
-        have = tuple(state[name].shape) if name in state else "missing"
-        if have != shapes.get(name):
-            raise SteerError(f"{path}: {name} is {have}, its settings ask for {shapes.get(name, 'none')}")
-    dtype = state["W_dec"].dtype
-    sae.to(dtype).load_state_dict(state)
-    return sae.eval()
+    return SAE.from_state(found, state, path)
 
 
 def detect(folder: str | os.PathLike[str]) -> str:
@@ -157,17 +146,6 @@ def as_dense(sae: SAE, tolerance: float = 1e-6) -> SAE:
     state = {**sae.state_dict(), "encoder.weight": dense[:, :-1], "encoder.bias": dense[:, -1]}
     found.load_state_dict(state)
     return found.train(sae.training)
-
-
-# --- our own
-
-
-def _to_own(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return sae.cfg.to_dict(), dict(sae.state_dict())
-
-
-def _from_own(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[SAEConfig, dict[str, Tensor]]:
-    return SAEConfig.from_dict(config), tensors
 
 
 # --- SAELens: W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_in), b_dec, and threshold (d_sae,) for jumprelu

@@ -10,14 +10,18 @@ row-major; its encoder's rows are P_1 of all heads, P_2 of all heads, ..., Q_n o
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import log, sqrt
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from steer import hub
 from steer.errors import SteerError
+from steer.sae import own
 from steer.sae.config import SAEConfig
 from steer.sae.jumprelu import jump
 from steer.sae.sparse import Selection, chosen, combine, mand, top_k
@@ -56,6 +60,105 @@ class SAE(nn.Module):
         self.threshold: Tensor  # BatchTopK's after training; below 0 while none has been measured
         self.register_buffer("threshold", torch.tensor(-1.0, device=device))
         self._start(seed)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], revision: str | None = None, token: str | None = None
+    ) -> SAE:
+        """
+        An SAE in steer's own format. `steer.sae.load_sae` also reads the files of other tools.
+
+        Args:
+            name_or_path: folder or hub id.
+            revision: branch, tag or commit of a hub id.
+            token: for private repositories, by default that of `hf auth login`.
+
+        Returns:
+            The SAE on the CPU, in the precision it was saved in and in eval mode.
+
+        Raises:
+            SteerError: when there is none, or it is damaged or not consistent.
+        """
+        return cls.from_state(*own.read(name_or_path, revision, token))
+
+    @classmethod
+    def from_state(cls, config: SAEConfig, state: dict[str, Tensor], where: os.PathLike[str]) -> SAE:
+        """
+        An SAE from its config and tensors.
+
+        Args:
+            config: what the SAE is.
+            state: tensors by the names of `state_dict()`; `threshold` may be missing.
+            where: what the message of an error names.
+
+        Returns:
+            The SAE in the precision of `W_dec` and in eval mode.
+
+        Raises:
+            SteerError: when a tensor is missing or unexpected, or has another shape than the config asks for.
+        """
+        size = config.d_sae, config.d_in
+        stored = tuple(state["W_dec"].shape) if "W_dec" in state else "missing"
+        if stored != size:  # before a module of that size is made: a false setting must not fill the memory
+            raise SteerError(f"{where}: W_dec is {stored}, its settings ask for {size}")
+        sae = cls(config)
+        state = {"threshold": sae.threshold, **state}
+        shapes = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
+        for name in sorted({*shapes, *state}):
+            have = tuple(state[name].shape) if name in state else "missing"
+            if have != shapes.get(name):
+                raise SteerError(
+                    f"{where}: {name} is {have}, its settings ask for {shapes.get(name, 'none')}"
+                )
+        sae.to(state["W_dec"].dtype).load_state_dict(state)
+        return sae.eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
+        """
+        Write the SAE in steer's own format, with a model card. `steer.sae.save_sae` writes others.
+
+        Args:
+            save_directory: the folder, made if missing; an SAE in it is replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            SteerError: when the folder cannot be written.
+        """
+        return own.write(save_directory, self.cfg, self.state_dict())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload sparse autoencoder",
+    ) -> str:
+        """
+        Upload the SAE to a model repository, which is created if missing, as one commit. The model card in
+        the repository is replaced.
+
+        Args:
+            repo_id: such as "user/name"; `SAE.from_pretrained(repo_id)` loads it from there.
+            private: whether a repository that is created is private, by default as the account says.
+            token: with write access, by default that of `hf auth login`.
+            commit_message: the title of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            SteerError: when the hub refuses or cannot be reached.
+        """
+        return hub.push(
+            lambda folder: own.write(folder, self.cfg, self.state_dict(), repo_id),
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+        )
 
     @torch.no_grad()
     def _start(self, seed: int) -> None:

@@ -1,0 +1,86 @@
+"""The Hugging Face Hub: single files from it, and folders to it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from steer.errors import SteerError, one_line
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is written like a model on the hub, `org/model`, and is no folder or file here."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not Path(name).exists()
+
+
+def fetch(repo_id: str, file: str, revision: str | None = None, token: str | None = None) -> Path:
+    """
+    One file of a model repository, downloaded unless it is in the cache.
+
+    Args:
+        repo_id: such as "org/name".
+        file: its name in the repository.
+        revision: branch, tag or commit, by default the main branch.
+        token: for private repositories, by default that of `hf auth login`.
+
+    Returns:
+        Where it lies in the cache.
+
+    Raises:
+        SteerError: when there is no such repository or file, or the hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, file, revision=revision, token=token))
+    except Exception as error:  # network, permissions, a name that is no id: classes of several packages
+        raise SteerError(
+            f"no folder {repo_id}, and the hub did not give {file} of that id ({one_line(error)})"
+        ) from error
+
+
+def push(
+    write: Callable[[Path], object],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str,
+) -> str:
+    """
+    Create a model repository unless it is there, and upload a folder to it as one commit.
+
+    Args:
+        write: called with an empty folder, writes the files into it. Nothing is created if it raises.
+        repo_id: such as "user/name".
+        private: whether a repository that is created is private, by default as the user's account says.
+        token: with write access, by default that of `hf auth login`.
+        commit_message: the title of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        SteerError: when the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name))
+        try:
+            api = HfApi(token=token)
+            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return str(api.upload_folder(repo_id=repo, folder_path=name, commit_message=commit_message))
+        except Exception as error:  # network, permissions, a name that is no id: classes of several packages
+            raise SteerError(
+                f"cannot push to {repo_id} ({one_line(error)}); give USER/NAME of yours and log in with "
+                "`hf auth login`, or pass token="
+            ) from error
