@@ -25,6 +25,7 @@ CASTS: dict[str, tuple[torch.dtype, Callable[[nn.Module], nn.Module]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*other weights")  # the base in float16 is another one
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cast", CASTS)
 def test_a_cast_of_the_model_leaves_the_vectors(

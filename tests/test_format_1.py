@@ -22,6 +22,7 @@ from steer import SteerError, SteeringConfig, artifact
 from steer.artifact_file import CONFIG_FILE, TENSOR_FILE
 from steer.config import FORMAT_VERSION
 from steer.export import gguf, peft
+from steer.prompt import PromptSpec
 
 DATA = Path(__file__).parent / "data" / "format-1"
 VECTORS = DATA / "vectors"
@@ -58,14 +59,16 @@ def test_an_artifact_loads_as_the_object_of_today() -> None:
         saved = artifact.read(VECTORS)
     old = embedded(VECTORS)
     kept = {k: v for k, v in old.items() if k not in ("width", "depth", "base_model")}
-    assert saved.config.to_dict() == {**kept, **NEW}
+    prompt = PromptSpec(old["provenance"]["run"]["template"])
+    assert prompt.template == "plain" != PromptSpec().template
+    assert saved.config.to_dict() == {**kept, **NEW, "prompt": prompt.to_dict()}
     assert saved.config.provenance["results"]["after"]["problems"] == 6
     assert {name: tuple(t.shape) for name, t in saved.tensors.items()} == {
         f"model.layers.{i}.steering.vector": (32,) for i in range(3)
     }
     assert all(tensor.norm() > 0 for tensor in saved.tensors.values())
     assert artifact.read_numpy(VECTORS).config == saved.config
-    assert SteeringConfig(**saved.config.to_dict()) == saved.config
+    assert SteeringConfig.from_dict(saved.config.to_dict()) == saved.config
 
 
 def test_an_artifact_steers_its_model(model: Any) -> None:
