@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import steer
-from steer import Artifact, SteerError, SteeringConfig, artifact
+from steer import Artifact, PromptSpec, SteerError, SteeringConfig, artifact
 from steer.artifact import expected_names
 
 DEPTH, WIDTH, INNER = 6, 4, 5
@@ -122,6 +122,17 @@ def test_sums_steer_the_layers_of_both():
     assert total.config.resolve_layers(DEPTH) == [0, 1, 2, 4]
     close(change(total), change(a) + change(b))
     close(change(whole(b - a)), change(b) - change(a))
+
+
+def test_a_sum_has_the_prompt_that_its_parts_share(caplog):
+    plain, short = PromptSpec("plain", "To"), PromptSpec("boxed_short")
+    a, b, c = make(1, prompt=plain), make(2, prompt=plain), make(3, prompt=short)
+    for made in (a + b, -a, 2 * a, a.layers(0, 1), steer.mean([a, b])):
+        assert made.config.prompt == plain
+    assert not caplog.records
+    assert (a + c).config.prompt is None
+    (warning,) = caplog.messages
+    assert "trained with template plain, prefix 'To' and template boxed_short" in warning
 
 
 def test_the_mean_counts_a_missing_layer_as_zero():

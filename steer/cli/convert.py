@@ -153,8 +153,13 @@ def _export(args: argparse.Namespace) -> None:
         else:
             arrays.write(found, out)
     size = _size(Path(out))
-    told = {"out": out, "format": args.to, "bytes": size}
-    print(json.dumps(told) if args.json else f"{out}  ({size:,} bytes)")
+    # other tools ask with prompts of their own: what the vectors are used to is told here
+    prompt = found.config.prompt
+    told = {"out": out, "format": args.to, "bytes": size, "prompt": prompt and prompt.to_dict()}
+    if args.json:
+        print(json.dumps(told))
+    else:
+        print(f"{out}  ({size:,} bytes)" + (f"\ntrained with the prompt: {prompt}" if prompt else ""))
 
 
 def _check_options(args: argparse.Namespace) -> None:

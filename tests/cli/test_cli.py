@@ -52,7 +52,8 @@ def test_export_and_import_as_json(steered, tmp_path, capsys):
     out = str(tmp_path / "vectors.npz")
     assert main(["export", folder, "--to", "npz", "--out", out, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told == {"out": out, "format": "npz", "bytes": (tmp_path / "vectors.npz").stat().st_size}
+    size = (tmp_path / "vectors.npz").stat().st_size
+    assert told == {"out": out, "format": "npz", "bytes": size, "prompt": None}
     back = str(tmp_path / "back")
     assert main(["import", out, "--model", model, "--out", back, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": back, "kind": "constant", "layers": "0,2"}

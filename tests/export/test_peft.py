@@ -156,7 +156,8 @@ def test_vllm_s_own_lora_serves_adaptive_vectors(build_tiny, tmp_path):
 def test_vectors_come_back_with_their_config(build_tiny, tmp_path, config, dtype):
     model = build_tiny("qwen2")
     model.config._name_or_path = "org/tiny"
-    made = steered(model, dtype=dtype, provenance={"recipe": "test", "scores": [0.5]}, **config)
+    known = {"provenance": {"recipe": "test", "scores": [0.5]}, "prompt": steer.PromptSpec("plain", "To")}
+    made = steered(model, dtype=dtype, **known, **config)
     assert peft.write(made, tmp_path / "new" / "adapter") == tmp_path / "new" / "adapter"
     other = build_tiny("qwen2", seed=1)  # the config tells the base it was made for, not the one at hand
     read = peft.read(tmp_path / "new" / "adapter", other)
@@ -165,6 +166,7 @@ def test_vectors_come_back_with_their_config(build_tiny, tmp_path, config, dtype
         "org/tiny",
         made.config.provenance,
     )
+    assert read.config.prompt == steer.PromptSpec("plain", "To")
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "gpt2 constant"])
