@@ -301,7 +301,8 @@ def _sampling(model_type: str) -> Outcome | None:
     _attached(model)
     with cpu.grouped(model):
         drawn = rollout(model, PROMPTS, Sampling(NEW, (), temperature=0.0))
-    for prompt, ids, logps in zip(PROMPTS, drawn.ids, drawn.logps, strict=True):
+    for prompt, one in zip(PROMPTS, drawn, strict=True):
+        ids, logps = one.ids, one.logps
         row = torch.tensor([*prompt, *ids])
         scores = torch.log_softmax(oracle.logits(model, row), -1)[len(prompt) - 1 : -1]
         chosen = scores.gather(1, torch.tensor(ids)[:, None]).squeeze(1)

@@ -25,7 +25,7 @@ from steer.sae.activations import Reader
 from steer.sae.browser import write_browser
 from steer.sae.cache import HeldActivations
 from steer.sae.evaluate import quality
-from steer.sae.features import Completion, Feature, analyse, read_completions
+from steer.sae.features import Feature, GradedCompletion, analyse, read_completions
 from steer.sae.intervene import answer_without, shifted
 from steer.sae.trainer import SAETrainer, TrainConfig
 from steer.stats import wilson
@@ -155,7 +155,7 @@ class Subject:
         framed = [self.format_prompt(row["problem"]) for row in problems]
         return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in framed]
 
-    def sample(self, samples: int) -> list[Completion]:
+    def sample(self, samples: int) -> list[GradedCompletion]:
         """`samples` graded completions of each training problem by the steered model, at temperature 1."""
         asked = [
             (prompt, row["answer"])
@@ -167,11 +167,12 @@ class Subject:
             part = asked[start : start + ROWS]
             noise = uniforms(range(start, start + len(part)), self.length, 0, 0)
             sampling = Sampling(self.length, self.eos)
-            ids = rollout(self.model, [prompt for prompt, _ in part], sampling, noise).ids
+            drawn = rollout(self.model, [prompt for prompt, _ in part], sampling, noise)
+            ids = [one.ids for one in drawn]
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
             verdicts = self.grader.check(texts, [answer for _, answer in part])
             found += [
-                Completion(list(prompt), list(tokens), verdict.correct)
+                GradedCompletion(list(prompt), list(tokens), verdict.correct)
                 for (prompt, _), tokens, verdict in zip(part, ids, verdicts, strict=True)
             ]
         return found
@@ -183,7 +184,8 @@ class Subject:
             added = nullcontext() if change.added is None else shifted(self.model, reader.layer, change.added)
             with off, added:
                 sampling = Sampling(self.length, self.eos, temperature=0.0)
-                ids = rollout(self.model, self.prompts(self.heldout), sampling).ids
+                drawn = rollout(self.model, self.prompts(self.heldout), sampling)
+                ids = [one.ids for one in drawn]
         else:
             prompts = self.prompts(self.heldout)
             ids = answer_without(sae, reader, change.ablated, prompts, self.length, self.eos)

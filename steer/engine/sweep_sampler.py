@@ -16,6 +16,7 @@ from steer.engine.client import push, request
 from steer.engine.logprobs import PROCESSED, logprobs_mode
 from steer.errors import SteerError
 from steer.extras import require
+from steer.generation.completion import Completion
 from steer.vectors import SteeringVectors
 from steer.weights import BUNDLED, model_path
 
@@ -57,11 +58,10 @@ class EngineSampler:
 
     def sample(
         self, names: Sequence[str], prompts: Sequence[list[int]], seeds: Sequence[int]
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
+    ) -> list[Completion]:
         """
-        A completion of each of `prompts` (token ids) by the set of the same place in `names`, and the
-        log-probability of each of its tokens; None where these do not compare with the trainer's. A row with
-        the same seed and vectors is the same row.
+        A completion of each of `prompts` (token ids) by the set of the same place in `names`. A row with the
+        same seed and vectors is the same row.
         """
         from vllm import SamplingParams
 
@@ -83,11 +83,12 @@ class EngineSampler:
         ]
         found = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
         outputs = [answer.outputs[0] for answer in found]
-        ids = [list(output.token_ids) for output in outputs]
-        if self.logprobs_mode is None:
-            return ids, None
-        logps = [
-            [at[token].logprob for token, at in zip(output.token_ids, output.logprobs or [], strict=True)]
+        return [
+            Completion(list(output.token_ids), output.finish_reason != "length", self._logps(output))
             for output in outputs
         ]
-        return ids, logps
+
+    def _logps(self, output: Any) -> list[float] | None:
+        if self.logprobs_mode is None:
+            return None
+        return [at[token].logprob for token, at in zip(output.token_ids, output.logprobs or [], strict=True)]

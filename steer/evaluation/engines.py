@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from steer.errors import SteerError
 from steer.evaluation.variants import Variant, adapter_rank
+from steer.generation.completion import Completion
 from steer.weights import BUNDLED, model_path
 
 if TYPE_CHECKING:
@@ -34,14 +35,6 @@ class Decoding:
     stop: tuple[int, ...]
     temperature: float
     top_p: float = 1.0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Token ids, the end-of-text token included; `truncated` when the length limit ended it."""
-
-    ids: list[int]
-    truncated: bool
 
 
 class Engine(Protocol):
@@ -127,13 +120,12 @@ class HfEngine:
         if decoding.temperature:
             noise = torch.cat([uniforms([0], decoding.max_new_tokens, seed, 0) for seed in seeds])
         try:
-            found = rollout(self.model, prompts, sampling, noise)
+            return rollout(self.model, prompts, sampling, noise)
         except torch.OutOfMemoryError as error:
             raise SteerError(
                 f"out of memory with {len(prompts)} answers of up to {decoding.max_new_tokens} tokens at "
                 "once; run the same command with a smaller --batch-size to go on"
             ) from error
-        return [Completion(ids, ids[-1] not in decoding.stop) for ids in found.ids]
 
 
 # ---- vLLM
@@ -224,7 +216,7 @@ class VllmEngine:
         asked: Any = [{"prompt_token_ids": ids} for ids in prompts]
         outputs = self.llm.generate(asked, params, use_tqdm=False, lora_request=self._lora)
         ends = [output.outputs[0] for output in outputs]
-        return [Completion(list(end.token_ids), end.finish_reason == "length") for end in ends]
+        return [Completion(list(end.token_ids), end.finish_reason != "length") for end in ends]
 
 
 def _served_rank(rank: int) -> int:

@@ -107,13 +107,12 @@ def answer(
                 for row in batch
             ]
             noise = uniforms(numbers[start : start + BATCH], max_new_tokens, 0, 0) if temperature else None
-            ids = rollout(model, prompts, sampling, noise).ids
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            written = rollout(model, prompts, sampling, noise)
+            texts = tokenizer.batch_decode([one.ids for one in written], skip_special_tokens=True)
             golds = [row.get("golds") or row["answer"] for row in batch]
             verdicts = grader.check(texts, golds)
             lenient = grader.check(texts, golds, extract_lenient)
-            for row, text, verdict, free, tokens in zip(batch, texts, verdicts, lenient, ids, strict=True):
-                ended = tokens[-1] in sampling.eos_token_ids
+            for row, text, verdict, free, one in zip(batch, texts, verdicts, lenient, written, strict=True):
                 answered.append(
                     Answered(
                         row["problem"],
@@ -121,8 +120,8 @@ def answer(
                         text,
                         verdict.answer,
                         verdict.correct,
-                        len(tokens),
-                        ended,
+                        len(one.ids),
+                        one.finished,
                         free.correct,
                     )
                 )

@@ -239,7 +239,7 @@ def _answer(
             "correct": verdict.correct,
             "how": verdict.how,
             "tokens": len(completion.ids),
-            "truncated": completion.truncated,
+            "truncated": not completion.finished,
             "prompt_tokens": len(row.prompt),
             "lenient": free.correct,
         }

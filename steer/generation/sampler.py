@@ -23,6 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from steer.generation.completion import Completion
 from steer.generation.decoding import CachedRows, PlainRows, Rows
 from steer.generation.verify import fast_attention, fast_paths
 from steer.vector_sets import Owners
@@ -54,16 +55,6 @@ class Sampling:
         return warpers
 
 
-@dataclass(frozen=True)
-class Completions:
-    """
-    Token ids per row, the end-of-sequence token included, and the log-probability of each under the sampler.
-    """
-
-    ids: list[list[int]]
-    logps: list[list[float]]
-
-
 def uniforms(rows: Sequence[int], tokens: int, seed: int, step: int) -> torch.Tensor:
     """
     (rows, tokens) float32 numbers in [0, 1): row r of step s always gets the same ones, from Philox (seed, s,
@@ -82,7 +73,7 @@ def rollout(
     noise: torch.Tensor | None = None,
     any_process: Callable[[bool], bool] | None = None,
     owners: Owners | None = None,
-) -> Completions:
+) -> list[Completion]:
     """
     One completion for each row of `prompts` (token ids; equal rows are read once).
 
@@ -106,7 +97,7 @@ def _rollout(
     noise: torch.Tensor | None,
     any_process: Callable[[bool], bool] | None,
     owners: Owners | None,
-) -> Completions:
+) -> list[Completion]:
     device = model.get_input_embeddings().weight.device
     whose = owners.of.tolist() if owners else [0] * len(prompts)
     keys = [(*prompt, owner) for prompt, owner in zip(prompts, whose, strict=True)]
@@ -147,11 +138,8 @@ def _rollout(
             if owners:
                 owners.choose(rows)
         logits = reader.step(token)
-    ends = length.tolist()
-    return Completions(
-        [row[:n] for row, n in zip(tokens.tolist(), ends, strict=True)],
-        [row[:n] for row, n in zip(logps.tolist(), ends, strict=True)],
-    )
+    ends = zip(tokens.tolist(), logps.tolist(), length.tolist(), open_.tolist(), strict=True)
+    return [Completion(ids[:n], not unfinished, logps[:n]) for ids, logps, n, unfinished in ends]
 
 
 def _reader(model: PreTrainedModel, owners: Owners | None) -> Rows:

@@ -24,7 +24,7 @@ from steer.stats import benjamini_hochberg, difference_interval
 
 
 @dataclass(frozen=True)
-class Completion:
+class GradedCompletion:
     """Token ids of a prompt and what was written after it, and whether that was right."""
 
     prompt: list[int]
@@ -71,11 +71,11 @@ class Feature:
         return self.right - self.wrong
 
 
-def read_completions(reader: Reader, completions: Sequence[Completion]) -> Tensor:
+def read_completions(reader: Reader, completions: Sequence[GradedCompletion]) -> Tensor:
     """Activations (written tokens, width) of the completions, in their order; equal ones are read once."""
     numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     which = [numbers.setdefault((tuple(c.prompt), tuple(c.ids)), len(numbers)) for c in completions if c.ids]
-    distinct = [Completion(list(prompt), list(ids), False) for prompt, ids in numbers]
+    distinct = [GradedCompletion(list(prompt), list(ids), False) for prompt, ids in numbers]
     parts = read_all(reader, [c.window() for c in distinct]).split([len(c.ids) for c in distinct])
     return torch.cat([parts[number] for number in which])
 
@@ -85,7 +85,7 @@ def analyse(
     sae: SAE,
     reader: Reader,
     tokenizer: PreTrainedTokenizerBase,
-    completions: Sequence[Completion],
+    completions: Sequence[GradedCompletion],
     snippets: int = 5,
     words: int = 8,
     least: int = 5,

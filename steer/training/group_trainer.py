@@ -166,7 +166,8 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
             ids: list[list[int]] = []
             for i in range(0, len(prompt_ids), size):
                 part = slice(i, i + size)
-                ids += rollout(model, prompt_ids[part], sampling, noise[part], together).ids
+                drawn = rollout(model, prompt_ids[part], sampling, noise[part], together)
+                ids += [one.ids for one in drawn]
             model.train(training)
         return ids, None
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES
-from helpers.training import SPREAD
+from helpers.training import SPREAD, ids_of
 from transformers import FalconConfig, FalconForCausalLM, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -83,7 +83,7 @@ def test_greedy_equals_generate_on_every_architecture(model: PreTrainedModel) ->
                     got = sampler.rollout(model, PROMPTS, Sampling(14, (eos,), temperature=0.0))
             else:
                 got = sampler.rollout(model, PROMPTS, Sampling(14, (eos,), temperature=0.0))
-            assert got.ids == expected, form
+            assert ids_of(got) == expected, form
     assert any(len(row) < 14 for row in expected)
 
 
@@ -91,19 +91,21 @@ def test_repeated_prompts_give_the_same_greedy_text_in_the_given_order(llama: Pr
     order = [2, 0, 0, 3, 1, 2, 0]
     once = sampler.rollout(llama, PROMPTS, Sampling(10, (NEVER,), temperature=0.0))
     many = sampler.rollout(llama, [PROMPTS[i] for i in order], Sampling(10, (NEVER,), temperature=0.0))
-    assert many.ids == [once.ids[i] for i in order]
-    assert len({tuple(row) for row in once.ids}) == len(PROMPTS)
+    assert ids_of(many) == [once[i].ids for i in order]
+    assert len({tuple(row) for row in ids_of(once)}) == len(PROMPTS)
 
 
 def test_stops_at_max_new_tokens_without_an_end(llama: PreTrainedModel) -> None:
     done = sampler.rollout(llama, PROMPTS, Sampling(5, (NEVER,), temperature=0.0))
-    assert [len(row) for row in done.ids] == [5] * 4 == [len(row) for row in done.logps]
+    assert [len(one.ids) for one in done] == [5] * 4 == [len(one.logps) for one in done]
 
 
 def test_any_of_several_end_tokens_ends_a_row_and_is_kept(llama: PreTrainedModel) -> None:
-    free = sampler.rollout(llama, PROMPTS, Sampling(10, (NEVER,), temperature=0.0)).ids
+    free = ids_of(sampler.rollout(llama, PROMPTS, Sampling(10, (NEVER,), temperature=0.0)))
     ends = (free[0][2], free[1][4])
-    done = sampler.rollout(llama, PROMPTS, Sampling(10, ends, temperature=0.0)).ids
+    written = sampler.rollout(llama, PROMPTS, Sampling(10, ends, temperature=0.0))
+    done = ids_of(written)
+    assert [one.finished for one in written] == [row[-1] in ends for row in done]
     for row, whole in zip(done, free, strict=True):
         first = next((i for i, token in enumerate(whole) if token in ends), len(whole) - 1)
         assert row == whole[: first + 1]
@@ -120,13 +122,13 @@ def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(
     llama.to(dtype)
     prompts = [PROMPTS[i] for i in (0, 2, 0, 1, 3, 0)]
     free = sampler.rollout(llama, prompts, Sampling(12, (NEVER,)), uniforms(range(6), 12, 3, 5))
-    eos = free.ids[1][2]  # ends one row early, so that later tokens come from a compacted batch
+    eos = free[1].ids[2]  # ends one row early, so that later tokens come from a compacted batch
     sampling = Sampling(12, (eos,))
     together = sampler.rollout(llama, prompts, sampling, uniforms(range(6), 12, 3, 5))
     alone = [sampler.rollout(llama, [p], sampling, uniforms([r], 12, 3, 5)) for r, p in enumerate(prompts)]
-    assert together.ids == [one.ids[0] for one in alone]
-    assert len({tuple(together.ids[i]) for i in (0, 2, 5)}) == 3, "samples of one prompt must differ"
-    assert min(map(len, together.ids)) < 12
+    assert ids_of(together) == [one[0].ids for one in alone]
+    assert len({tuple(together[i].ids) for i in (0, 2, 5)}) == 3, "samples of one prompt must differ"
+    assert min(map(len, ids_of(together))) < 12
 
 
 def test_uniforms_belong_to_the_row_and_differ_by_seed_and_step() -> None:
@@ -202,9 +204,10 @@ def test_logps_are_those_of_a_plain_pass(model: PreTrainedModel, temperature: fl
     noise = uniforms(range(8), 12, 0, 0)
     prompts = PROMPTS * 2
     free = sampler.rollout(model, prompts, Sampling(12, (NEVER,), temperature), noise)
-    done = sampler.rollout(model, prompts, Sampling(12, (free.ids[0][4],), temperature), noise)
-    assert min(map(len, done.ids)) < 12
-    for prompt, ids, logps in zip(prompts, done.ids, done.logps, strict=True):
+    done = sampler.rollout(model, prompts, Sampling(12, (free[0].ids[4],), temperature), noise)
+    assert min(map(len, ids_of(done))) < 12
+    for prompt, one in zip(prompts, done, strict=True):
+        ids, logps = one.ids, one.logps
         # Padding and cache sum in another order; float32 of logits of size 10 leaves some 1e-5 of that.
         assert np.allclose(logps, full_pass(model, prompt, ids, temperature), atol=3e-5)
 
@@ -218,7 +221,8 @@ def test_positions_mean_the_same_with_and_without_the_cache(build_tiny, position
     prompts = PROMPTS * 2
     done = sampler.rollout(model, prompts, Sampling(8, (NEVER,)), noise)
     shares = []
-    for prompt, ids, logps in zip(prompts, done.ids, done.logps, strict=True):
+    for prompt, one in zip(prompts, done, strict=True):
+        ids, logps = one.ids, one.logps
         with vectors.prompt_length(len(prompt)):
             assert np.allclose(logps, full_pass(model, prompt, ids), atol=3e-5)
         with vectors.disabled():
@@ -226,7 +230,7 @@ def test_positions_mean_the_same_with_and_without_the_cache(build_tiny, position
     assert not all(shares), "the vectors did nothing"
     # greedy as well, against generate(), which finds the prompt's end by itself
     greedy = sampler.rollout(model, PROMPTS, Sampling(8, (NEVER,), temperature=0.0))
-    assert greedy.ids == generated(model, PROMPTS, 8, NEVER)
+    assert ids_of(greedy) == generated(model, PROMPTS, 8, NEVER)
 
 
 # ---- grouped attention

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from helpers.training import far
+from helpers.training import far, ids_of
 from transformers import DynamicCache, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
@@ -95,16 +95,17 @@ def test_samples_are_those_of_naive_passes(kind: str) -> None:
     noise = uniforms(range(6), 8, 3, 5)
     prompts = [PROMPTS[i] for i in order]
     free = rollout(model, prompts, Sampling(8, (NEVER,)), noise)
-    eos = free.ids[1][2]  # ends one row early: the others go on in a smaller batch
+    eos = free[1].ids[2]  # ends one row early: the others go on in a smaller batch
     done = rollout(model, prompts, Sampling(8, (eos,)), noise)
     greedy = rollout(model, prompts, Sampling(4, (NEVER,), temperature=0.0))
-    assert min(map(len, done.ids)) < 8 and len({tuple(ids) for ids in free.ids}) > 3
-    for prompt, ids, logps in zip(prompts, done.ids, done.logps, strict=True):
+    assert min(map(len, ids_of(done))) < 8 and len({tuple(ids) for ids in ids_of(free)}) > 3
+    for prompt, one in zip(prompts, done, strict=True):
+        ids, logps = one.ids, one.logps
         table = torch.log_softmax(naive(model, prompt + ids), -1)[len(prompt) - 1 : -1]
         # float32 with padding and a cache in another order; logits reach 10
         expected = table.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
         torch.testing.assert_close(torch.tensor(logps), expected, rtol=1e-3, atol=2e-4)
-    for prompt, ids in zip(prompts, greedy.ids, strict=True):
+    for prompt, ids in zip(prompts, ids_of(greedy), strict=True):
         for n, token in enumerate(ids):
             scores = naive(model, prompt + ids[:n])[-1]
             assert scores[token] > scores.max() - 1e-3
@@ -176,7 +177,8 @@ def test_positions_are_the_same_on_plain_paths(kind: str, positions: str) -> Non
             torch.testing.assert_close(got.log_probs[i, : len(row)], expected, rtol=1e-3, atol=5e-4)
     with torch.no_grad():
         drawn = rollout(model, prompts * 2, Sampling(3, (NEVER,), temperature=0.0))
-        for prompt, row, logps in zip(prompts * 2, drawn.ids, drawn.logps, strict=True):
+        for prompt, one in zip(prompts * 2, drawn, strict=True):
+            row, logps = one.ids, one.logps
             with vectors.prompt_length(len(prompt)):
                 table = torch.log_softmax(naive(model, prompt + row)[len(prompt) - 1 : -1], -1)
             expected = table.gather(1, torch.tensor(row)[:, None]).squeeze(1)

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from steer import SteeringConfig
+from steer.generation.completion import Completion
 from steer.training.config import SteeringGRPOConfig
 from steer.training.steering_trainer import SteeringGRPOTrainer
 
@@ -81,6 +82,10 @@ def make_trainer(
 def logged(trainer: SteeringGRPOTrainer, name: str) -> list[float]:
     """The values of one metric, log by log."""
     return [row[name] for row in trainer.state.log_history if row.get(name) is not None]
+
+
+def ids_of(completions: list[Completion]) -> list[list[int]]:
+    return [one.ids for one in completions]
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:

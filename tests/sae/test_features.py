@@ -21,8 +21,8 @@ from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import Reader, read_all
 from steer.sae.browser import write_browser
 from steer.sae.features import (
-    Completion,
     Feature,
+    GradedCompletion,
     Snippet,
     analyse,
     logit_effects,
@@ -41,7 +41,7 @@ def diff(tiny_llama, tiny_tokenizer):
     completions = []
     for _ in range(40):
         ids = torch.randint(10, 97, (7,), generator=generator).tolist()
-        completions.append(Completion([1, 20, 21], ids, ids[0] % 2 == 0))
+        completions.append(GradedCompletion([1, 20, 21], ids, ids[0] % 2 == 0))
     reader = Reader(tiny_llama, 2, what="difference")
     sae = SAE(SAEConfig(d_in=32, d_sae=64, k=4))
     sae.start_from(read_all(reader, [c.window() for c in completions]))
@@ -93,7 +93,7 @@ def test_equal_completions_are_read_once_and_shown_once(diff, monkeypatch):
     for feature in analyse(sae, reader, tokenizer, [*completions, *completions], least=3):
         shown = [tuple(snippet.tokens) for snippet in feature.snippets]
         assert len(set(shown)) == len(shown)
-    repeated = [*completions[:4], *completions[:2], Completion([1], [], True)]
+    repeated = [*completions[:4], *completions[:2], GradedCompletion([1], [], True)]
     expected = read_all(reader, [c.window() for c in repeated[:6]])
     windows: list = []
     plain = type(reader).read
@@ -104,7 +104,7 @@ def test_equal_completions_are_read_once_and_shown_once(diff, monkeypatch):
 
 def test_one_sided_completions_are_refused(diff):
     sae, reader, tokenizer, completions = diff
-    wrong = [Completion(c.prompt, c.ids, False) for c in completions]
+    wrong = [GradedCompletion(c.prompt, c.ids, False) for c in completions]
     with pytest.raises(SteerError) as error:
         analyse(sae, reader, tokenizer, wrong)
     assert "0 of 40 completions are right" in message(error)
@@ -235,7 +235,7 @@ def test_the_page_holds_its_data_and_nothing_breaks_out(tmp_path):
     assert data["features"][0]["promotes"] == [nasty]
     assert data["features"][1]["index"] == 8
     assert page.count("<script") == 2
-    assert "<title>A &amp; &lt;b></title>" in page
+    assert "<title>A &amp; &lt;b&gt;</title>" in page
     assert "http" not in page  # one page, nothing fetched
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerState
 from trl.trainer.utils import nanstd
 
+from steer.generation.completion import Completion
 from steer.training.loss import group_advantages, token_weights, total_rewards
 from steer.training.sweep.member import Member
 
@@ -21,11 +22,10 @@ class Batch:
 
     member: Member
     prompts: list[list[int]]
-    completions: list[list[int]]
+    completions: list[Completion]
     advantages: torch.Tensor  # (rows,)
     weights: torch.Tensor  # (rows, longest completion)
     kept: list[int]  # the rows that have a gradient
-    drawn: list[list[float]] | None  # log-probabilities of an engine that sampled
 
     totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sums over its kept rows
 
@@ -34,8 +34,7 @@ def judge(
     member: Member,
     columns: dict[str, list],
     prompts: list[list[int]],
-    ids: list[list[int]],
-    drawn: list[list[float]] | None,
+    completions: list[Completion],
     tokenizer: PreTrainedTokenizerBase,
     stop_tokens: Sequence[int],
 ) -> Batch:
@@ -46,13 +45,13 @@ def judge(
         member: whose samples they are.
         columns: the columns of their problems, which the reward functions read.
         prompts: token ids of the prompts, one for each sample.
-        ids: token ids of the completions.
-        drawn: log-probabilities of the tokens, from an engine that sampled them; None without one.
+        completions: what was sampled after each.
         tokenizer: turns the completions into text.
         stop_tokens: the ids that end a completion.
     """
     args, log = member.args, member.metrics
     log.clear()
+    ids = [one.ids for one in completions]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     ended = torch.tensor([row[-1] in (*stop_tokens, tokenizer.pad_token_id) for row in ids])
     lengths = torch.tensor([float(len(row)) for row in ids])
@@ -91,4 +90,4 @@ def judge(
     log["completions/clipped_ratio"] = [1 - ended.float().mean().item()]
     # One row at least, as alone: a step without a gradient is still a step, and its entropy is logged.
     kept = [i for i in range(len(ids)) if every or found[i] != 0] or [0]
-    return Batch(member, prompts, ids, found, token_weights(mask, args), kept, drawn)
+    return Batch(member, prompts, completions, found, token_weights(mask, args), kept)

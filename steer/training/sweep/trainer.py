@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.generation import cpu
+from steer.generation.completion import Completion
 from steer.generation.decoding import pad_left
 from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.generation.scoring import add_group_scoring
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 
 # Rows drawn at once where nothing is said: a member's own, or those of several small ones.
 SAMPLE_ROWS = 128
-# Of each member: the ids of its completions, and their log-probabilities where an engine told them.
-_Drawn = tuple[list[list[list[int]]], list[Any]]
 
 
 class PopulationTrainer:
@@ -142,19 +141,19 @@ class PopulationTrainer:
         """One update of each of `members`. Returns the number of tokens that were sampled."""
         rows = [self.problems[member.draw()] for member in members]
         prompts = [prompt_ids(self.tokenizer, columns["prompt"]) for columns in rows]
-        completions, drawn = self._draw(members, prompts) if self.engine else self._sample(members, prompts)
+        drawn = self._draw(members, prompts) if self.engine else self._sample(members, prompts)
         batches = [
             judge(*found, self.tokenizer, self.eos_token_ids)
-            for found in zip(members, rows, prompts, completions, drawn, strict=True)
+            for found in zip(members, rows, prompts, drawn, strict=True)
         ]
         self._gradients(batches)
         for batch in batches:
             self._apply(batch)
-        return sum(len(ids) for found in completions for ids in found)
+        return sum(len(one.ids) for found in drawn for one in found)
 
     # ---- samples
 
-    def _draw(self, members: Sequence[Member], prompts: Sequence[list[list[int]]]) -> _Drawn:
+    def _draw(self, members: Sequence[Member], prompts: Sequence[list[list[int]]]) -> list[list[Completion]]:
         assert self.engine is not None
         self.engine.sync({member.name: member.vectors for member in members})
         names = [m.name for m, ids in zip(members, prompts, strict=True) for _ in ids]
@@ -163,11 +162,12 @@ class PopulationTrainer:
             for m, ids in zip(members, prompts, strict=True)
             for row in range(len(ids))
         ]
-        ids, logps = self.engine.sample(names, [row for found in prompts for row in found], seeds)
-        counts = [len(found) for found in prompts]
-        return _grouped(ids, counts), [None] * len(counts) if logps is None else _grouped(logps, counts)
+        drawn = self.engine.sample(names, [row for found in prompts for row in found], seeds)
+        return _grouped(drawn, [len(found) for found in prompts])
 
-    def _sample(self, members: Sequence[Member], prompts: Sequence[list[list[int]]]) -> _Drawn:
+    def _sample(
+        self, members: Sequence[Member], prompts: Sequence[list[list[int]]]
+    ) -> list[list[Completion]]:
         args = self.args
         sampling = Sampling(
             args.max_completion_length or 1,
@@ -191,11 +191,11 @@ class PopulationTrainer:
         flat = [ids for found in prompts for ids in found]
         owner = self._owner(members, [len(found) for found in prompts])
         size = args.sample_rows or max(len(prompts[0]), SAMPLE_ROWS)
-        drawn: list[list[int]] = []
+        drawn: list[Completion] = []
         for part in _parts(len(flat), size):
             with self.population.rows(owner[part]) as owners:
-                drawn += rollout(self.model, flat[part], sampling, noise[part], owners=owners).ids
-        return _grouped(drawn, [len(ids) for ids in prompts]), [None] * len(prompts)
+                drawn += rollout(self.model, flat[part], sampling, noise[part], owners=owners)
+        return _grouped(drawn, [len(ids) for ids in prompts])
 
     def _owner(self, members: Sequence[Member], counts: Sequence[int]) -> torch.Tensor:
         numbers = [self._number[member.name] for member in members]
@@ -218,7 +218,7 @@ class PopulationTrainer:
     def _backward(self, rows: Sequence[tuple[Batch, int]]) -> None:
         device = self.model.device
         prompt_ids, prompt_mask = pad_left([b.prompts[i] for b, i in rows], device)
-        completions = [b.completions[i] for b, i in rows]
+        completions = [b.completions[i].ids for b, i in rows]
         longest = max(map(len, completions))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in completions], device=device)
         weight = torch.stack([_fit(b.weights[i], longest) for b, i in rows]).to(device)
@@ -258,8 +258,9 @@ class PopulationTrainer:
         seen = (weight > 0).float()
         advantages = torch.stack([batch.advantages[i] for _, i in rows]).to(logp.device)
         weights = None
-        if batch.drawn is not None:
-            told = torch.stack([_fit(torch.tensor(batch.drawn[i]), logp.shape[1]) for _, i in rows])
+        drawn = [batch.completions[i].logps for _, i in rows] if self.engine else []
+        if drawn and drawn[0] is not None:  # by an engine whose log-probabilities compare with these
+            told = torch.stack([_fit(torch.tensor(logps), logp.shape[1]) for logps in drawn])
             told = told.to(logp.device)
             totals["engine/mean"] += ((logp.detach() - told) * seen).abs().nansum().item()
             if args.vllm_importance_sampling_correction:
