@@ -16,7 +16,9 @@ from helpers.lens import PROBLEMS, Exact, subject_of
 from steer import SteerError
 from steer.lens.findings import NOT_SEEN, NOT_TESTABLE, RULES, SEEN, judge
 from steer.lens.page import render
-from steer.lens.report import Report, save_figures, study
+from steer.lens.report import save_figures, study
+from steer.lens.sections import SECTIONS
+from steer.lens.study import Report
 
 HOSTILE = '<script>alert("1")</script> & <b>'
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -115,6 +117,28 @@ def test_figures_and_numbers_are_written(report, tmp_path) -> None:
 def test_every_result_turns_into_json(report) -> None:
     for name, result in report.results.items():
         assert json.loads(json.dumps(result.to_dict(), allow_nan=False)), name
+
+
+def test_every_result_belongs_to_one_section(report) -> None:
+    names = [name for section in SECTIONS for name in section.captions]
+    assert len(names) == len(set(names))
+    assert list(report.results) == [name for name in names if name in report.results]
+    for section in SECTIONS:
+        for name in report.results.keys() & section.captions.keys():
+            assert all(sentence.endswith(".") for sentence in section.sentences(name, report)), name
+            assert section.caption(name, report).startswith(section.captions[name])
+    keys = ["vectors", "problems", "accuracy", "numbers", "findings", "notes"]
+    assert list(report.to_dict()) == keys
+
+
+def test_headings_stand_once_in_order(report, page) -> None:
+    wanted = [section.heading for section in SECTIONS if section.heading]
+    found = re.findall(r"<h2>(.*?)</h2>", page)
+    assert [heading for heading in found if heading in wanted] == [
+        section.heading
+        for section in SECTIONS
+        if section.heading and report.results.keys() & section.captions.keys()
+    ]
 
 
 def test_rules_by_their_numbers() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from steer.card import card
 from steer.config import SteeringConfig
 from steer.evaluation.heldout import Answered, constant, score, ways
-from steer.lens.report import _elicited
+from steer.lens.study import _elicited
 from steer.prompt import PromptSpec
 from steer.tasks.data import Arithmetic
 from steer.tasks.elicited import best_base, choose, constant_answer, fitting, longer, stages

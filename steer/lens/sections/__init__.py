@@ -1,0 +1,28 @@
+"""The sections of the report, in order. A new one is a file here and an entry in `SECTIONS`."""
+
+from __future__ import annotations
+
+from steer.lens.sections.base import Section
+from steer.lens.sections.composition import Composition
+from steer.lens.sections.directions import Directions
+from steer.lens.sections.last_layers import LastLayers
+from steer.lens.sections.layers import Layers
+from steer.lens.sections.logit_lens import LogitLens
+from steer.lens.sections.paths import PathPatching
+from steer.lens.sections.persistence import Persistence
+from steer.lens.sections.prefix import Prefix
+from steer.lens.sections.scales import Scales
+from steer.lens.sections.token_shift import TokenShifts
+
+SECTIONS: tuple[Section, ...] = (
+    Directions(),
+    LogitLens(),
+    TokenShifts(),
+    Prefix(),
+    PathPatching(),
+    LastLayers(),
+    Persistence(),
+    Layers(),
+    Composition(),
+    Scales(),
+)

@@ -1,0 +1,96 @@
+"""How single vectors act, and that of the last layer but one above all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from steer.errors import SteerError
+from steer.lens.controls import values
+from steer.lens.patching import ROUTES, by_layer, group_routes, head_routes, patch
+from steer.lens.results import Result, spread
+from steer.lens.sections.base import Block, Section
+from steer.lens.sections.paths import ADDED, Paths, solved_table
+from steer.lens.study import SINGLE, Report, Study
+from steer.lens.words import percent
+
+
+@dataclass
+class PathsByLayer(Result):
+    """
+    Share of the logit difference that each path recovers, for each layer's vector alone: (layers,) a
+    path.
+    """
+
+    layers: list[int]
+    shares: dict[str, torch.Tensor]
+
+    def figure(self) -> Any:
+        from steer.lens import plots
+
+        return plots.lines(
+            {name: share.clamp(-0.5, 1.5) for name, share in self.shares.items()},
+            x=self.layers,
+            xlabel="layer of the vector",
+            ylabel="share of the effect",
+            title="Path patching of single vectors (cut at -0.5 and 1.5)",
+            level=("the whole effect", 1.0),
+        )
+
+
+class LastLayers(Section):
+    step = "path patching, the last layers"
+    heading = "The last layers"
+    captions: ClassVar[dict[str, str]] = {
+        "penultimate layer": (
+            "The vector of the last layer but one, by itself, through the last layer’s parts."
+        ),
+        "heads of the last layer": (
+            "That vector through one query head of the last attention, or one key-value group."
+        ),
+        "paths by layer": "Single vectors: what passes through attention, MLPs or the residual stream alone.",
+    }
+
+    def measure(self, study: Study) -> None:
+        try:
+            self._measure(study)
+        except SteerError as error:
+            study.report.notes.append(f"Path patching of the last layers left out: {error}.")
+
+    def _measure(self, study: Study) -> None:
+        subject, results = study.subject, study.report.results
+        rows = study.rows[:SINGLE]
+        before = study.last - 1
+        if before in subject.layers:
+            found = patch(subject, rows, layers=[before], label="penultimate layer")
+            with values(subject.vectors, study.random):
+                control = patch(subject, rows, layers=[before], label="penultimate layer, random")
+            results["penultimate layer"] = Paths({ADDED: found, "random vector, added": control})
+            for name, done in (("", found), ("random_", control)):
+                study.note(**{f"{name}penultimate_without_attention": done["all but attention"]})
+                study.note(**{f"{name}penultimate_without_mlp": done["all but MLP"]})
+            effect_paths = {**head_routes(subject, study.last), **group_routes(subject, study.last)}
+            heads = patch(subject, rows, effect_paths, layers=[before], label="heads")
+            results["heads of the last layer"] = heads
+        some = spread([layer for layer in subject.layers if layer < study.last], 8)
+        kept = {name: ROUTES[name] for name in ("attention only", "MLP only", "residual only")}
+        if some:
+            each = by_layer(subject, rows, some, effect_paths=kept, label="path patching by layer")
+            shares = {name: torch.tensor([done[name] for done in each]) for name in kept}
+            results["paths by layer"] = PathsByLayer(some, shares)
+
+    def sentences(self, name: str, report: Report) -> list[str]:
+        if name != "penultimate layer":
+            return []
+        paths: Any = report.results["penultimate layer"]
+        found, random = paths.parts.values()
+        return [
+            f"The vector of the last layer but one keeps {percent(found['all but attention'])} of its effect "
+            f"without the last attention and {percent(found['all but MLP'])} without the last MLP (random "
+            f"vector: {percent(random['all but attention'])} and {percent(random['all but MLP'])})."
+        ]
+
+    def below(self, name: str, result: Result) -> list[Block]:
+        return solved_table(result)

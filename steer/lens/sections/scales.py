@@ -1,0 +1,60 @@
+"""The vectors at other scales, and the scales that adaptive ones choose."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from steer.lens.composition import scale_sweep
+from steer.lens.controls import values
+from steer.lens.results import Result
+from steer.lens.scale_maps import ScaleMaps, scale_maps
+from steer.lens.sections.base import Block, Note, Section, Strip
+from steer.lens.study import Report, Study
+from steer.lens.words import known_mean, percent
+
+
+class Scales(Section):
+    step = "scale sweep"
+    captions: ClassVar[dict[str, str]] = {
+        "scale sweep": "Greedy accuracy with all vectors multiplied; the band is the 95 % Wilson interval.",
+        "scale maps": "How much of its vector each layer gives to each token of the first text.",
+    }
+
+    def measure(self, study: Study) -> None:
+        subject = study.subject
+        study.report.results["scale sweep"] = scale_sweep(
+            subject, study.problems[: len(study.problems) // 2], study.grader, label="scale"
+        )
+        if subject.vectors.config.kind == "adaptive":
+            maps = scale_maps(subject, study.rows)
+            study.report.results["scale maps"] = maps
+            with values(subject.vectors, study.random):
+                control = scale_maps(subject, study.rows)
+            for name, found in (("", maps), ("random_", control)):
+                study.note(
+                    **{f"{name}adaptive_spread": known_mean(found.std / found.mean.abs().clamp(min=1e-12))}
+                )
+
+    def sentences(self, name: str, report: Report) -> list[str]:
+        if name != "scale sweep":
+            return []
+        found: Any = report.results["scale sweep"]
+        pairs = list(zip(found.accuracy.tolist(), found.scales, strict=True))
+        most, best = max(pairs, key=lambda pair: (pair[0], -abs(pair[1] - 1)))
+        return [f"Of the scales tried {best:g} is best, with {percent(most)} solved."]
+
+    def below(self, name: str, result: Result) -> list[Block]:
+        """Each text with its tokens shaded by how much of all layers' vectors they get."""
+        if not isinstance(result, ScaleMaps):
+            return []
+        found: list[Block] = []
+        for one in result.maps[:3]:
+            size = one.coefficients.abs().mean(0)
+            most = max(
+                size[1:].max().item(), 1e-30
+            )  # the first token is an attention sink, out of proportion
+            shades = [min(1.0, value / most) for value in size.tolist()]
+            hints = [f"mean size of the coefficient {value:.3g}" for value in size.tolist()]
+            found.append(Strip(one.tokens, one.prompt, shades, hints))
+        text = "Shade: size of the coefficient, averaged over layers. A bar marks the first generated token."
+        return [*found, Note(text)]
