@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import tomllib
 
 import jinja2
 import pytest
-from helpers.paths import ROOT
 from markupsafe import Markup
 
-from steer.pages import asset, json_data, render_page
+from steer.pages import json_data, render_page
 
 NASTY = "</script><script>alert(1)</script><!-- \u2028 é & \" '"
 
@@ -37,9 +35,3 @@ def test_data_comes_back_as_it_was_and_ends_no_script() -> None:
     text = json_data({"text": NASTY})
     assert json.loads(text) == {"text": NASTY}
     assert "<" not in text and "\u2028" not in text
-
-
-def test_templates_are_in_the_package() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "templates/*" in settings["package-data"]["steer"]
-    assert asset("comparison.js").startswith("'use strict';")

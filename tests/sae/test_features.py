@@ -251,7 +251,7 @@ def test_sae_info_and_convert(tmp_path, capsys):
     assert re.search(r"layer +3", shown)
     assert main(["sae", "convert", own, other]) == 0
     assert (tmp_path / "lens" / "sae_weights.safetensors").exists()
-    assert main(["sae", "convert", own, other, "--format", "numpy"]) == 1
+    assert main(["sae", "convert", own, str(tmp_path / "third"), "--format", "numpy"]) == 1
     assert "choose one of steer, saelens, sparsify, dictionary_learning" in message_of(capsys)
     assert main(["sae", "info", str(tmp_path)]) == 1
     assert "holds no SAE" in message_of(capsys)
