@@ -44,8 +44,9 @@ for layer in (0, 15, 26, 28, 29):
 #
 # ## When the vectors act
 #
-# A `Subject` is a model with its vectors and the prompt format. The steered model answers a few held-out
-# problems; along these answers, the next-token distributions with and without the vectors are compared.
+# A `Subject` is a model with its vectors and the prompt that they were trained with. The steered model
+# answers a few held-out problems; along these answers, the next-token distributions with and without the
+# vectors are compared.
 
 # %%
 subject = Subject(vectors, tokenizer, vectors.config.prompt, max_new_tokens=16)

@@ -70,7 +70,7 @@ trainer = SteeringGRPOTrainer(
     model,
     begins_with_box,
     args,
-    steer.SteeringConfig(layers=8),
+    steer.SteeringConfig(layers=8, prompt=prompt),  # the artifact keeps the prompt
     train_dataset=data,
     processing_class=tokenizer,
 )

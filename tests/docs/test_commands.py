@@ -17,6 +17,8 @@ from unittest.mock import patch
 import pytest
 from helpers.paths import ROOT
 
+from steer.cli.programs import PROGRAMS
+
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Options of other programs that the pages name in their text.
@@ -53,11 +55,13 @@ def parser(program: str) -> argparse.ArgumentParser:
     with (
         patch.object(argparse.ArgumentParser, "parse_known_args", _stop),
         patch("steer.threads.prepare_environment"),
+        patch("steer.cli.prepare_environment"),
+        patch("warnings.showwarning"),
         patch("sys.argv", [program]),
     ):
         try:
-            if program == "steer":
-                importlib.import_module("steer.cli").main([])
+            if program.split()[0] == "steer":
+                importlib.import_module("steer.cli").main(program.split()[1:])
             elif program.endswith(".py"):
                 runpy.run_path(str(ROOT / program), run_name="__main__")
             else:
@@ -99,6 +103,11 @@ def program(words: list[str]) -> tuple[str, list[str]] | None:
     """The program of ours that a command line starts, and its arguments; None for one of others."""
     name = words[0].rpartition("/")[2]
     if name == "steer" and len(words) > 1:
+        for count in (2, 1):  # commands with a command line of their own
+            if (own := " ".join(words[1 : 1 + count])) in PROGRAMS:
+                rest = words[1 + count :]
+                both = own == "compare" and "--config" in rest  # two programs: of runs, and of a config
+                return f"steer {own}{' --config x' if both else ''}", rest
         return "steer", words[1:]
     if name == "python" and words[1:2] == ["-m"] and words[2].partition(".")[0] in ("steer", "evals"):
         return words[2], words[3:]
@@ -115,6 +124,11 @@ def wrong(name: str, arguments: list[str]) -> list[str]:
     found, bad = parser(name), []
     anything = False
     previous: argparse.Action | None = None
+    if "--launcher" in arguments:
+        at = arguments.index("--launcher")
+        launcher = arguments[at + 1]
+        bad += [] if (ROOT / "recipes" / "accelerate" / f"{launcher}.yaml").is_file() else [launcher]
+        arguments = arguments[:at] + arguments[at + 2 :]
     for word in arguments:
         subs = next((a for a in found._actions if isinstance(a, argparse._SubParsersAction)), None)
         if word.startswith("--") and word != "--":
@@ -136,8 +150,10 @@ def wrong(name: str, arguments: list[str]) -> list[str]:
                 bad.append(f"{previous.option_strings[0]} {word}")
             if previous.nargs is None or previous.nargs == 0:
                 previous = None
-        if re.fullmatch(r"recipes/\S+\.yaml", word) and "NAME" not in word and not (ROOT / word).is_file():
-            bad.append(word)
+    if "--config" in arguments[:-1]:
+        config = arguments[arguments.index("--config") + 1]
+        files = (ROOT / "recipes" / "configs" / f"{config}.yaml", ROOT / config)
+        bad += [] if config.isupper() or any(file.is_file() for file in files) else [config]
     return bad
 
 
@@ -151,7 +167,11 @@ def test_commands_exist(name: str) -> None:
         elif started := program(words):
             start, arguments = started
             script = start.endswith(".py")
-            if not ((ROOT / start).is_file() if script else start == "steer" or find_spec(start)):
+            if not (
+                (ROOT / start).is_file()
+                if script
+                else start.startswith("steer ") or start == "steer" or find_spec(start)
+            ):
                 bad.append(start)
             else:
                 bad += [f"{start}: {what}" for what in wrong(start, arguments)]
@@ -161,9 +181,9 @@ def test_commands_exist(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_flags_in_the_text_exist(name: str) -> None:
     known = set(FOREIGN)
-    for start in ("steer", "recipes/grpo_steer.py", "recipes/layer_sweep.py", "recipes/grpo_baseline.py",
-                  "recipes/compare.py", "steer.evaluation.run"):  # fmt: skip
+    for start in ("steer", *(f"steer {name}" for name in PROGRAMS), "steer compare --config x"):
         known |= flags(parser(start))
+    known.add("--launcher")
     text = _FENCE.sub("", (ROOT / name).read_text())
     used = {flag for code in _INLINE.findall(text) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
             if not re.match(r"(pip|python|accelerate|vllm|\.venv)", code)}  # fmt: skip
@@ -227,7 +247,14 @@ def test_what_does_not_exist_is_found() -> None:
     assert wrong("steer", ["explode", "x"]) == ["explode"]
     assert wrong("steer", ["export", "--vacuum"]) == ["--vacuum"]
     assert wrong("steer", ["serve", "m", "--port", "1"]) == []
-    assert wrong("recipes/grpo_steer.py", ["--learning_rate", "1", "--vacuum", "2"]) == ["--vacuum"]
+    for start in ("recipes/grpo_steer.py", "steer train"):
+        assert wrong(start, ["--learning_rate", "1", "--vacuum", "2"]) == ["--vacuum"]
+    assert wrong("steer train", ["--config", "demo", "--launcher", "ddp"]) == []
+    assert wrong("steer train", ["--config", "dome", "--launcher", "dpp"]) == ["dpp", "dome"]
+    assert program(["steer", "compare", "--config", "demo"]) == (
+        "steer compare --config x",
+        ["--config", "demo"],
+    )
     text = "Text.\n\n    steer info x \\\n        --json   # note\n    make demo && steer diff a b\n\n"
     text += "`steer lens logit`\n"
     lines = [words for words in commands(text) if words[0] in ("steer", "make")]
