@@ -174,7 +174,9 @@ def choose_prompt(
     Args:
         trained: the prompt of each set, by its name; None where it names none.
         default: where the sets name no prompt, or different ones.
-        template, prefix, chat_template_kwargs: what the user asks for; None for as in training.
+        template: what the user asks for; None for as in training.
+        prefix: likewise.
+        chat_template_kwargs: likewise.
         label: what the line calls the prompt.
 
     Returns:
