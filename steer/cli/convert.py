@@ -53,7 +53,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--out", help="file or folder to write; default: beside the artifact")
     export.add_argument(
         "--model",
-        help="base model for --to checkpoint, or its .gguf file for --to gguf-model; default: the artifact's",
+        help="base model for --to checkpoint, its .gguf file for --to gguf-model, the base that the adapter names "
+        "for --to peft; default: the artifact's",
     )
     export.add_argument("--layers", metavar="A-B", help="export these layers only, e.g. 1-29")
     export.add_argument("--scale", type=finite, help="factor on the vectors; default: as saved")
@@ -141,7 +142,7 @@ def _export(args: argparse.Namespace) -> None:
         raise SteerError("the artifact does not name its base model; give --model")
     with output(out, args.replace, args.artifact):
         if args.to == "peft":
-            peft.write(found, out)
+            peft.write(found, out, args.model)
         elif args.to == "gguf":
             gguf.write(found, out, block_0=args.block_0 or "refuse")
         elif args.to == "lm-eval":
@@ -164,8 +165,9 @@ def _export(args: argparse.Namespace) -> None:
 
 def _check_options(args: argparse.Namespace) -> None:
     """SteerError for an option that the format does not use."""
-    if args.model and args.to not in MODELS:
-        raise SteerError(f"--model is for --to {' and '.join(MODELS)}; --to {args.to} needs no model")
+    if args.model and args.to not in (*MODELS, "peft"):
+        named = f"{', '.join(MODELS)} and peft"
+        raise SteerError(f"--model is for --to {named}; --to {args.to} names no model")
     if args.block_0 and args.to != "gguf":
         raise SteerError(f"--block-0 is for --to gguf; --to {args.to} holds the vector of block 0")
 

@@ -34,6 +34,7 @@ from steer.export.architecture import bias_place, layer_names
 from steer.files import json_object, replace_files, safetensors_header
 from steer.identity import describe
 from steer.sites import find_decoder, find_down_projections
+from steer.weights import public_name
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -54,9 +55,11 @@ _INERT = {
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base's weights
 
 
-def write(artifact: Artifact, folder: str | os.PathLike[str]) -> Path:
+def write(artifact: Artifact, folder: str | os.PathLike[str], base: str | None = None) -> Path:
     """
     Write `artifact` as a PEFT adapter to `folder` (made if missing), atomically per file. Returns the folder.
+    The adapter names `base` as its model; by default the artifact's, and for bundled weights the original
+    ones on the hub (`steer.weights.public_name`).
 
     Raises SteerError for vectors that are no bias of a matrix (other positions than all; a site or a model
     type that `steer.export.architecture` lacks), and for constant vectors of models whose layers PEFT's BEFT
@@ -82,7 +85,7 @@ def write(artifact: Artifact, folder: str | os.PathLike[str]) -> Path:
             name = f"{_ROOT}.{artifact.decoder}.{layer}.{place}"
             tensors[f"{name}.beft_bias"] = vector.reshape(1, -1).contiguous()
         layers = list(vectors)
-    adapter = _adapter_config(config, artifact.decoder, layers, place)
+    adapter = _adapter_config(config, artifact.decoder, layers, place, base)
     try:
         metadata = {"format": "pt", "steering_config": json.dumps(config.to_dict())}
     except (TypeError, ValueError, RecursionError) as error:
@@ -132,11 +135,13 @@ def read(folder: str | os.PathLike[str], model: nn.Module) -> Artifact:
     return _restored(made, metadata.get("steering_config"), folder)
 
 
-def _adapter_config(config: SteeringConfig, decoder: str, layers: list[int], place: str) -> dict[str, Any]:
+def _adapter_config(
+    config: SteeringConfig, decoder: str, layers: list[int], place: str, base: str | None
+) -> dict[str, Any]:
     indices = "|".join(map(str, layers))
     common = {
         "auto_mapping": None,
-        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_model_name_or_path": base or public_name(config.base_model_name_or_path),
         "inference_mode": True,
         "modules_to_save": None,
         "revision": config.base_revision,

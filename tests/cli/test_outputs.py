@@ -96,7 +96,7 @@ def test_a_failed_replacement_leaves_what_was_there(place: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (["--to", "npz", "--model", "model"], "--model is for --to checkpoint and gguf-model"),
+        (["--to", "npz", "--model", "model"], "--model is for --to checkpoint, gguf-model and peft"),
         (["--to", "peft", "--block-0", "drop"], "--block-0 is for --to gguf"),
     ],
 )

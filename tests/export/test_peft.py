@@ -189,6 +189,23 @@ def test_what_is_added_comes_back_bit_for_bit(build_tiny, tmp_path, case):
             assert torch.equal(ours, back)
 
 
+@pytest.mark.parametrize(
+    ("base", "given", "named"),
+    [
+        ("smollm2-135m-instruct", None, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("org/model", None, "org/model"),
+        ("smollm2-135m-instruct", "/models/smollm2", "/models/smollm2"),
+    ],
+)
+def test_the_adapter_names_a_base_that_others_find(tiny_llama, tmp_path, base, given, named):
+    made = steered(tiny_llama)
+    made.config.base_model_name_or_path = base
+    peft.write(made, tmp_path, given)
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["base_model_name_or_path"] == named
+    read = peft.read(tmp_path, tiny_llama)
+    assert read.config.base_model_name_or_path == base  # the artifact itself travels in the metadata
+
+
 def test_the_adapter_is_as_peft_writes_it(build_tiny, tmp_path):
     model = build_tiny("llama")
     peft.write(steered(model, layers="0,2"), tmp_path / "ours")
