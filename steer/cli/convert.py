@@ -53,8 +53,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--out", help="file or folder to write; default: beside the artifact")
     export.add_argument(
         "--model",
-        help="base model for --to checkpoint, its .gguf file for --to gguf-model, the base that the adapter names "
-        "for --to peft; default: the artifact's",
+        help="base model: its weights for --to checkpoint, its .gguf file for --to gguf-model, its name for "
+        "--to peft; default: the artifact's",
     )
     export.add_argument("--layers", metavar="A-B", help="export these layers only, e.g. 1-29")
     export.add_argument("--scale", type=finite, help="factor on the vectors; default: as saved")
