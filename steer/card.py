@@ -10,6 +10,7 @@ from typing import Any
 from steer.config import SteeringConfig
 from steer.hub import is_hub_id
 from steer.tasks.elicited import STAGES, stages
+from steer.weights import public_name
 
 # Marks a card as ours: only such a card is written over.
 MARK = "<!-- written by steer; delete this line to keep your own text -->"
@@ -35,7 +36,7 @@ def card(config: SteeringConfig, decoder: str, numbers: int, size: int, name: st
     made = config.provenance or {}
     parts = [
         front_matter(
-            config.base_model_name_or_path,
+            public_name(config.base_model_name_or_path),
             "steering-vectors",
             "activation-steering",
             "reinforcement-learning",
