@@ -30,6 +30,16 @@ def text(given: str) -> str:
     return given
 
 
+def add_base_adapter(parser: Any) -> None:
+    """Add `--base-adapter` to a parser or a group of one."""
+    parser.add_argument(
+        "--base-adapter",
+        type=text,
+        metavar="DIR",
+        help="folder of a LoRA of peft that is merged into the base model first",
+    )
+
+
 def finite(text: str) -> float:
     """A number that is neither NaN nor infinite."""
     try:

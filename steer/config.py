@@ -17,6 +17,8 @@ from steer.files import json_object
 from steer.prompt import PromptSpec, prompt_in_provenance
 
 FORMAT_VERSION = 2
+# Fields that format 1 does not have.
+_NEW = ("prompt", "base_adapter")
 # What format 1 calls these fields.
 _FORMAT_1 = {"hidden_size": "width", "num_hidden_layers": "depth", "base_model_name_or_path": "base_model"}
 
@@ -132,6 +134,9 @@ class SteeringConfig(SteeringArguments):
     base_revision: str | None = field(
         default=None, metadata={"help": "Revision of the base model, where known."}
     )
+    base_adapter: str | None = field(
+        default=None, metadata={"help": "Folder of the adapter that is merged into the base. Filled in."}
+    )
     model_type: str | None = field(default=None, metadata={"help": "Architecture of the base. Filled in."})
     hidden_size: int | None = field(
         default=None, metadata={"help": "Width of the residual stream. Filled in."}
@@ -160,6 +165,7 @@ class SteeringConfig(SteeringArguments):
         for name in (
             "base_model_name_or_path",
             "base_revision",
+            "base_adapter",
             "model_type",
             "base_checksum",
             "tokenizer_checksum",
@@ -231,7 +237,7 @@ class SteeringConfig(SteeringArguments):
         _check_version(version)  # first: it explains unknown fields
         known = {f.name: f.name for f in fields(cls)}  # by the name in the file
         if version == 1:
-            known = {_FORMAT_1.get(name, name): name for name in known if name != "prompt"}
+            known = {_FORMAT_1.get(name, name): name for name in known if name not in _NEW}
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise SteerError(

@@ -14,6 +14,8 @@ from torch import nn
 from steer.sharded import gathered, shape
 from steer.sites import find_decoder
 
+# In the config of a base with an adapter merged into it (`steer.base_adapter`): what it is made of.
+MERGED = "steer_merged"
 # Rows of the embedding matrix that enter the checksum: enough that fine-tuning moves some, read in a moment.
 ROWS = 256
 
@@ -25,9 +27,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """
     decoder = find_decoder(model)
     base: Any = model.config
+    merged = getattr(base, MERGED, None) or {}
     return {
-        "base_model_name_or_path": base.name_or_path or None,
-        "base_revision": getattr(base, "_commit_hash", None),
+        "base_model_name_or_path": merged.get("base") or base.name_or_path or None,
+        "base_revision": merged.get("revision") or getattr(base, "_commit_hash", None),
+        "base_adapter": merged.get("adapter"),
         "model_type": base.get_text_config().model_type,
         "hidden_size": decoder.hidden_size,
         "num_hidden_layers": decoder.num_hidden_layers,
@@ -39,7 +43,8 @@ def base_checksum(model: nn.Module) -> str | None:
     """
     16 hex digits from the architecture's numbers and a sample of the weights in bfloat16: 256 rows of the
     embeddings, and the one-dimensional parameters of the last layer. The same in float32 and bfloat16, and
-    for a quantised copy, which keeps those; another for a fine-tuned one. None where weights are not at hand
+    for a quantised copy, which keeps those; another for a fine-tuned one, and for one with an adapter merged
+    into it. None where weights are not at hand
     (meta, sharded by FSDP2).
     """
     decoder = find_decoder(model)
@@ -56,6 +61,9 @@ def base_checksum(model: nn.Module) -> str | None:
         digest = hashlib.sha256(json.dumps(sizes).encode())
         for tensor in (embeddings[torch.tensor(rows, device=embeddings.device)], *sample[1:]):
             digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        # an adapter changes none of these weights
+        if merged := getattr(model.config, MERGED, None):
+            digest.update(str(merged["checksum"]).encode())
         return digest.hexdigest()[:16]
 
 

@@ -31,12 +31,15 @@ def load_model(
     device_map: Any = None,
     quantization_config: Any = None,
     trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> PreTrainedModel:
     """The causal language model `name`, in eval mode.
 
     `dtype` is "float32", "bfloat16", "float16", a torch dtype, "auto" for the dtype it was saved in (float32
     for converted GGUF weights, bfloat16 for those over 1 GiB), or "fast" (`fast_dtype`).
-    `config.name_or_path` is `name` as given. Raises SteerError as `model_path` does, and when the hub does
+    `config.name_or_path` is `name` as given. `load_in_4bit` and `load_in_8bit` quantise the weights with
+    bitsandbytes as they are loaded. Raises SteerError as `model_path` does, and when the hub does
     not answer, when the model is not a decoder-only language model, when the checkpoint lacks weights, or for
     a dtype that is not one of these.
     """
@@ -44,7 +47,11 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     wanted = _dtype(dtype)
-    source = _source(name, revision)
+    if load_in_4bit or load_in_8bit:
+        quantization_config = _bitsandbytes(load_in_4bit, load_in_8bit, quantization_config)
+        if device_map is None and torch.cuda.is_available():
+            device_map = {"": torch.cuda.current_device()}
+    source = model_source(name, revision)
     common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         _check_causal(name, source, common)
@@ -73,16 +80,31 @@ def load_model(
     return model
 
 
-def skeleton(name: str, revision: str | None = None) -> PreTrainedModel:
+def _bitsandbytes(four: bool, eight: bool, given: Any) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    option = "load_in_4bit" if four else "load_in_8bit"
+    if (four and eight) or given is not None:
+        raise SteerError(f"{option} is given with another quantization; give one of them")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SteerError(f"{option} needs bitsandbytes, which is not installed; pip install bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight)
+
+
+def skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model `name` on the meta device: its modules, names and shapes without weights, in a moment."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, common = _source(name, revision), {"revision": revision or "main"}
+    source = model_source(name, revision)
+    common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         _check_causal(name, source, common)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **common))
+            config = AutoConfig.from_pretrained(source, **common)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except SteerError:
         raise
     except Exception as error:
@@ -101,7 +123,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    source = _source(name, revision, tokenizer=True)
+    source = model_source(name, revision, tokenizer=True)
     try:
         common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
@@ -118,7 +140,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _source(name: str, revision: str | None, tokenizer: bool = False) -> str:
+def model_source(name: str, revision: str | None, tokenizer: bool = False) -> str:
     """What to hand to from_pretrained for `name`: a local folder, or the name itself where it is a hub id."""
     path = Path(name).expanduser()
     local = name in BUNDLED or path.exists()

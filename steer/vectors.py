@@ -242,7 +242,8 @@ def build(model: nn.Module, config: SteeringConfig) -> tuple[SteeringVectors, li
     """
     decoder = find_decoder(model)
     layers = config.resolve_layers(decoder.num_hidden_layers)
-    known = {k: getattr(config, k) for k in ("base_model_name_or_path", "base_revision", "base_checksum")}
+    names = ("base_model_name_or_path", "base_revision", "base_adapter", "base_checksum")
+    known = {k: getattr(config, k) for k in names}
     config = replace(config, **{**describe(model), **{k: v for k, v in known.items() if v is not None}})
     state = SteeringState(config.positions, config.scale)
     shared, modules, places = _make(decoder, layers, config, state)
@@ -312,6 +313,8 @@ def load(
             )
     here: Any = model.config
     names = [config.base_model_name_or_path or "an unnamed model", here.name_or_path or "an unnamed model"]
+    if config.base_adapter:
+        names[0] += f" with adapter {config.base_adapter} merged into it (--base-adapter)"
     tell = f"{name}: made for {names[0]}; this model ({names[1]}) has the same shape"
     if _differ(config.base_checksum, base_checksum(model)):
         warnings.warn(f"{tell} but other weights: measure what they do here", stacklevel=2)

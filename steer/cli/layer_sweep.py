@@ -27,7 +27,6 @@ from accelerate import PartialState
 
 from steer.files import held
 from steer.lens import layer_study
-from steer.models import load_model, load_tokenizer
 from steer.sites import find_decoder
 from steer.tasks.prompts import formatter, question
 from steer.tasks.rewards import MathGrader
@@ -58,13 +57,9 @@ def train_population(settings: RunSettings, arguments: Sequence[str]) -> None:
 def _train_population(folder: Path, settings: RunSettings, arguments: Sequence[str]) -> None:
     run, training, asked = settings.run, settings.training, settings.population
     assert asked is not None
-    tokenizer = load_tokenizer(run.model, revision=run.model_revision)
-    model = load_model(
-        run.model,
-        revision=run.model_revision,
-        dtype=run.model_dtype,
-        attn_implementation=run.attn_implementation,
-    ).to(training.device)
+    model, tokenizer = run.load(run.model_dtype, training.trust_remote_code)
+    if not getattr(model, "is_quantized", False):  # bitsandbytes has put those where they are
+        model.to(training.device)
     everyone = grid.members(settings, find_decoder(model).num_hidden_layers, arguments)
     now = grid.chosen(everyone, asked.only)
     train, held_out = recipe.problems(run)

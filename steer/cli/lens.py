@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from steer.arguments import add_prompt_arguments, at_least, count, finite
+from steer.arguments import add_base_adapter, add_prompt_arguments, at_least, count, finite
 
 CONTROLS = ("random", "shuffled", "mean-difference")
 
@@ -228,6 +228,7 @@ def _command(
         )
     if not data:
         parser.add_argument("--seed", type=int, default=0, help="of the controls (default: 0)")
+    add_base_adapter(parser)
     parser.add_argument("--dtype", default="float32", help="precision of the model (default: float32)")
     _output(parser, plot)
     return parser

@@ -68,6 +68,8 @@ def main(arguments: Sequence[str]) -> None:
         recipe.report(folder, settings.run, chosen)
         command = [Path(sys.executable).with_name("steer"), "generate", settings.run.model]
         command += ["--vectors", folder / "vectors", "--prompt", "What is 7 + 5?"]
+        if settings.run.base_adapter:
+            command += ["--base-adapter", settings.run.base_adapter]
         print(f"\nUse them:\n  {shlex.join(map(str, command))}\n")
 
 

@@ -79,6 +79,9 @@ def trained(settings: RunSettings) -> Recipe:
             "precision; set --model_dtype float32, and --bf16 true to compute in bfloat16 on a GPU"
         )
 
+    if full and (run.load_in_4bit or run.load_in_8bit):
+        raise SteerError("quantised weights take no full fine-tune; leave load_in_4bit and load_in_8bit out")
+
     def make(model: Any, rewards: Any, training: SteeringGRPOConfig, **data: Any) -> BaselineGRPOTrainer:
         return BaselineGRPOTrainer(model, rewards, training, baseline, **data)
 

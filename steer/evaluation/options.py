@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from steer.arguments import count, finite, json_object, text, whole
+from steer.arguments import add_base_adapter, count, finite, json_object, text, whole
 from steer.evaluation import benchmarks
 from steer.evaluation.engines import ENGINES
 from steer.tasks.elicited import EXAMPLES
@@ -23,7 +23,9 @@ def parser(description: str) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = found.add_argument_group("the model and its variants").add_argument
+    about_model = found.add_argument_group("the model and its variants")
+    add_base_adapter(about_model)
+    model = about_model.add_argument
     model(
         "--model",
         type=text,

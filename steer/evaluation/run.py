@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     """The whole run: check everything that can be checked, then sample, grade and store batch by batch."""
+    from steer.base_adapter import merged_base
     from steer.models import context_length, load_tokenizer, skeleton
 
     chosen = _benchmarks(args)
@@ -107,6 +108,8 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     if columns and all(b.hub or b.arithmetic for b in chosen):
         raise SteerError("--columns are for files, and no benchmark is one; leave them out")
     problems = {b.name: benchmarks.load(b, args.data_dir, columns) for b in chosen}
+    if args.base_adapter:
+        args.model, args.revision = merged_base(args.model, args.base_adapter, args.revision), None
     tokenizer = load_tokenizer(args.model, revision=args.revision)
     bones = skeleton(args.model, args.revision)
     base = _base(args, bones)

@@ -13,6 +13,7 @@ from typing import Any
 
 import steer
 from steer import artifact
+from steer.base_adapter import merged_base
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.files import replace_file
@@ -51,6 +52,8 @@ def _subject(args: argparse.Namespace) -> Subject:
     name = args.model or found.config.base_model_name_or_path
     if not name:
         raise SteerError("the artifact does not name its base model; give --model")
+    if args.base_adapter:
+        name = merged_base(name, args.base_adapter)
     tokenizer = load_tokenizer(name)
     vectors = steer.load(found, load_model(name, dtype=args.dtype), tokenizer=tokenizer)
     # analyses that read no problems have none of these settings

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from steer.errors import SteerError, print_any_text
 from steer.evaluation.heldout import Answered, constant, score, ways
 from steer.files import held, read_json, replace_file
-from steer.models import check_context, context_length, load_model, load_tokenizer
+from steer.models import check_context, context_length
 from steer.prompt import PromptSpec
 from steer.sharded import shape
 from steer.tasks.columns import parse_columns
@@ -99,6 +99,11 @@ def begin(settings: RunSettings) -> None:
     for noisy in ("httpx", "accelerate", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     check_recipe(training)
+    if training.use_vllm and (run.load_in_4bit or run.load_in_8bit):
+        raise SteerError(
+            "load_in_4bit and load_in_8bit quantise the model that is trained, and vLLM would sample from "
+            "another one; set use_vllm=false, or give a quantised checkpoint as the model"
+        )
     for name, why in idle(training).items():
         log.info("%s=%r plays no part: %s", name, getattr(training, name), why)
     if training.reward_weights is not None and len(training.reward_weights) != len(run.rewards):
@@ -232,15 +237,9 @@ def _train_run(
         log.info("this run is finished; its results:")
         return done
 
-    tokenizer = load_tokenizer(run.model, revision=run.model_revision)
+    model, tokenizer = run.load(recipe.dtype, training.trust_remote_code)
     format_problem = formatter(settings.prompt, tokenizer)
     data = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
-    model = load_model(
-        run.model,
-        revision=run.model_revision,
-        dtype=recipe.dtype,
-        attn_implementation=run.attn_implementation,
-    )
     data = fitting(data, held_out, format_problem, tokenizer, model, training.max_completion_length or 1)
     validation: Problems = []
     if run.validate_every:

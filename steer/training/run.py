@@ -7,10 +7,12 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from steer.base_adapter import merged_base
 from steer.errors import SteerError
 from steer.files import HOLDER_FILE, LOCK_FILE, read_json, replace_file
+from steer.models import load_model, load_tokenizer
 from steer.tasks.columns import columns_text, parse_columns
 from steer.tasks.data import Arithmetic
 from steer.tasks.elicited import EXAMPLES
@@ -18,6 +20,9 @@ from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES
 from steer.tasks.reward_loading import reward_entries
 from steer.tasks.rewards import REWARDS
 from steer.training.neutral import Settings, differences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
@@ -41,6 +46,16 @@ class RunConfig:
             "fast (bfloat16 where this machine has instructions for it, else float32)."
         },
     )
+    base_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a LoRA of peft that is merged into the base model before anything is attached."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantise the base to 4 bits with bitsandbytes as it is loaded."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The same with 8 bits."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers, e.g. sdpa or flash_attention_2."}
     )
@@ -151,6 +166,26 @@ class RunConfig:
         if self.validate_every is None and (self.keep_best or self.patience is not None):
             raise SteerError("keep_best and patience need validations; set validate_every, or leave them out")
         self.eval_columns = columns_text(parse_columns(self.eval_columns))
+
+    def load(
+        self, dtype: str, trust_remote_code: bool = False
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base model, its adapter merged into it, and its tokenizer."""
+        name, revision = self.model, self.model_revision
+        if self.base_adapter:
+            name = merged_base(name, self.base_adapter, revision, trust_remote_code)
+            revision = None
+        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+        model = load_model(
+            name,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=trust_remote_code,
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+        )
+        return model, tokenizer
 
     def arithmetic(self, problems: int) -> Arithmetic:
         return Arithmetic(self.operators, self.digits, self.terms, problems, heldout=self.heldout)

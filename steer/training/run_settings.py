@@ -7,11 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
+from steer.base_adapter import adapter_checksum
 from steer.config import SteeringArguments, SteeringConfig
 from steer.errors import SteerError
 from steer.models import fast_dtype
@@ -111,7 +113,10 @@ class RunSettings:
         parts = {"run": asdict(self.run), **{name: asdict(part) for name, part in trained.items()}}
         parts["training"] = {k: v for k, v in self.training.to_dict().items() if k != "max_steps"}
         kept = {part: {k: v for k, v in s.items() if k not in WATCHING} for part, s in parts.items()}
-        if sources := source_checksums(self.run.rewards):
+        sources = source_checksums(self.run.rewards)
+        if self.run.base_adapter:
+            sources["base_adapter"] = adapter_checksum(Path(self.run.base_adapter).expanduser())
+        if sources:
             kept["source"] = {f"source of {name}": checksum for name, checksum in sources.items()}
         return json.loads(json.dumps(kept, default=str))
 

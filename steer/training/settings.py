@@ -69,7 +69,6 @@ _ORDER = "the order of the problems is decided by `seed` and `shuffle_dataset` a
 # By name: why a value other than the default would be ignored, or what it would break without a word.
 IGNORED: dict[str, str] = {
     "model_init_kwargs": _LOADED,
-    "trust_remote_code": _LOADED,
     "data_seed": _ORDER,
     "train_sampling_strategy": _ORDER,
     "length_column_name": _ORDER,

@@ -39,7 +39,7 @@ HONOURED = """
     reward_weights router_aux_loss_coef run_name save_on_each_node save_steps save_strategy
     save_total_limit scale_rewards seed share_prompts shuffle_dataset skip_memory_metrics
     skip_zero_advantage steps_per_generation sync_ref_model temperature tf32 top_entropy_quantile top_k
-    top_p torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+    top_p trust_remote_code torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
     trackio_bucket_id trackio_space_id trackio_static_space_id update_rows use_adaptive_entropy
     use_bias_correction_kl use_cache use_cpu use_transformers_continuous_batching use_transformers_paged
     use_vllm warmup_steps weight_decay
@@ -75,7 +75,6 @@ def test_the_defaults_are_in_range_and_nothing_is_idle() -> None:
         ({"max_completion_length": 0}, "max_completion_length=0.*from 1"),
         ({"max_steps": 0}, "max_steps=0 trains for num_train_epochs"),
         ({"reward_weights": [1.0, math.nan]}, "reward_weights"),
-        ({"trust_remote_code": True}, "trust_remote_code=True has no effect: the model is loaded before"),
         ({"data_seed": 3}, "data_seed=3 has no effect: the order"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),

@@ -42,7 +42,7 @@ SHARED = frozenset(
         "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps",
         "generation_batch_size", "steps_per_generation", "max_completion_length", "temperature", "top_k",
         "top_p", "min_p", "sample_rows", "num_train_epochs", "save_steps", "save_strategy", "disable_tqdm",
-        "chat_template_kwargs",
+        "chat_template_kwargs", "trust_remote_code",
         "use_cpu", "output_dir", "use_vllm", "vllm_mode", "vllm_gpu_memory_utilization",
         "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
         "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_min",

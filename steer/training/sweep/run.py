@@ -192,7 +192,7 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
         from steer.engine.sweep_sampler import EngineSampler
 
         trainer.engine = EngineSampler(
-            study.run.model, trainer.args, study.model.dtype, len(mine), trainer.eos_token_ids
+            study.model.name_or_path, trainer.args, study.model.dtype, len(mine), trainer.eos_token_ids
         )
     states = read_states(folder)
     trainer.load(states)

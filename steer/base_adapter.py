@@ -1,0 +1,128 @@
+"""
+A base model with a LoRA merged into it, as a checkpoint in the cache: whatever loads a model by its name
+(training, evaluation, lens, vLLM) loads that folder. Its config says which base and adapter it is made of,
+and `steer.identity` tells it from the plain base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from steer.errors import SteerError, one_line
+from steer.identity import MERGED
+from steer.models import load_model, load_tokenizer, model_source
+from steer.weights import cache_dir
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def merged_base(
+    name: str,
+    adapter: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """
+    The folder of the model `name` with `adapter` merged into its weights. It is made at the first call and
+    kept under `cache_dir()/merged`, by the checksum of the base and the adapter.
+
+    Args:
+        name: a model, as in `steer.models.load_model`.
+        adapter: the folder of a peft adapter.
+        revision: revision of a hub model.
+        trust_remote_code: as in transformers.
+
+    Raises:
+        SteerError: no adapter there, an adapter of another model, one that cannot be merged, and as
+            `load_model`.
+    """
+    folder = Path(adapter).expanduser()
+    own = adapter_checksum(folder)
+    source = model_source(name, revision)
+    made_of = {"base": _base_checksum(source, revision, trust_remote_code), "adapter": own}
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    target = cache_dir() / "merged" / key
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):  # processes of one run ask for it together
+            if not target.exists():
+                _merge(target, name, folder, own, revision, trust_remote_code)
+    except OSError as error:
+        raise SteerError(
+            f"cannot write the merged model to {target}: {one_line(error)}; make room, or set STEER_CACHE"
+        ) from error
+    return str(target)
+
+
+def adapter_checksum(folder: Path) -> str:
+    """16 hex digits of the adapter's config and weights; SteerError where there are none."""
+    files = [folder / "adapter_config.json", *(folder / name for name in _WEIGHTS)]
+    held = [file for file in files if file.is_file()]
+    if len(held) < 2:
+        raise SteerError(
+            f"base_adapter {str(folder)!r} holds no adapter of peft (adapter_config.json and "
+            f"{_WEIGHTS[0]}); give the folder that save_pretrained wrote"
+        )
+    return _checksum(held)
+
+
+def _merge(
+    target: Path, name: str, folder: Path, checksum: str, revision: str | None, trust_remote_code: bool
+) -> None:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise SteerError("base_adapter needs peft; pip install peft") from error
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = load_model(name, **options)
+    try:
+        merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+    except Exception as error:  # peft raises many kinds: other shapes, methods that do not merge
+        raise SteerError(
+            f"base_adapter {str(folder)!r} cannot be merged into {name!r} ({one_line(error)}); give a LoRA "
+            "of this model"
+        ) from error
+    about = {"base": name, "revision": revision, "adapter": str(folder), "checksum": checksum}
+    setattr(merged.config, MERGED, about)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        merged.save_pretrained(work)
+        load_tokenizer(name, **options).save_pretrained(work)
+        work.chmod(0o755)
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _base_checksum(source: str, revision: str | None, trust_remote_code: bool) -> str:
+    """Of a local folder its files; of a hub id its name and commit."""
+    path = Path(source)
+    if path.is_dir():
+        weights = [file for file in path.iterdir() if file.suffix in (".safetensors", ".bin")]
+        return _checksum(sorted([path / "config.json", *weights]))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise SteerError(f"model {source!r} cannot be loaded from the hub: {one_line(error)}") from error
+    return f"{source}@{getattr(config, '_commit_hash', None) or revision or 'main'}"
+
+
+def _checksum(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]

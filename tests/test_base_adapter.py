@@ -1,0 +1,106 @@
+"""A LoRA merged into the base: what peft computes, known from the plain base wherever it is used."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.steering import fill, logits, tokens
+from helpers.training import model_folder
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import steer
+from steer import SteerError, SteeringConfig, artifact
+from steer.base_adapter import merged_base
+from steer.identity import base_checksum
+from steer.models import load_model, load_tokenizer
+from steer.training.run import RunConfig
+
+
+@pytest.fixture
+def places(tmp_path: Path, build_tiny, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """The folders of a base model and of a LoRA that changes what it says."""
+    monkeypatch.setenv("STEER_CACHE", str(tmp_path / "cache"))
+    base = model_folder(tmp_path / "base", build_tiny("llama", initializer_range=0.3), tiny_tokenizer)
+    adapted = get_peft_model(load_model(str(base)), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "lora")
+    return str(base), str(tmp_path / "lora")
+
+
+def test_the_merged_model_is_what_peft_computes(places: tuple[str, str]) -> None:
+    base, adapter = places
+    folder = merged_base(base, adapter)
+    with_adapter = PeftModel.from_pretrained(load_model(base), adapter)
+    merged = load_model(folder)
+    ids = tokens()
+    with torch.no_grad():
+        expected = with_adapter(ids).logits
+    assert torch.allclose(logits(merged, ids), expected, atol=1e-4)
+    assert not torch.allclose(logits(load_model(base), ids), expected, atol=1e-2)
+    assert load_tokenizer(folder).get_vocab() == load_tokenizer(base).get_vocab()
+
+
+def test_it_is_made_once_for_each_base_and_adapter(places: tuple[str, str]) -> None:
+    base, adapter = places
+    folder = Path(merged_base(base, adapter))
+    made = folder.stat().st_mtime_ns
+    assert merged_base(base, adapter) == str(folder) and folder.stat().st_mtime_ns == made
+    config = Path(adapter, "adapter_config.json")
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    assert merged_base(base, adapter) != str(folder), "another adapter"
+
+
+def test_vectors_know_whether_an_adapter_was_merged(places: tuple[str, str], tmp_path: Path) -> None:
+    base, adapter = places
+    merged, plain = load_model(merged_base(base, adapter)), load_model(base)
+    assert base_checksum(merged) != base_checksum(plain)
+    vectors = steer.attach(merged, SteeringConfig(layers="1"))
+    fill(vectors)
+    assert vectors.config.base_adapter == adapter and vectors.config.base_model_name_or_path == base
+    artifact.write(tmp_path / "merged", artifact.Artifact(vectors.config, vectors.tensors()))
+    with pytest.warns(UserWarning, match=r"with adapter .* merged into it .*other weights"):
+        steer.load(tmp_path / "merged", plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = steer.load(tmp_path / "merged", load_model(merged_base(base, adapter)))
+    assert again.config.base_adapter == adapter
+    steer.detach(plain)
+    config = steer.attach(plain, SteeringConfig(layers="1")).config
+    assert config.base_adapter is None
+    artifact.write(tmp_path / "plain", artifact.Artifact(config, vectors.tensors()))
+    with pytest.warns(UserWarning, match="other weights"):
+        steer.load(tmp_path / "plain", load_model(merged_base(base, adapter)))
+
+
+def test_a_run_loads_the_merged_model(places: tuple[str, str]) -> None:
+    base, adapter = places
+    model, tokenizer = RunConfig(model=base, base_adapter=adapter).load("float32")
+    assert base_checksum(model) == base_checksum(load_model(merged_base(base, adapter)))
+    assert len(tokenizer) == len(load_tokenizer(base))
+
+
+def test_what_cannot_be_merged_is_one_line(places: tuple[str, str], tmp_path: Path, build_tiny) -> None:
+    base, adapter = places
+    with pytest.raises(SteerError, match="holds no adapter of peft"):
+        merged_base(base, str(tmp_path / "nothing"))
+    other = build_tiny("llama", hidden_size=64)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(SteerError, match=r"cannot be merged into .*give a LoRA of this model") as error:
+        merged_base(str(tmp_path / "other"), adapter)
+    assert "\n" not in str(error.value)
+    assert not [p for p in (tmp_path / "cache" / "merged").iterdir() if p.is_dir()], "nothing half made"
+
+
+def test_quantization_needs_its_library(places: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for option in ("load_in_4bit", "load_in_8bit"):
+        with pytest.raises(SteerError, match=f"{option} needs bitsandbytes, which is not installed"):
+            load_model(places[0], **{option: True})
+    with pytest.raises(SteerError, match="give one of them"):
+        load_model(places[0], load_in_4bit=True, load_in_8bit=True)
