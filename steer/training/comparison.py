@@ -37,7 +37,7 @@ from steer.evaluation.plan import Plan
 from steer.files import replace_file
 from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.prompts import DEFAULT_PROMPT
-from steer.training.neutral import WATCHING
+from steer.training.neutral import WATCHING, differences
 
 ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
 
@@ -178,7 +178,7 @@ class Comparison:
         file = self.sweeps / f"{name}.json"
         if file.exists():
             found = json.loads(file.read_text())
-            _check(file, found["hash"], asked)
+            _check(file, found, asked)
             return found["chosen"]
         folder = self.work / name
         training = {**settings, "seed": 0, **self.plan.sweep, "lr_sweep": method["lr_sweep"]}
@@ -186,7 +186,9 @@ class Comparison:
         self.launch(f"{name}-sweep", training, launcher)
         found = json.loads(Path(f"{folder}-sweep", "sweep.json").read_text())
         self.sweeps.mkdir(parents=True, exist_ok=True)
-        replace_file(file, (json.dumps({**found, "hash": _hash(asked)}, indent=1) + "\n").encode())
+        replace_file(
+            file, (json.dumps({**found, "hash": _hash(asked), "asked": asked}, indent=1) + "\n").encode()
+        )
         return found["chosen"]
 
     def launch(self, job: str, settings: dict[str, Any], launcher: str) -> None:
@@ -233,7 +235,7 @@ class Comparison:
         self.call([*self.evals(out), *what, *model])
         self.runs.mkdir(parents=True, exist_ok=True)
         machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
-        known = {"hash": _hash(asked), **(about or {}), "machine": machine}
+        known = {"hash": _hash(asked), "asked": asked, **(about or {}), "machine": machine}
         pack(out, self.runs / f"{job}.json", known)
 
     # ---- what is done
@@ -241,7 +243,7 @@ class Comparison:
     def done(self, job: str, asked: dict[str, Any]) -> bool:
         file = self.runs / f"{job}.json"
         if file.exists():
-            _check(file, read_packed(file)["about"]["hash"], asked)
+            _check(file, read_packed(file)["about"], asked)
         return file.exists()
 
     def call(self, words: list[str]) -> None:
@@ -321,12 +323,22 @@ def _hash(asked: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _check(file: Path, have: str, asked: dict[str, Any]) -> None:
-    if have != _hash(asked):
-        raise SteerError(
-            f"{file} was made with other settings than these; move it away to have it made again, or give "
-            "another --out"
-        )
+def _check(file: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    """SteerError, with what differs, where a file has other settings; older ones hold a hash alone."""
+    if found["hash"] == _hash(asked):
+        return
+    changed = []
+    if "asked" in found:
+        wanted = json.loads(json.dumps(asked, default=list))
+        changed = differences(_parts(found["asked"]), _parts(wanted), {}, frozenset())
+    raise SteerError(
+        f"{file} was made with other settings than these{': ' if changed else ''}{'; '.join(changed[:3])}; "
+        "move it away to have it made again, or give another --out"
+    )
+
+
+def _parts(asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: part if isinstance(part, dict) else {name: part} for name, part in asked.items()}
 
 
 def _launcher() -> str:

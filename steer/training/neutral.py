@@ -34,7 +34,9 @@ _FORMER = frozenset({"format_version"})
 Settings = Mapping[str, Mapping[str, Any]]
 
 
-def differences(have: Settings, wanted: Settings, defaults: Settings) -> list[str]:
+def differences(
+    have: Settings, wanted: Settings, defaults: Settings, also: frozenset[str] = CONTINUED
+) -> list[str]:
     """
     The settings in which two runs differ, in words.
 
@@ -42,6 +44,7 @@ def differences(have: Settings, wanted: Settings, defaults: Settings) -> list[st
         have: the settings in a `run.json`, by part and name. Another version may have written it.
         wanted: those of the present run.
         defaults: those of a run in which nothing was set: what a setting was that `have` does not know.
+        also: settings that may differ, beside those that never change a result.
 
     Returns:
         One phrase for each difference that changes results; empty for the same run.
@@ -50,7 +53,7 @@ def differences(have: Settings, wanted: Settings, defaults: Settings) -> list[st
     for part in dict.fromkeys((*wanted, *have)):
         new = wanted.get(part, {})
         old = {**defaults.get(part, {}), **have[part]} if part in have else {}
-        for name in sorted({*old, *new} - WATCHING - CONTINUED - _FORMER):
+        for name in sorted({*old, *new} - WATCHING - also - _FORMER):
             if old.get(name) != new.get(name):
                 now = f"now {new[name]!r}" if name in new else "and is no setting of this run"
                 found.append(f"{name} was {old.get(name)!r}, {now}")

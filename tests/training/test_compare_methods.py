@@ -179,7 +179,9 @@ def test_results_of_other_settings_are_not_taken_for_these(plan, calls, place):
     comparison = Comparison(read_plan(str(plan)))
     comparison.untrained()
     changed = replace(comparison.plan, evaluation={**comparison.plan.evaluation, "samples": 3})
-    with pytest.raises(SteerError, match=r"base\.json was made with other settings"):
+    with pytest.raises(
+        SteerError, match=r"base\.json was made with other settings than these: samples was 2, now 3; move"
+    ):
         Comparison(changed).untrained()
 
 
@@ -353,7 +355,7 @@ def module_fields(script: str) -> list[str]:
         ({"methods": {"a": {"learning_rate": 1.0}}}, "method 'a' has no recipe"),
         ({"methods": {"a": {"recipe": "grpo_steer"}}}, "neither learning_rate nor lr_sweep"),
         ({"methods": {"a": {"like": "b"}}}, "method 'a' has no recipe"),
-        ({"config": "nowhere.yaml"}, r"no training config nowhere\.yaml"),
+        ({"config": "nowhere.yaml"}, r"no config file 'nowhere\.yaml'"),
     ],
 )
 def test_mistakes_in_a_plan_are_one_line(plan, tmp_path, capsys, change, expected):
