@@ -225,7 +225,7 @@ def test_the_card_names_bases_that_are_on_the_hub(
     assert ModelCardData(**found).to_dict() == found
     text = (folder / CARD_FILE).read_text()
     assert "pip install steer-rl" in text and "https://github.com/steer-rl/steer" in text
-    assert ("AutoModelForCausalLM" in text) == named
+    assert ("AutoModelForCausalLM" in text) == (named is not None and named == base)
 
 
 def test_the_code_of_a_card_runs(build_tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_the_code_of_a_card_runs(build_tiny: Any, tiny_tokenizer: Any, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("org/name", True), ("name", None), ("", None), ("org/a b", None)]
+    ("name", "expected"), [("org/name", True), ("name", False), ("", False), ("org/a b", False)]
 )
 def test_what_is_a_hub_id(name: str, expected: bool) -> None:
     assert hub.is_hub_id(name) == expected
