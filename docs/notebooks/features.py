@@ -19,7 +19,7 @@ from steer.sae import SAEConfig
 from steer.sae.activations import Reader
 from steer.sae.cache import HeldActivations
 from steer.sae.evaluate import quality
-from steer.sae.features import Completion, analyse, read_completions
+from steer.sae.features import GradedCompletion, analyse, read_completions
 from steer.sae.intervene import answer_without
 from steer.sae.trainer import SAETrainer, TrainConfig
 from steer.tasks.data import Arithmetic
@@ -42,7 +42,7 @@ questions = tokenizer(texts, add_special_tokens=False)["input_ids"]
 asked = [(ids, p["answer"]) for ids, p in zip(questions, problems) for _ in range(8)]
 sampling = Sampling(16, (tokenizer.eos_token_id,), temperature=1.3)
 noise = uniforms(range(len(asked)), sampling.max_new_tokens, seed=0, step=0)
-ids = rollout(model, [prompt for prompt, _ in asked], sampling, noise).ids
+ids = [completion.ids for completion in rollout(model, [prompt for prompt, _ in asked], sampling, noise)]
 
 
 def right(written, answer):
@@ -52,7 +52,7 @@ def right(written, answer):
 
 
 completions = [
-    Completion(list(prompt), list(written), right(written, answer))
+    GradedCompletion(list(prompt), list(written), right(written, answer))
     for (prompt, answer), written in zip(asked, ids)
 ]
 print(f"{len(completions)} completions, {sum(c.correct for c in completions)} right")
