@@ -22,6 +22,7 @@ from steer.errors import SteerError
 from steer.sites import find_decoder
 from steer.training.config import SteeringGRPOConfig
 from steer.training.group_trainer import GroupGRPOTrainer
+from steer.training.loading import load_policy
 
 METHODS = {
     "full": "every weight of the model",
@@ -105,7 +106,9 @@ def _modules(baseline: Baseline, model: PreTrainedModel) -> list[str]:
 
 class BaselineGRPOTrainer(GroupGRPOTrainer):
     """
-    Train all of `model`, or a peft adapter on it, as `baseline` says; all other arguments are trl's.
+    Train all of `model`, or a peft adapter on it, as `baseline` says; all other arguments are trl's. A model
+    may be given by name, as to `SteeringGRPOTrainer`; for a full fine-tune it is loaded in float32 unless
+    `model_init_kwargs` says otherwise.
 
     A checkpoint holds what is trained (an adapter as peft saves it, or the whole model as safetensors) and
     the optimizer's state. Full fine-tuning wants the model in float32: small updates are lost in bfloat16.
@@ -113,7 +116,7 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | str,
         reward_funcs: Any,
         args: SteeringGRPOConfig,
         baseline: Baseline,
@@ -124,20 +127,21 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
                 f"lr_by_layer={args.lr_by_layer!r} is for vectors; give method={baseline.method} one "
                 "learning_rate"
             )
+        policy = load_policy(model, args, kwargs, dtype="float32" if baseline.method == "full" else "auto")
         self.adapted: peft.PeftModel | None = None
-        inner: nn.Module = model
+        inner: nn.Module = policy
         if baseline.method == "full":
             if args.beta:
                 raise SteerError(
                     f"beta={args.beta} with method=full needs the untrained model beside the trained one; "
                     "set beta=0, as in the published recipe, or choose another method"
                 )
-            model.requires_grad_(True)
+            policy.requires_grad_(True)
         else:
             if args.use_vllm:
                 raise SteerError(f"method={baseline.method} samples with steer's own sampler; drop use_vllm")
             set_seed(args.seed)  # the adapter's random start belongs to the run
-            self.adapted = peft.get_peft_model(model, peft_config(baseline, model))
+            self.adapted = peft.get_peft_model(policy, peft_config(baseline, policy))
             inner = self.adapted.get_base_model()
         super().__init__(inner, reward_funcs, args, **kwargs)
         if self.sharded and (self.adapted is not None or self.is_deepspeed_enabled):

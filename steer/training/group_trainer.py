@@ -31,6 +31,7 @@ from steer.tasks.prompts import prompt_ids
 from steer.tasks.rewards import guard
 from steer.training.callbacks import ProgressBar, Seconds
 from steer.training.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
+from steer.training.loading import already_loaded
 from steer.training.loss import group_advantages, importance_weights, total_rewards
 from steer.training.resuming import ResumableGRPOTrainer
 
@@ -66,7 +67,8 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
         # trl loads a second base model when beta != 0; ours is the same one without what was trained.
         beta, args.beta = args.beta, 0.0
         try:
-            super().__init__(model=model, reward_funcs=functions, args=args, **kwargs)
+            with already_loaded(args, functions):
+                super().__init__(model=model, reward_funcs=functions, args=args, **kwargs)
         finally:
             args.beta = beta
         self.beta = beta

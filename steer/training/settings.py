@@ -64,11 +64,9 @@ HINTS = {
     "num_generations": "an advantage compares a sample with the others of its prompt",
 }
 
-_LOADED = "the model is loaded before the trainer sees it; load it as it should be"
 _ORDER = "the order of the problems is decided by `seed` and `shuffle_dataset` alone"
 # By name: why a value other than the default would be ignored, or what it would break without a word.
 IGNORED: dict[str, str] = {
-    "model_init_kwargs": _LOADED,
     "data_seed": _ORDER,
     "train_sampling_strategy": _ORDER,
     "length_column_name": _ORDER,
@@ -78,9 +76,15 @@ IGNORED: dict[str, str] = {
     "liger_kernel_config": "use_liger_kernel is refused",
     "remove_unused_columns": "reward functions would not be given the answers of the problems",
 }
+LOADING: dict[str, str] = {
+    "model_init_kwargs": "the model is loaded before the trainer sees it; load it as it should be, or "
+    "give the trainer its name",
+}
 _NO_EVALUATION = "a recipe evaluates by itself, before and after training, on --eval_data"
 _RESUMES = "a recipe goes on from the last checkpoint by itself"
+_LOADS = "a recipe loads the model by settings of its own, such as model_revision and model_dtype"
 IGNORED_BY_RECIPES: dict[str, str] = {
+    "model_init_kwargs": _LOADS,
     "eval_strategy": _NO_EVALUATION,
     "eval_on_start": _NO_EVALUATION,
     "do_eval": _NO_EVALUATION,
@@ -152,6 +156,11 @@ def check_ranges(args: Any) -> None:
 def check(args: Any) -> None:
     """Refuse a setting that no trainer of `steer` reads."""
     _refuse(args, IGNORED)
+
+
+def check_loaded(args: Any) -> None:
+    """Refuse settings that say how to load a model, beside one that is loaded."""
+    _refuse(args, LOADING)
 
 
 def check_recipe(args: Any) -> None:

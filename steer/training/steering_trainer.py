@@ -25,6 +25,7 @@ from steer.identity import tokenizer_checksum
 from steer.training.callbacks import VectorLog
 from steer.training.config import SteeringGRPOConfig
 from steer.training.group_trainer import GroupGRPOTrainer, loss_mask
+from steer.training.loading import load_policy
 from steer.training.loss import importance_weights, limited_shares
 from steer.training.resuming import newest_checkpoint
 from steer.vectors import SteeringVectors, attach, attached, detach
@@ -34,16 +35,26 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
     """
     Train steering vectors by group-based policy gradients (GRPO, arXiv 2402.03300; RLOO, arXiv 2402.14740).
 
-    `model`: a transformers causal LM, with vectors already attached or to be attached as `steering` says. All
-    other arguments are trl's. Reward functions are checked: a wrong number of rewards, NaN or Inf raise
-    SteerError.
+    Args:
+        model: a transformers causal LM, with vectors attached or to be attached; or its name, as
+            `steer.models.load_model` takes it. By name it is loaded in the precision it was saved in, unless
+            `args.model_init_kwargs` says otherwise (`{"dtype": "bfloat16", "revision": "main"}`), and with
+            its tokenizer where no `processing_class` is given.
+        reward_funcs: as trl's. What they return is checked: a wrong number of rewards, NaN or Inf raise
+            SteerError.
+        args: the settings.
+        steering: the vectors to attach; None where the model has them, or for the defaults.
+        kwargs: all other arguments of trl's `GRPOTrainer`.
+
+    Raises:
+        SteerError: for a model that cannot be loaded or steered, and for settings that cannot work.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "steering-vectors"]
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         reward_funcs: Any,
         args: SteeringGRPOConfig,
         steering: SteeringConfig | None = None,
@@ -53,18 +64,19 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
             raise SteerError(
                 "steering vectors are trained on a frozen base; drop peft_config or use trl's GRPOTrainer"
             )
-        has_vectors = "steering_vectors" in model.__dict__
+        policy = load_policy(model, args, kwargs)
+        has_vectors = "steering_vectors" in policy.__dict__
         if has_vectors and steering is not None:
             raise SteerError(
                 "the model already has steering vectors; pass no `steering`, or steer.detach(model) first"
             )
-        self.vectors: SteeringVectors = attached(model) if has_vectors else attach(model, steering)
+        self.vectors: SteeringVectors = attached(policy) if has_vectors else attach(policy, steering)
         try:
-            with compat.trainable_when_quantised(model), self._engine(args):
-                super().__init__(model, reward_funcs, args, **kwargs)
+            with compat.trainable_when_quantised(policy), self._engine(args):
+                super().__init__(policy, reward_funcs, args, **kwargs)
         except BaseException:
             if not has_vectors:
-                detach(model)
+                detach(policy)
             raise
         self.vectors.config.tokenizer_checksum = tokenizer_checksum(self._tokenizer)
         self.add_callback(VectorLog(self.vectors, self._metrics["train"]))

@@ -96,6 +96,7 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], named: str) -> Non
         {"resume_from_checkpoint": "runs/demo/checkpoint-10"},
         {"save_only_model": True},
         {"max_tool_calling_iterations": 3},
+        {"model_init_kwargs": {"dtype": "float32"}},
     ],
 )
 def test_what_a_recipe_does_not_read_is_refused(changes: dict[str, Any]) -> None:
