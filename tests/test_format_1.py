@@ -61,7 +61,7 @@ def test_an_artifact_loads_as_the_object_of_today() -> None:
     kept = {k: v for k, v in old.items() if k not in ("width", "depth", "base_model")}
     prompt = PromptSpec(old["provenance"]["run"]["template"])
     assert prompt.template == "plain" != PromptSpec().template
-    assert saved.config.to_dict() == {**kept, **NEW, "prompt": prompt.to_dict()}
+    assert saved.config.to_dict() == {**kept, **NEW, "prompt": prompt.to_dict(), "base_adapter": None}
     assert saved.config.provenance["results"]["after"]["problems"] == 6
     assert {name: tuple(t.shape) for name, t in saved.tensors.items()} == {
         f"model.layers.{i}.steering.vector": (32,) for i in range(3)

@@ -17,7 +17,7 @@ OLD = {"hidden_size": "width", "num_hidden_layers": "depth", "base_model_name_or
 
 def old_config(values: dict[str, Any]) -> dict[str, Any]:
     """A config of the present format as format 1 wrote it."""
-    kept = {name: value for name, value in values.items() if name != "prompt"}
+    kept = {name: value for name, value in values.items() if name not in ("prompt", "base_adapter")}
     return {OLD.get(name, name): value for name, value in kept.items()} | {"format_version": 1}
 
 
