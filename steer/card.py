@@ -136,7 +136,7 @@ def _figure(score: dict[str, Any], value: str, low: str, high: str) -> list[str]
     return [f"{score[value]:.3f}", f"{score[low]:.3f} to {score[high]:.3f}"]
 
 
-def is_score(value: Any) -> bool:
+def is_score(value: object) -> bool:
     """Whether a recorded value is an accuracy with its interval."""
     names = ("accuracy", "low", "high", "problems")
     return isinstance(value, dict) and all(isinstance(value.get(name), (int, float)) for name in names)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import sys
 from reprlib import Repr
-from typing import Any
 
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 160
@@ -18,7 +17,7 @@ class SteerError(ValueError):
     """Bad input to `steer`. The message is one line and names the fix."""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value of whatever a file held, fit for a message: one line of plain text, cut where it is long."""
     return _REPR.repr(value)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 # Hidden states (batch, tokens, hidden_size), at a down-projection its input too, to steered hidden states
 Steer = Callable[..., torch.Tensor]
@@ -42,19 +43,19 @@ def replace_in(args: tuple, kwargs: dict, hidden: torch.Tensor) -> tuple[tuple, 
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
-def hidden_out(output: Any) -> Any:
+def hidden_out(output: object) -> Any:
     """The hidden states in what a module returned."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def replace_out(output: Any, hidden: torch.Tensor) -> Any:
+def replace_out(output: object, hidden: torch.Tensor) -> Any:
     """The same output with other hidden states."""
     if isinstance(output, list):
         return [hidden, *output[1:]]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def hook(vector: Steer, site: Site, first: bool = True) -> Any:
+def hook(vector: Steer, site: Site, first: bool = True) -> RemovableHandle:
     """
     Let `vector` change the hidden states at `site`: it is called with them, at a down-projection also with
     its input. Returns the handle.
@@ -74,7 +75,7 @@ def hook(vector: Steer, site: Site, first: bool = True) -> Any:
     return site.module.register_forward_hook(partial(steer, vector), prepend=first)
 
 
-def watch(seen: Callable[[torch.Tensor], None], site: Site) -> Any:
+def watch(seen: Callable[[torch.Tensor], None], site: Site) -> RemovableHandle:
     """Call `seen` with the hidden states at `site`, as steering leaves them. Returns the handle."""
     if site.on_input:
         return site.module.register_forward_pre_hook(partial(_see_input, seen), with_kwargs=True)
@@ -82,7 +83,7 @@ def watch(seen: Callable[[torch.Tensor], None], site: Site) -> Any:
 
 
 @contextmanager
-def hooked(*handles: Any) -> Iterator[list[Any]]:
+def hooked(*handles: RemovableHandle) -> Iterator[list[RemovableHandle]]:
     """Inside, these hooks are in place, and those whose handles are added to the list."""
     found = list(handles)
     try:
@@ -96,7 +97,7 @@ def _steer_adaptively(vector: Steer, down: nn.Module, args: tuple, output: Any) 
     return vector(output, args[0])
 
 
-def steer_output(vector: Steer, module: nn.Module, args: tuple, output: Any) -> Any:
+def steer_output(vector: Steer, module: nn.Module, args: tuple, output: object) -> Any:
     """A forward hook, once `vector` is bound: what `vector` makes of the hidden states that are returned."""
     return replace_out(output, vector(hidden_out(output)))
 

@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from steer.sharded import gathered, shape
 from steer.sites import find_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # In the config of a base with an adapter merged into it (`steer.base_adapter`): what it is made of.
 MERGED = "steer_merged"
@@ -67,7 +70,7 @@ def base_checksum(model: nn.Module) -> str | None:
         return digest.hexdigest()[:16]
 
 
-def tokenizer_checksum(tokenizer: Any) -> str:
+def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits from the vocabulary: which text each token id stands for."""
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]

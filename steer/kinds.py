@@ -128,7 +128,11 @@ class SteeringVector(_Precise):
     """
 
     def __init__(
-        self, hidden_size: int, state: SteeringState, dtype: torch.dtype = torch.float32, device: Any = None
+        self,
+        hidden_size: int,
+        state: SteeringState,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ):
         super().__init__()
         self.vector = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=device))
@@ -159,7 +163,7 @@ class AdaptiveVector(_Precise):
         layer: int,
         state: SteeringState,
         dtype: torch.dtype = torch.float32,
-        device: Any = None,
+        device: torch.device | str | None = None,
     ):
         super().__init__()
         self.vector = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=device))
@@ -184,7 +188,13 @@ class AdaptiveVector(_Precise):
 class SharedDirections(_Precise):
     """The `rank` directions (rank, hidden_size), zero at the start, that the layers of one model mix."""
 
-    def __init__(self, rank: int, hidden_size: int, dtype: torch.dtype = torch.float32, device: Any = None):
+    def __init__(
+        self,
+        rank: int,
+        hidden_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
         super().__init__()
         self.directions = nn.Parameter(torch.zeros(rank, hidden_size, dtype=dtype, device=device))
 
@@ -202,7 +212,7 @@ class SharedVector(_Precise):
         layer: int,
         state: SteeringState,
         dtype: torch.dtype = torch.float32,
-        device: Any = None,
+        device: torch.device | str | None = None,
     ):
         super().__init__()
         rank = len(shared.directions)

@@ -16,6 +16,7 @@ from steer.weights import BUNDLED, choices, model_path
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 
@@ -28,8 +29,8 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     attn_implementation: str | None = None,
-    device_map: Any = None,
-    quantization_config: Any = None,
+    device_map: str | dict[str, int | str] | None = None,
+    quantization_config: QuantizationConfigMixin | None = None,
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,

@@ -42,7 +42,7 @@ def asset(name: str) -> Markup:
     return Markup(resources.files("steer").joinpath("templates", name).read_text(encoding="utf-8"))
 
 
-def json_data(data: Any) -> Markup:
+def json_data(data: object) -> Markup:
     """JSON that cannot end the script element it stands in, or open a comment there."""
     text = json.dumps(data, ensure_ascii=False)
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))

@@ -103,7 +103,7 @@ class Steering(nn.Module):
         return hidden + rows.to(hidden.dtype)
 
 
-def steer_output(module: nn.Module, args: Any, output: Any) -> Any:
+def steer_output(module: nn.Module, args: tuple, output: object) -> Any:
     """Forward hook of a decoder layer."""
     return replace_out(output, module.steering(hidden_out(output)))  # type: ignore[operator]
 

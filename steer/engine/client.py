@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -35,8 +35,14 @@ NO_PLUGIN = (
 )
 
 
+class HasRpc(Protocol):
+    """An engine: vLLM's `LLM`, a `Server`, or what else reaches the workers of one."""
+
+    def collective_rpc(self, method: str, *, args: tuple[str, ...] = ...) -> list[Any]: ...
+
+
 def push(
-    llm: Any,
+    llm: HasRpc,
     vectors: str | os.PathLike[str] | Artifact | dict[int, torch.Tensor],
     name: str = DEFAULT,
     positions: str = "all",
@@ -60,17 +66,17 @@ def push(
     return 4 * sum(vector.numel() for vector in vectors.values())
 
 
-def remove(llm: Any, name: str = DEFAULT) -> None:
+def remove(llm: HasRpc, name: str = DEFAULT) -> None:
     """Forget the set `name`; SteerError while a request uses it, and for an unknown name."""
     _call(llm.collective_rpc, "steer_remove", name)
 
 
-def names(llm: Any) -> list[str]:
+def names(llm: HasRpc) -> list[str]:
     """The sets that the engine holds, the default one first (zeros unless one was pushed)."""
     return list(_call(llm.collective_rpc, "steer_names")["versions"])
 
 
-def returned_logprobs(llm: Any) -> str:
+def returned_logprobs(llm: HasRpc) -> str:
     """Which log-probabilities the engine returns: vLLM's `logprobs_mode`."""
     return str(_call(llm.collective_rpc, "steer_names")["logprobs_mode"])
 
@@ -107,7 +113,7 @@ class Server:
             raise SteerError(f"no vLLM server answers at {self.url} ({error}); is it running?") from error
 
 
-def steered_layers(source: Any) -> tuple[dict[int, torch.Tensor], str]:
+def steered_layers(source: str | os.PathLike[str] | Artifact) -> tuple[dict[int, torch.Tensor], str]:
     """
     What the engine gets of an artifact (or of where one lies): the vectors by layer, and their positions.
     SteerError for adaptive vectors and for sites inside a layer.

@@ -40,11 +40,11 @@ class Cell:
     problems: list[str]
     rows: list[list[list[Row]]]
 
-    def array(self, column: str) -> Any:
+    def array(self, column: str) -> np.ndarray:
         return np.array([[[row[column] for row in p] for p in seed] for seed in self.rows])
 
     @property
-    def values(self) -> Any:
+    def values(self) -> np.ndarray:
         """Share of right answers, (seeds, problems)."""
         return self.array("correct").mean(2)
 
@@ -56,7 +56,7 @@ class Cell:
         return int(of_all.cumprod().sum())
 
     @property
-    def lenient(self) -> Any:
+    def lenient(self) -> np.ndarray:
         """Share of right answers in whatever form they are given, (seeds, problems), over `read` samples."""
         return self.array("lenient")[:, :, : self.read].astype(float).mean(2)
 

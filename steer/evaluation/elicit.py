@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steer.errors import SteerError
 from steer.evaluation.benchmarks import Benchmark, Problem
@@ -18,6 +18,9 @@ from steer.evaluation.variants import Asked, Variant
 from steer.prompt import PromptSpec
 from steer.tasks.data import load_problems
 from steer.tasks.elicited import EXAMPLES, choose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("steer")
 
@@ -27,7 +30,7 @@ def elicited(
     base: Variant,
     chosen: Sequence[Benchmark],
     problems: dict[str, list[Problem]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: dict[str, PromptSpec],
     context: int | None,
 ) -> Variant | None:

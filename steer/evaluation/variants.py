@@ -11,12 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from steer import artifact
 from steer.errors import SteerError
 from steer.files import read_json
 from steer.tasks.elicited import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -101,7 +104,12 @@ def collect(
     return found
 
 
-def check(variants: Sequence[Variant], model: Any, tokenizer: Any, other_tokenizer: bool = False) -> None:
+def check(
+    variants: Sequence[Variant],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    other_tokenizer: bool = False,
+) -> None:
     """
     Raise SteerError unless every set of vectors fits `model` (meta device will do) and was made for
     `tokenizer`'s vocabulary; `other_tokenizer` lets another vocabulary pass.

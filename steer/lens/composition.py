@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject, chunks
 from steer.stats import wilson
 from steer.tasks.grading import MathGrader
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -68,7 +71,7 @@ class Composition(Result):
 
         return {**super().to_dict(), "score": plain(self.score)}
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """The matrix of what pairs reach, single layers on the diagonal."""
         from steer.lens import plots
 
@@ -134,7 +137,7 @@ class LeaveOneOut(Result):
     base_likelihood: float
     problems: int
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """What each layer's absence costs, in nats a token, with the accuracy above it."""
         from steer.lens import plots
 
@@ -216,7 +219,7 @@ class ScaleSweep(Result):
     tokens: torch.Tensor
     problems: int
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """Accuracy over the scale, with 95 % Wilson intervals."""
         from steer.lens import plots
 

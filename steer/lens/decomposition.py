@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from steer.lens.passes import run
 from steer.lens.results import Result
 from steer.lens.subject import Row, Subject, chunks
 from steer.sites import find_sites
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Decomposition(Result):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "totals": self.totals}
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """Stacked bars over the layers."""
         from steer.lens import plots
 

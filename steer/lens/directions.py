@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import normalize
@@ -18,6 +18,9 @@ from steer import artifact
 from steer.artifact import Artifact
 from steer.errors import SteerError
 from steer.lens.results import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Directions(Result):
     between_layers: torch.Tensor
     to_last: torch.Tensor
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """Norms over the layers, a line a checkpoint, and the cosines between layers."""
         from steer.lens import plots
 

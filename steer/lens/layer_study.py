@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,11 @@ from steer.prompt import PromptSpec
 from steer.tasks.elicited import UNTRAINED, best_base, stages
 from steer.training.run import read_results
 from steer.training.sweep.run import HALVING_FILE, MEMBERS, POPULATION_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from steer.tasks.grading import MathGrader
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -310,9 +315,9 @@ def best_layers(found: Sequence[dict[str, Any]], count: int) -> list[dict[str, A
 def compose_pairs(
     folder: Path,
     best: Sequence[dict[str, Any]],
-    model: Any,
-    tokenizer: Any,
-    grader: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    grader: MathGrader,
     problems: list[dict[str, Any]],
     prompt: PromptSpec,
     tokens: int,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from steer.final_norm import through_final_norm
 from steer.lens.results import Result
 from steer.lens.subject import token_text
 from steer.sites import find_decoder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 READINGS = {"dot": "unembedding times vector", "cosine": "its cosine with each row of the unembedding"}
 ROWS = 1 << 14  # vocabulary rows that are held in float32 at once
@@ -55,7 +58,7 @@ class LogitLens(Result):
         ]
         return {"reading": self.reading, "final_norm": self.final_norm, "layers": rows}
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """
         Heatmap: the four most promoted and the four most suppressed tokens of each layer, coloured by their
         score in standard deviations.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from steer.lens.results import Result, spread
 from steer.lens.sampling import complete, graded
 from steer.lens.subject import Row, Subject
 from steer.tasks.grading import MathGrader
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DIRECTIONS = {
     "add": "the change is added to the base run along the path",
@@ -108,7 +111,7 @@ class Patching(Result):
         shares = {"logit_difference": self.recovered(), "kl": self.recovered("kl")}
         return {**super().to_dict(), "recovered": {k: v.tolist() for k, v in shares.items()}}
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """Bars of the recovered share by logit difference and by KL."""
         from steer.lens import plots
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import normalize
@@ -19,6 +19,9 @@ from steer.lens.conditions import BASE, Condition
 from steer.lens.passes import streams
 from steer.lens.results import Result
 from steer.lens.subject import Row, Subject, chunks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MEASURES = ("diff_diff", "diff_vector", "size", "diff_diff_at", "diff_vector_at")
 SOURCES = 8  # sets of vectors that run, and whose sums are kept, side by side
@@ -43,7 +46,7 @@ class Persistence(Result):
     offsets: list[int]
     tokens: int
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """Two heatmaps, sources by layers; for one source alone, layers by token position."""
         from steer.lens import plots
 

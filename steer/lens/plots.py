@@ -8,9 +8,9 @@ import base64
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,12 +18,16 @@ from matplotlib.figure import Figure
 
 from steer.errors import SteerError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
+
 DPI = 110
 COLOURS = ("#2166ac", "#b2182b", "#1b7837", "#e08214", "#762a83", "#777777")
 TICKS = 16  # most labels on an axis
 
 
-def save(figure: Any, path: str | os.PathLike[str]) -> Path:
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write `figure` to `path`; its suffix is the format. The folder is made where it is missing."""
     path = Path(path)
     try:
@@ -34,7 +38,7 @@ def save(figure: Any, path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def data_uri(figure: Any) -> str:
+def data_uri(figure: Figure) -> str:
     """The figure as a PNG inside a URI, for a page without files beside it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
@@ -161,7 +165,7 @@ def heatmaps(
     return figure
 
 
-def matrix(values: Any, names: Sequence[str], *, xlabel: str, ylabel: str, title: str) -> Figure:
+def matrix(values: ArrayLike, names: Sequence[str], *, xlabel: str, ylabel: str, title: str) -> Figure:
     """A square of numbers, written out."""
     size = min(8.0, 2.2 + 0.42 * len(names))
     figure, axes = _figure(size + 0.9, size)
@@ -184,7 +188,7 @@ def matrix(values: Any, names: Sequence[str], *, xlabel: str, ylabel: str, title
 
 
 def token_heatmap(
-    values: Any,
+    values: ArrayLike,
     tokens: Sequence[Sequence[str]],
     *,
     rows: Sequence[str],
@@ -209,7 +213,7 @@ def token_heatmap(
     return figure
 
 
-def strip(values: Any, tokens: Sequence[str], layers: Sequence[int], prompt: int) -> Figure:
+def strip(values: ArrayLike, tokens: Sequence[str], layers: Sequence[int], prompt: int) -> Figure:
     """Coefficients by layer and token, the tokens written below; a line where the completion begins."""
     figure, axes = _figure(max(5.0, 0.24 * len(tokens)), 1.4 + 0.2 * len(layers))
     numbers = as_array(values)
@@ -242,7 +246,7 @@ def panels(width: float, height: float, *args: Any, **kwargs: Any) -> tuple[Figu
     return figure, figure.subplots(*args, **kwargs)
 
 
-def finish(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
+def finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -257,7 +261,7 @@ def whole_ticks(axes: Any, x: Sequence[float]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def thin_ticks(setter: Any, labels: Sequence[Any] | range) -> None:
+def thin_ticks(setter: Callable[..., object], labels: Sequence[Any] | range) -> None:
     """At most `TICKS` of the labels, evenly."""
     step = max(1, math.ceil(len(labels) / TICKS))
     at = range(0, len(labels), step)
@@ -268,5 +272,5 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def as_array(values: Any) -> np.ndarray:
+def as_array(values: ArrayLike) -> np.ndarray:
     return np.array(values.tolist() if hasattr(values, "tolist") else values, dtype=float)

@@ -7,9 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Result:
@@ -19,7 +22,7 @@ class Result:
         """Plain JSON types; a tensor as nested lists, with None for what is not a number."""
         return {field.name: plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """The result as a matplotlib figure."""
         raise NotImplementedError
 

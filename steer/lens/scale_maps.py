@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from steer.lens.conditions import steered
 from steer.lens.passes import run
 from steer.lens.results import Result
 from steer.lens.subject import Row, Subject, chunks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -44,7 +47,7 @@ class ScaleMaps(Result):
     std: torch.Tensor
     on_prompt: torch.Tensor
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """The first text as a heat strip: layers by tokens."""
         from steer.lens import plots
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from steer.lens.logit_lens import LogitLens
 from steer.lens.results import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCRIPTS = (
     "latin",  # ASCII letters: English, and much else
@@ -55,7 +58,7 @@ class ScriptCounts(Result):
         """The same share in the vocabulary."""
         return self.base[[self.scripts.index(name) for name in FOREIGN]].sum().item()
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """Two lines over the layers, against the vocabulary's share."""
         from steer.lens import plots
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject
 from steer.stats import wilson
 from steer.tasks.grading import MathGrader
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -71,7 +74,7 @@ class TokenShift(Result):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "first_share": self.first_share, "concentration": self.concentration}
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """
         Bars of the variation over the generated tokens, with the first token's largest changes beside them.
         """
@@ -192,7 +195,7 @@ class PrefixSubstitution(Result):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "share": [None if x != x else x for x in self.share.tolist()]}
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """Bars with 95 % Wilson intervals."""
         from steer.lens import plots
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +24,9 @@ from steer.prompt import PromptSpec
 from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.transfer import transfer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class TransferMatrix(Result):
             "random_score": plain(self.random_score),
         }
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """The matrix of scores."""
         from steer.lens import plots
 

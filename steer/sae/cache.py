@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ META_FILE, DATA_FILE = "cache.json", "activations.f16"
 
 
 def write_cache(
-    stream: ActivationStream, folder: str | Path, tokens: int | None = None, progress: Any = None
+    stream: ActivationStream,
+    folder: str | Path,
+    tokens: int | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> CachedActivations:
     """
     Write the activations of `stream` (at most `tokens` of them) into `folder` and open them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from steer.errors import SteerError
 from steer.files import json_lines, text_lines
@@ -79,7 +78,7 @@ def _from_hub(source: str) -> Iterator[str]:
         ) from error
 
 
-def text_of(record: Any, where: str) -> str:
+def text_of(record: object, where: str) -> str:
     """The text of one record; SteerError names `where` it stands and what it has."""
     if isinstance(record, dict):
         for fields in FIELDS:

@@ -103,7 +103,7 @@ def known(row: Collection[str], wanted: str) -> str:
     return f"; the columns are {', '.join(names)}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
-def conversation(value: Any, where: str) -> list[Message] | None:
+def conversation(value: object, where: str) -> list[Message] | None:
     """
     The messages of a conversational prompt; None where `value` is no list.
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 from jinja2 import meta, nodes
@@ -14,6 +14,9 @@ from jinja2.ext import Extension
 
 from steer.errors import SteerError, one_line, shown
 from steer.prompt import PromptSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("steer")
 
@@ -80,7 +83,9 @@ def question(row: Mapping[str, Any]) -> Question:
     return row.get("messages") or str(row["problem"])
 
 
-def format_prompt(problem: Question, tokenizer: Any, prompt: PromptSpec | None = None) -> str:
+def format_prompt(
+    problem: Question, tokenizer: PreTrainedTokenizerBase, prompt: PromptSpec | None = None
+) -> str:
     """
     The full prompt text, to be tokenized with `add_special_tokens=False`; ends where the model writes on.
 
@@ -126,7 +131,7 @@ def format_prompt(problem: Question, tokenizer: Any, prompt: PromptSpec | None =
     return text + prompt.prefix
 
 
-def formatter(prompt: PromptSpec, tokenizer: Any) -> Callable[[Question], str]:
+def formatter(prompt: PromptSpec, tokenizer: PreTrainedTokenizerBase) -> Callable[[Question], str]:
     """`format_prompt` with this prompt and tokenizer."""
     return lambda problem: format_prompt(problem, tokenizer, prompt)
 
@@ -199,7 +204,7 @@ def choose_prompt(
     return chosen
 
 
-def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """
     Token ids of prompts as text, of `format_prompt` or of a data set. The tokenizer puts its special tokens
     before them, unless all open with the BOS text already.
@@ -223,7 +228,9 @@ def _plain_text(problem: str, template: Template, examples: Sequence[tuple[str, 
     return head + worked + turn.replace(_SLOT, problem)
 
 
-def chat_turns(problem: Question, tokenizer: Any, prompt: PromptSpec) -> tuple[list[dict[str, str]], str]:
+def chat_turns(
+    problem: Question, tokenizer: PreTrainedTokenizerBase, prompt: PromptSpec
+) -> tuple[list[dict[str, str]], str]:
     """
     The turns of a chat that put a problem, in a form that the chat template takes, and their text.
 
@@ -309,7 +316,7 @@ def _tell(message: str) -> None:
     log.info("%s", message)
 
 
-def check_chat_template_kwargs(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+def check_chat_template_kwargs(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
     """
     Check that the tokenizer's chat template reads each of `variables`; one that it never reads would be
     ignored.
@@ -363,7 +370,7 @@ def chat_template_variables(template: str) -> frozenset[str]:
     return frozenset(name for name in found if name not in provided and not name.endswith("_token"))
 
 
-def _own_bos(tokenizer: Any) -> str:
+def _own_bos(tokenizer: PreTrainedTokenizerBase) -> str:
     """The BOS text that `tokenizer(text)` would prepend by itself, "" when it prepends none."""
     bos = getattr(tokenizer, "bos_token", None)
     if not bos:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from steer.sharded import whole
 from steer.vectors import SteeringVectors
@@ -26,16 +26,24 @@ class VectorLog(TrainerCallback):
         self.before: dict[int, torch.Tensor] = {}
         self.saved: dict[int, torch.Tensor] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.saved = self.vectors.effective()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.saved = self.vectors.effective()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.before = self.vectors.effective()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # DeepSpeed has stepped by now, and keeps gradients to itself: none is logged
         squares: dict[int | None, float] = {}
         for layer, p in zip(self.vectors.parameter_layers(), self.vectors.parameters(), strict=True):
@@ -45,7 +53,9 @@ class VectorLog(TrainerCallback):
             name = "shared" if layer is None else f"layer/{layer}"
             self.metrics[f"{name}/grad_norm"].append(square**0.5)
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for layer, vector in self.vectors.effective().items():
             norm = vector.norm().item()
             self.metrics[f"layer/{layer}/norm"].append(norm)
@@ -65,10 +75,14 @@ class Seconds(TrainerCallback):
         self.metrics = metrics
         self.began = (0.0, 0.0)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.began = time.perf_counter(), time.process_time()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.metrics["seconds/wall"].append(time.perf_counter() - self.began[0])
         self.metrics["seconds/cpu"].append(time.process_time() - self.began[1])
 
@@ -80,13 +94,20 @@ class ProgressBar(TrainerCallback):
         self.bar: tqdm | None = None
         self.last = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
         self.last = time.perf_counter()
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         now = time.perf_counter()
         if self.bar is None or not logs or logs.get("reward") is None:
@@ -108,7 +129,9 @@ class ProgressBar(TrainerCallback):
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(steps)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -26,6 +26,8 @@ from steer.files import read_json, replace_file
 from steer.tasks.grading import MathGrader
 
 if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
     from steer.training.group_trainer import GroupGRPOTrainer
 
 log = logging.getLogger("steer")
@@ -172,7 +174,9 @@ class Validation(TrainerCallback):
         self.folder = Path(trainer.args.output_dir)
         self.history: History = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         path = self.folder / VALIDATION_FILE
         known: History = read_json(path) if path.exists() else []
         # Later updates will come again; the one after the last update of a shorter run was out of turn.
@@ -192,7 +196,9 @@ class Validation(TrainerCallback):
         if stalled(self.history, self.patience):
             control.should_training_stop = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         step = state.global_step
         if step % self.every and step != state.max_steps:
             return
@@ -202,7 +208,9 @@ class Validation(TrainerCallback):
             control.should_training_stop = True
             control.should_save = control.should_save or args.save_strategy != "no"
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # Only now does a checkpoint know of the best: a run that resumes earlier needs the one before.
         top = best(self.history)
         if state.is_world_process_zero and top:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -16,6 +16,9 @@ from steer.lens.sections.paths import ADDED, Paths, solved_table
 from steer.lens.study import SINGLE, Report, Study
 from steer.lens.words import percent
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclass
 class PathsByLayer(Result):
@@ -27,7 +30,7 @@ class PathsByLayer(Result):
     layers: list[int]
     shares: dict[str, torch.Tensor]
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         from steer.lens import plots
 
         return plots.lines(

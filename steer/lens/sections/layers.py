@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -15,6 +15,9 @@ from steer.lens.sections.base import Section
 from steer.lens.study import SINGLE, Report, Study
 from steer.lens.words import joined, number, percent
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclass
 class SingleLayers(Result):
@@ -24,7 +27,7 @@ class SingleLayers(Result):
     gain: torch.Tensor
     random: torch.Tensor
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         from steer.lens import plots
 
         return plots.lines(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -15,6 +15,9 @@ from steer.lens.results import Result
 from steer.lens.sections.base import Block, Section, Table
 from steer.lens.study import SINGLE, Report, Study
 from steer.lens.words import joined, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ADDED = "added to the base run"
 
@@ -29,7 +32,7 @@ class Paths(Result):
     def first(self) -> Patching:
         return next(iter(self.parts.values()))
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         """Bars of the share of the logit difference that each path recovers."""
         from steer.lens import plots
 
@@ -51,7 +54,7 @@ class Frozen(Result):
     share: torch.Tensor
     random: torch.Tensor
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         from steer.lens import plots
 
         return plots.lines(
