@@ -162,7 +162,7 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
             if self.args.should_save:  # a pickle of the settings, which are in run.json
                 (folder / "training_args.bin").unlink(missing_ok=True)
         elif self.args.should_save:
-            self.adapted.save_pretrained(folder)
+            self.adapted.save_pretrained(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.adapted is None:
