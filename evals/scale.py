@@ -15,64 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from typing import Any
+
+from steer.training.estimate import STATE, Shape
 
 PROMPTS, SAMPLES, STEPS = 128, 16, 314
 GB = 1e9
 # Of a GPU with 80 GB: what is left for a run after CUDA's context, buffers and fragmentation.
 USABLE = 72 * GB
-# Bytes of a trained number: itself, its gradient and the two moments of Adam, in float32.
-STATE = 16
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A dense decoder of Llama's type, in the names of its config."""
-
-    layers: int
-    width: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head: int
-    vocabulary: int
-    tied: bool = False
-    qkv_bias: bool = False
-
-    @property
-    def parameters(self) -> int:
-        q, kv = self.heads * self.head, self.kv_heads * self.head
-        attention = self.width * (2 * q + 2 * kv) + (q + 2 * kv) * self.qkv_bias
-        layer = attention + 3 * self.width * self.inner + 2 * self.width
-        return self.layers * layer + self.vocabulary * self.width * (2 - self.tied) + self.width
-
-    @property
-    def matrices(self) -> int:
-        """Numbers that a token is multiplied with: all but the input embeddings, norms and biases."""
-        q, kv = self.heads * self.head, self.kv_heads * self.head
-        layer = self.width * (2 * q + 2 * kv) + 3 * self.width * self.inner
-        return self.layers * layer + self.vocabulary * self.width
-
-    def cache(self, size: int = 2) -> int:
-        """Bytes of keys and values that a token leaves, `size` bytes a number."""
-        return 2 * self.layers * self.kv_heads * self.head * size
-
-    def graph(self, size: int = 2) -> int:
-        """
-        Bytes that a token leaves for the backward pass when the graph begins after layer 0. A product with a
-        frozen matrix keeps nothing; each norm keeps its input in float32, attention its four operands, the
-        MLP three inner activations.
-        """
-        q, kv = self.heads * self.head, self.kv_heads * self.head
-        layer = 2 * 4 * self.width + size * (2 * q + 2 * kv) + size * 3 * self.inner
-        return (self.layers - 1) * layer + 4 * self.width
-
-    @property
-    def vectors(self) -> int:
-        """Trained numbers, a vector at every layer."""
-        return self.layers * self.width
-
 
 SMOLLM2 = Shape(30, 576, 1536, 9, 3, 64, 49152, tied=True)
 MODELS = {

@@ -25,6 +25,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from steer.errors import SteerError
 from steer.files import held
 from steer.lens import layer_study
 from steer.sites import find_decoder
@@ -49,6 +50,10 @@ def train_population(settings: RunSettings, arguments: Sequence[str]) -> None:
     Train the members, or what is missing of them, and print the table. All share the command line
     `arguments`, which gave the settings.
     """
+    if settings.run.dry_run:
+        raise SteerError(
+            "dry_run is for one run; leave out what asks for a population, and try a member alone"
+        )
     folder = Path(settings.training.output_dir)
     with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
         _train_population(folder, settings, arguments)

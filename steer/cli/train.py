@@ -37,6 +37,7 @@ from steer.tasks.elicited import STAGES
 from steer.training import recipe
 from steer.training import run as runs
 from steer.training.config import SteeringGRPOConfig
+from steer.training.dry_run import dry_run
 from steer.training.rate_search import SweepArguments, choose
 from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str]) -> None:
         return train_population(settings, arguments)
     chosen = vectors(settings)
     train, held_out = recipe.problems(settings.run)
+    if settings.run.dry_run:
+        return dry_run(settings, chosen, train, held_out)
     if rates and rates.lr_sweep:
         training.learning_rate = choose(settings, rates, chosen, train)
         if rates.sweep_only:

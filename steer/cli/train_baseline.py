@@ -29,6 +29,7 @@ from steer.errors import SteerError
 from steer.training import recipe
 from steer.training.baselines import Baseline, BaselineGRPOTrainer, readable
 from steer.training.config import SteeringGRPOConfig
+from steer.training.dry_run import dry_run
 from steer.training.rate_search import SweepArguments, choose
 from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str]) -> None:
         log.info("no vectors are trained here: %s plays no part", settings.steering)
     chosen = trained(settings)
     train, held_out = recipe.problems(settings.run)
+    if settings.run.dry_run:
+        return dry_run(settings, chosen, train, held_out)
     if rates and rates.lr_sweep:
         training.learning_rate = choose(settings, rates, chosen, train)
         if rates.sweep_only:

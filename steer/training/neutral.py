@@ -21,7 +21,8 @@ _WATCHING = (
 
 # They never change a result.
 WATCHING: frozenset[str] = frozenset(
-    {f.name for f in fields(SteeringGRPOConfig) if f.name.startswith(_WATCHING)} | {"samples_shown"}
+    {f.name for f in fields(SteeringGRPOConfig) if f.name.startswith(_WATCHING)}
+    | {"samples_shown", "dry_run"}
 )
 
 # They may change when a run goes on, since what was computed stays as it was: its length, the schedule of the

@@ -152,6 +152,13 @@ class RunConfig:
     heldout: float = field(
         default=0.2, metadata={"help": "Share of all possible generated problems that is never trained on."}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print what would be trained, with memory and time estimated from two small updates, "
+            "and exit."
+        },
+    )
     samples_shown: int = field(default=3, metadata={"help": "Answers printed before and after."})
 
     def __post_init__(self) -> None:

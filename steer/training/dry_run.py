@@ -1,0 +1,148 @@
+"""`--dry_run`: what a run would train, and its memory and time estimated from two small timed updates."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from steer.sharded import shape
+from steer.tasks.prompts import formatter, question
+from steer.tasks.reward_loading import load_rewards, reward_names
+from steer.tasks.rewards import MathGrader
+from steer.training.config import SteeringGRPOConfig
+from steer.training.estimate import memory, shape_of
+from steer.training.run_settings import RunSettings
+from steer.training.validation import SHARE, split
+
+if TYPE_CHECKING:
+    from steer.training.recipe import Recipe
+
+# Longest answer, in tokens, of the timed updates.
+TOKENS = 64
+GB = 1e9
+
+
+def dry_run(
+    settings: RunSettings, recipe: Recipe, train: Dataset, held_out: Sequence[dict[str, Any]] | None
+) -> None:
+    """
+    Print what the run would train, and exit before anything is written to its folder.
+
+    Args:
+        settings: the run's.
+        recipe: what is trained.
+        train: the training problems.
+        held_out: the held-out problems.
+    """
+    from steer.training.recipe import fitting
+
+    run, training = settings.run, settings.training
+    model, tokenizer = run.load(recipe.dtype, training.trust_remote_code)
+    format_problem = formatter(settings.prompt, tokenizer)
+    data = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
+    limit = training.max_completion_length or 1
+    data = fitting(data, held_out, format_problem, tokenizer, model, limit)
+    validation: list[dict[str, Any]] = []
+    if run.validate_every:
+        data, validation = split(data, run.validation or SHARE)
+    size = next(iter(model.parameters())).element_size()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    with MathGrader() as grader, tempfile.TemporaryDirectory() as folder:
+        rewards = load_rewards(run.rewards, grader, set(data.column_names) - {"prompt"})
+        trainer = recipe.make(
+            model, rewards, small(training, folder), train_dataset=data, processing_class=tokenizer
+        )
+        trained = sum(shape(p).numel() for p in trainer.model.parameters() if p.requires_grad)
+        trainer.train()
+        last = [row for row in trainer.state.log_history if "reward" in row][-1]
+    if not PartialState().is_main_process:
+        return
+
+    group = training.num_generations or 1
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    every = rows * PartialState().num_processes
+    prompts = every // group
+    steps = training.max_steps
+    if steps <= 0:
+        steps = math.ceil(training.num_train_epochs * (len(data) // max(prompts, 1)))
+    lengths = [len(ids) for ids in tokenizer(data[:200]["prompt"], add_special_tokens=False)["input_ids"]]
+    longest = max(lengths)
+    timed = group * last["completions/mean_length"]
+    seconds = last["seconds/wall"] * rows * limit / timed
+
+    counts = f"{len(data)} to train on, {len(validation)} to validate on, {len(held_out or [])} held out"
+    names, weights_of = reward_names(run.rewards), training.reward_weights or [1.0] * len(run.rewards)
+    lines = [
+        ("model", f"{run.model}" + (f" with {run.base_adapter} merged" if run.base_adapter else "")),
+        ("trained", f"{recipe.name}: {trained:,} parameters" + _layers(trainer)),
+        ("problems", counts),
+        ("rewards", ", ".join(f"{w:g} x {name}" for name, w in zip(names, weights_of, strict=True))),
+        ("update", f"{prompts} prompts x {group} answers of up to {limit} tokens: {every * limit:,} tokens"),
+        ("memory", _memory(model, weights, trained, size, training, rows, longest + limit)),
+        ("time", f"at most {_duration(seconds)} an update, {_duration(seconds * steps)} for {steps} updates"),
+        ("", f"(from an update of {group} answers of {last['completions/mean_length']:.0f} tokens: "
+             f"{last['seconds/wall']:.2f} s; answers that end early take less"
+             + (", and vLLM is faster)" if training.use_vllm else ")")),
+        ("reward there", f"{last['reward']:.3f}"),
+    ]  # fmt: skip
+    print("\nA prompt in full:\n" + "-" * 60 + f"\n{data[0]['prompt']}\n" + "-" * 60)
+    for name, text in lines:
+        print(f"{name:14}{text}")
+
+
+def small(training: SteeringGRPOConfig, folder: str) -> SteeringGRPOConfig:
+    """The settings of two updates of one prompt each, which leave nothing behind outside of `folder`."""
+    found = copy.copy(training)
+    found.output_dir, found.max_steps, found.warmup_steps = folder, 2, 0
+    found.per_device_train_batch_size = found.generation_batch_size = training.num_generations or 1
+    found.generation_batch_size *= PartialState().num_processes
+    found.gradient_accumulation_steps = found.steps_per_generation = 1
+    found.max_completion_length = min(TOKENS, training.max_completion_length or 1)
+    found.logging_steps, found.save_strategy = 1, type(training.save_strategy)("no")
+    found.report_to, found.log_completions, found.push_to_hub, found.use_vllm = [], False, False, False
+    found.disable_tqdm = True
+    return found
+
+
+def _layers(trainer: Any) -> str:
+    vectors = getattr(trainer, "vectors", None)
+    return "" if vectors is None else f", at layers {vectors.config.layers} ({vectors.config.site})"
+
+
+def _memory(
+    model: Any,
+    weights: int,
+    trained: int,
+    size: int,
+    training: SteeringGRPOConfig,
+    rows: int,
+    tokens: int,
+) -> str:
+    sizes = shape_of(model.config)
+    text = f"weights {weights / GB:.2f} GB"
+    if sizes is not None:
+        sampled = min(training.sample_rows or rows, rows) * tokens
+        at_once = min(training.update_rows or training.per_device_train_batch_size, rows)
+        parts = memory(sizes, weights, trained, size, sampled, at_once * tokens)
+        held = parts["weights"] + parts["optimizer"]
+        most = held + max(parts["sampling"], parts["update"])
+        text = (
+            f"about {most / GB:.2f} GB a device: weights and optimizer {held / GB:.2f}, sampling "
+            f"{parts['sampling'] / GB:.2f}, update {parts['update'] / GB:.2f}"
+        )
+    if torch.cuda.is_available():
+        text += f"; measured in the small updates {torch.cuda.max_memory_allocated() / GB:.2f}"
+    return text
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

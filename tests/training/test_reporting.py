@@ -1,0 +1,62 @@
+"""Tables of completions beside the logs, and a dry run that leaves nothing behind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas
+import pytest
+from helpers.launching import ROOT, run_folder, started
+from helpers.training import SPREAD, config, make_trainer, problems
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trl.trainer import grpo_trainer
+
+
+def own_reward(completion_ids: list[list[int]], log_extra: Any, **columns: Any) -> list[float]:
+    log_extra("length", [len(ids) for ids in completion_ids])
+    return [float(sum(ids) % 5) for ids in completion_ids]
+
+
+def test_completions_are_logged_as_tables(
+    tmp_path: Path, build_tiny, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    sent: list[dict[str, Any]] = []
+    stub = SimpleNamespace(Table=lambda dataframe: dataframe, log=sent.append)
+    monkeypatch.setattr(grpo_trainer, "trackio", stub, raising=False)
+    args = config(tmp_path, report_to="tensorboard", log_completions=True)
+    model = build_tiny("llama", initializer_range=SPREAD)
+    trainer = make_trainer(model, tiny_tokenizer, args, own_reward, data=problems(40))
+    trainer.args.report_to = ["tensorboard", "trackio"]
+    trainer.train()
+    tables = [entry["completions"] for entry in sent]
+    assert [table["step"].iloc[0] for table in tables] == [1, 2, 2], "trl sends the last one again at the end"
+    for step, table in enumerate(tables[:2], 1):
+        assert list(table["step"]) == [step] * 8
+        assert {"prompt", "completion", "own_reward", "length", "advantage"} <= set(table.columns)
+        kept = pandas.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+        pandas.testing.assert_frame_equal(kept, table, check_dtype=False)
+        # leave-one-out advantages of each prompt's four samples, as the update uses them
+        for _, group in table.groupby("prompt"):
+            rewards = group["own_reward"].to_numpy()
+            expected = (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
+            assert group["advantage"].to_numpy() == pytest.approx(expected, abs=1e-5)
+    board = EventAccumulator(str(next((tmp_path / "board").rglob("events*")).parent))
+    board.Reload()
+    assert "train/reward" in board.Tags()["scalars"]
+
+
+def test_a_dry_run_says_what_would_be_trained(tmp_path: Path, build_tiny, tiny_tokenizer) -> None:
+    base = run_folder(tmp_path, build_tiny, tiny_tokenizer, 4, max_steps=50, use_cpu=True)
+    words = [sys.executable, str(ROOT / "recipes" / "grpo_steer.py"), "--config", str(base / "config.yaml")]
+    done = started([*words, "--dry_run", "true", "--validate_every", "5", "--validation", "4"], base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = done.stdout
+    for part in ("96 parameters, at layers all", "4 held out", "1 x correct01, 0.25 x format"):
+        assert part in text, text
+    assert "4 prompts x 8 answers of up to 3 tokens: 96 tokens" in text
+    assert "Answer:" in text and "for 50 updates" in text and "GB a device" in text
+    assert not (base / "whole").exists()
