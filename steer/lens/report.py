@@ -51,8 +51,9 @@ def study(
 
 
 def save_figures(report: Report, folder: str | os.PathLike[str]) -> Path:
-    """One PNG a section and `findings.json` into `folder`."""
+    """One PNG a section and `findings.json` into `folder`, which is made where it is missing."""
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, result in report.results.items():
         result.plot(folder / f"{name.replace(', ', '-').replace(' ', '-')}.png")
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n"

@@ -385,12 +385,11 @@ def report(args: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise SteerError(f"there is no folder {out.parent} to write {out.name} to")
     subject, problems = _ready(args)
-    run = checkpoints(args.checkpoints or Path(args.artifact).parent)
     with MathGrader() as grader:
+        run = checkpoints(args.checkpoints or Path(args.artifact).parent)
         found = study(subject, problems, grader, checkpoints=run, seed=args.seed)
     replace_file(out, render(found).encode())
     if args.figures:
-        Path(args.figures).mkdir(parents=True, exist_ok=True)
         folder = save_figures(found, args.figures)
         replace_file(folder / "findings.md", markdown(found).encode())
     if args.json:
