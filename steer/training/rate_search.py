@@ -75,13 +75,16 @@ def choose(
     folder = Path(f"{training.output_dir}-sweep")
     train, validation = split(problems, settings.run.validation or SHARE)
     tried: list[dict[str, Any]] = []
+    # scored at its end, not on the way
+    run = replace(settings.run, validate_every=None, validation=None, keep_best=False, patience=None)
     for rate in rates:
         one = copy.copy(training)
         one.learning_rate, one.output_dir = rate, str(folder / f"lr-{rate:g}")
         one.max_steps = sweep.sweep_steps or training.max_steps
         log.info("learning rate %g, on %d validation problems", rate, len(validation))
         samples = sweep.validation_samples
-        results = train_run(replace(settings, training=one), recipe, train, validation, ("after",), samples)
+        trial = replace(settings, run=run, training=one)
+        results = train_run(trial, recipe, train, validation, ("after",), samples)
         gc.collect()  # trainers are cycles of references, and the next one needs their memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

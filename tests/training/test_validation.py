@@ -195,6 +195,14 @@ def test_a_recipe_validates_and_says_so(base: Path) -> None:
     assert same(artifact.read(base / "whole" / "vectors").tensors, kept)
 
 
+def test_the_choice_of_a_rate_comes_before_validation(base: Path) -> None:
+    launched(base, "grpo_steer.py", "--lr_sweep", "0.01", "0.05", "--max_steps", "2", "--eval_data", "none")
+    tried = json.loads((base / "whole-sweep" / "sweep.json").read_text())["tried"]
+    assert [row["learning_rate"] for row in tried] == [0.01, 0.05]
+    results = json.loads((base / "whole" / "results.json").read_text())
+    assert [row["step"] for row in results["validation"]["history"]] == [0, 2]
+
+
 def test_a_population_validates_each_member(base: Path) -> None:
     launched(base, "layer_sweep.py", "--seeds", "1", "2", "--winners", "0")
     for name in ("seed-1", "seed-2"):
