@@ -13,10 +13,10 @@ from helpers.paths import ROOT
 # From the ground up; a module of `steer` imports from its own floor and those below. Modules of one floor may
 # import each other, in one direction.
 FLOORS = [
-    "errors names stats threads versions extras recipe_files arguments files hub sharded compat",
+    "errors names stats threads versions extras recipe_files arguments files hub pages sharded compat",
     "prompt config",
     "hooks sites kinds tasks",
-    "final_norm identity probe card weights models stop_tokens",
+    "final_norm identity probe card weights models base_adapter stop_tokens",
     "artifact_file artifact",
     "vectors vector_sets",
     "generation engine export transfer",
