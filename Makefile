@@ -76,10 +76,11 @@ TESTS_lm-eval = tests/export/test_lm_eval.py tests/evaluation/test_grading_check
 TESTS_deepspeed = tests/training/test_sharded.py
 TESTS_vllm = tests/engine tests/evaluation/test_vllm.py tests/export/test_checkpoint.py tests/export/test_peft.py
 
+.PRECIOUS: .venv-interop/%/ready
 interop-%: .venv-interop/%/ready
 	$(RUN_ENV) .venv-interop/$*/bin/python -m pytest -rs $(TESTS_$*)
 
-# vLLM wants an older numpy, and brings packages for images and sound that break the CPU build of torch.
+# vLLM wants an older numpy. The packages for images and sound that tools bring break the CPU build of torch.
 .venv-interop/%/ready: $(VENV)/ready
 	$(PYTHON) -m venv .venv-interop/$*
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
@@ -87,7 +88,7 @@ interop-%: .venv-interop/%/ready
 	$(if $(filter vllm,$*),grep -v '^numpy==',cat) .ci/constraints.txt > .venv-interop/$*/constraints.txt
 	.venv-interop/$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c .venv-interop/$*/constraints.txt $(INTEROP_$*)
-	$(if $(filter vllm,$*),.venv-interop/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	.venv-interop/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 # torch first and by itself: another order lets pip choose a newer build with gigabytes of CUDA.
