@@ -57,10 +57,10 @@ def begins_with_box(completions, **columns):
 # %%
 args = SteeringGRPOConfig(
     "runs/notebook",
-    max_steps=6,
-    learning_rate=0.3,  # of a single vector; all layers together want less
+    max_steps=5,
+    learning_rate=0.4,  # of a single vector; all layers together want less
     num_generations=8,
-    per_device_train_batch_size=32,
+    per_device_train_batch_size=24,
     max_completion_length=8,
     save_strategy="no",
     report_to="none",
