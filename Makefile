@@ -61,7 +61,8 @@ docs: $(VENV)/ready
 
 # The tests that need another tool, each group of tools that can live together in an environment of its own.
 # .venv-interop/NAME sees the packages of .venv and adds to them what the tools need.
-interop: interop-lens interop-transformer-lens interop-sae interop-lm-eval interop-deepspeed interop-vllm
+interop: interop-lens interop-transformer-lens interop-sae interop-lm-eval interop-deepspeed interop-transformers-4 \
+	interop-vllm
 
 INTEROP_lens = nnsight==0.8.1
 INTEROP_transformer-lens = transformer-lens==4.3.0
@@ -75,6 +76,12 @@ TESTS_sae = tests/sae/test_files.py
 TESTS_lm-eval = tests/export/test_lm_eval.py tests/evaluation/test_grading_check.py
 TESTS_deepspeed = tests/training/test_sharded.py
 TESTS_vllm = tests/engine tests/evaluation/test_vllm.py tests/export/test_checkpoint.py tests/export/test_peft.py
+
+# steer itself needs transformers 5; this is about the checkpoints that it exports.
+interop-transformers-4: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .venv-interop/transformers-4 transformers==4.57.3 "tokenizers<0.23" "huggingface_hub<1"
+	STEER_TRANSFORMERS_4=$(CURDIR)/.venv-interop/transformers-4 $(BIN)/python -m pytest -rs tests/export/test_transformers4.py
 
 .PRECIOUS: .venv-interop/%/ready
 interop-%: .venv-interop/%/ready
