@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SteerError
+from steer.prompt import PromptSpec
 from steer.tasks.columns import FIELDS, columns_text, parse_columns
 from steer.tasks.data import load_problems
 from steer.tasks.grading import MathGrader
@@ -212,11 +213,11 @@ def test_known_sources_have_their_own_columns() -> None:
 @pytest.mark.parametrize("template", ["boxed", "plain"])
 def test_a_chat_is_laid_out_as_it_is(name: str, template: str) -> None:
     tokens = tokenizer(STYLES[name].template)
-    text = format_prompt(CHAT, tokens, template)
+    text = format_prompt(CHAT, tokens, PromptSpec(template))
     assert text.count("Be brief.") == text.count("What is 2+2?") == 1 and "boxed" not in text
     assert text.endswith(STYLES[name].ending)
     if name != "reads the last turn alone":
-        user = format_prompt(CHAT[1:], tokens, template, "So", examples=[("1+1", "2")])
+        user = format_prompt(CHAT[1:], tokens, PromptSpec(template, prefix="So", examples=(("1+1", "2"),)))
         assert user.index("1+1") < user.index("What is 2+2?") and user.endswith("So")
     plain = tokens.apply_chat_template(CHAT[1:], tokenize=False, add_generation_prompt=True)
     assert format_prompt(CHAT[1:], tokens).removeprefix("<s>") == plain.lstrip().removeprefix("<s>")
@@ -225,7 +226,7 @@ def test_a_chat_is_laid_out_as_it_is(name: str, template: str) -> None:
 def test_a_chat_needs_a_chat_template(tiny_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
     with pytest.raises(SteerError, match="a conversational prompt needs a chat template"):
-        format_prompt(CHAT, tiny_tokenizer, "plain")
+        format_prompt(CHAT, tiny_tokenizer, PromptSpec("plain"))
 
 
 # ---- grading against several answers

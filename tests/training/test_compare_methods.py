@@ -369,4 +369,4 @@ def test_mistakes_in_a_plan_are_one_line(plan, tmp_path, capsys, change, expecte
 
 def test_no_plan_at_all(tmp_path, capsys):
     assert compare.main(["--config", str(tmp_path / "none.yaml")]) == 1
-    assert "no comparison at" in capsys.readouterr().err
+    assert "no config file" in capsys.readouterr().err

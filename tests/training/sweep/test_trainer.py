@@ -269,7 +269,7 @@ REFUSED = frozenset(
         "skip_memory_metrics", "sync_ref_model", "tf32", "top_entropy_quantile", "torch_compile",
         "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps",
         "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
-        "train_sampling_strategy", "transformers_continuous_batching_config", "trust_remote_code",
+        "train_sampling_strategy", "transformers_continuous_batching_config",
         "update_rows", "use_adaptive_entropy", "use_cache", "use_liger_kernel",
         "use_transformers_continuous_batching", "use_transformers_paged", "vespo_k_neg",
         "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos", "vllm_enable_sleep_mode",
