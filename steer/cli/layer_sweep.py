@@ -32,9 +32,9 @@ from steer.sites import find_decoder
 from steer.tasks.prompts import formatter, question
 from steer.tasks.rewards import MathGrader
 from steer.training import recipe
+from steer.training.arguments import PopulationArguments
 from steer.training.run_settings import RunSettings
 from steer.training.sweep import grid
-from steer.training.sweep.grid import PopulationArguments
 from steer.training.sweep.run import Study, claim_sweep_dir, train_members
 from steer.training.validation import SHARE, split
 

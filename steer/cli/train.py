@@ -36,13 +36,13 @@ from steer.errors import SteerError
 from steer.tasks.elicited import STAGES
 from steer.training import recipe
 from steer.training import run as runs
+from steer.training.arguments import PopulationArguments, SweepArguments
 from steer.training.config import SteeringGRPOConfig
 from steer.training.dry_run import dry_run
-from steer.training.rate_search import SweepArguments, choose
+from steer.training.rate_search import choose
 from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
 from steer.training.steering_trainer import SteeringGRPOTrainer
-from steer.training.sweep.grid import PopulationArguments
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -27,10 +27,11 @@ from accelerate import PartialState
 from steer.config import SteeringArguments
 from steer.errors import SteerError
 from steer.training import recipe
+from steer.training.arguments import SweepArguments
 from steer.training.baselines import Baseline, BaselineGRPOTrainer, readable
 from steer.training.config import SteeringGRPOConfig
 from steer.training.dry_run import dry_run
-from steer.training.rate_search import SweepArguments, choose
+from steer.training.rate_search import choose
 from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
 

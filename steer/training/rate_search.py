@@ -10,7 +10,7 @@ import gc
 import json
 import logging
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from datasets import Dataset
 
 from steer.errors import SteerError
 from steer.files import replace_file
+from steer.training.arguments import SweepArguments
 from steer.training.recipe import Recipe, train_run
 from steer.training.run_settings import RunSettings
 from steer.training.validation import split
@@ -29,31 +30,6 @@ log = logging.getLogger("steer")
 SWEEP_FILE = "sweep.json"
 # Share of the training problems that a sweep validates on where nothing is said.
 SHARE = 0.3
-
-
-@dataclass
-class SweepArguments:
-    """A choice of the learning rate before the run."""
-
-    _argument_group_name = "learning rate sweep"
-
-    lr_sweep: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rates to try first, each in a run of its own under OUTPUT_DIR-sweep; the best "
-            "one by sampled accuracy on validation problems is then used. Held-out problems play no part."
-        },
-    )
-    sweep_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Updates of each of these runs; default: as many as of the run. Few favour larger rates."
-        },
-    )
-    sweep_only: bool = field(default=False, metadata={"help": "Stop once the rate is chosen."})
-    validation_samples: int = field(
-        default=8, metadata={"help": "Answers to each validation problem, at temperature 1."}
-    )
 
 
 def choose(

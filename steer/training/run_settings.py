@@ -26,9 +26,8 @@ from steer.training.run import RunConfig
 from steer.versions import versions
 
 if TYPE_CHECKING:
+    from steer.training.arguments import PopulationArguments, SweepArguments
     from steer.training.baselines import Baseline
-    from steer.training.rate_search import SweepArguments
-    from steer.training.sweep.grid import PopulationArguments
 
 _COMMANDS = {"grpo_steer": "train", "grpo_baseline": "train-baseline", "layer_sweep": "sweep"}
 # Settings of training that provenance names even at their defaults.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from steer.errors import SteerError, shown
 
 if TYPE_CHECKING:
-    from steer.training.config import SteeringGRPOConfig
+    from trl import GRPOConfig
 
 
 class Range(NamedTuple):
@@ -140,7 +140,7 @@ SWITCHES = (
 )  # fmt: skip
 
 
-def check_ranges(args: SteeringGRPOConfig) -> None:
+def check_ranges(args: GRPOConfig) -> None:
     """Refuse a number that is NaN, infinite or out of its range, before anything computes with it."""
     for f in fields(args):
         value = getattr(args, f.name)
@@ -156,22 +156,22 @@ def check_ranges(args: SteeringGRPOConfig) -> None:
         raise SteerError("max_steps=0 trains for num_train_epochs; give a number from 1, or leave it out")
 
 
-def check(args: SteeringGRPOConfig) -> None:
+def check(args: GRPOConfig) -> None:
     """Refuse a setting that no trainer of `steer` reads."""
     _refuse(args, IGNORED)
 
 
-def check_loaded(args: SteeringGRPOConfig) -> None:
+def check_loaded(args: GRPOConfig) -> None:
     """Refuse settings that say how to load a model, beside one that is loaded."""
     _refuse(args, LOADING)
 
 
-def check_recipe(args: SteeringGRPOConfig) -> None:
+def check_recipe(args: GRPOConfig) -> None:
     """Refuse a setting that a recipe does not read."""
     _refuse(args, IGNORED_BY_RECIPES)
 
 
-def idle(args: SteeringGRPOConfig) -> dict[str, str]:
+def idle(args: GRPOConfig) -> dict[str, str]:
     """By name, the settings that were changed and play no part, with the reason."""
     return {
         name: switch.why
@@ -182,7 +182,7 @@ def idle(args: SteeringGRPOConfig) -> dict[str, str]:
     }
 
 
-def changed(args: SteeringGRPOConfig) -> list[str]:
+def changed(args: GRPOConfig) -> list[str]:
     """The names of the settings that are not at the default of their dataclass."""
 
     def default(f: Any) -> Any:
@@ -191,7 +191,7 @@ def changed(args: SteeringGRPOConfig) -> list[str]:
     return [f.name for f in fields(args) if getattr(args, f.name) != default(f)]
 
 
-def _refuse(args: SteeringGRPOConfig, reasons: dict[str, str]) -> None:
+def _refuse(args: GRPOConfig, reasons: dict[str, str]) -> None:
     different = set(changed(args))
     for name, why in reasons.items():
         if name in different:

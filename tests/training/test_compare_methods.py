@@ -27,7 +27,7 @@ from steer.evaluation.plan import read_plan
 from steer.recipe_files import launcher_file
 from steer.tasks.data import load_problems
 from steer.tasks.elicited import choose
-from steer.training import rate_search
+from steer.training.arguments import SweepArguments
 from steer.training.comparison import Comparison, Failed
 from steer.training.validation import split
 
@@ -344,7 +344,7 @@ def module_fields(script: str) -> list[str]:
     from steer.training.run import RunConfig
 
     trained = SteeringArguments if script == "grpo_steer" else Baseline
-    parts = (RunConfig, trained, SteeringArguments, SteeringGRPOConfig, rate_search.SweepArguments)
+    parts = (RunConfig, trained, SteeringArguments, SteeringGRPOConfig, SweepArguments)
     return [f.name for part in parts for f in fields(part)]
 
 

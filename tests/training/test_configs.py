@@ -19,8 +19,9 @@ from steer.cli import train
 from steer.models import fast_dtype
 from steer.tasks.prompts import TEMPLATES
 from steer.tasks.rewards import REWARDS
+from steer.training.arguments import PopulationArguments
 from steer.training.run_settings import RunSettings
-from steer.training.sweep.grid import PopulationArguments, members
+from steer.training.sweep.grid import members
 from steer.training.sweep.member import check_supported
 from steer.weights import BUNDLED
 

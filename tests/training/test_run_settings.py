@@ -15,6 +15,7 @@ from helpers.paths import ROOT
 
 from steer.cli import layer_sweep, train, train_baseline
 from steer.errors import SteerError
+from steer.training.arguments import PopulationArguments
 from steer.training.config import SteeringGRPOConfig
 from steer.training.neutral import CONTINUED, WATCHING, differences
 from steer.training.run import RUN_FILE, RunConfig, claim_output_dir
@@ -74,7 +75,7 @@ def test_a_population_begun_by_version_0_1_goes_on(tmp_path: Path) -> None:
 
     def claim(*changes: str) -> list[str]:
         line = [*arguments, *changes]
-        settings = RunSettings.parse("layer_sweep", arguments=line, population=grid.PopulationArguments)
+        settings = RunSettings.parse("layer_sweep", arguments=line, population=PopulationArguments)
         members = grid.members(settings, 30, line)
         claim_sweep_dir(folder, settings, members, {m.member for m in members})
         return [m.member for m in members]
@@ -134,5 +135,5 @@ def test_percent_signs_in_help_are_written_as_they_are(capsys: pytest.CaptureFix
 def test_layer_sweep_takes_no_sweep_of_rates() -> None:
     with pytest.raises(SteerError, match="lr_sweep"):
         RunSettings.parse(
-            "layer_sweep", layer_sweep.__doc__, ["--lr_sweep", "1"], population=grid.PopulationArguments
+            "layer_sweep", layer_sweep.__doc__, ["--lr_sweep", "1"], population=PopulationArguments
         )

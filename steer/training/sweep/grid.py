@@ -9,106 +9,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import product
 from typing import Any
 
 import yaml
 
-from steer.config import SteeringArguments, SteeringConfig
+from steer.config import SteeringConfig
 from steer.errors import SteerError, shown
+from steer.training.arguments import MEMBER_FIELDS, PopulationArguments
 from steer.training.config import SteeringGRPOConfig
 from steer.training.run_settings import RunSettings
 from steer.training.sweep.member import OWN
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
-_FIELDS = {*(f.name for f in fields(SteeringArguments)), *OWN, "rewards"}
 _NULLABLE = {f.name for f in fields(SteeringGRPOConfig) if f.name in OWN and f.default is None}
-SCORES = ("reward", "validation")
-RIVALS = ("all", "layers")
-
-
-@dataclass
-class PopulationArguments:
-    """The members of the population, and which of them go on."""
-
-    _argument_group_name = "population"
-
-    each_layer: str | None = field(
-        default=None,
-        metadata={
-            "help": "One member for each of these layers alone: 'all', or a set such as '0-5,27'. Rates of "
-            "single layers come from lr_by_layer."
-        },
-    )
-    learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "A member for each of these rates (with each_layer: and each layer)."}
-    )
-    seeds: list[int] | None = field(
-        default=None, metadata={"help": "A member for each of these seeds (and each layer and rate)."}
-    )
-    population: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "More members, each a mapping of what it changes: '{name: control, rewards: [random]}'. "
-            "In a config file a list of mappings. A member may change " + ", ".join(sorted(_FIELDS)) + "."
-        },
-    )
-    only: list[str] | None = field(
-        default=None, metadata={"help": "Train these members alone, by name; the others stay as they are."}
-    )
-    halve_at: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Successive halving (arXiv 1502.07943): after each of these updates keep the best "
-            "members and stop the others. Only members with the same rewards are compared; ties stay."
-        },
-    )
-    keep: float = field(default=0.5, metadata={"help": "Share of the members that halve_at keeps."})
-    halve_on: str = field(
-        default="reward",
-        metadata={
-            "help": "What halve_at compares: reward = mean training reward of the last 5 updates; validation "
-            "= greedy accuracy on the problems of validate_every, or on validation_problems of those that "
-            "are trained on. Held-out problems play no part."
-        },
-    )
-    halve_among: str = field(
-        default="all",
-        metadata={
-            "help": "Whom halve_at compares: all = all members with the same rewards; layers = those that "
-            "also steer the same layers, so that each layer keeps its best learning rates."
-        },
-    )
-    validation_problems: int = field(
-        default=64, metadata={"help": "Training problems on which halve_on=validation measures accuracy."}
-    )
-    winners: int = field(
-        default=4,
-        metadata={
-            "help": "Single layers, best training reward first, whose vectors are tried in pairs; 0 is none."
-        },
-    )
-
-    @property
-    def asked(self) -> bool:
-        """Whether any members are asked for, or chosen among."""
-        members = (self.each_layer, self.learning_rates, self.seeds, self.population)
-        return any((*members, self.only, self.halve_at))
-
-    def __post_init__(self) -> None:
-        if self.halve_on not in SCORES:
-            raise SteerError(f"halve_on={self.halve_on!r} is unknown; choose one of {', '.join(SCORES)}")
-        if self.halve_among not in RIVALS:
-            raise SteerError(
-                f"halve_among={self.halve_among!r} is unknown; choose one of {', '.join(RIVALS)}"
-            )
-        if not 0 < self.keep < 1:
-            raise SteerError(f"keep={self.keep} is not a share between 0 and 1")
-        if self.winners == 1 or self.winners < 0:
-            raise SteerError(f"winners={self.winners}: pairs need 2 layers or more; 0 tries none")
-        if sorted(set(self.halve_at or [])) != (self.halve_at or []) or min(self.halve_at or [1]) < 1:
-            raise SteerError(f"halve_at={self.halve_at} is not a list of updates, the earliest first")
 
 
 def own(settings: RunSettings) -> dict[str, Any]:
@@ -190,10 +105,10 @@ def _mapping(entry: Any) -> dict[str, Any]:
         raise SteerError(f"population entry {shown(entry)} is not YAML; write '{{layers: 3}}'") from error
     if not isinstance(found, dict) or not found:
         raise SteerError(f"population entry {shown(entry)} changes nothing; write it as '{{layers: 3}}'")
-    if unknown := sorted(set(map(str, found)) - _FIELDS - {"name"}):
+    if unknown := sorted(set(map(str, found)) - MEMBER_FIELDS - {"name"}):
         raise SteerError(
             f"a member cannot change {', '.join(unknown)}: members share model, data and batches; it may "
-            f"change {', '.join(sorted(_FIELDS))}"
+            f"change {', '.join(sorted(MEMBER_FIELDS))}"
         )
     return dict(found)
 

@@ -39,10 +39,11 @@ from steer.tasks.prompts import formatter
 from steer.tasks.reward_loading import load_rewards
 from steer.tasks.rewards import MathGrader
 from steer.training import run as runs
+from steer.training.arguments import PopulationArguments
 from steer.training.neutral import differences
 from steer.training.run import RunConfig
 from steer.training.run_settings import RunSettings
-from steer.training.sweep.grid import PopulationArguments, own
+from steer.training.sweep.grid import own
 from steer.training.sweep.member import OWN, Member, read_states
 from steer.training.sweep.trainer import PopulationTrainer
 from steer.training.validation import best, history_entry, stalled, summary

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from steer import artifact
 from steer.lens.layer_study import with_scores
+from steer.training.arguments import PopulationArguments
 from steer.training.run_settings import RunSettings
-from steer.training.sweep.grid import PopulationArguments, members
+from steer.training.sweep.grid import members
 from steer.training.sweep.member import check_supported, read_states
 
 RECIPE, SOLO = ROOT / "recipes" / "layer_sweep.py", ROOT / "recipes" / "grpo_steer.py"

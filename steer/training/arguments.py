@@ -1,0 +1,124 @@
+"""What a command line asks beside the settings of a run: a choice of the learning rate, and a population."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from steer.config import SteeringArguments
+from steer.errors import SteerError
+from steer.training.sweep.member import OWN
+
+# What a member of a population may change.
+MEMBER_FIELDS = {*(f.name for f in fields(SteeringArguments)), *OWN, "rewards"}
+SCORES = ("reward", "validation")
+RIVALS = ("all", "layers")
+
+
+@dataclass
+class SweepArguments:
+    """A choice of the learning rate before the run."""
+
+    _argument_group_name = "learning rate sweep"
+
+    lr_sweep: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rates to try first, each in a run of its own under OUTPUT_DIR-sweep; the best "
+            "one by sampled accuracy on validation problems is then used. Held-out problems play no part."
+        },
+    )
+    sweep_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Updates of each of these runs; default: as many as of the run. Few favour larger rates."
+        },
+    )
+    sweep_only: bool = field(default=False, metadata={"help": "Stop once the rate is chosen."})
+    validation_samples: int = field(
+        default=8, metadata={"help": "Answers to each validation problem, at temperature 1."}
+    )
+
+
+@dataclass
+class PopulationArguments:
+    """The members of the population, and which of them go on."""
+
+    _argument_group_name = "population"
+
+    each_layer: str | None = field(
+        default=None,
+        metadata={
+            "help": "One member for each of these layers alone: 'all', or a set such as '0-5,27'. Rates of "
+            "single layers come from lr_by_layer."
+        },
+    )
+    learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "A member for each of these rates (with each_layer: and each layer)."}
+    )
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "A member for each of these seeds (and each layer and rate)."}
+    )
+    population: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "More members, each a mapping of what it changes: '{name: control, rewards: [random]}'. "
+            "In a config file a list of mappings. A member may change "
+            + ", ".join(sorted(MEMBER_FIELDS))
+            + "."
+        },
+    )
+    only: list[str] | None = field(
+        default=None, metadata={"help": "Train these members alone, by name; the others stay as they are."}
+    )
+    halve_at: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Successive halving (arXiv 1502.07943): after each of these updates keep the best "
+            "members and stop the others. Only members with the same rewards are compared; ties stay."
+        },
+    )
+    keep: float = field(default=0.5, metadata={"help": "Share of the members that halve_at keeps."})
+    halve_on: str = field(
+        default="reward",
+        metadata={
+            "help": "What halve_at compares: reward = mean training reward of the last 5 updates; validation "
+            "= greedy accuracy on the problems of validate_every, or on validation_problems of those that "
+            "are trained on. Held-out problems play no part."
+        },
+    )
+    halve_among: str = field(
+        default="all",
+        metadata={
+            "help": "Whom halve_at compares: all = all members with the same rewards; layers = those that "
+            "also steer the same layers, so that each layer keeps its best learning rates."
+        },
+    )
+    validation_problems: int = field(
+        default=64, metadata={"help": "Training problems on which halve_on=validation measures accuracy."}
+    )
+    winners: int = field(
+        default=4,
+        metadata={
+            "help": "Single layers, best training reward first, whose vectors are tried in pairs; 0 is none."
+        },
+    )
+
+    @property
+    def asked(self) -> bool:
+        """Whether any members are asked for, or chosen among."""
+        members = (self.each_layer, self.learning_rates, self.seeds, self.population)
+        return any((*members, self.only, self.halve_at))
+
+    def __post_init__(self) -> None:
+        if self.halve_on not in SCORES:
+            raise SteerError(f"halve_on={self.halve_on!r} is unknown; choose one of {', '.join(SCORES)}")
+        if self.halve_among not in RIVALS:
+            raise SteerError(
+                f"halve_among={self.halve_among!r} is unknown; choose one of {', '.join(RIVALS)}"
+            )
+        if not 0 < self.keep < 1:
+            raise SteerError(f"keep={self.keep} is not a share between 0 and 1")
+        if self.winners == 1 or self.winners < 0:
+            raise SteerError(f"winners={self.winners}: pairs need 2 layers or more; 0 tries none")
+        if sorted(set(self.halve_at or [])) != (self.halve_at or []) or min(self.halve_at or [1]) < 1:
+            raise SteerError(f"halve_at={self.halve_at} is not a list of updates, the earliest first")
