@@ -167,7 +167,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     from steer.evaluation import compare
 
     compare.report([args.out], base=(base if args.base else compared[0]).name.partition("#")[0])
-    page = shlex.join(["python", "-m", "steer.evaluation.compare", args.out, "--out", f"{args.out}/page"])
+    page = shlex.join(["steer", "compare", args.out, "--out", f"{args.out}/page"])
     print(f"\nanswers   {args.out}\nas a page  {page}")
 
 

@@ -7,8 +7,10 @@ what tells it from another of the same name.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -129,8 +131,21 @@ def check(
                 f"another tokenizer (vocabulary {made_for}, this model's is {have}); give the model they "
                 "were made for, or --other-tokenizer to measure them all the same"
             )
-        steer.load(saved, model)
+        with _unmeasured():
+            steer.load(saved, model)
         steer.detach(model)
+
+
+@contextmanager
+def _unmeasured() -> Iterator[None]:
+    """No warning that sites are not measured on the meta device: the engine does so on the loaded model."""
+    log = logging.getLogger("steer.probe")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def fingerprint(folder: Path) -> str:

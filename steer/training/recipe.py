@@ -106,11 +106,14 @@ def begin(settings: RunSettings) -> None:
         )
     for name, why in idle(training).items():
         log.info("%s=%r plays no part: %s", name, getattr(training, name), why)
-    if training.reward_weights is not None and len(training.reward_weights) != len(run.rewards):
+    names, weights = reward_names(run.rewards), training.reward_weights
+    if weights is not None and len(weights) != len(names):
         raise SteerError(
-            f"{len(training.reward_weights)} reward_weights for {len(run.rewards)} rewards "
-            f"({', '.join(reward_names(run.rewards))}); give one for each"
+            f"{len(weights)} reward_weights, {weights}, for {len(names)} rewards ({', '.join(names)}); give "
+            "one for each with --reward_weights, also where the config file has others"
         )
+    weighted = zip(weights or [1.0] * len(names), names, strict=True)
+    log.info("reward: %s", " + ".join(f"{weight:g} x {name}" for weight, name in weighted))
     if run.examples < 0:
         raise SteerError(f"examples is {run.examples}; expected the number of worked examples, 0 for none")
 

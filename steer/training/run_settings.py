@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -175,7 +177,14 @@ def _read(
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SteerError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:  # trl and transformers on unknown or contradictory settings
-        raise SteerError(" ".join(str(error).split())) from error
+        message = " ".join(str(error).split())
+        unknown = re.findall(r"'--([^'=]+)", message)
+        if unknown and ("not used by" in message or message.startswith("Unknown arguments")):
+            known = [field.name for part in parts for field in fields(part) if field.init]
+            near = get_close_matches(unknown[0].replace("-", "_"), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else "; --help lists the settings"
+            message = f"unknown setting {unknown[0]}{hint}"
+        raise SteerError(message) from error
 
 
 def _with_config_file(arguments: Sequence[str]) -> list[str]:

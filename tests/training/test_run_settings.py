@@ -137,3 +137,22 @@ def test_layer_sweep_takes_no_sweep_of_rates() -> None:
         RunSettings.parse(
             "layer_sweep", layer_sweep.__doc__, ["--lr_sweep", "1"], population=PopulationArguments
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--lerning_rate", "1e-3"], "unknown setting lerning_rate; did you mean learning_rate?"),
+        (["--qqq", "1"], "unknown setting qqq; --help lists the settings"),
+    ],
+)
+def test_a_misspelt_setting_is_named_with_the_nearest(words: list[str], expected: str) -> None:
+    with pytest.raises(SteerError) as error:
+        RunSettings.parse("grpo_steer", arguments=words)
+    assert str(error.value) == expected
+
+
+def test_a_misspelt_setting_of_a_config_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("num_generation: 8\n")
+    with pytest.raises(SteerError, match="unknown setting num_generation; did you mean num_generations"):
+        RunSettings.parse("grpo_steer", arguments=["--config", str(tmp_path / "run.yaml")])
