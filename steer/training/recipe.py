@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch.distributed import DistBackendError
@@ -69,6 +70,8 @@ def start(main: Callable[[], object]) -> None:
     print_any_text()
     try:
         main()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except SteerError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
