@@ -11,7 +11,7 @@ from fractions import Fraction
 import pytest
 from helpers.grading_cases import RIGHT, WRONG
 from helpers.paths import SHARED
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from steer.evaluation.grading_check import agreement
@@ -342,6 +342,7 @@ _ \sqrt \overline \left( \right) \% % $ \$ \circ ^\circ ! | / \cdot \times 10^{ 
 pieces = st.sampled_from([*PIECES.split(), " ", "\n", ""])
 
 
+@example(r"\pmx", r"10^{\pmor\right)")
 @given(st.lists(pieces, max_size=14).map("".join), st.lists(pieces, max_size=14).map("".join))
 @settings(max_examples=600, deadline=None)
 def test_any_text_is_graded(gold, answer):

@@ -343,7 +343,7 @@ def refused(base: Path, tmp_path: Path) -> Callable[..., str]:
         (("--advantage", "median"), "loo, group"),
         (("--reward_weights", "1.0"), "reward"),
         (("--num_generations", "5"), "num_generations"),
-        (("--learnin_rate", "1"), "--learnin_rate"),
+        (("--learnin_rate", "1"), "unknown setting learnin_rate; did you mean learning_rate?"),
         (("--max_steps", "many"), "max_steps"),
         (("--train_limit", "2"), "data set"),
         (("--loss_type", "grop"), "dr_grpo"),

@@ -155,7 +155,7 @@ def read(text: str) -> Answer:
     colons = [(i, i + 1) for i, c in enumerate(text) if c == ":" and depths[i] == 0]
     if colons and all(part[:1].isdigit() or part.isalnum() for part in _cut(text, colons)):
         return Answer("ratio", _cut(text, colons))
-    return _signs(text) if r"\pm" in text else Answer("single", (text,))
+    return _signs(text) if re.search(r"\\pm(?![a-zA-Z])", text) else Answer("single", (text,))
 
 
 def _signs(text: str) -> Answer:
