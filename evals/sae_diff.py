@@ -207,7 +207,7 @@ def _train(args: argparse.Namespace, reader: Reader, rows: torch.Tensor) -> SAE:
 
 
 def _first(features: list[Feature], sign: int) -> Feature:
-    """The feature that fires most surely oftener in right (sign 1) or wrong (-1) completions."""
+    """The feature that fires more often, most surely, in right (sign 1) or wrong (-1) completions."""
     return next((f for f in features if sign * f.difference > 0), features[0])
 
 

@@ -445,10 +445,10 @@ def _check_same_base(one: SteeringConfig, other: SteeringConfig) -> None:
             continue
         if left != right:
             place = name in ("site", "positions")
-            mend = "they steer different places" if place else "bring one over with `steer transfer` first"
+            fix = "they steer different places" if place else "move one with `steer transfer` first"
             raise SteerError(
                 f"cannot combine vectors of {one.base_model_name_or_path} and "
-                f"{other.base_model_name_or_path}: {name} is {left} and {right}; {mend}"
+                f"{other.base_model_name_or_path}: {name} is {left} and {right}; {fix}"
             )
 
 

@@ -1,6 +1,6 @@
 """
-The one exception that a user's mistake raises: a single line that says what was given, expected, and the
-mend.
+The one exception that a user's mistake raises: a single line that says what was given, what was
+expected, and how to fix it.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_a_range_includes_both_ends(first, last):
 def test_an_empty_layer_set_is_refused(layers):
     with pytest.raises(SteerError, match="empty") as error:
         SteeringConfig(layers=layers)
-    assert "'all'" in message(error)  # names the mend
+    assert "'all'" in message(error)  # says how to fix it
 
 
 @pytest.mark.parametrize(

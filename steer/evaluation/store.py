@@ -192,6 +192,6 @@ def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> d
 
 def _disk(folder: Path, error: OSError) -> SteerError:
     return SteerError(
-        f"cannot write to {folder}: {error.strerror}; what is there is whole: mend that and run the same "
+        f"cannot write to {folder}: {error.strerror}; what is there is whole: fix that and run the same "
         "command again to go on"
     )

@@ -1,17 +1,4 @@
-"""
-Do a few vectors give what full fine-tuning gives? Train and measure both, other methods and the controls, and
-write tables, plots and a page.
-
-    steer compare --config compare-tiny
-    steer compare --config compare-tiny --report
-
-Each run of training is a process of its own, started by `accelerate launch`, and is scored on held-out
-problems by `steer eval`. Learning rates are chosen once for each method, on problems split off the
-training set. Whatever was finished is one small file under OUT/runs or OUT/sweeps and is not done again, on
-this machine or another; a run that was stopped goes on where it was; one that fails is told of at the end and
-holds up no other. Seeds are outermost: after a part of the time there is one seed of everything. `--report`
-only makes the tables and the page of what is there.
-"""
+"""A comparison of methods (`steer compare`): the processes that train and score them, and what is done."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
-What a recipe of reinforcement learning does around its trainer, whatever that trains: load problems and
-model, score before and after, train from where it stopped, and report.
+The steps of a training run around its trainer: load problems and model, score before and after, train from
+the last checkpoint, and report.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", 
 
 
 def start(main: Callable[[], object]) -> None:
-    """Run the `main` of a recipe. An error that names its mend ends the program with that one line."""
+    """Run the `main` of a recipe. A `SteerError` ends the program with its one line."""
     print_any_text()
     try:
         main()

@@ -123,10 +123,10 @@ def transfer(
         fitted = fit(*sides, sample, matches, site=site, method=method, **options)
     mean_r2 = fitted.mean_r2
     if mean_r2 is not None and mean_r2 < min_r2 and not force:
-        mend = "use method='ridge'" if fitted.method == "direct" else "give other texts, train new vectors"
+        fix = "use method='ridge'" if fitted.method == "direct" else "give other texts, train new vectors"
         raise SteerError(
             f"the {fitted.method} map explains {mean_r2:.3f} of the recipient's stream on held-out texts, "
-            f"less than min_r2={min_r2}: {mend}, or have the result all the same with force=True"
+            f"less than min_r2={min_r2}: {fix}, or accept the result with force=True"
         )
     given = _given(source)
     moved = {match: _move(given[match.donor], match, fitted) for match in matches}
@@ -183,7 +183,7 @@ def _same_shape(config: SteeringConfig, model: PreTrainedModel) -> bool:
 
 
 def _possible(source: Artifact, target: PreTrainedModel, method: str, layers_by: str) -> str:
-    """The method as far as the kind and the site decide it; SteerError for what no text sample could mend."""
+    """The method as far as the kind and the site decide it; SteerError for what no text sample can change."""
     config, decoder = source.config, find_decoder(target)
     alike = decoder.hidden_size == config.hidden_size
     if method == "direct" and not alike:

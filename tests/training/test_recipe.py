@@ -308,7 +308,7 @@ def test_a_machine_dies_and_the_run_goes_on_with_nothing_lost(
     assert far(got, expected) < 1e-4
 
 
-# ---- bad input: one line that names the mend
+# ---- bad input: one line that says how to fix it
 
 
 @pytest.fixture
