@@ -35,31 +35,16 @@ def _trainer(command: str, module: str) -> Program:
     return run
 
 
-def _evaluate(words: list[str]) -> int:
-    from steer.evaluation.run import main
+def _program(module: str) -> Program:
+    def run(words: list[str]) -> int:
+        return import_module(module).main(words)
 
-    return main(words)
-
-
-def _compare(words: list[str]) -> int:
-    if any(word == "--config" or word.startswith("--config=") for word in words):
-        from steer.cli.compare import main
-    else:
-        from steer.evaluation.compare import main
-
-    return main(words)
+    return run
 
 
-def _browse(words: list[str]) -> int:
-    from steer.evaluation.browse import main
-
-    return main(words)
-
-
-def _check_grading(words: list[str]) -> int:
-    from steer.evaluation.grading_check import main
-
-    return main(words)
+def _compare(words: list[str]) -> int | None:
+    config = any(word == "--config" or word.startswith("--config=") for word in words)
+    return _program("steer.cli.compare" if config else "steer.evaluation.compare")(words)
 
 
 PROGRAMS: dict[str, tuple[Program, str]] = {
@@ -72,10 +57,13 @@ PROGRAMS: dict[str, tuple[Program, str]] = {
         _trainer("sweep", "steer.cli.layer_sweep"),
         "train many sets of vectors at once: every layer, learning rates, seeds",
     ),
-    "eval": (_evaluate, "score a model and its variants on benchmarks"),
+    "eval": (_program("steer.evaluation.run"), "score a model and its variants on benchmarks"),
     "compare": (_compare, "tables and a page from runs of `steer eval`, or a whole comparison of methods"),
-    "browse": (_browse, "read the graded answers of `steer eval` side by side"),
-    "grading-check": (_check_grading, "grade answers again by other graders, and list the differences"),
+    "browse": (_program("steer.evaluation.browse"), "read the graded answers of `steer eval` side by side"),
+    "grading-check": (
+        _program("steer.evaluation.grading_check"),
+        "grade answers again by other graders, and list the differences",
+    ),
     "sae train": (
         _trainer("sae train", "steer.cli.train_sae"),
         "train sparse autoencoders on a model's activations",

@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,11 +18,9 @@ from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
 from steer.training.config import SteeringGRPOConfig
 from steer.training.estimate import memory, shape_of
+from steer.training.recipe import Recipe, fitting
 from steer.training.run_settings import RunSettings
 from steer.training.validation import SHARE, split
-
-if TYPE_CHECKING:
-    from steer.training.recipe import Recipe
 
 # Longest answer, in tokens, of the timed updates.
 TOKENS = 64
@@ -41,8 +39,6 @@ def dry_run(
         train: the training problems.
         held_out: the held-out problems.
     """
-    from steer.training.recipe import fitting
-
     run, training = settings.run, settings.training
     model, tokenizer = run.load(recipe.dtype, training.trust_remote_code)
     format_problem = formatter(settings.prompt, tokenizer)

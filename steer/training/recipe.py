@@ -109,6 +109,9 @@ def begin(settings: RunSettings) -> None:
         )
     for name, why in idle(training).items():
         log.info("%s=%r plays no part: %s", name, getattr(training, name), why)
+    searching = settings.rates is not None and settings.rates.lr_sweep
+    if run.validation is not None and not (run.validate_every or searching):
+        log.info("validation=%r plays no part: set validate_every, or lr_sweep", run.validation)
     names, weights = reward_names(run.rewards), training.reward_weights
     if weights is not None and len(weights) != len(names):
         raise SteerError(
