@@ -30,7 +30,8 @@ from steer.sae.intervene import answer_without, shifted
 from steer.sae.trainer import SAETrainer, TrainConfig
 from steer.stats import wilson
 from steer.stop_tokens import stop_token_ids
-from steer.tasks.data import Arithmetic, load_problems
+from steer.tasks.arithmetic import Arithmetic
+from steer.tasks.data import load_problems
 from steer.tasks.grading import MathGrader
 from steer.tasks.lenient import extract_lenient
 from steer.tasks.prompts import choose_prompt, formatter

@@ -44,7 +44,8 @@ def plan(only: str | None = None) -> list[str]:
 
 
 def problems(count: int) -> list[str]:
-    from steer.tasks.data import Arithmetic, load_problems
+    from steer.tasks.arithmetic import Arithmetic
+    from steer.tasks.data import load_problems
 
     found = load_problems("arithmetic", "train", arithmetic=Arithmetic(problems=count))["problem"]
     return list(found)[:count]

@@ -32,7 +32,8 @@ from steer.evaluation.heldout import answer_greedily, score
 from steer.files import replace_file
 from steer.models import load_model, load_tokenizer
 from steer.stop_tokens import stop_token_ids
-from steer.tasks.data import Arithmetic, load_problems
+from steer.tasks.arithmetic import Arithmetic
+from steer.tasks.data import load_problems
 from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import choose_prompt, formatter
 from steer.transfer import transfer

@@ -13,28 +13,26 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer import hub
 from steer.artifact_file import CONFIG_FILE, TENSOR_FILE, digest, read_file
+from steer.artifact_tensors import check_arrays, check_tensors, decoder_name, directions_name, expected_names
 from steer.card import MARK, PLACE, card
-from steer.config import SteeringConfig
+from steer.config import SteeringConfig, join_layers
 from steer.errors import SteerError, shown
 from steer.files import replace_files, with_metadata
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import nn
 
 log = logging.getLogger("steer")
 
 CARD_FILE = "README.md"
-_NAME = re.compile(r"(?P<decoder>[\w.]+)\.(?P<layer>\d{1,5})\.steering\.(?:vector|readout|mix)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,9 @@ class Artifact:
     @property
     def decoder(self) -> str:
         """Name of the list of decoder layers in the base model, such as `model.layers`."""
-        match = next(filter(None, map(_NAME.fullmatch, self.tensors)))
-        return match["decoder"]
+        name = decoder_name(self.tensors)
+        assert name is not None
+        return name
 
     def by_layer(self) -> dict[int, torch.Tensor]:
         """
@@ -178,8 +177,8 @@ class Artifact:
         if self.config.kind == "shared" and self.config.rank > len(kept):  # fewer vectors than directions
             vectors = self.by_layer()
             return self._constant({layer: vectors[layer] for layer in kept}, step, self.config.dtype)
-        names = expected_names(replace(self.config, layers=_join(kept)), self.decoder)
-        config = self._derived(step, layers=_join(kept))
+        names = expected_names(replace(self.config, layers=join_layers(kept)), self.decoder)
+        config = self._derived(step, layers=join_layers(kept))
         return Artifact(config, {name: self.tensors[name] for name in names})
 
     def __mul__(self, factor: float) -> Artifact:
@@ -213,7 +212,7 @@ class Artifact:
 
     def _constant(self, vectors: dict[int, torch.Tensor], step: dict[str, Any], *dtypes: str) -> Artifact:
         dtype = "float64" if "float64" in dtypes else "float32"
-        config = self._derived(step, kind="constant", layers=_join(vectors), scale=1.0, dtype=dtype)
+        config = self._derived(step, kind="constant", layers=join_layers(vectors), scale=1.0, dtype=dtype)
         return Artifact(config, _constant_tensors(vectors, self.decoder, dtype))
 
     def _indices(self) -> list[int]:
@@ -248,7 +247,7 @@ def from_vectors(vectors: Mapping[int, torch.Tensor], model: nn.Module, **fields
     decoder = find_decoder(model)
     if not vectors:
         raise SteerError("no vectors were given: nothing would be steered")
-    config = replace(SteeringConfig(layers=_join(sorted(vectors)), **fields), **describe(model))
+    config = replace(SteeringConfig(layers=join_layers(sorted(vectors)), **fields), **describe(model))
     config.resolve_layers(decoder.num_hidden_layers)
     made = Artifact(config, _constant_tensors(dict(sorted(vectors.items())), decoder.name, config.dtype))
     check(made, "the vectors given")
@@ -338,91 +337,18 @@ def read_numpy(source: str | os.PathLike[str], revision: str | None = None) -> A
         with np.errstate(invalid="ignore"):  # a signalling NaN is refused below, like any other
             arrays[name] = flat.reshape(shape).astype(np.float64)
     found = Artifact(config, arrays)
-    _check_numbers(config, arrays, str(path))
+    check_arrays(config, arrays, str(path))
     return found
 
 
 def check(artifact: Artifact, where: str) -> None:
     """Raise SteerError unless the tensors are exactly those that the config speaks of, and finite."""
-    import torch
-
-    for name, tensor in artifact.tensors.items():
-        if tensor.dtype != getattr(torch, artifact.config.dtype):
-            raise SteerError(
-                f"{where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected "
-                f"{artifact.config.dtype} as the config says"
-            )
-    arrays = {name: tensor.detach().cpu().double().numpy() for name, tensor in artifact.tensors.items()}
-    _check_numbers(artifact.config, arrays, where)
-
-
-def _check_numbers(config: SteeringConfig, arrays: dict[str, np.ndarray], where: str) -> None:
-    import numpy as np
-
-    if not arrays:
-        raise SteerError(f"{where}: the artifact holds no vectors")
-    if config.hidden_size is None or config.num_hidden_layers is None:
-        raise SteerError(f"{where}: the steering config does not say hidden_size and num_hidden_layers")
-    match = next(filter(None, map(_NAME.fullmatch, arrays)), None)
-    if match is None:
-        raise SteerError(
-            f"{where}: unexpected tensor {next(iter(arrays))!r}; names are like "
-            "'model.layers.12.steering.vector'"
-        )
-    expected = expected_names(config, match["decoder"])
-    if set(arrays) != set(expected):
-        wrong = sorted(set(arrays) ^ set(expected))
-        raise SteerError(
-            f"{where}: the tensors are not the {config.kind} vectors of layers {shown(config.layers)}: "
-            f"{', '.join(wrong[:4])} {'is' if len(wrong) == 1 else 'are'} missing or unexpected"
-        )
-    for name, shape in expected.items():
-        array = arrays[name]
-        if array.shape != shape and not (shape == (None,) and array.ndim == 1 and array.size):
-            raise SteerError(f"{where}: {name} has shape {array.shape}, expected floats {shape}")
-        if not np.isfinite(array).all():
-            raise SteerError(
-                f"{where}: {name} holds NaN or Inf; lower the learning rate or load an earlier checkpoint"
-            )
-
-
-def expected_names(config: SteeringConfig, decoder: str) -> dict[str, tuple[int | None, ...]]:
-    """Names and shapes of the tensors of `config`; None is a length that the config does not tell."""
-    assert config.num_hidden_layers is not None
-    shapes: dict[str, dict[str, tuple[int | None, ...]]] = {
-        "constant": {"vector": (config.hidden_size,)},
-        "adaptive": {"vector": (config.hidden_size,), "readout": (None,)},
-        "shared": {"mix": (config.rank,)},
-    }
-    names = {
-        f"{decoder}.{layer}.steering.{part}": shape
-        for layer in config.resolve_layers(config.num_hidden_layers)
-        for part, shape in shapes[config.kind].items()
-    }
-    if config.kind == "shared":
-        names[directions_name(decoder)] = (config.rank, config.hidden_size)
-    return names
-
-
-def directions_name(decoder: str) -> str:
-    """Where the shared directions live: beside the list of layers, in the module that runs them."""
-    return f"{decoder.rpartition('.')[0]}.steering.directions".removeprefix(".")
+    check_tensors(artifact.config, artifact.tensors, where)
 
 
 def _wide(values: Any) -> Any:
     """Half precision as float32; the others, and numpy arrays, as they are."""
     return values.float() if str(values.dtype) in ("torch.bfloat16", "torch.float16") else values
-
-
-def _join(layers: Iterable[int]) -> str:
-    """Ascending layers as `SteeringConfig.layers` writes them: 0, 1, 2, 7 is `0-2,7`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
 
 
 def _constant_tensors(vectors: Mapping[int, Any], decoder: str, dtype: str) -> dict[str, Any]:

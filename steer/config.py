@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -299,3 +299,14 @@ def _index(layer: int, num_hidden_layers: int) -> int:
             f"(or -{num_hidden_layers} to -1)"
         )
     return layer % num_hidden_layers
+
+
+def join_layers(layers: Iterable[int]) -> str:
+    """Ascending layers as `SteeringConfig.layers` writes them: 0, 1, 2, 7 is `0-2,7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)

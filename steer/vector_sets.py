@@ -26,8 +26,9 @@ from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hook
 from steer.probe import verify
+from steer.prompt_watch import PromptWatch
 from steer.sites import Site, find_decoder
-from steer.vectors import AnyVector, PromptWatch, SteeringVectors, build
+from steer.vectors import AnyVector, SteeringVectors, build
 
 BASE = -1
 

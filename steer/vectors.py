@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,14 @@ import torch
 from torch import nn
 
 from steer import artifact
+from steer.artifact_tensors import directions_name
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hook
 from steer.identity import base_checksum, describe, tokenizer_checksum
 from steer.kinds import AdaptiveVector, SharedDirections, SharedVector, SteeringState, SteeringVector
 from steer.probe import verify
+from steer.prompt_watch import PromptWatch
 from steer.sharded import fill, gathered, shape, whole
 from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_sites
 
@@ -248,7 +249,7 @@ def build(model: nn.Module, config: SteeringConfig) -> tuple[SteeringVectors, li
     state = SteeringState(config.positions, config.scale)
     shared, modules, places = _make(decoder, layers, config, state)
     named = {f"{decoder.name}.{i}.steering": module for i, module in zip(layers, modules, strict=True)}
-    root = artifact.directions_name(decoder.name).rpartition(".")[0]
+    root = directions_name(decoder.name).rpartition(".")[0]
     return SteeringVectors(
         model, config, named, state, (root, shared) if shared is not None else None
     ), places
@@ -361,48 +362,6 @@ def _make(
     return None, [SteeringVector(decoder.hidden_size, state, dtype, device) for device in devices], sites
 
 
-class PromptWatch:
-    """
-    Lets the vectors of `state` know which tokens they steer: before each forward pass of `model`, and during
-    its `generate()` where the prompt ends. `remove()` ends it; of several, the last one first.
-    """
-
-    def __init__(self, model: nn.Module, state: SteeringState):
-        self.model = model
-        self.handle = find_decoder(model).backbone.register_forward_pre_hook(
-            partial(_place, state), prepend=True, with_kwargs=True
-        )
-        # Assisted decoding and prefilling in chunks do not begin with a pass over the prompt alone.
-        self.before = model.__dict__.get("generate")
-        if hasattr(model, "generate"):
-            model.__dict__["generate"] = partial(_generate, state, model.generate)
-
-    def remove(self) -> None:
-        self.handle.remove()
-        self.model.__dict__.pop("generate", None)
-        if self.before is not None:
-            self.model.__dict__["generate"] = self.before
-
-
-def _generate(state: SteeringState, generate: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate` with the prompt's length told, unless a caller tells."""
-    config = kwargs.get("generation_config")
-    if (kwargs.get("guidance_scale") or getattr(config, "guidance_scale", None) or 1) != 1:
-        raise SteerError(
-            f"positions={state.positions!r} cannot be told under guidance_scale: the negative prompt has a "
-            "length of its own; use positions='all'"
-        )
-    given = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
-    prompt = next((tensor for tensor in given if tensor is not None), None)
-    before = state.prompt_length
-    if before is None:
-        state.prompt_length = 1 if prompt is None else prompt.shape[1]  # without a prompt, BOS
-    try:
-        return generate(*args, **kwargs)
-    finally:
-        state.prompt_length = before
-
-
 def _device(block: nn.Module) -> torch.device:
     """
     Where the layer computes: its parameters' device, or the execution device when accelerate offloads them.
@@ -412,18 +371,3 @@ def _device(block: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(block.parameters()).device
-
-
-def _place(state: SteeringState, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
-    if not state.enabled:  # the base model needs no prompt length
-        return
-    if any(kwargs.get(name) is not None for name in ("state", "mems", "cache_params")):
-        raise SteerError(
-            f"positions={state.positions!r}: what {type(backbone).__name__} keeps between passes "
-            "does not say how many tokens it has seen; use positions='all', or one pass over all tokens in "
-            "`with vectors.prompt_length(n):`"
-        )
-    tokens = args[0] if args else kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs["inputs_embeds"]
-    state.place(tokens.shape[1], kwargs.get("past_key_values"), tokens.device)

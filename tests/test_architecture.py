@@ -15,9 +15,9 @@ from helpers.paths import ROOT
 FLOORS = [
     "errors names stats threads versions extras recipe_files arguments files hub pages sharded compat",
     "prompt config",
-    "hooks sites kinds tasks",
+    "hooks sites kinds prompt_watch tasks",
     "final_norm identity probe card weights models base_adapter stop_tokens",
-    "artifact_file artifact",
+    "artifact_file artifact_tensors artifact",
     "vectors vector_sets",
     "generation engine export transfer",
     "evaluation",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import steer
 from steer import Artifact, PromptSpec, SteerError, SteeringConfig, artifact
-from steer.artifact import expected_names
+from steer.artifact_tensors import expected_names
 
 DEPTH, WIDTH, INNER = 6, 4, 5
 

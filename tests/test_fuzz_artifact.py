@@ -23,7 +23,8 @@ from helpers.fuzz import how_many, mutations
 from safetensors.torch import save
 
 from steer import SteerError, SteeringConfig, artifact
-from steer.artifact import CONFIG_FILE, Artifact, expected_names
+from steer.artifact import CONFIG_FILE, Artifact
+from steer.artifact_tensors import expected_names
 
 COUNT = how_many(2000)
 SEED = int(os.environ.get("STEER_FUZZ_SEED", "0"))

@@ -22,7 +22,7 @@ from steer.sae.evaluate import quality
 from steer.sae.features import GradedCompletion, analyse, read_completions
 from steer.sae.intervene import answer_without
 from steer.sae.trainer import SAETrainer, TrainConfig
-from steer.tasks.data import Arithmetic
+from steer.tasks.arithmetic import Arithmetic
 from steer.tasks.grading import extract_boxed
 from steer.tasks.prompts import format_prompt
 

@@ -19,7 +19,7 @@ from steer.lens.sampling import complete
 from steer.lens.subject import Subject
 from steer.lens.token_shift import token_shift
 from steer.models import load_model, load_tokenizer
-from steer.tasks.data import Arithmetic
+from steer.tasks.arithmetic import Arithmetic
 from steer.tasks.grading import extract_boxed
 
 name = "smollm2-135m-instruct"

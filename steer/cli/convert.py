@@ -244,7 +244,8 @@ def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any)
     from steer.evaluation.heldout import answer_greedily, score
     from steer.prompt import recorded
     from steer.stop_tokens import stop_token_ids
-    from steer.tasks.data import Arithmetic, load_problems
+    from steer.tasks.arithmetic import Arithmetic
+    from steer.tasks.data import load_problems
     from steer.tasks.grading import MathGrader
     from steer.tasks.prompts import choose_prompt, formatter
 

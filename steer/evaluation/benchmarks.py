@@ -24,7 +24,8 @@ from typing import Any
 
 from steer.errors import SteerError
 from steer.prompt import PromptSpec
-from steer.tasks.data import Arithmetic, load_problems
+from steer.tasks.arithmetic import Arithmetic
+from steer.tasks.data import load_problems
 from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES, Question
 
 FORMS = {

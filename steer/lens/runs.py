@@ -6,23 +6,31 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import steer
 from steer import artifact
-from steer.base_adapter import merged_base
-from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.lens.composition import SCALES, as_trained, leave_one_out, likelihoods, scale_sweep
 from steer.lens.composition import compose as pairs_of
-from steer.lens.conditions import BASE, steered
-from steer.lens.controls import mean_difference, random_vectors, shuffled_layers
+from steer.lens.conditions import steered
 from steer.lens.directions import checkpoints
 from steer.lens.directions import directions as along
+from steer.lens.inputs import (
+    answer_limit,
+    apply_control,
+    chosen_layers,
+    read_both,
+    read_problems,
+    read_prompt,
+    read_subject,
+    right_answers,
+    write_answers,
+)
 from steer.lens.logit_lens import logit_lens
 from steer.lens.page import render
 from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes
@@ -31,105 +39,14 @@ from steer.lens.persistence import persistence as measure_persistence
 from steer.lens.prose import markdown
 from steer.lens.report import save_figures, study
 from steer.lens.results import Result
-from steer.lens.sampling import accuracies, complete, graded
+from steer.lens.sampling import accuracies
 from steer.lens.scale_maps import scale_maps
 from steer.lens.scripts import ScriptCounts, count_scripts
-from steer.lens.subject import Row, Subject
+from steer.lens.subject import Subject
 from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
 from steer.models import load_model, load_tokenizer
-from steer.prompt import PromptSpec, recorded
-from steer.tasks.data import Arithmetic, load_problems
 from steer.tasks.grading import MathGrader
-from steer.tasks.prompts import DEFAULT_PROMPT, choose_prompt
-
-Records = list[dict[str, Any]]
-
-
-def _subject(args: argparse.Namespace) -> Subject:
-    """The model with the artifact in it, asked as in its training unless told otherwise."""
-    found = artifact.read(args.artifact)
-    name = args.model or found.config.base_model_name_or_path
-    if not name:
-        raise SteerError("the artifact does not name its base model; give --model")
-    if args.base_adapter:
-        name = merged_base(name, args.base_adapter)
-    tokenizer = load_tokenizer(name)
-    vectors = steer.load(found, load_model(name, dtype=args.dtype), tokenizer=tokenizer)
-    # analyses that read no problems have none of these settings
-    prompt = _prompt(args, args.artifact, found) if hasattr(args, "template") else DEFAULT_PROMPT
-    length, size = _max_new_tokens(args, found), getattr(args, "batch_size", 128)
-    return Subject(vectors, tokenizer, prompt, length, size)
-
-
-def _prompt(args: argparse.Namespace, source: str, found: artifact.Artifact) -> PromptSpec:
-    """The prompt of an artifact, with what the command line says."""
-    asked = (args.template, args.prefix, args.chat_template_kwargs)
-    return choose_prompt({source: found.config.prompt}, DEFAULT_PROMPT, *asked)
-
-
-def _max_new_tokens(args: argparse.Namespace, found: artifact.Artifact) -> int:
-    """The limit on an answer: as given, else as in training, else 256."""
-    trained = recorded(found.config.provenance, "training").get("max_completion_length")
-    return getattr(args, "max_new_tokens", None) or trained or 256
-
-
-def _problems(args: argparse.Namespace, provenance: dict[str, Any] | None) -> Records:
-    """`args.problems` problems; those of generated arithmetic are of the kind the vectors were trained on."""
-    run = recorded(provenance, "run")
-    source = args.data or run.get("eval_data") or run.get("train_data")
-    if not source:
-        raise SteerError("the artifact does not say what it was trained on; give --data, such as gsm8k")
-    arithmetic = None
-    if source == "arithmetic":
-        known = {field.name for field in fields(Arithmetic)} - {"problems", "seed"}
-        options = {name: run[name] for name in known & set(run)}
-        arithmetic = Arithmetic(problems=args.problems, **options)
-    split = "heldout" if source == "arithmetic" else args.split
-    return load_problems(source, split, limit=args.problems, arithmetic=arithmetic).to_list()
-
-
-def _ready(args: argparse.Namespace) -> tuple[Subject, Records]:
-    subject = _subject(args)
-    problems = _problems(args, subject.vectors.config.provenance)
-    _control(args, subject, problems)
-    return subject, problems
-
-
-def _control(args: argparse.Namespace, subject: Subject, problems: Sequence[dict[str, Any]] = ()) -> None:
-    """Put the control that was asked for in the place of the trained vectors."""
-    chosen = getattr(args, "control", None)
-    if chosen == "random":
-        subject.vectors.set_tensors(random_vectors(subject.vectors, args.seed))
-    elif chosen == "shuffled":
-        subject.vectors.set_tensors(shuffled_layers(subject.vectors, args.seed))
-    elif chosen == "mean-difference":
-        base, wanted = complete(subject, subject.rows(problems), [BASE, steered(subject)], label="answers")
-        subject.vectors.set_tensors(mean_difference(subject, wanted, base, "mean difference"))
-
-
-def _answers(subject: Subject, problems: Records, temperature: float = 0.0, seed: int = 0) -> list[Row]:
-    rows = subject.rows(problems)
-    (written,) = complete(
-        subject, rows, [steered(subject)], temperature=temperature, seed=seed, label="answers"
-    )
-    return written
-
-
-def _right(subject: Subject, problems: Records, grader: MathGrader) -> list[Row]:
-    """The steered model's greedy answers that are right; SteerError when there is none."""
-    rows = _answers(subject, problems)
-    right = graded(subject, rows, problems, grader).tolist()
-    found = [row for row, ok in zip(rows, right, strict=True) if ok]
-    if not found:
-        raise SteerError(f"none of the {len(rows)} steered answers is right: there is none to weigh")
-    return found
-
-
-def _layers(args: argparse.Namespace, subject: Subject) -> list[int] | None:
-    if args.layers is None:
-        return None
-    return SteeringConfig(layers=args.layers).resolve_layers(subject.decoder.num_hidden_layers)
 
 
 def _show(args: argparse.Namespace, result: Result, lines: Iterator[str]) -> None:
@@ -142,8 +59,8 @@ def _show(args: argparse.Namespace, result: Result, lines: Iterator[str]) -> Non
 
 
 def logit(args: argparse.Namespace) -> None:
-    subject = _subject(args)
-    _control(args, subject)
+    subject = read_subject(args)
+    apply_control(args, subject)
     found = logit_lens(
         subject.model,
         subject.tokenizer,
@@ -173,8 +90,8 @@ def _script_lines(counts: ScriptCounts) -> Iterator[str]:
 
 
 def shift(args: argparse.Namespace) -> None:
-    subject, problems = _ready(args)
-    layers = _layers(args, subject)
+    subject, problems = read_both(args)
+    layers = chosen_layers(args, subject)
     if args.force:
         with MathGrader() as grader:
             forced = prefix_substitution(
@@ -192,7 +109,7 @@ def shift(args: argparse.Namespace) -> None:
             iter([f"{'base':24} {forced.base:.3f}", *told, f"{'steered':24} {forced.steered:.3f}"]),
         )
         return
-    answers = _answers(subject, problems, args.temperature, args.seed)
+    answers = write_answers(subject, problems, args.temperature, args.seed)
     found = token_shift(subject, answers, layers=layers, label="token shift")
 
     def lines() -> Iterator[str]:
@@ -206,19 +123,19 @@ def shift(args: argparse.Namespace) -> None:
 
 
 def patch(args: argparse.Namespace) -> None:
-    subject, problems = _ready(args)
+    subject, problems = read_both(args)
     effect_paths = ROUTES
     if args.heads is not None:
         layer = range(subject.decoder.num_hidden_layers)[_in(args.heads, subject.decoder.num_hidden_layers)]
         effect_paths = {**head_routes(subject, layer), **group_routes(subject, layer)}
     if args.frozen:
-        effect_paths = frozen_routes(subject, min(_layers(args, subject) or subject.layers))
+        effect_paths = frozen_routes(subject, min(chosen_layers(args, subject) or subject.layers))
     common: dict[str, Any] = {
-        "layers": _layers(args, subject),
+        "layers": chosen_layers(args, subject),
         "others": args.others,
         "direction": args.direction,
     }
-    rows = _answers(subject, problems)
+    rows = write_answers(subject, problems)
     if args.solve:
         with MathGrader() as grader:
             found = patch_routes(
@@ -250,10 +167,10 @@ def _in(layer: int, num_hidden_layers: int) -> int:
 
 
 def persistence(args: argparse.Namespace) -> None:
-    subject, problems = _ready(args)
-    layers = _layers(args, subject)
+    subject, problems = read_both(args)
+    layers = chosen_layers(args, subject)
     sources = {str(layer): [layer] for layer in layers} if layers else None
-    found = measure_persistence(subject, _answers(subject, problems), sources, label="persistence")
+    found = measure_persistence(subject, write_answers(subject, problems), sources, label="persistence")
 
     def lines() -> Iterator[str]:
         for n, name in enumerate(found.sources):
@@ -279,7 +196,7 @@ def _joint(source: str, subject: Subject) -> Subject:
 
 
 def compose(args: argparse.Namespace) -> None:
-    subject, problems = _ready(args)
+    subject, problems = read_both(args)
     with MathGrader() as grader:
         if args.leave_one_out:
             out = leave_one_out(subject, problems, grader, label="leave one out")
@@ -288,9 +205,9 @@ def compose(args: argparse.Namespace) -> None:
             whole = f"with all     accuracy {out.whole:.3f}  {out.whole_likelihood:7.3f} nats a token"
             _show(args, out, iter([whole, *told]))
             return
-        layers = _layers(args, subject)
+        layers = chosen_layers(args, subject)
         if args.likelihood:
-            right = _right(subject, problems, grader)
+            right = right_answers(subject, problems, grader)
             found = pairs_of(subject, [], None, layers, right, "composition")
         else:
             found = pairs_of(subject, problems, grader, layers, label="composition")
@@ -316,7 +233,7 @@ def compose(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    subject, problems = _ready(args)
+    subject, problems = read_both(args)
     with MathGrader() as grader:
         found = scale_sweep(subject, problems, grader, args.scales or SCALES, label="scale")
     rows = zip(found.scales, found.accuracy.tolist(), found.tokens.tolist(), strict=True)
@@ -324,8 +241,8 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def scales(args: argparse.Namespace) -> None:
-    subject, problems = _ready(args)
-    found = scale_maps(subject, _answers(subject, problems))
+    subject, problems = read_both(args)
+    found = scale_maps(subject, write_answers(subject, problems))
 
     def lines() -> Iterator[str]:
         for layer, mean, std in zip(found.layers, found.mean.tolist(), found.std.tolist(), strict=True):
@@ -355,12 +272,12 @@ def transfer(args: argparse.Namespace) -> None:
         name = found.config.base_model_name_or_path
         if not name:
             raise SteerError(f"{source} does not name its base model, which the matrix needs")
-        prompt = _prompt(args, source, found)
+        prompt = read_prompt(args, source, found)
         entries.append(Entry(name, load_model(name, dtype="float32"), load_tokenizer(name), found, prompt))
-    problems = _problems(args, entries[0].artifact.config.provenance)
+    problems = read_problems(args, entries[0].artifact.config.provenance)
     with MathGrader() as grader:
         options = {
-            "max_new_tokens": _max_new_tokens(args, found),
+            "max_new_tokens": answer_limit(args, found),
             "batch_size": args.batch_size,
             "force": args.force,
             "seed": args.seed,
@@ -384,7 +301,7 @@ def report(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if not out.parent.is_dir():
         raise SteerError(f"there is no folder {out.parent} to write {out.name} to")
-    subject, problems = _ready(args)
+    subject, problems = read_both(args)
     with MathGrader() as grader:
         run = checkpoints(args.checkpoints or Path(args.artifact).parent)
         found = study(subject, problems, grader, checkpoints=run, seed=args.seed)

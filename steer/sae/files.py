@@ -130,7 +130,7 @@ def as_dense(sae: SAE, tolerance: float = 1e-6) -> SAE:
     if cfg.encoder == "dense":
         return sae
     rows = torch.cat([sae.encoder.weight, sae.encoder.bias[:, None]], 1)
-    heads = torch.cat(sae.kron_factors(rows), 1)
+    heads = torch.cat(sae.kron.factors(rows), 1)
     norms = heads.norm(dim=2, keepdim=True)
     unit = heads / norms.clamp(min=1e-30)
     apart = (unit - unit[:, :1]).norm(dim=2).amax(1)

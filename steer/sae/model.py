@@ -4,8 +4,7 @@ activation (TopK, BatchTopK, JumpReLU) and a decoder whose rows have unit norm.
 
 Shapes: tokens x (tokens, d_in); features (tokens, d_sae). Parameters: `encoder.weight` (rows, d_in) and
 `encoder.bias` (rows,), with rows = d_sae or h(m + n); `W_dec` (d_sae, d_in); `b_dec` (d_in,); and
-`log_threshold` (d_sae,) for JumpReLU. KronSAE's features are in the paper's order, head by head and
-row-major; its encoder's rows are P_1 of all heads, P_2 of all heads, ..., Q_n of all heads.
+`log_threshold` (d_sae,) for JumpReLU. `steer.sae.kron` says how KronSAE's features and rows are ordered.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from steer.errors import SteerError
 from steer.sae import own
 from steer.sae.config import SAEConfig
 from steer.sae.jumprelu import jump
+from steer.sae.kron import Heads
 from steer.sae.sparse import Selection, chosen, combine, mand, top_k
 
 # Elements of (tokens, features) that are held at once on a CPU: they stay in its cache between two
@@ -170,7 +170,7 @@ class SAE(nn.Module):
         self.encoder.bias.zero_()
         if self.cfg.encoder == "kron":
             self.encoder.weight.copy_(rows / sqrt(2 * self.cfg.d_sae))
-            p, q = self.kron_factors(self.encoder.weight)
+            p, q = self.kron.factors(self.encoder.weight)
             self.W_dec.copy_((p[:, :, None] + q[:, None, :]).flatten(0, 2))
             self.normalise_decoder()
         else:
@@ -212,6 +212,11 @@ class SAE(nn.Module):
             self.log_threshold.add_(log(factor))
 
     # --- encoding
+
+    @property
+    def kron(self) -> Heads:
+        """The heads of a KronSAE."""
+        return Heads(self.cfg.d_sae // (self.cfg.m * self.cfg.n), self.cfg.m, self.cfg.n)
 
     @property
     def shift(self) -> Tensor | None:
@@ -264,33 +269,15 @@ class SAE(nn.Module):
             return values, best, best
         outputs = self.pre_activations(x, None, low_precision)
         if among is None:
-            p_rows, q_rows = self._strongest_pairs(outputs.relu(), k)
-            best = self._kron_features(p_rows, q_rows)
+            p_rows, q_rows = self.kron.strongest_pairs(outputs.relu(), k)
+            best = self.kron.features(p_rows, q_rows)
         else:
             positive = outputs.relu()
-            p_row, q_row = self._kron_rows(among)
+            p_row, q_row = self.kron.rows(among)
             best = among[top_k(positive[:, p_row] * positive[:, q_row], k)[1]]
-            p_rows, q_rows = self._kron_rows(best)
+            p_rows, q_rows = self.kron.rows(best)
         rows = torch.cat([p_rows, q_rows], 1)
         return outputs.gather(1, rows), best, rows
-
-    def _strongest_pairs(self, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """
-        The encoder's rows P_i and Q_j, (tokens, k) each, of the k largest products p_i q_j of one head.
-
-        Products compare as their roots do. Only the k rows P_i with the largest p_i max_j q_j can be in one
-        of them, so of all products only k n are computed: exact, and nothing of size d_sae is held.
-        """
-        m, n = self.cfg.m, self.cfg.n
-        heads = self.cfg.d_sae // (m * n)
-        places = positive.view(len(positive), m + n, heads)
-        largest = (places[:, :m] * places[:, m:].amax(1, keepdim=True)).flatten(1)
-        p_rows = top_k(largest, min(k, m * heads))[1]
-        q_rows = p_rows[:, :, None] % heads + heads * torch.arange(m, m + n, device=positive.device)
-        q_rows = q_rows.flatten(1)
-        products = positive.gather(1, q_rows).unflatten(1, (-1, n)) * positive.gather(1, p_rows)[:, :, None]
-        best = products.flatten(1).topk(k).indices
-        return p_rows.gather(1, best // n), q_rows.gather(1, best)
 
     def pre_activations(self, x: Tensor, rows: Tensor | None = None, low_precision: bool = False) -> Tensor:
         """The encoder's outputs W (x - shift) + b, (tokens, rows), of all of its rows or of `rows` (n,)."""
@@ -302,24 +289,6 @@ class SAE(nn.Module):
         if low_precision:
             return linear(shifted.bfloat16(), weight.bfloat16(), bias.bfloat16())
         return linear(shifted, weight, bias)
-
-    def _kron_rows(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoder's rows that hold P_i and Q_j of each feature (i, j), in the shape of `features`."""
-        m, n = self.cfg.m, self.cfg.n
-        heads = self.cfg.d_sae // (m * n)
-        head, i, j = features // (m * n), features % (m * n) // n, features % n
-        return i * heads + head, (m + j) * heads + head
-
-    def _kron_features(self, p_rows: Tensor, q_rows: Tensor) -> Tensor:
-        """The inverse: the feature (i, j) whose P_i and Q_j stand in these rows."""
-        m, n = self.cfg.m, self.cfg.n
-        heads = self.cfg.d_sae // (m * n)
-        return p_rows % heads * (m * n) + p_rows // heads * n + q_rows // heads - m
-
-    def kron_factors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What each row of the encoder has, (rows, ...), by head: that of P (h, m, ...), of Q (h, n, ...)."""
-        heads = rows.unflatten(0, (self.cfg.m + self.cfg.n, -1)).transpose(0, 1)
-        return heads[:, : self.cfg.m], heads[:, self.cfg.m :]
 
     def _active_of_batch(self, x: Tensor, low_precision: bool) -> Active:
         """The k x tokens strongest features of the batch; a token's unused places hold zeros."""
@@ -348,7 +317,7 @@ class SAE(nn.Module):
         outputs = self.pre_activations(x)
         if self.cfg.encoder == "dense":
             return outputs
-        p_row, q_row = self._kron_rows(torch.arange(self.cfg.d_sae, device=x.device))
+        p_row, q_row = self.kron.rows(torch.arange(self.cfg.d_sae, device=x.device))
         return mand(outputs[:, p_row], outputs[:, q_row])
 
     def dense_features(self, x: Tensor) -> Tensor:

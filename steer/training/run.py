@@ -13,8 +13,8 @@ from steer.base_adapter import merged_base
 from steer.errors import SteerError
 from steer.files import HOLDER_FILE, LOCK_FILE, read_json, replace_file
 from steer.models import load_model, load_tokenizer
+from steer.tasks.arithmetic import Arithmetic
 from steer.tasks.columns import columns_text, parse_columns
-from steer.tasks.data import Arithmetic
 from steer.tasks.elicited import EXAMPLES
 from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES
 from steer.tasks.reward_loading import reward_entries

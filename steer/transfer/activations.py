@@ -24,7 +24,7 @@ from steer.errors import SteerError
 from steer.files import json_lines, read_text
 from steer.hooks import hooked, watch
 from steer.sites import Decoder, find_sites
-from steer.tasks.data import Arithmetic
+from steer.tasks.arithmetic import Arithmetic
 
 # The longest piece of a text that is read at once, in characters, and where a piece is cut in tokens.
 PIECE = 800

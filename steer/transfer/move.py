@@ -18,7 +18,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer import artifact as artifacts
-from steer.artifact import Artifact, expected_names, from_vectors
+from steer.artifact import Artifact, from_vectors
+from steer.artifact_tensors import expected_names
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.identity import base_checksum, describe, tokenizer_checksum

@@ -153,7 +153,7 @@ def test_real_files(data_dir, name, count):
 
 
 def test_arithmetic_is_the_held_out_half_of_training():
-    from steer.tasks.data import Arithmetic
+    from steer.tasks.arithmetic import Arithmetic
 
     found, digest = benchmarks.load(benchmarks.parse("arithmetic:digits=1:heldout=0.4:problems=20"))
     trained = Arithmetic("+-", 1, 2, 60, seed=3, heldout=0.4).generate("train")

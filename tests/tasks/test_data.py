@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SteerError
-from steer.tasks.data import Arithmetic, load_problems
+from steer.tasks.arithmetic import Arithmetic
+from steer.tasks.data import load_problems
 
 REAL = SHARED / "data"
 
@@ -86,7 +87,7 @@ def test_heldout_share_and_order_of_subtraction():
 def test_arithmetic_does_not_depend_on_the_process():
     here = Arithmetic(operators="+-*", digits=3, terms=4, problems=5, seed=7).generate("train")
     code = (
-        "import json; from steer.tasks.data import Arithmetic as A;"
+        "import json; from steer.tasks.arithmetic import Arithmetic as A;"
         "print(json.dumps(A(operators='+-*', digits=3, terms=4, problems=5, seed=7).generate('train')))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -13,7 +13,7 @@ from steer.config import SteeringConfig
 from steer.evaluation.heldout import Answered, constant, score, ways
 from steer.lens.study import _elicited
 from steer.prompt import PromptSpec
-from steer.tasks.data import Arithmetic
+from steer.tasks.arithmetic import Arithmetic
 from steer.tasks.elicited import best_base, choose, constant_answer, fitting, longer, stages
 from steer.tasks.grading import MathGrader, extract_boxed
 from steer.tasks.prompts import format_prompt

@@ -1,0 +1,114 @@
+"""What `steer lens` works on: model and vectors, problems and answers, from the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import steer
+from steer import artifact
+from steer.base_adapter import merged_base
+from steer.config import SteeringConfig
+from steer.errors import SteerError
+from steer.lens.conditions import BASE, steered
+from steer.lens.controls import mean_difference, random_vectors, shuffled_layers
+from steer.lens.sampling import complete, graded
+from steer.lens.subject import Row, Subject
+from steer.models import load_model, load_tokenizer
+from steer.prompt import PromptSpec, recorded
+from steer.tasks.arithmetic import Arithmetic
+from steer.tasks.data import load_problems
+from steer.tasks.grading import MathGrader
+from steer.tasks.prompts import DEFAULT_PROMPT, choose_prompt
+
+Records = list[dict[str, Any]]
+
+
+def read_subject(args: argparse.Namespace) -> Subject:
+    """The model with the artifact in it, asked as in its training unless told otherwise."""
+    found = artifact.read(args.artifact)
+    name = args.model or found.config.base_model_name_or_path
+    if not name:
+        raise SteerError("the artifact does not name its base model; give --model")
+    if args.base_adapter:
+        name = merged_base(name, args.base_adapter)
+    tokenizer = load_tokenizer(name)
+    vectors = steer.load(found, load_model(name, dtype=args.dtype), tokenizer=tokenizer)
+    # analyses that read no problems have none of these settings
+    prompt = read_prompt(args, args.artifact, found) if hasattr(args, "template") else DEFAULT_PROMPT
+    length, size = answer_limit(args, found), getattr(args, "batch_size", 128)
+    return Subject(vectors, tokenizer, prompt, length, size)
+
+
+def read_prompt(args: argparse.Namespace, source: str, found: artifact.Artifact) -> PromptSpec:
+    """The prompt of an artifact, with what the command line says."""
+    asked = (args.template, args.prefix, args.chat_template_kwargs)
+    return choose_prompt({source: found.config.prompt}, DEFAULT_PROMPT, *asked)
+
+
+def answer_limit(args: argparse.Namespace, found: artifact.Artifact) -> int:
+    """The limit on an answer: as given, else as in training, else 256."""
+    trained = recorded(found.config.provenance, "training").get("max_completion_length")
+    return getattr(args, "max_new_tokens", None) or trained or 256
+
+
+def read_problems(args: argparse.Namespace, provenance: dict[str, Any] | None) -> Records:
+    """`args.problems` problems; those of generated arithmetic are of the kind the vectors were trained on."""
+    run = recorded(provenance, "run")
+    source = args.data or run.get("eval_data") or run.get("train_data")
+    if not source:
+        raise SteerError("the artifact does not say what it was trained on; give --data, such as gsm8k")
+    arithmetic = None
+    if source == "arithmetic":
+        known = {field.name for field in fields(Arithmetic)} - {"problems", "seed"}
+        options = {name: run[name] for name in known & set(run)}
+        arithmetic = Arithmetic(problems=args.problems, **options)
+    split = "heldout" if source == "arithmetic" else args.split
+    return load_problems(source, split, limit=args.problems, arithmetic=arithmetic).to_list()
+
+
+def read_both(args: argparse.Namespace) -> tuple[Subject, Records]:
+    subject = read_subject(args)
+    problems = read_problems(args, subject.vectors.config.provenance)
+    apply_control(args, subject, problems)
+    return subject, problems
+
+
+def apply_control(
+    args: argparse.Namespace, subject: Subject, problems: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Put the control that was asked for in the place of the trained vectors."""
+    chosen = getattr(args, "control", None)
+    if chosen == "random":
+        subject.vectors.set_tensors(random_vectors(subject.vectors, args.seed))
+    elif chosen == "shuffled":
+        subject.vectors.set_tensors(shuffled_layers(subject.vectors, args.seed))
+    elif chosen == "mean-difference":
+        base, wanted = complete(subject, subject.rows(problems), [BASE, steered(subject)], label="answers")
+        subject.vectors.set_tensors(mean_difference(subject, wanted, base, "mean difference"))
+
+
+def write_answers(subject: Subject, problems: Records, temperature: float = 0.0, seed: int = 0) -> list[Row]:
+    rows = subject.rows(problems)
+    (written,) = complete(
+        subject, rows, [steered(subject)], temperature=temperature, seed=seed, label="answers"
+    )
+    return written
+
+
+def right_answers(subject: Subject, problems: Records, grader: MathGrader) -> list[Row]:
+    """The steered model's greedy answers that are right; SteerError when there is none."""
+    rows = write_answers(subject, problems)
+    right = graded(subject, rows, problems, grader).tolist()
+    found = [row for row, ok in zip(rows, right, strict=True) if ok]
+    if not found:
+        raise SteerError(f"none of the {len(rows)} steered answers is right: there is none to weigh")
+    return found
+
+
+def chosen_layers(args: argparse.Namespace, subject: Subject) -> list[int] | None:
+    if args.layers is None:
+        return None
+    return SteeringConfig(layers=args.layers).resolve_layers(subject.decoder.num_hidden_layers)

@@ -1,0 +1,69 @@
+"""Which tokens of a forward pass the vectors steer, where `positions` is not 'all': told before each pass."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from steer.errors import SteerError
+from steer.kinds import SteeringState
+from steer.sites import find_decoder
+
+
+class PromptWatch:
+    """
+    Lets the vectors of `state` know which tokens they steer: before each forward pass of `model`, and during
+    its `generate()` where the prompt ends. `remove()` ends it; of several, the last one first.
+    """
+
+    def __init__(self, model: nn.Module, state: SteeringState):
+        self.model = model
+        self.handle = find_decoder(model).backbone.register_forward_pre_hook(
+            partial(_place, state), prepend=True, with_kwargs=True
+        )
+        # Assisted decoding and prefilling in chunks do not begin with a pass over the prompt alone.
+        self.before = model.__dict__.get("generate")
+        if hasattr(model, "generate"):
+            model.__dict__["generate"] = partial(_generate, state, model.generate)
+
+    def remove(self) -> None:
+        self.handle.remove()
+        self.model.__dict__.pop("generate", None)
+        if self.before is not None:
+            self.model.__dict__["generate"] = self.before
+
+
+def _generate(state: SteeringState, generate: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate` with the prompt's length told, unless a caller tells."""
+    config = kwargs.get("generation_config")
+    if (kwargs.get("guidance_scale") or getattr(config, "guidance_scale", None) or 1) != 1:
+        raise SteerError(
+            f"positions={state.positions!r} cannot be told under guidance_scale: the negative prompt has a "
+            "length of its own; use positions='all'"
+        )
+    given = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
+    prompt = next((tensor for tensor in given if tensor is not None), None)
+    before = state.prompt_length
+    if before is None:
+        state.prompt_length = 1 if prompt is None else prompt.shape[1]  # without a prompt, BOS
+    try:
+        return generate(*args, **kwargs)
+    finally:
+        state.prompt_length = before
+
+
+def _place(state: SteeringState, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
+    if not state.enabled:  # the base model needs no prompt length
+        return
+    if any(kwargs.get(name) is not None for name in ("state", "mems", "cache_params")):
+        raise SteerError(
+            f"positions={state.positions!r}: what {type(backbone).__name__} keeps between passes "
+            "does not say how many tokens it has seen; use positions='all', or one pass over all tokens in "
+            "`with vectors.prompt_length(n):`"
+        )
+    tokens = args[0] if args else kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs["inputs_embeds"]
+    state.place(tokens.shape[1], kwargs.get("past_key_values"), tokens.device)
