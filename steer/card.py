@@ -44,6 +44,7 @@ def card(config: SteeringConfig, decoder: str, numbers: int, size: int, name: st
         MARK,
         f"# Steering vectors for {config.base_model_name_or_path or 'a language model'}",
         _summary(config, numbers, size),
+        _origin(config, made),
         _scores(made),
         _settings(made),
         _use(config, decoder, name),
@@ -87,6 +88,20 @@ def _summary(config: SteeringConfig, numbers: int, size: int) -> str:
         f"| scale | {config.scale:g} |\n"
         f"| prompt | {_line(config.prompt or 'not recorded')} |\n"
         f"| size | {numbers:,} numbers in {config.dtype}, {size / 1000:,.0f} KB |"
+    )
+
+
+def _origin(config: SteeringConfig, made: dict[str, Any]) -> str:
+    """For vectors that were imported: that nobody but the importer says which model they are for."""
+    origin = _part(made, "import")
+    if not origin:
+        return ""
+    named = origin.get("base_model")
+    told = f"which names `{named}` as its base model" if named else "which does not say for which model"
+    model = config.base_model_name_or_path
+    return _line(
+        f"Imported from `{origin.get('file')}` ({origin.get('format')}), {told}. That the vectors are for "
+        f"`{model}` was said at the import."
     )
 
 

@@ -135,7 +135,10 @@ def gguf_path(name: str) -> Path:
     if name not in BUNDLED:
         if path.is_file() and path.suffix.lower() == ".gguf":
             return path
-        raise SteerError(f"{name!r} has no GGUF file: give a local .gguf file, {choices()}")
+        raise SteerError(
+            f"{name!r} is no GGUF file: give a local .gguf file or the name of bundled weights "
+            f"({', '.join(BUNDLED)})"
+        )
     kept = cache_dir() / "gguf" / f"{name}.gguf"
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from helpers.paths import ROOT
 # From the ground up; a module of `steer` imports from its own floor and those below. Modules of one floor may
 # import each other, in one direction.
 FLOORS = [
-    "errors names stats threads versions extras recipe_files arguments files hub pages sharded compat",
+    "errors names stats threads versions extras recipe_files arguments files outputs hub pages "
+    "sharded compat",
     "prompt config",
     "hooks sites kinds prompt_watch tasks",
     "final_norm identity probe card weights models base_adapter stop_tokens",

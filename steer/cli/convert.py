@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer.arguments import count, finite
-from steer.cli.outputs import add_force, output
-from steer.errors import SteerError, shown
+from steer.errors import SteerError, one_line, shown
+from steer.outputs import add_force, check_output, output
 
 if TYPE_CHECKING:
     from steer.artifact import Artifact
@@ -39,6 +40,7 @@ SOURCES = {
 
 
 MODELS = ("checkpoint", "gguf-model")  # formats that hold the whole model
+FOLDERS = ("peft", "checkpoint")
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -81,6 +83,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     load.add_argument("--format", choices=SOURCES, help="default: told by the file's name")
     load.add_argument("--layers", help="the layers that the rows of an array belong to; default: all")
     load.add_argument("--out", required=True, help="folder to write the artifact to")
+    load.add_argument(
+        "--confirm-model",
+        action="store_true",
+        help="the vectors are for --model: needed where the file names no model, or another one",
+    )
     add_force(load)
     load.add_argument("--json", action="store_true", help="print JSON")
     load.set_defaults(run=_import)
@@ -140,7 +147,7 @@ def _export(args: argparse.Namespace) -> None:
     base = args.model or found.config.base_model_name_or_path or ""
     if args.to in MODELS and not base:
         raise SteerError("the artifact does not name its base model; give --model")
-    with output(out, args.replace, args.artifact):
+    with output(out, args.replace, args.artifact, folder=args.to in FOLDERS):
         if args.to == "peft":
             peft.write(found, out, args.model)
         elif args.to == "gguf":
@@ -175,9 +182,19 @@ def _check_options(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from steer import artifact
     from steer.export import arrays, gguf, lm_eval, peft
+    from steer.export.origin import PART
     from steer.models import skeleton
+    from steer.prompt import recorded
 
-    kind = args.format or _format(Path(args.source))
+    source = Path(args.source)
+    try:
+        there = source.exists()
+    except (OSError, ValueError) as error:
+        raise SteerError(f"cannot read {shown(args.source)}: {one_line(error)}") from error
+    if not args.source or not there:
+        raise SteerError(f"there is no file or folder {shown(args.source)}; give one of another tool's")
+    kind = args.format or _format(source)
+    check_output(args.out, args.replace, args.source, folder=True)
     model = skeleton(args.model)
     if kind == "arrays":
         found = arrays.read(args.source, model, layers=args.layers)
@@ -185,11 +202,29 @@ def _import(args: argparse.Namespace) -> None:
         if args.layers:
             raise SteerError(f"--layers is for arrays; a {kind} file names its layers itself")
         found = {"peft": peft, "gguf": gguf, "lm-eval": lm_eval}[kind].read(args.source, model)
-    with output(args.out, args.replace, args.source):
+    if not args.confirm_model:
+        _check_origin(args, recorded(found.config.provenance, PART))
+    with output(args.out, args.replace, args.source, folder=True):
         artifact.write(args.out, found)
     told = {"out": args.out, "kind": found.config.kind, "layers": found.config.layers}
     what = f"{told['kind']} vectors of layers {told['layers']}"
     print(json.dumps(told) if args.json else f"{args.out}  ({what})")
+
+
+def _check_origin(args: argparse.Namespace, origin: Mapping[str, Any]) -> None:
+    """SteerError unless the file that was read names the base model that was given."""
+    from steer.weights import public_name
+
+    if not origin:  # the file is of steer and has its config
+        return
+    named = origin["base_model"]
+    if named is None:
+        told = "does not say which model its vectors are for"
+    elif named in (args.model, public_name(args.model)):
+        return
+    else:
+        told = f"says that its vectors are for {shown(named)}"
+    raise SteerError(f"{args.source} {told}; if they were made for {args.model}, add --confirm-model")
 
 
 def _format(path: Path) -> str:
@@ -208,6 +243,7 @@ def _transfer(args: argparse.Namespace) -> None:
     from steer.transfer.move import transfer
 
     source = artifact.read(args.artifact)
+    check_output(args.out, args.replace, args.artifact, folder=True)
     donor = args.donor or source.config.base_model_name_or_path
     recipient = load_model(args.to, dtype=args.dtype)
     tokenizer = load_tokenizer(args.to)
@@ -222,7 +258,7 @@ def _transfer(args: argparse.Namespace) -> None:
         force=args.force,
         recipient_tokenizer=tokenizer,
     )
-    with output(args.out, args.replace, args.artifact):
+    with output(args.out, args.replace, args.artifact, folder=True):
         artifact.write(args.out, made)
     scores = _check(args, made, recipient, tokenizer) if args.check else {}
     if args.json:

@@ -78,14 +78,24 @@ def _diff(args: argparse.Namespace) -> None:
         norms = [math.sqrt(v @ v) if (v := side.get(layer)) is not None else None for side in (left, right)]
         cosine = float(left[layer] @ right[layer]) / (norms[0] * norms[1]) if norms[0] and norms[1] else None
         rows.append({"layer": layer, "norm_a": norms[0], "norm_b": norms[1], "cosine": cosine})
-    names = ("base_model_name_or_path", "base_checksum", "kind", "site", "positions", "scale", "prompt")
+    model = ("base_model_name_or_path", "base_checksum", "model_type", "num_hidden_layers")
+    names = (*model, "kind", "site", "positions", "scale", "prompt")
     changed = {n: [getattr(a.config, n), getattr(b.config, n)] for n in names}
     changed = {n: pair for n, pair in changed.items() if pair[0] != pair[1]}
+    other_model = None
+    if changed.keys() & {"model_type", "num_hidden_layers"}:
+        other_model = (
+            "the two are for models of different families or depths, whose residual streams share no axes: "
+            "the cosines say nothing; steer transfer brings one over"
+        )
     if args.json:
-        print(json.dumps({"differ": changed, "layers": rows}, indent=2, default=str))
+        told = {"differ": changed, "note": other_model, "layers": rows}
+        print(json.dumps(told, indent=2, default=str))
         return
     for name, pair in changed.items():
         print(f"{name}: {pair[0]} | {pair[1]}")
+    if other_model:
+        print(f"note: {other_model}")
     print("layer    norm a    norm b    cosine")
     for row in rows:
         cells = [

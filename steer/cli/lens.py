@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from steer.arguments import add_base_adapter, add_prompt_arguments, at_least, count, finite
+from steer.arguments import add_base_adapter, add_prompt_arguments, at_least, count, finite, text
+from steer.outputs import add_force, check_output
 
 CONTROLS = ("random", "shuffled", "mean-difference")
 
@@ -39,9 +40,10 @@ HELP = {
     "shift": (
         "whose probability the vectors change, and where in the answer",
         "How far the next-token distributions of the steered and the base model lie apart, along answers "
-        "that the steered model writes. With --force, how much of the gain an opening gives that is forced "
+        "that the steered model writes. With --opening, how much of the gain an opening gives that is forced "
         "upon the base model, without any vector.",
-        "steer lens shift my-vectors --layers last\n    steer lens shift my-vectors --force To --force Step",
+        "steer lens shift my-vectors --layers last\n"
+        "    steer lens shift my-vectors --opening To --opening Step",
     ),
     "patch": (
         "which components the effect passes on its way to the output",
@@ -134,8 +136,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--temperature", type=at_least(0), default=0.0, help="of the answers looked at (default: 0, greedy)"
     )
     shift.add_argument(
-        "--force",
+        "--opening",
         action="append",
+        type=text,
         default=[],
         metavar="TEXT",
         help="force this opening upon the base model and grade what it makes of it; may be repeated",
@@ -185,7 +188,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     transfer = _parser(kinds, "transfer")
     transfer.add_argument("artifacts", nargs="+", metavar="ARTIFACT", help="one a model; each names its own")
-    transfer.add_argument("--force", action="store_true", help="also with a map that explains little")
+    transfer.add_argument(
+        "--accept-poor-map", dest="force", action="store_true", help="also with a map that explains little"
+    )
     _input(transfer)
     _output(transfer)
 
@@ -256,10 +261,20 @@ def _input(parser: argparse.ArgumentParser, problems: int = 32) -> None:
 def _output(parser: argparse.ArgumentParser, plot: bool = True) -> None:
     if plot:
         parser.add_argument("--plot", metavar="FILE", help="write the figure (.png, .svg, .pdf)")
+    add_force(parser)
     parser.add_argument("--json", action="store_true", help="print all data as JSON")
 
 
 def _run(args: argparse.Namespace) -> None:
-    from steer.lens import runs  # torch comes with it
+    sources = [args.artifact] if "artifact" in args else args.artifacts
+    if args.analysis == "report":
+        check_output(args.out, args.replace, *sources)
+        if args.figures is not None:
+            check_output(args.figures, args.replace, *sources, option="--figures", folder=True)
+    elif args.plot is not None:
+        check_output(args.plot, args.replace, *sources, option="--plot")
+    from steer.lens import plots, runs  # torch comes with it
 
+    if args.analysis != "report" and args.plot is not None:
+        plots.check_format(args.plot)
     getattr(runs, args.analysis)(args)

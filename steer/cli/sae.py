@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from steer.cli.outputs import add_force, output
 from steer.cli.programs import PROGRAMS
+from steer.outputs import add_force, output
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -52,5 +52,5 @@ def _convert(args: argparse.Namespace) -> None:
     from steer.sae.files import load_sae, save_sae
 
     sae = load_sae(args.folder)
-    with output(args.target, args.replace, args.folder, "target"):
+    with output(args.target, args.replace, args.folder, option="target", folder=True):
         print(save_sae(sae, args.target, args.format))

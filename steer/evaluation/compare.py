@@ -27,7 +27,8 @@ from steer.errors import SteerError, print_any_text
 from steer.evaluation import best_base, scores
 from steer.evaluation.collect import Cell, Collection, collect
 from steer.evaluation.tables import brevity, caution, pairs_table, sentences, single_runs, table
-from steer.files import replace_file
+from steer.files import replace_files
+from steer.outputs import add_force, output
 from steer.stats import benjamini_hochberg
 
 
@@ -176,8 +177,7 @@ def report(
         ).encode()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            replace_file(target / name, content)
+        replace_files({target / name: content for name, content in files.items()})
     except OSError as error:
         raise SteerError(f"cannot write to {target}: {error.strerror}; the runs are untouched") from error
     return rows
@@ -197,10 +197,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--reference", help="the method whose gain is the whole, e.g. full: shares of it are shown"
     )
     parser.add_argument("--out", required=True, help="folder for the table, the plots and the page")
+    add_force(parser)
     args = parser.parse_args(argv)
     print_any_text()
     try:
-        report(args.runs, args.base, args.reference, args.out)
+        with output(args.out, args.replace, *args.runs, folder=True):
+            report(args.runs, args.base, args.reference, args.out)
     except SteerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

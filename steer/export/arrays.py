@@ -43,6 +43,7 @@ from steer.artifact_file import MAX_BYTES
 from steer.config import MAX_LAYERS, SteeringConfig
 from steer.errors import SteerError, one_line
 from steer.export.architecture import check_everywhere
+from steer.export.origin import origin
 from steer.files import json_object, replace_file, safetensors_header
 from steer.sites import find_decoder
 
@@ -129,6 +130,7 @@ def read(
         model,
         dtype="float64" if double else "float32",
         site="resid_pre" if path.suffix == ".svec" else "resid_post",
+        provenance=origin("arrays", path),
     )
 
 

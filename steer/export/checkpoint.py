@@ -49,6 +49,8 @@ def write(artifact: Artifact, model_name: str, folder: str | os.PathLike[str]) -
     vectors off; constant ones are rounded to the model's dtype as they are in use.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise SteerError(f"{folder} is a file: a checkpoint is a folder; give a new or an empty one")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise SteerError(f"{folder} is not empty: a checkpoint needs a new or an empty folder")
     made = artifact.config

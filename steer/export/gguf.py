@@ -37,6 +37,7 @@ from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.export.architecture import check_everywhere
 from steer.export.gguf_header import parse, short
+from steer.export.origin import origin
 from steer.files import replace_file
 from steer.sites import find_decoder
 
@@ -156,7 +157,7 @@ def read(path: str | os.PathLike[str], model: nn.Module, *, block_0: str = "refu
                 f"{path} has direction.0, which llama.cpp refuses: if it is the vector of the first block, "
                 "give block_0='keep', else block_0='drop'"
             )
-    made = artifacts.from_vectors(_fitting(vectors, model, path), model)
+    made = artifacts.from_vectors(_fitting(vectors, model, path), model, provenance=origin("gguf", path))
     if CONFIG_KEY in metadata:
         return _restored(made, metadata[CONFIG_KEY], path)
     hint, known = metadata.get(f"{ARCHITECTURE}.model_hint"), made.config.model_type

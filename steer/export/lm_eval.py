@@ -23,6 +23,7 @@ from steer.artifact import Artifact
 from steer.artifact_file import MAX_BYTES
 from steer.errors import SteerError, shown
 from steer.export.architecture import bias_place, check_everywhere, layer_names
+from steer.export.origin import origin
 from steer.files import replace_file
 from steer.sites import find_decoder
 
@@ -108,7 +109,8 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> Artifact:
             )
         site = found[0]
     wide = torch.float64 in {vector.dtype for vector in vectors.values()}
-    return artifacts.from_vectors(vectors, model, site=site, dtype="float64" if wide else "float32")
+    dtype = "float64" if wide else "float32"
+    return artifacts.from_vectors(vectors, model, site=site, dtype=dtype, provenance=origin("lm-eval", path))
 
 
 def _parse(hookpoint: Any, stack: str, path: Path) -> tuple[int, str]:

@@ -31,6 +31,7 @@ from steer.artifact_file import MAX_BYTES
 from steer.config import SteeringConfig, shown
 from steer.errors import SteerError
 from steer.export.architecture import bias_place, layer_names
+from steer.export.origin import origin
 from steer.files import json_object, replace_files, safetensors_header
 from steer.identity import describe
 from steer.sites import find_decoder, find_down_projections
@@ -131,6 +132,7 @@ def read(folder: str | os.PathLike[str], model: nn.Module) -> Artifact:
         sites = ("resid_post", "mlp_out", "attn_out")
         site = next(site for site in sites if known.sites().get(site) in places)
         made = _constant(parts, site, model, folder)
+    made.config.provenance = origin("peft", folder, adapter.get("base_model_name_or_path"))
     artifacts.check(made, str(folder))
     return _restored(made, metadata.get("steering_config"), folder)
 

@@ -17,24 +17,36 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from steer.errors import SteerError
+from steer.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
 DPI = 110
+FORMATS = (".png", ".svg", ".pdf")
 COLOURS = ("#2166ac", "#b2182b", "#1b7837", "#e08214", "#762a83", "#777777")
 TICKS = 16  # most labels on an axis
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write `figure` to `path`; its suffix is the format. The folder is made where it is missing."""
-    path = Path(path)
+    path = check_format(path)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower(), bbox_inches="tight")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, bbox_inches="tight")
-    except (OSError, ValueError) as error:
-        raise SteerError(f"cannot write the figure {path}: {' '.join(str(error).split())}") from error
+        replace_file(path, content.getvalue())
+    except OSError as error:
+        raise SteerError(f"cannot write the figure {path}: {error.strerror}") from error
+    return path
+
+
+def check_format(path: str | os.PathLike[str]) -> Path:
+    """`path` where its suffix is a format of figures; SteerError elsewhere."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise SteerError(f"{str(path)!r} is no name of a figure: it must end in {', '.join(FORMATS)}")
     return path
 
 

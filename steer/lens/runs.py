@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,20 @@ from steer.lens.prose import markdown
 from steer.lens.report import save_figures, study
 from steer.lens.results import Result
 from steer.lens.sampling import accuracies
-from steer.lens.scale_maps import scale_maps
+from steer.lens.scale_maps import check_adaptive, scale_maps
 from steer.lens.scripts import ScriptCounts, count_scripts
 from steer.lens.subject import Subject
 from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
 from steer.models import load_model, load_tokenizer
+from steer.outputs import output
 from steer.tasks.grading import MathGrader
 
 
 def _show(args: argparse.Namespace, result: Result, lines: Iterator[str]) -> None:
     if args.plot:
-        print(f"figure: {result.plot(args.plot)}", file=sys.stderr)
+        with output(args.plot, args.replace, option="--plot"):
+            print(f"figure: {result.plot(args.plot)}", file=sys.stderr)
     if args.json:
         print(json.dumps(result.to_dict(), ensure_ascii=False))
     else:
@@ -92,10 +95,10 @@ def _script_lines(counts: ScriptCounts) -> Iterator[str]:
 def shift(args: argparse.Namespace) -> None:
     subject, problems = read_both(args)
     layers = chosen_layers(args, subject)
-    if args.force:
+    if args.opening:
         with MathGrader() as grader:
             forced = prefix_substitution(
-                subject, problems, args.force, grader, layers=layers, label="answers"
+                subject, problems, args.opening, grader, layers=layers, label="answers"
             )
         rows = zip(forced.openings, forced.accuracy.tolist(), forced.share.tolist(), strict=True)
         gained = forced.steered > forced.base
@@ -241,6 +244,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def scales(args: argparse.Namespace) -> None:
+    check_adaptive(artifact.read(args.artifact).config)
     subject, problems = read_both(args)
     found = scale_maps(subject, write_answers(subject, problems))
 
@@ -298,20 +302,20 @@ def transfer(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    out = Path(args.out)
-    if not out.parent.is_dir():
-        raise SteerError(f"there is no folder {out.parent} to write {out.name} to")
     subject, problems = read_both(args)
     with MathGrader() as grader:
         run = checkpoints(args.checkpoints or Path(args.artifact).parent)
         found = study(subject, problems, grader, checkpoints=run, seed=args.seed)
-    replace_file(out, render(found).encode())
-    if args.figures:
-        folder = save_figures(found, args.figures)
-        replace_file(folder / "findings.md", markdown(found).encode())
+    with ExitStack() as outputs:
+        page = outputs.enter_context(output(args.out, args.replace))
+        if args.figures:
+            outputs.enter_context(output(args.figures, args.replace, option="--figures", folder=True))
+            folder = save_figures(found, args.figures)
+            replace_file(folder / "findings.md", markdown(found).encode())
+        replace_file(page, render(found).encode())
     if args.json:
         print(json.dumps(found.to_dict(), ensure_ascii=False))
         return
     for finding in found.findings:
         print(f"{finding.verdict:13} {finding.claim}")
-    print(f"page: {out}")
+    print(f"page: {page}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hooked
 from steer.lens.conditions import steered
@@ -55,6 +56,14 @@ class ScaleMaps(Result):
         return plots.strip(first.coefficients, first.tokens, self.layers, first.prompt)
 
 
+def check_adaptive(config: SteeringConfig) -> None:
+    """SteerError for vectors that are not adaptive: those give every token the same."""
+    if config.kind != "adaptive":
+        raise SteerError(
+            f"scale maps need adaptive vectors; {config.kind} ones give every token the same amount"
+        )
+
+
 @torch.no_grad()
 def scale_maps(subject: Subject, rows: Sequence[Row], *, texts: int = 8) -> ScaleMaps:
     """
@@ -62,11 +71,7 @@ def scale_maps(subject: Subject, rows: Sequence[Row], *, texts: int = 8) -> Scal
     first `texts` of them are kept whole. SteerError for vectors that are not adaptive: those give every token
     the same.
     """
-    config = subject.vectors.config
-    if config.kind != "adaptive":
-        raise SteerError(
-            f"scale maps need adaptive vectors; {config.kind} ones give every token the same amount"
-        )
+    check_adaptive(subject.vectors.config)
     layers, decoder = subject.layers, subject.decoder
     now: dict[int, torch.Tensor] = {}
 

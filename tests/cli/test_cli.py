@@ -55,7 +55,9 @@ def test_export_and_import_as_json(steered, tmp_path, capsys):
     size = (tmp_path / "vectors.npz").stat().st_size
     assert told == {"out": out, "format": "npz", "bytes": size, "prompt": None}
     back = str(tmp_path / "back")
-    assert main(["import", out, "--model", model, "--out", back, "--json"]) == 0
+    assert main(["import", out, "--model", model, "--out", back, "--json"]) == 1
+    assert "does not say which model its vectors are for" in capsys.readouterr().err
+    assert main(["import", out, "--model", model, "--out", back, "--confirm-model", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": back, "kind": "constant", "layers": "0,2"}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.evaluating import make_run
 from helpers.training import model_folder
 
 import steer
@@ -26,15 +27,18 @@ def place(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pyt
 COMMANDS = {
     **{kind: ["export", "vectors", "--to", kind] for kind in ("peft", "gguf", "lm-eval", "npz")},
     "checkpoint": ["export", "vectors", "--to", "checkpoint", "--model", "model"],
-    "import": ["import", "array.npz", "--model", "model"],
+    "import": ["import", "array.npz", "--model", "model", "--confirm-model"],
     "transfer": ["transfer", "vectors", "--to", "model", "--from", "model", "--method", "direct"],
     "sae": ["sae", "convert", "sae"],
+    "lens logit": ["lens", "logit", "vectors", "--model", "model"],
+    "lens directions": ["lens", "directions", "vectors"],
 }
-SUFFIX = {"npz": ".npz", "gguf": ".gguf", "lm-eval": ".pt"}
+SUFFIX = {"npz": ".npz", "gguf": ".gguf", "lm-eval": ".pt", "lens logit": ".svg", "lens directions": ".png"}
 
 
 def words(name: str, out: str) -> list[str]:
-    return [*COMMANDS[name], *(["--out"] if name != "sae" else []), out]
+    option = {"sae": [], "lens logit": ["--plot"], "lens directions": ["--plot"]}.get(name, ["--out"])
+    return [*COMMANDS[name], *option, out]
 
 
 def content(path: Path | str) -> dict[str, bytes]:
@@ -118,3 +122,67 @@ def test_errors_name_options_of_the_command_line(
     assert main(["export", "first", "--to", "gguf", "--out", "v.gguf"]) == 1
     error = capsys.readouterr().err
     assert "(--block-0 drop)" in error and "block_0=" not in error
+
+
+def test_a_file_is_not_written_over_a_folder_nor_the_reverse(place: Path, capsys) -> None:
+    Path("file").write_text("mine")
+    for argv in (words("checkpoint", "file"), words("peft", "file"), words("sae", "file")):
+        assert main([*argv, "--force"]) == 1
+        assert "file is a file, and a folder is written" in capsys.readouterr().err
+    Path("folder.npz").mkdir()
+    assert main([*words("npz", "folder.npz"), "--force"]) == 1
+    assert "is a folder, and a file is written" in capsys.readouterr().err
+    assert Path("file").read_text() == "mine"
+
+
+def test_a_folder_with_folders_inside_is_never_deleted(place: Path, capsys) -> None:
+    """A run's folder has a table too, and all that was trained beside it."""
+    (place / "run" / "vectors").mkdir(parents=True)
+    (place / "run" / "table.md").write_text("scores")
+    assert main([*words("peft", "run"), "--force"]) == 1
+    assert "a folder of other files" in capsys.readouterr().err
+    assert (place / "run" / "vectors").is_dir()
+
+
+def test_a_folder_that_cannot_be_written(place: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert main(words("npz", "out.npz")) == 1
+    assert "no permission to write in" in capsys.readouterr().err
+
+
+def test_outputs_of_the_lens_are_refused_before_the_model_is_loaded(
+    place: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("steer.lens.inputs.load_model", load)
+    for name in ("page.html", "figure.png"):
+        Path(name).write_text("from before")
+    Path("figures").mkdir()
+    (Path("figures") / "mine.png").write_text("mine")
+    for argv, expected in (
+        (["report", "--out", "page.html"], "page.html exists already: give another --out, or --force"),
+        (["report", "--figures", "figures"], "figures exists already: give another --figures, or --force"),
+        (["report", "--figures", "figures", "--force"], "a folder of other files"),
+        (["logit", "--plot", "figure.png"], "figure.png exists already: give another --plot, or --force"),
+        (["logit", "--plot", "figures"], "figures is a folder, and a file is written; give another --plot"),
+        (["logit", "--plot", "figure.doc"], "'figure.doc' is no name of a figure: it must end in .png"),
+        (["logit", "--plot", "page.html/figure.png"], "page.html is a file, not a folder"),
+    ):
+        assert main(["lens", argv[0], "vectors", "--model", "model", *argv[1:]]) == 1
+        assert expected in capsys.readouterr().err
+
+
+def test_a_page_of_scores_is_replaced_with_force_alone(tmp_path: Path, capsys) -> None:
+    run = make_run(tmp_path / "run", {"base": [[True], [False]], "good": [[True], [True]]})
+    argv = ["compare", str(run), "--out", str(tmp_path / "new" / "page")]
+    assert main(argv) == 0
+    left = tmp_path / "new" / "page" / "old.png"
+    left.write_text("from before")
+    assert main(argv) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main([*argv, "--force"]) == 0
+    assert not left.exists()
+    assert main(["compare", str(run), "--out", str(run), "--force"]) == 1
+    assert "is what the command reads" in capsys.readouterr().err

@@ -68,7 +68,7 @@ COMMON = ("--problems", "4")
         (("logit", "--top", "3"), "layers"),
         (("logit", "--scripts", "--control", "shuffled"), "promoted"),
         (("shift", *COMMON, "--layers", "last"), "first_share"),
-        (("shift", *COMMON, "--force", "7"), "share"),
+        (("shift", *COMMON, "--opening", "7"), "share"),
         (("patch", *COMMON), "recovered"),
         (("patch", *COMMON, "--layers", "1", "--heads", "-1", "--direction", "remove"), "recovered"),
         (("patch", *COMMON, "--frozen", "--control", "random"), "recovered"),
@@ -127,7 +127,8 @@ def test_compose_with_a_jointly_trained_set(artifact, tmp_path, capsys) -> None:
         (("scales", *COMMON), "scale maps need adaptive vectors"),
         (("patch", *COMMON, "--heads", "3"), "layer 3 does not exist"),
         (("compose", *COMMON, "--likelihood"), "none of the 4 steered answers is right"),
-        (("report", *COMMON, "--out", "nowhere/page.html"), "there is no folder nowhere"),
+        (("logit", "--plot", "figure.doc"), "must end in .png, .svg, .pdf"),
+        (("logit", "--plot", "."), "names no file to write"),
         (("logit", "--reading", "angle"), "choose one of dot, cosine"),
     ],
 )
