@@ -30,13 +30,25 @@ def text(given: str) -> str:
     return given
 
 
-def add_base_adapter(parser: Any) -> None:
-    """Add `--base-adapter` to a parser or a group of one."""
+def add_base_options(parser: Any) -> None:
+    """Add the options of loading a base model to a parser or a group of one."""
+    parser.add_argument("--revision", help="revision of a hub model: branch, tag or commit (default: main)")
+    add_trust(parser)
     parser.add_argument(
         "--base-adapter",
         type=text,
         metavar="DIR",
         help="folder of a LoRA of peft that is merged into the base model first",
+    )
+
+
+def add_trust(parser: Any) -> None:
+    """Add `--trust-remote-code` to a parser or a group of one."""
+    parser.add_argument(
+        "--trust-remote-code",
+        "--trust_remote_code",  # as `steer train` spells it
+        action="store_true",
+        help="run the Python code that comes with a model (default: refuse such a model)",
     )
 
 

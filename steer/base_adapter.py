@@ -61,6 +61,18 @@ def merged_base(
     return str(target)
 
 
+def base_source(
+    name: str, adapter: str | None, revision: str | None, trust_remote_code: bool
+) -> tuple[str, str | None]:
+    """
+    The name and the revision to load a base model by: those given, or the folder of the merged model where
+    there is an `adapter`. Arguments as in `merged_base`.
+    """
+    if not adapter:
+        return name, revision
+    return merged_base(name, adapter, revision, trust_remote_code), None
+
+
 def adapter_checksum(folder: Path) -> str:
     """16 hex digits of the adapter's config and weights; SteerError where there are none."""
     files = [folder / "adapter_config.json", *(folder / name for name in _WEIGHTS)]

@@ -231,6 +231,11 @@ def _check_causal(name: str, source: str, common: dict[str, Any]) -> None:
 
 
 def _load_error(what: str, name: str, source: str, error: Exception) -> SteerError:
+    if isinstance(error, ValueError) and "`trust_remote_code=True`" in str(error):
+        return SteerError(
+            f"{what} {name!r} comes with Python code of its own, which is not run by default; read it, then "
+            "set trust_remote_code (on the command line --trust_remote_code)"
+        )
     if source != name or Path(source).exists():
         return SteerError(f"{what} {name!r} cannot be loaded: {one_line(error)}")
     return SteerError(

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer.arguments import count, finite
+from steer.arguments import add_trust, count, finite
 from steer.errors import SteerError, one_line, shown
 from steer.outputs import add_force, check_output, output
 
@@ -58,6 +58,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="base model: its weights for --to checkpoint, its .gguf file for --to gguf-model, its name for "
         "--to peft; default: the artifact's",
     )
+    export.add_argument("--revision", help="revision of a hub model that --to checkpoint reads")
+    add_trust(export)
     export.add_argument("--layers", metavar="A-B", help="export these layers only, e.g. 1-29")
     export.add_argument("--scale", type=finite, help="factor on the vectors; default: as saved")
     export.add_argument(
@@ -80,6 +82,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     load.add_argument(
         "--model", required=True, help="the model that the vectors are for: hub id, folder, ..."
     )
+    load.add_argument("--revision", help="revision of a hub model")
+    add_trust(load)
     load.add_argument("--format", choices=SOURCES, help="default: told by the file's name")
     load.add_argument("--layers", help="the layers that the rows of an array belong to; default: all")
     load.add_argument("--out", required=True, help="folder to write the artifact to")
@@ -98,6 +102,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     transfer.add_argument(
         "--from", dest="donor", metavar="MODEL", help="the donor; default: the artifact's base"
     )
+    transfer.add_argument("--revision", help="revision of a recipient from the hub")
+    transfer.add_argument(
+        "--from-revision", help="revision of a donor from the hub; default: the artifact's, with its base"
+    )
+    add_trust(transfer)
     transfer.add_argument("--out", required=True, help="folder to write the new artifact to")
     transfer.add_argument(
         "--method",
@@ -155,7 +164,7 @@ def _export(args: argparse.Namespace) -> None:
         elif args.to == "lm-eval":
             lm_eval.write(found, out)
         elif args.to == "checkpoint":
-            checkpoint.write(found, base, out)
+            checkpoint.write(found, base, out, args.revision, args.trust_remote_code)
         elif args.to == "gguf-model":
             gguf_model.write(found, gguf_path(base), out)
         else:
@@ -175,6 +184,9 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.model and args.to not in (*MODELS, "peft"):
         named = f"{', '.join(MODELS)} and peft"
         raise SteerError(f"--model is for --to {named}; --to {args.to} names no model")
+    if args.to != "checkpoint" and (args.revision or args.trust_remote_code):
+        option = "--revision" if args.revision else "--trust-remote-code"
+        raise SteerError(f"{option} is for --to checkpoint; --to {args.to} loads no model from the hub")
     if args.block_0 and args.to != "gguf":
         raise SteerError(f"--block-0 is for --to gguf; --to {args.to} holds the vector of block 0")
 
@@ -195,7 +207,7 @@ def _import(args: argparse.Namespace) -> None:
         raise SteerError(f"there is no file or folder {shown(args.source)}; give one of another tool's")
     kind = args.format or _format(source)
     check_output(args.out, args.replace, args.source, folder=True)
-    model = skeleton(args.model)
+    model = skeleton(args.model, args.revision, args.trust_remote_code)
     if kind == "arrays":
         found = arrays.read(args.source, model, layers=args.layers)
     else:
@@ -245,17 +257,20 @@ def _transfer(args: argparse.Namespace) -> None:
     source = artifact.read(args.artifact)
     check_output(args.out, args.replace, args.artifact, folder=True)
     donor = args.donor or source.config.base_model_name_or_path
-    recipient = load_model(args.to, dtype=args.dtype)
-    tokenizer = load_tokenizer(args.to)
+    trust = args.trust_remote_code
+    recipient = load_model(args.to, dtype=args.dtype, revision=args.revision, trust_remote_code=trust)
+    tokenizer = load_tokenizer(args.to, revision=args.revision, trust_remote_code=trust)
+    given = args.from_revision or (None if args.donor else source.config.base_revision)
     made, report = transfer(
         source,
-        load_model(donor, dtype=args.dtype) if donor else None,
+        load_model(donor, dtype=args.dtype, revision=given, trust_remote_code=trust) if donor else None,
         recipient,
         method=args.method,
         layers_by=args.layers_by,
         rescale=not args.no_rescale,
         texts=args.texts,
         force=args.force,
+        trust_remote_code=trust,
         recipient_tokenizer=tokenizer,
     )
     with output(args.out, args.replace, args.artifact, folder=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from steer.arguments import add_base_adapter, add_prompt_arguments, count, finite, text
+from steer.arguments import add_base_options, add_prompt_arguments, count, finite, text
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -20,7 +20,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     generate.add_argument(
         "--max-new-tokens", type=count, default=64, help="length of the answer (default: 64)"
     )
-    add_base_adapter(generate)
+    add_base_options(generate)
     generate.add_argument("--dtype", default="auto", help="precision of the base model (default: auto)")
     generate.add_argument("--json", action="store_true", help="print JSON")
     generate.set_defaults(run=_generate)
@@ -28,14 +28,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     import steer
-    from steer.base_adapter import merged_base
+    from steer.base_adapter import base_source
     from steer.models import check_context, load_model, load_tokenizer
     from steer.stop_tokens import stop_token_ids
     from steer.tasks.prompts import DEFAULT_PROMPT, choose_prompt, format_prompt
 
-    base = merged_base(args.model, args.base_adapter) if args.base_adapter else args.model
-    tokenizer = load_tokenizer(base)
-    model = load_model(base, dtype=args.dtype)
+    trust = args.trust_remote_code
+    source, revision = base_source(args.model, args.base_adapter, args.revision, trust)
+    tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust)
+    model = load_model(source, dtype=args.dtype, revision=revision, trust_remote_code=trust)
     vectors = steer.load(args.vectors, model, tokenizer=tokenizer)
     if args.scale is not None:
         vectors.scale = args.scale

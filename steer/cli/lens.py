@@ -8,7 +8,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from steer.arguments import add_base_adapter, add_prompt_arguments, at_least, count, finite, text
+from steer.arguments import (
+    add_base_options,
+    add_prompt_arguments,
+    add_trust,
+    at_least,
+    count,
+    finite,
+    text,
+)
 from steer.outputs import add_force, check_output
 
 CONTROLS = ("random", "shuffled", "mean-difference")
@@ -191,6 +199,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     transfer.add_argument(
         "--accept-poor-map", dest="force", action="store_true", help="also with a map that explains little"
     )
+    add_trust(transfer)
     _input(transfer)
     _output(transfer)
 
@@ -233,7 +242,7 @@ def _command(
         )
     if not data:
         parser.add_argument("--seed", type=int, default=0, help="of the controls (default: 0)")
-    add_base_adapter(parser)
+    add_base_options(parser)
     parser.add_argument("--dtype", default="float32", help="precision of the model (default: float32)")
     _output(parser, plot)
     return parser

@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
+from steer.arguments import add_base_options
 from steer.errors import SteerError
 from steer.extras import require
 
@@ -38,11 +39,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="how a chat of one question is put to the vectors: a prompt template that is a chat, or none to "
         "leave requests as they are sent; default: as in the training of each set",
     )
+    add_base_options(serve)
     serve.set_defaults(run=_serve, more=[])
 
 
 def _serve(args: argparse.Namespace) -> None:
     from steer.artifact import read_numpy
+    from steer.base_adapter import base_source
     from steer.engine.chat import served_prompt
     from steer.weights import BUNDLED, model_path
 
@@ -60,15 +63,18 @@ def _serve(args: argparse.Namespace) -> None:
     plugins = {point.name for group in groups for point in entry_points(group=group)}
     before = os.environ.get("VLLM_PLUGINS")
     os.environ["VLLM_PLUGINS"] = ",".join(sorted({"steer", *(before.split(",") if before else plugins)}))
-    local = args.model in BUNDLED
-    folder = str(model_path(args.model)) if local else args.model
-    named = ["--served-model-name", args.model] if local and "--served-model-name" not in args.more else []
+    trust = args.trust_remote_code
+    source, revision = base_source(args.model, args.base_adapter, args.revision, trust)
+    folder = str(model_path(source)) if source in BUNDLED else source
+    own = [*(["--revision", revision] if revision else []), *(["--trust-remote-code"] if trust else [])]
+    if folder != args.model and not any(w.partition("=")[0] == "--served-model-name" for w in args.more):
+        own += ["--served-model-name", args.model]
     try:
         version("vllm")
         command = ["vllm.entrypoints.cli.main", "serve", folder]
     except PackageNotFoundError:  # the CPU build has another name, which vLLM's own command stumbles over
         command = ["vllm.entrypoints.openai.api_server", "--model", folder]
-    os.execv(sys.executable, [sys.executable, "-m", *command, *named, *args.more])
+    os.execv(sys.executable, [sys.executable, "-m", *command, *own, *args.more])
 
 
 def _parse(text: str) -> tuple[str, str, float]:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 import steer
+from steer.base_adapter import base_source
 from steer.errors import SteerError
 from steer.files import held
 from steer.generation.cpu import keep_freed_memory
@@ -52,6 +53,13 @@ class RunConfig:
     model: str = field(
         default="smollm2-135m-instruct",
         metadata={"help": "Hub id, local folder, .gguf file or the name of bundled weights."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of a hub model."})
+    base_adapter: str | None = field(
+        default=None, metadata={"help": "Folder of a LoRA of peft that is merged into the model first."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that comes with the model."}
     )
     model_dtype: str = field(default="auto", metadata={"help": "Precision of the language model."})
     vectors: str | None = field(default=None, metadata={"help": "Steering vectors that the model wears."})
@@ -102,8 +110,11 @@ def train(folder: Path, run: RunConfig, training: TrainConfig, accelerator: Acce
 
 def open_stream(run: RunConfig, accelerator: Accelerator) -> ActivationStream | CachedActivations:
     """The activations: straight from the model, or from the cache, which is written first."""
-    tokenizer = load_tokenizer(run.model)
-    model = load_model(run.model, dtype=run.model_dtype).to(accelerator.device)
+    trust = run.trust_remote_code
+    source, revision = base_source(run.model, run.base_adapter, run.model_revision, trust)
+    tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust)
+    model = load_model(source, dtype=run.model_dtype, revision=revision, trust_remote_code=trust)
+    model.to(accelerator.device)
     if run.vectors:
         steer.load(run.vectors, model, tokenizer=tokenizer)
     reader = Reader(model, run.layer, run.site, run.what)

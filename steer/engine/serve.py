@@ -70,7 +70,12 @@ class Vectors:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         self.engine, self.models = engine_client, state.openai_serving_models
-        self.tokenizer = await asyncio.to_thread(load_tokenizer, args.tokenizer or args.model)
+        self.tokenizer = await asyncio.to_thread(
+            load_tokenizer,
+            args.tokenizer or args.model,
+            revision=args.tokenizer_revision or (None if args.tokenizer else args.revision),
+            trust_remote_code=args.trust_remote_code,
+        )
         start = json.loads(os.environ.get(VARIABLE, "{}"))
         self.template = start.get("template")
         for name, artifact, scale in start.get("vectors", []):

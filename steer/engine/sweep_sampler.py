@@ -44,6 +44,7 @@ class EngineSampler:
         self.llm = LLM(
             model=str(model_path(name)) if local else name,
             dtype=str(dtype).removeprefix("torch."),
+            trust_remote_code=args.trust_remote_code,
             max_model_len=args.vllm_max_model_length,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             tensor_parallel_size=args.vllm_tensor_parallel_size,

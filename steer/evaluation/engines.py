@@ -73,13 +73,15 @@ def generation_config(name: str, revision: str | None) -> GenerationConfig | Non
 class HfEngine:
     """Samples with `steer.generation.sampler`, which reads a prompt once for all of its samples."""
 
-    def __init__(self, name: str, revision: str | None, dtype: str):
+    def __init__(self, name: str, revision: str | None, dtype: str, trust_remote_code: bool = False):
         import torch
 
         from steer.models import load_model
 
         device = "cuda" if torch.cuda.is_available() else None
-        self.model = load_model(name, revision=revision, dtype=dtype, device_map=device)
+        self.model = load_model(
+            name, revision=revision, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+        )
 
     @contextmanager
     def variant(self, variant: Variant) -> Iterator[None]:

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from steer.arguments import add_base_adapter, count, finite, json_object, text, whole
+from steer.arguments import add_base_options, count, finite, json_object, text, whole
 from steer.evaluation import benchmarks
 from steer.evaluation.engines import ENGINES
 from steer.tasks.elicited import EXAMPLES
@@ -24,7 +24,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     about_model = found.add_argument_group("the model and its variants")
-    add_base_adapter(about_model)
+    add_base_options(about_model)
     model = about_model.add_argument
     model(
         "--model",
@@ -32,7 +32,6 @@ def parser(description: str) -> argparse.ArgumentParser:
         required=True,
         help="hub id, local folder, .gguf file or the name of bundled weights",
     )
-    model("--revision", help="revision of a hub model")
     model("--dtype", default="auto", help="precision of the base model (default: as saved)")
     model("--name", help="what the model without vectors is called (default: base)")
     yes = argparse.BooleanOptionalAction

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     """The whole run: check everything that can be checked, then sample, grade and store batch by batch."""
-    from steer.base_adapter import merged_base
+    from steer.base_adapter import base_source
     from steer.models import context_length, load_tokenizer, skeleton
 
     chosen = _benchmarks(args)
@@ -108,10 +108,10 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     if columns and all(b.hub or b.arithmetic for b in chosen):
         raise SteerError("--columns are for files, and no benchmark is one; leave them out")
     problems = {b.name: benchmarks.load(b, args.data_dir, columns) for b in chosen}
-    if args.base_adapter:
-        args.model, args.revision = merged_base(args.model, args.base_adapter, args.revision), None
-    tokenizer = load_tokenizer(args.model, revision=args.revision)
-    bones = skeleton(args.model, args.revision)
+    trust = args.trust_remote_code
+    args.model, args.revision = base_source(args.model, args.base_adapter, args.revision, trust)
+    tokenizer = load_tokenizer(args.model, revision=args.revision, trust_remote_code=trust)
+    bones = skeleton(args.model, args.revision, trust)
     base = _base(args, bones)
     compared = variants.collect(base, args.vectors, args.scales, args.adapter, args.prefixes, args.systems)
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
@@ -188,10 +188,11 @@ def _sample(
     stop = stop_token_ids(tokenizer, generation_config(args.model, args.revision))
     engine: Engine
     if args.engine == "hf":
-        engine = HfEngine(args.model, args.revision, args.dtype)
+        engine = HfEngine(args.model, args.revision, args.dtype, args.trust_remote_code)
     else:
         kinds = list(dict.fromkeys(row.variant for row in rows))
-        engine = VllmEngine(args.model, args.revision, args.dtype, longest, kinds, args.engine_args)
+        more = {"trust_remote_code": args.trust_remote_code, **(args.engine_args or {})}
+        engine = VllmEngine(args.model, args.revision, args.dtype, longest, kinds, more)
     on_gpu = args.engine == "vllm" and torch.cuda.is_available()
     size = args.batch_size or (options.BATCH_VLLM_GPU if on_gpu else options.BATCH)
     bar = tqdm(total=len(rows), initial=len(rows) - len(todo), unit="answer", smoothing=0.05)

@@ -39,10 +39,19 @@ _NO_LLAMA = {
 }
 
 
-def write(artifact: Artifact, model_name: str, folder: str | os.PathLike[str]) -> Path:
+def write(
+    artifact: Artifact,
+    model_name: str,
+    folder: str | os.PathLike[str],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
     """
     Write the model `model_name` with the vectors in it to `folder`, which must be new or empty: weights in
     the dtype they are saved in, config, generation config and tokenizer; whole or not at all. Returns it.
+
+    `revision` is that of a hub model, by default the one that the artifact names with its base. A model that
+    comes with code of its own is loaded with `trust_remote_code` only.
 
     Raises SteerError when the vectors do not fit the model, when they are no bias of a matrix, or when the
     architecture cannot hold the bias. Warns, with the size of the error, when merging rounds adaptive
@@ -56,8 +65,10 @@ def write(artifact: Artifact, model_name: str, folder: str | os.PathLike[str]) -
     made = artifact.config
     check_everywhere(made, "a plain checkpoint")
     place = bias_place(made, "a plain checkpoint") if made.kind != "adaptive" else None
-    revision = made.base_revision if model_name == made.base_model_name_or_path else None
-    model: Any = load_model(model_name, dtype="auto", revision=revision)
+    if revision is None and model_name == made.base_model_name_or_path:
+        revision = made.base_revision
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model: Any = load_model(model_name, dtype="auto", **common)
     if getattr(model, "quantization_method", None) is not None:
         raise SteerError(f"{model_name} is quantised; write the checkpoint from its unquantised weights")
     load(artifact, model)  # refuses vectors of another shape, warns of other weights
@@ -68,7 +79,7 @@ def write(artifact: Artifact, model_name: str, folder: str | os.PathLike[str]) -
     else:
         config = _add_biases(artifact, place, decoder, model)
     try:
-        _save(model, config, model_name, revision, folder)
+        _save(model, config, model_name, common, folder)
     except OSError as error:
         raise SteerError(f"cannot write a checkpoint to {folder}: {error.strerror or error}") from error
     return folder
@@ -148,7 +159,7 @@ def _as_llama(model: Any) -> LlamaConfig:
     return LlamaConfig(**{**kept, "architectures": [LlamaForCausalLM.__name__]})
 
 
-def _save(model: Any, config: Any, model_name: str, revision: str | None, folder: Path) -> None:
+def _save(model: Any, config: Any, model_name: str, common: dict[str, Any], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -157,7 +168,7 @@ def _save(model: Any, config: Any, model_name: str, revision: str | None, folder
             config.dtype = model.dtype
             config.save_pretrained(work)
         try:
-            load_tokenizer(model_name, revision=revision).save_pretrained(work)
+            load_tokenizer(model_name, **common).save_pretrained(work)
         except SteerError as error:
             warnings.warn(f"the checkpoint has no tokenizer: {error}", stacklevel=4)
         if reason := add_names(work):

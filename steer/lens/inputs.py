@@ -9,7 +9,7 @@ from typing import Any
 
 import steer
 from steer import artifact
-from steer.base_adapter import merged_base
+from steer.base_adapter import base_source
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.lens.conditions import BASE, steered
@@ -32,10 +32,12 @@ def read_subject(args: argparse.Namespace) -> Subject:
     name = args.model or found.config.base_model_name_or_path
     if not name:
         raise SteerError("the artifact does not name its base model; give --model")
-    if args.base_adapter:
-        name = merged_base(name, args.base_adapter)
-    tokenizer = load_tokenizer(name)
-    vectors = steer.load(found, load_model(name, dtype=args.dtype), tokenizer=tokenizer)
+    trust = args.trust_remote_code
+    revision = args.revision or (None if args.model else found.config.base_revision)
+    name, revision = base_source(name, args.base_adapter, revision, trust)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust)
+    model = load_model(name, dtype=args.dtype, revision=revision, trust_remote_code=trust)
+    vectors = steer.load(found, model, tokenizer=tokenizer)
     # analyses that read no problems have none of these settings
     prompt = read_prompt(args, args.artifact, found) if hasattr(args, "template") else DEFAULT_PROMPT
     length, size = answer_limit(args, found), getattr(args, "batch_size", 128)

@@ -277,7 +277,12 @@ def transfer(args: argparse.Namespace) -> None:
         if not name:
             raise SteerError(f"{source} does not name its base model, which the matrix needs")
         prompt = read_prompt(args, source, found)
-        entries.append(Entry(name, load_model(name, dtype="float32"), load_tokenizer(name), found, prompt))
+        options = {
+            "revision": found.config.base_revision,
+            "trust_remote_code": args.trust_remote_code,
+        }
+        model, tokenizer = load_model(name, dtype="float32", **options), load_tokenizer(name, **options)
+        entries.append(Entry(name, model, tokenizer, found, prompt))
     problems = read_problems(args, entries[0].artifact.config.provenance)
     with MathGrader() as grader:
         options = {

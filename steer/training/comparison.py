@@ -55,6 +55,13 @@ class Comparison:
             for name in self.plan.methods:
                 yield f"{name}-{seed}", lambda name=name, seed=seed: self.trained(name, seed)
 
+    def base(self) -> list[str]:
+        """The base model as options of `steer eval`."""
+        words = ["--model", self.shared["model"]]
+        for name, option in (("model_revision", "--revision"), ("base_adapter", "--base-adapter")):
+            words += [option, str(self.shared[name])] if self.shared.get(name) else []
+        return words
+
     # ---- controls that train nothing
 
     def untrained(self) -> None:
@@ -62,7 +69,7 @@ class Comparison:
         asked = {"evaluation": self.asked(), "prefixes": self.plan.prefixes}
         if not self.done("base", asked):
             prefixes = ["--prefixes", *self.plan.prefixes] if self.plan.prefixes else []
-            self.evaluate("base", ["--model", self.shared["model"], "--examples", "0", *prefixes], asked)
+            self.evaluate("base", [*self.base(), "--examples", "0", *prefixes], asked)
 
     def longer(self) -> None:
         """The base with more room for its answers."""
@@ -70,7 +77,7 @@ class Comparison:
         if not self.done("base-longer", asked):
             name = ["--name", f"base, {self.plan.longer} tokens", "--max-new-tokens", str(self.plan.longer)]
             name += ["--examples", "0"]
-            self.evaluate("base-longer", ["--model", self.shared["model"], *name], asked)
+            self.evaluate("base-longer", [*self.base(), *name], asked)
 
     def elicited(self) -> None:
         """The base with worked examples in its prompts, out of the training problems, and a longer limit."""
@@ -80,7 +87,7 @@ class Comparison:
         file = self.work / "training.jsonl"
         _write_problems(file, self.training_problems())
         examples = ["--examples", str(self.plan.examples), "--examples-from", str(file)]
-        self.evaluate("elicited", ["--model", self.shared["model"], "--no-base", *examples], asked)
+        self.evaluate("elicited", [*self.base(), "--no-base", *examples], asked)
 
     def system_prompt(self) -> None:
         """The candidate that is best on problems split off the training set, on the held-out ones."""
@@ -97,13 +104,13 @@ class Comparison:
         named = {f"system {n}": text for n, text in enumerate(self.plan.systems, 1)}
         out = self.work / "eval-systems"
         systems = [f"{name}={text}" for name, text in named.items()]
-        model = ["--model", self.shared["model"], "--no-base", "--systems", *systems]
+        model = [*self.base(), "--no-base", "--systems", *systems]
         self.call([*self.evals(out), "--benchmarks", str(file), "--samples", "0", *model])
         rows = json.loads((out / "scores.json").read_text())["rows"]
         tried = {named[row["method"]]: row["accuracy"]["value"] for row in rows}
         best = max(tried, key=lambda text: tried[text])
         chosen = {"validation_problems": len(validation), "tried": tried, "chosen": best}
-        model = ["--model", self.shared["model"], "--no-base", "--systems", f"system prompt={best}"]
+        model = [*self.base(), "--no-base", "--systems", f"system prompt={best}"]
         self.evaluate("system-prompt", model, asked, chosen)
 
     def training_problems(self) -> Any:
@@ -132,7 +139,7 @@ class Comparison:
             model = ["--model", str(folder / kind), "--name", f"{name}#{seed}", "--fine-tuned"]
         else:
             source = f"{name}#{seed}={folder / kind}"
-            model = ["--model", self.shared["model"], "--no-base", ARTIFACTS[kind], source]
+            model = [*self.base(), "--no-base", ARTIFACTS[kind], source]
         about = {
             "method": name,
             "seed": seed,
@@ -212,7 +219,7 @@ class Comparison:
         words = [sys.executable, "-m", "steer.cli", "eval", "--out", str(out)]
         for name in ("template", "prefix", "max_new_tokens", "dtype", "engine", "chat_template_kwargs"):
             words += [f"--{name.replace('_', '-')}", str(asked[name])] if name in asked else []
-        return words
+        return [*words, "--trust-remote-code"] if self.shared.get("trust_remote_code") else words
 
     def evaluate(
         self, job: str, model: list[str], asked: dict[str, Any], about: dict[str, Any] | None = None

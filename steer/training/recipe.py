@@ -107,6 +107,12 @@ def begin(settings: RunSettings) -> None:
             "load_in_4bit and load_in_8bit quantise the model that is trained, and vLLM would sample from "
             "another one; set use_vllm=false, or give a quantised checkpoint as the model"
         )
+    population = settings.population is not None and settings.population.asked
+    if training.use_vllm and training.vllm_mode == "colocate" and run.model_revision and not population:
+        raise SteerError(
+            f"model_revision={run.model_revision!r} with use_vllm: trl starts vLLM with the main revision, "
+            "which would sample from another model; download the revision and give its folder as the model"
+        )
     for name, why in idle(training).items():
         log.info("%s=%r plays no part: %s", name, getattr(training, name), why)
     searching = settings.rates is not None and settings.rates.lr_sweep

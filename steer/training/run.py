@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer.base_adapter import merged_base
+from steer.base_adapter import base_source
 from steer.errors import SteerError
 from steer.files import HOLDER_FILE, LOCK_FILE, read_json, replace_file
 from steer.models import load_model, load_tokenizer
@@ -178,10 +178,7 @@ class RunConfig:
         self, dtype: str, trust_remote_code: bool = False
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base model, its adapter merged into it, and its tokenizer."""
-        name, revision = self.model, self.model_revision
-        if self.base_adapter:
-            name = merged_base(name, self.base_adapter, revision, trust_remote_code)
-            revision = None
+        name, revision = base_source(self.model, self.base_adapter, self.model_revision, trust_remote_code)
         tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
         model = load_model(
             name,

@@ -63,6 +63,7 @@ def transfer(
     force: bool = False,
     donor_tokenizer: PreTrainedTokenizerBase | None = None,
     recipient_tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
 ) -> Transferred:
     """
     `artifact`, trained in `donor`, as an artifact for `recipient`, with a report of how well it should work.
@@ -73,6 +74,7 @@ def transfer(
         in the donor; otherwise a copy keeps its length and a mapped vector has the one the map gives it.
     texts: the sample both models read, see `activations.read_texts`.
     ridge: the penalty, in units of each dimension's variance; None tries several on texts kept for that.
+    trust_remote_code: run the code that comes with a model or tokenizer which is loaded by its name.
     min_r2, force: a map whose held-out R2, mean over the layers, is below min_r2 is refused unless force.
 
     Constant and shared vectors go anywhere (shared ones as constant ones where the shapes differ); adaptive
@@ -91,7 +93,7 @@ def transfer(
         raise SteerError(f"ridge={ridge!r} is not a penalty; give a number from 0, such as 0.01")
     source = artifact if isinstance(artifact, Artifact) else artifacts.read(artifact)
     layers_by = "depth" if layers_by == "auto" else layers_by
-    target = _loaded(recipient)
+    target = _loaded(recipient, trust_remote_code)
     decoder = find_decoder(target)
     blind = method == "direct" and not rescale and layers_by == "depth" and _same_shape(source.config, target)
     method = _possible(source, target, method, layers_by)
@@ -101,7 +103,7 @@ def transfer(
     if blind:
         fitted = Fitted("direct", dict.fromkeys(matches))
     else:
-        giver = _loaded(donor) if donor is not None else _named(source)
+        giver = _named(source, trust_remote_code) if donor is None else _loaded(donor, trust_remote_code)
         if not _same_shape(source.config, giver):
             config, given = source.config, giver.config.name_or_path or "the donor given"
             raise SteerError(
@@ -112,8 +114,8 @@ def transfer(
         if None not in (own := {source.config.base_checksum, base_checksum(giver)}) and len(own) > 1:
             notes.append("the donor given has other weights than the model that the vectors were made for")
         sides = (
-            Side(giver, find_decoder(giver), donor_tokenizer or _tokenizer(giver)),
-            Side(target, decoder, recipient_tokenizer or _tokenizer(target)),
+            Side(giver, find_decoder(giver), donor_tokenizer or _tokenizer(giver, trust_remote_code)),
+            Side(target, decoder, recipient_tokenizer or _tokenizer(target, trust_remote_code)),
         )
         recipient_tokenizer = sides[1].tokenizer
         sample = read_texts(texts, max(sides[0].decoder.hidden_size, decoder.hidden_size))
@@ -150,30 +152,32 @@ def transfer(
     return Transferred(Artifact(config, made.tensors), report)
 
 
-def _loaded(model: PreTrainedModel | str) -> PreTrainedModel:
+def _loaded(model: PreTrainedModel | str, trust: bool) -> PreTrainedModel:
     if not isinstance(model, str):
         return model
     from steer.models import load_model
 
-    return load_model(model)
+    return load_model(model, trust_remote_code=trust)
 
 
-def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def _tokenizer(model: PreTrainedModel, trust: bool) -> PreTrainedTokenizerBase:
     from steer.models import load_tokenizer
 
     if not model.config.name_or_path:
         raise SteerError(
             f"this {type(model).__name__} has no name to find its tokenizer by; pass the tokenizer too"
         )
-    return load_tokenizer(model.config.name_or_path)
+    commit = getattr(model.config, "_commit_hash", None)  # of a hub model
+    return load_tokenizer(model.config.name_or_path, revision=commit, trust_remote_code=trust)
 
 
-def _named(source: Artifact) -> PreTrainedModel:
+def _named(source: Artifact, trust: bool) -> PreTrainedModel:
     from steer.models import load_model
 
-    if not source.config.base_model_name_or_path:
+    config = source.config
+    if not config.base_model_name_or_path:
         raise SteerError("the artifact does not name the model it was trained in; give the donor")
-    return load_model(source.config.base_model_name_or_path, revision=source.config.base_revision)
+    return load_model(config.base_model_name_or_path, revision=config.base_revision, trust_remote_code=trust)
 
 
 def _same_shape(config: SteeringConfig, model: PreTrainedModel) -> bool:

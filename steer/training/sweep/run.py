@@ -193,7 +193,12 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
         from steer.engine.sweep_sampler import EngineSampler
 
         trainer.engine = EngineSampler(
-            study.model.name_or_path, trainer.args, study.model.dtype, len(mine), trainer.eos_token_ids
+            study.model.name_or_path,
+            trainer.args,
+            study.model.dtype,
+            len(mine),
+            trainer.eos_token_ids,
+            revision=getattr(study.model.config, "_commit_hash", None),
         )
     states = read_states(folder)
     trainer.load(states)
