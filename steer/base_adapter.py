@@ -18,6 +18,7 @@ from filelock import FileLock
 from steer.errors import SteerError, one_line
 from steer.identity import MERGED
 from steer.models import load_model, load_tokenizer, model_source
+from steer.quantization import quantization_method
 from steer.weights import cache_dir
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -94,6 +95,11 @@ def _merge(
         raise SteerError("base_adapter needs peft; pip install peft") from error
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = load_model(name, **options)
+    if method := quantization_method(model.config):
+        raise SteerError(
+            f"base_adapter: {name!r} is quantised ({method}); merging would round its weights again: give "
+            "the model that is not quantised, and load_in_4bit or load_in_8bit beside base_adapter"
+        )
     try:
         merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
     except Exception as error:  # peft raises many kinds: other shapes, methods that do not merge

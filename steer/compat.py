@@ -191,13 +191,19 @@ def cpu_multiplies_bfloat16() -> bool:
 
 @contextmanager
 def trainable_when_quantised(model: nn.Module) -> Iterator[None]:
-    """Inside, transformers' trainer takes a quantised model: it asks for an adapter that it knows of."""
+    """
+    Inside, transformers' trainer takes a quantised model: it asks for an adapter that it knows of. What is
+    trained has the precision that it had when trl, which rounds it to bfloat16, has made its trainer.
+    """
     quantised = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
     if not quantised:
         yield
         return
+    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     with patch.object(model, "_hf_peft_config_loaded", True):
         yield
+    for parameter, values in trained:
+        parameter.data = values.to(parameter.device)
 
 
 def base_left_out() -> AbstractContextManager:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer import compat
 from steer.errors import SteerError, one_line
+from steer.quantization import bitsandbytes, check_quantization, keep_gradients
 from steer.weights import BUNDLED, choices, model_path
 
 if TYPE_CHECKING:
@@ -40,29 +41,32 @@ def load_model(
     `dtype` is "float32", "bfloat16", "float16", a torch dtype, "auto" for the dtype it was saved in (float32
     for converted GGUF weights, bfloat16 for those over 1 GiB), or "fast" (`fast_dtype`).
     `config.name_or_path` is `name` as given. `load_in_4bit` and `load_in_8bit` quantise the weights with
-    bitsandbytes as they are loaded. Raises SteerError as `model_path` does, and when the hub does
-    not answer, when the model is not a decoder-only language model, when the checkpoint lacks weights, or for
-    a dtype that is not one of these.
+    bitsandbytes as they are loaded (`steer.quantization`). Raises SteerError as `model_path` does, and when
+    the hub does not answer, when the model is not a decoder-only language model, when the checkpoint lacks
+    weights or is quantised by a method that is not tested, or for a dtype that is not one of these.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     wanted = _dtype(dtype)
-    if load_in_4bit or load_in_8bit:
-        quantization_config = _bitsandbytes(load_in_4bit, load_in_8bit, quantization_config)
-        if device_map is None and torch.cuda.is_available():
-            device_map = {"": torch.cuda.current_device()}
     source = model_source(name, revision)
     common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        _check_causal(name, source, common)
+        config = _check_causal(name, source, common)
+        if load_in_4bit or load_in_8bit:
+            asked = load_in_4bit, load_in_8bit, quantization_config
+            quantization_config = bitsandbytes(config, name, *asked, wanted)
+            if device_map is None and torch.cuda.is_available():
+                device_map = {"": torch.cuda.current_device()}
+        check_quantization(config, name, quantization_config)
+        quantized = {"quantization_config": quantization_config} if quantization_config else {}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=wanted,
             output_loading_info=True,
             attn_implementation=attn_implementation,
             device_map=device_map,
-            quantization_config=quantization_config,
+            **quantized,  # None would mean that the checkpoint's own is to be ignored
             **common,
         )
     except (SteerError, torch.OutOfMemoryError):
@@ -77,21 +81,9 @@ def load_model(
             f"({missing[0]} first): expected a causal language model's complete checkpoint"
         )
     model.config.name_or_path = name  # artifacts record this: a cache path would mean nothing elsewhere
+    keep_gradients(model)
     model.eval()
     return model
-
-
-def _bitsandbytes(four: bool, eight: bool, given: Any) -> Any:
-    import importlib.util
-
-    from transformers import BitsAndBytesConfig
-
-    option = "load_in_4bit" if four else "load_in_8bit"
-    if (four and eight) or given is not None:
-        raise SteerError(f"{option} is given with another quantization; give one of them")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise SteerError(f"{option} needs bitsandbytes, which is not installed; pip install bitsandbytes")
-    return BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight)
 
 
 def skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -215,7 +207,8 @@ def _dtype(dtype: str | torch.dtype) -> Any:
     raise SteerError(f"dtype {str(dtype)!r} is not known: expected one of {', '.join(DTYPES)}")
 
 
-def _check_causal(name: str, source: str, common: dict[str, Any]) -> None:
+def _check_causal(name: str, source: str, common: dict[str, Any]) -> Any:
+    """The configuration of the model `name`; SteerError where it is no causal language model's."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
     config = AutoConfig.from_pretrained(source, **common)
@@ -223,11 +216,12 @@ def _check_causal(name: str, source: str, common: dict[str, Any]) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise SteerError(f"model {name!r} ({kind}) is an encoder-decoder: expected a decoder-only model")
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return
+        return config
     # Encoders such as BERT have a causal head too, but only checkpoints marked is_decoder are trained for it.
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SteerError(f"model {name!r} ({kind}) is no causal language model: expected a decoder-only one")
+    return config
 
 
 def _load_error(what: str, name: str, source: str, error: Exception) -> SteerError:

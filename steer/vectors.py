@@ -28,6 +28,7 @@ from steer.identity import base_checksum, describe, tokenizer_checksum
 from steer.kinds import AdaptiveVector, SharedDirections, SharedVector, SteeringState, SteeringVector
 from steer.probe import verify
 from steer.prompt_watch import PromptWatch
+from steer.quantization import check_quantization, keep_gradients
 from steer.sharded import fill, gathered, shape, whole
 from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_sites
 
@@ -242,6 +243,9 @@ def build(model: nn.Module, config: SteeringConfig) -> tuple[SteeringVectors, li
     layer or site it does not have.
     """
     decoder = find_decoder(model)
+    base: Any = model.config
+    check_quantization(base, base.name_or_path or type(model).__name__)
+    keep_gradients(model)
     layers = config.resolve_layers(decoder.num_hidden_layers)
     names = ("base_model_name_or_path", "base_revision", "base_adapter", "base_checksum")
     known = {k: getattr(config, k) for k in names}

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers.trainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
@@ -120,6 +121,16 @@ def test_a_quantised_model_passes_for_one_with_an_adapter_for_a_while(tiny_llama
         assert tiny_llama._hf_peft_config_loaded
         raise ZeroDivisionError
     assert not tiny_llama._hf_peft_config_loaded
+
+
+def test_what_is_trained_on_a_quantised_model_keeps_its_precision(tiny_llama: Any) -> None:
+    tiny_llama.is_quantized = True
+    norm = tiny_llama.model.norm.weight
+    before = norm.detach().clone().fill_(1 + 2**-20)
+    norm.data = before.clone()
+    with compat.trainable_when_quantised(tiny_llama):
+        norm.data = norm.data.to(torch.bfloat16)
+    assert norm.dtype == torch.float32 and torch.equal(norm, before)
 
 
 def test_what_is_replaced_is_put_back() -> None:

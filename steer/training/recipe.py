@@ -105,7 +105,7 @@ def begin(settings: RunSettings) -> None:
     if training.use_vllm and (run.load_in_4bit or run.load_in_8bit):
         raise SteerError(
             "load_in_4bit and load_in_8bit quantise the model that is trained, and vLLM would sample from "
-            "another one; set use_vllm=false, or give a quantised checkpoint as the model"
+            "another one; set use_vllm=false"
         )
     population = settings.population is not None and settings.population.asked
     if training.use_vllm and training.vllm_mode == "colocate" and run.model_revision and not population:
