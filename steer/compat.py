@@ -189,6 +189,12 @@ def cpu_multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def recomputes_activations(model: Any) -> bool:
+    """Whether gradient checkpointing is on. transformers from 5.20 on warns of the name it had before."""
+    name = "is_activation_checkpointing"
+    return bool(getattr(model, name) if hasattr(model, name) else model.is_gradient_checkpointing)
+
+
 @contextmanager
 def trainable_when_quantised(model: nn.Module) -> Iterator[None]:
     """

@@ -134,6 +134,7 @@ class SteeringGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        self._name_checkpointing()
         super().__post_init__()
         check(self)
         if self.loss_type not in LOSSES:
@@ -194,6 +195,16 @@ class SteeringGRPOConfig(GRPOConfig):
                             "'0:0.003,3-7:0.007' "
                             "or 'geometric:0.003:0.1'"
                         )
+
+    def _name_checkpointing(self) -> None:
+        """
+        Give gradient checkpointing the name that later versions of transformers have for it too: they warn of
+        the old one, also where it is set by a default.
+        """
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
 
     def layer_rates(self, layers: list[int], num_hidden_layers: int) -> dict[int | None, float]:
         """

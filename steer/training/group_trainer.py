@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 from trl.models import unwrap_model_for_generation
 
+from steer import compat
 from steer.errors import SteerError
 from steer.generation import cpu
 from steer.generation.decoding import inputs
@@ -259,7 +260,8 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
         options = fast_paths(base).scoring()
         others = {k for k, v in kwargs.items() if v is not None and k not in _PLAIN_ARGUMENTS}
         # Under checkpointing the backward pass runs the layers again, outside of this block.
-        with nullcontext() if base.is_gradient_checkpointing else fast_attention(base):
+        recomputes = compat.recomputes_activations(base)
+        with nullcontext() if recomputes else fast_attention(base):
             if others or kwargs.get("compute_aux_loss"):  # images, a router's loss: trl's own way
                 _check_padding(base, attention_mask[:, :prompt].sum(1).tolist())
                 if reason := fast_paths(base).head or (not others and no_router_loss(base)):
@@ -277,7 +279,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
                         **kwargs,
                     )
             options["share"] &= self.args.share_prompts
-            options["share"] &= not base.is_gradient_checkpointing and not self.sharded
+            options["share"] &= not recomputes and not self.sharded
             size = None if options["share"] else kwargs.get("batch_size")
             parts = [
                 self._score_rows(model, ids, mask, prompt, options)

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -101,6 +102,8 @@ def begin(settings: RunSettings) -> None:
     transformers_logging.set_verbosity_error()
     for noisy in ("httpx", "accelerate", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # trl reads it under its old name at each step
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     check_recipe(training)
     if training.use_vllm and (run.load_in_4bit or run.load_in_8bit):
         raise SteerError(

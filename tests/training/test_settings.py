@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from steer.compat import recomputes_activations
 from steer.errors import SteerError
 from steer.training import settings
 from steer.training.config import SteeringGRPOConfig
@@ -44,6 +47,8 @@ HONOURED = """
     use_bias_correction_kl use_cache use_cpu use_transformers_continuous_batching use_transformers_paged
     use_vllm warmup_steps weight_decay
     """
+# Names that later versions of transformers have for gradient_checkpointing and its arguments.
+LATER = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 
 
 def make(**changes: Any) -> SteeringGRPOConfig:
@@ -54,7 +59,7 @@ def test_every_field_is_somewhere() -> None:
     named = set(settings.IGNORED) | set(settings.IGNORED_BY_RECIPES)
     prefixes = tuple(name for switch in settings.SWITCHES for name in switch.names)
     known = {f.name for f in fields(SteeringGRPOConfig)}
-    assert {name for name in known - named if not name.startswith(prefixes)} == set(HONOURED.split())
+    assert {name for name in known - named if not name.startswith(prefixes)} - LATER == set(HONOURED.split())
     assert (named | set(settings.RANGES)) <= known
 
 
@@ -136,3 +141,22 @@ def test_odd_numbers_are_a_config_or_a_named_refusal(name: str, value: float) ->
         make(**{name: value})
     except ValueError as error:  # SteerError, or trl's and transformers' own
         assert str(error)
+
+
+@pytest.mark.parametrize("asked", [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": False}])
+def test_no_warning_comes_of_a_default(asked: dict[str, bool], tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        args = SteeringGRPOConfig(output_dir=str(tmp_path), use_cpu=True, **asked)
+    assert args.gradient_checkpointing is asked.get("gradient_checkpointing", False)
+    later = getattr(args, "activation_checkpointing", args.gradient_checkpointing)  # its name from 5.20 on
+    assert later is args.gradient_checkpointing
+
+
+def test_checkpointing_is_known_of_a_model(build_tiny: Any) -> None:
+    model = build_tiny("llama")
+    assert not recomputes_activations(model)
+    model.gradient_checkpointing_enable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert recomputes_activations(model)

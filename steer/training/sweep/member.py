@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, get_scheduler
 
+from steer import compat
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.tasks.rewards import RewardFunction, guard
@@ -174,7 +175,7 @@ def _reward(function: Any) -> RewardFunction:
 
 def check_model(model: PreTrainedModel, args: SteeringGRPOConfig) -> None:
     """SteerError for a model that a run alone trains with a term or noise that a population does not have."""
-    if model.is_gradient_checkpointing:
+    if compat.recomputes_activations(model):
         raise SteerError("a population cannot be trained with gradient checkpointing; switch it off")
     config = model.config.get_text_config()
     weight = args.router_aux_loss_coef
