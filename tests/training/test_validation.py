@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from helpers.launching import ROOT, run_folder, started
+from helpers.launching import ROOT, run_folder, run_here, started
 from helpers.training import SPREAD, config, logged, make_trainer, problems, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +21,7 @@ from steer.errors import SteerError
 from steer.tasks.grading import Verdict
 from steer.training.run import RunConfig
 from steer.training.steering_trainer import SteeringGRPOTrainer, last_checkpoint
+from steer.training.sweep.trainer import PopulationTrainer
 from steer.training.validation import Validation, best, split, stalled
 
 ROWS = [{"problem": f"{n}+{n}=", "answer": str(2 * n)} for n in range(12)]
@@ -36,6 +37,10 @@ class ByText:
 class Never:
     def check(self, texts: list[str], golds: list[str], *more: Any) -> list[Verdict]:
         return [Verdict(False, text, "exact") for text in texts]
+
+
+class Killed(BaseException):
+    """Ends a run where it stands."""
 
 
 class Stop(TrainerCallback):
@@ -208,7 +213,44 @@ def test_a_population_validates_each_member(base: Path) -> None:
     for name in ("seed-1", "seed-2"):
         folder = base / "whole" / "members" / name
         found = json.loads((folder / "results.json").read_text())["validation"]
-        assert [row["step"] for row in found["history"]] == [2, 3] and found["kept"] == "best"
+        assert [row["step"] for row in found["history"]] == [0, 2, 3] and found["kept"] == "best"
         rows = json.loads((folder / "log.json").read_text())
         assert "validation/accuracy" not in rows[0]
-        assert rows[1]["validation/accuracy"] == found["history"][0]["accuracy"]
+        assert rows[1]["validation/accuracy"] == found["history"][1]["accuracy"]
+    alone = launched(base, "grpo_steer.py", "--seed", "2", "--output_dir", str(base / "alone"))
+    assert "validated" in alone
+    assert json.loads((base / "alone" / "results.json").read_text())["validation"] == found
+
+
+def test_a_population_that_is_stopped_validates_at_the_same_updates(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(folder: Path, stop: int | None = None) -> None:
+        """Until the end, or until the state was written `stop` times."""
+        original, written = PopulationTrainer.save, 0
+
+        def save(self: PopulationTrainer) -> None:
+            nonlocal written
+            original(self)
+            written += 1
+            if written == stop:
+                raise Killed
+
+        words = ["--config", str(base / "config.yaml"), "--output_dir", str(folder), "--seeds", "1", "2"]
+        words += ["--validate_every", "2", "--validation", "8", "--keep_best", "true", "--max_steps", "5"]
+        words += ["--winners", "0", "--save_steps", "1", "--patience", "2"]
+        with monkeypatch.context() as patched:
+            patched.setattr(PopulationTrainer, "save", save)
+            run_here(ROOT / "recipes" / "layer_sweep.py", *words)
+
+    trained(base / "whole")
+    for stop in (1, 2):  # after update 1, then after update 3
+        with pytest.raises(Killed):
+            trained(base / "stopped", stop)
+    trained(base / "stopped")
+    for name in ("seed-1", "seed-2"):
+        one, other = (base / folder / "members" / name for folder in ("whole", "stopped"))
+        expected, found = (json.loads((folder / "results.json").read_text()) for folder in (one, other))
+        assert len(expected["validation"]["history"]) >= 3
+        assert {**found, "training_seconds": 0} == {**expected, "training_seconds": 0}
+        assert same(artifact.read(other / "vectors").tensors, artifact.read(one / "vectors").tensors)

@@ -88,6 +88,19 @@ class Study:
         if stalled(member.history, run.patience) and member.stopped is None:
             member.stopped = f"no better validation in {run.patience}"
 
+    def validate_untrained(self, trainer: PopulationTrainer) -> None:
+        """Measure it before the first update, as a run alone does; once for all that begin as the base."""
+        known: list[Answered] | None = None
+        for member in trainer.members if self.run.validate_every else []:
+            if member.step or member.history:
+                continue
+            steers = any(member.vectors.norms().values())
+            if steers or known is None:
+                with trainer.population.only(member.name):
+                    answered = self.answer(trainer, self.validation, f"validating {member.name}, untrained")
+                known = known if steers else answered
+            member.history.append(history_entry(0, answered if steers else known or []))
+
     def answer(
         self,
         trainer: PopulationTrainer,
@@ -208,6 +221,7 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
         log.info("going on from update %d", furthest)
     state.wait_for_everyone()  # all have read before one writes
     _score_untrained(study, trainer)
+    study.validate_untrained(trainer)
     for rung in study.asked.halve_at or []:
         trainer.train(until=rung)
         _halve(study, trainer, rung)
