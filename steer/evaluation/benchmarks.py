@@ -173,6 +173,12 @@ def parse(text: str, **overrides: Any) -> Benchmark:
     return benchmark
 
 
+def problem_id(text: str, answers: str | Sequence[str], messages: Sequence[Mapping[str, str]] = ()) -> str:
+    """The id of a problem: a hash of its words, its right answers and the chat that asks it."""
+    golds = [answers] if isinstance(answers, str) else answers
+    return _digest("\n".join([" ".join(text.split()), *golds, *map(json.dumps, messages)]))
+
+
 def load(
     benchmark: Benchmark, data_dir: str | Path | None = None, columns: Mapping[str, str] | None = None
 ) -> tuple[list[Problem], str]:
@@ -208,8 +214,7 @@ def load(
                 f"benchmark {benchmark.name!r}: the answer of problem {number}, {answer[:40]!r}, is not "
                 f"{article} {benchmark.answer}: is this another set's file?"
             )
-        identity = "\n".join([" ".join(text.split()), *(golds or [answer]), *map(json.dumps, messages)])
-        key = _digest(identity)
+        key = problem_id(text, golds or answer, messages)
         found.setdefault(key, Problem(key, text, answer, golds if len(golds) > 1 else (), messages))
     problems = list(found.values())
     digest = digest or _digest(" ".join(sorted(p.id for p in problems)))

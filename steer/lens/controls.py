@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import normalize
 
 from steer.errors import SteerError
-from steer.lens.conditions import BASE
-from steer.lens.passes import streams
+from steer.extract import directions as extract
+from steer.extract.activations import read_activations
 from steer.lens.subject import Row, Subject
 from steer.vectors import SteeringVectors
 
@@ -66,34 +66,18 @@ def mean_difference(
     """
     if subject.vectors.config.kind == "shared":
         raise SteerError("shared vectors hold no free direction a layer; use the random control")
-    num_hidden_layers, hidden_size = subject.decoder.num_hidden_layers, subject.decoder.hidden_size
-    means = []
-    for rows in (wanted, unwanted):
-        total, count = (
-            torch.zeros(num_hidden_layers, hidden_size, dtype=torch.float64),
-            torch.zeros(num_hidden_layers, dtype=torch.float64),
+    positive, negative = (
+        read_activations(
+            subject.model,
+            rows,
+            subject.layers,
+            tokens="completion",
+            batch_size=subject.batch_size,
+            label=label,
         )
-
-        def seen(
-            layer: int,
-            stream: torch.Tensor,
-            batch: Sequence[Row],
-            starts: list[int],
-            total: torch.Tensor = total,
-            count: torch.Tensor = count,
-        ) -> None:
-            for i, row in enumerate(batch):
-                tokens = stream[0, i, starts[i] + row.prompt : starts[i] + len(row.ids)]
-                total[layer] += tokens.double().sum(0).cpu()
-                count[layer] += len(tokens)
-
-        streams(subject, rows, [BASE], seen, layers=subject.layers, label=label)
-        if not count.any():
-            raise SteerError("the mean difference needs texts with completions, these are prompts alone")
-        means.append(total / count.clamp(min=1)[:, None])
-    return _with_directions(
-        subject.vectors, {layer: (means[0] - means[1])[layer] for layer in subject.layers}
+        for rows in (wanted, unwanted)
     )
+    return _with_directions(subject.vectors, extract.mean_difference(positive, negative))
 
 
 def _with_directions(vectors: SteeringVectors, chosen: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError
+from steer.extract.rows import Row
 from steer.models import check_context
 from steer.prompt import PromptSpec
 from steer.sites import Decoder, find_decoder
@@ -17,27 +18,6 @@ from steer.tasks.prompts import format_prompt
 from steer.vectors import SteeringVectors
 
 T = TypeVar("T")
-
-
-class Row(NamedTuple):
-    """One text: token ids, the first `prompt` of which are the prompt, the others the completion."""
-
-    ids: tuple[int, ...]
-    prompt: int
-
-    @property
-    def completion(self) -> tuple[int, ...]:
-        return self.ids[self.prompt :]
-
-    @property
-    def predicting(self) -> range:
-        """Indices of the tokens that predict the completion; of a prompt alone, its last."""
-        return range(self.prompt - 1, self.prompt - 1 + max(1, len(self.completion)))
-
-    @property
-    def question(self) -> Row:
-        """The prompt alone."""
-        return Row(self.ids[: self.prompt], self.prompt)
 
 
 @dataclass

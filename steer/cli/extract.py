@@ -1,0 +1,221 @@
+"""`steer extract`: vectors that need no training."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from steer.arguments import add_base_adapter, count, finite, json_object, text, whole
+from steer.cli.outputs import add_force, output
+from steer.config import POSITIONS, SITES
+
+if TYPE_CHECKING:
+    from steer.artifact import Artifact
+
+ABOUT = """\
+Make vectors without training: from a contrast of texts, from the right and wrong answers of a run, from a
+feature of a sparse autoencoder, or from a token. The result is an ordinary artifact: it can be measured,
+exported, added to others, and trained further (steer train --init).
+"""
+
+HELP = {
+    "pairs": (
+        "from a file of positive and negative texts or chats",
+        "JSON lines with 'positive' and 'negative': texts, or chats as lists of messages. With a 'prompt' "
+        "they are texts that follow it. A line may have one side alone.",
+        "steer extract pairs pairs.jsonl --model smollm2-135m-instruct --layers 12 --share 0.5 --out brief",
+    ),
+    "answers": (
+        "from the right and wrong answers of a run",
+        "Reads the answers that `steer train` or `steer eval` left, and the base model's activations on "
+        "them.",
+        "steer extract answers runs/demo --tokens completion --out right",
+    ),
+    "sae": (
+        "from a feature of a sparse autoencoder",
+        "The feature's row of the decoder, at the layer and site that the SAE was trained on.",
+        "steer extract sae runs/sae-demo/topk --feature 17 --share 0.5 --out feature",
+    ),
+    "token": (
+        "from a token: the direction that raises its logit",
+        "The token's row of the unembedding, through the final norm.",
+        "steer extract token ' yes' --model smollm2-135m-instruct --layers last --out yes",
+    ),
+}
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add `extract` and its sources. Nothing heavy is imported before one runs."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        "extract", help="make vectors without training: from texts, answers, an SAE, a token",
+        description=ABOUT, formatter_class=raw,
+    )  # fmt: skip
+    sources = parser.add_subparsers(required=True, metavar="SOURCE")
+
+    def source(name: str, given: str, about: str, layers: str | None, run: Any) -> argparse.ArgumentParser:
+        short, long, example = HELP[name]
+        one = sources.add_parser(
+            name, help=short, description=long, epilog=f"    {example}", formatter_class=raw
+        )
+        one.add_argument(given, type=text, help=about)
+        told = {"pairs": True, "token": True}.get(name, False)
+        one.add_argument(
+            "--model",
+            required=told,
+            help="base model: hub id, local folder, .gguf file or the name of bundled weights"
+            + ("" if told else "; default: the one that it is of"),
+        )
+        add_base_adapter(one)
+        one.add_argument("--dtype", default="auto", help="precision of the base model (default: auto)")
+        one.add_argument(
+            "--layers",
+            default=layers,
+            help="layers that get a vector: all, last, an index, a range 4-20, a comma list "
+            + (f"(default: {layers})" if layers else "(default: the SAE's)"),
+        )
+        one.add_argument(
+            "--site",
+            choices=SITES,
+            default=None if name == "sae" else "resid_post",
+            help="where in the layer (default: " + ("the SAE's)" if name == "sae" else "resid_post)"),
+        )
+        one.add_argument(
+            "--positions", choices=POSITIONS, default="all", help="which tokens are steered (default: all)"
+        )
+        one.add_argument(
+            "--share",
+            type=finite,
+            default=0.1,
+            help="length of each vector, as a share of the mean length of the residual stream (default: 0.1)",
+        )
+        one.add_argument("--batch-size", type=count, default=16, help="texts in a forward pass (default: 16)")
+        one.add_argument("--out", required=True, help="folder of the artifact")
+        add_force(one)
+        one.set_defaults(run=run)
+        return one
+
+    pairs = source("pairs", "file", "JSON lines", "all", _pairs)
+    pairs.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="variables of the chat template, e.g. '{\"enable_thinking\": false}'",
+    )
+    answers = source("answers", "run_folder", "folder of a run", "all", _answers)
+    answers.add_argument(
+        "--stage",
+        choices=("before", "longer", "elicited", "after", "training"),
+        default="after",
+        help="of `steer train`: whose answers; training = those of the updates (default: after)",
+    )
+    answers.add_argument("--variant", default="base", help="of `steer eval`: whose answers (default: base)")
+    for one in (pairs, answers):
+        one.add_argument(
+            "--method", choices=("mean", "pca"), default="mean", help="mean difference, or first principal "
+            "component of the differences of paired texts (default: mean)",
+        )  # fmt: skip
+        one.add_argument(
+            "--tokens", choices=("last", "all", "completion"), default="last",
+            help="tokens whose activations are read: the last of each text, all but the first, or those "
+            "after the prompt (default: last)",
+        )  # fmt: skip
+    sae = source("sae", "folder", "folder of an SAE, in any format of `steer sae`", None, _sae)
+    sae.add_argument("--feature", type=whole, required=True, help="index of the feature")
+    source("token", "token", "text of one token, leading space included", "last", _token)
+
+
+def _pairs(args: argparse.Namespace) -> None:
+    from steer.extract import read_contrast
+
+    model, tokenizer = _load(args, args.model, None, args.base_adapter)
+    contrast = read_contrast(args.file, tokenizer, args.chat_template_kwargs)
+    _contrast(args, model, tokenizer, contrast, args.file)
+
+
+def _answers(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from steer.extract.completions import read_completions, run_model, run_settings
+
+    of = run_model(run_settings(Path(args.run_folder)))
+    name, revision = (args.model, None) if args.model else (of["model"], of["revision"])
+    adapter = args.base_adapter or (None if args.model else of["base_adapter"])
+    model, tokenizer = _load(args, name, revision, adapter)
+    contrast = read_completions(args.run_folder, tokenizer, args.stage, args.variant)
+    _contrast(args, model, tokenizer, contrast, args.run_folder)
+
+
+def _contrast(args: argparse.Namespace, model: Any, tokenizer: Any, contrast: Any, source: str) -> None:
+    from steer.extract import from_contrast
+
+    made = from_contrast(
+        model,
+        tokenizer,
+        contrast,
+        method=args.method,
+        layers=args.layers,
+        site=args.site,
+        tokens=args.tokens,
+        share=args.share,
+        positions=args.positions,
+        batch_size=args.batch_size,
+        label="reading texts",
+    )
+    texts = f"{len(contrast.positive)} positive and {len(contrast.negative)} negative texts"
+    _write(args, made, source, texts)
+
+
+def _sae(args: argparse.Namespace) -> None:
+    from steer.config import SteeringConfig
+    from steer.errors import SteerError
+    from steer.extract import from_direction, sae_direction
+    from steer.sae import load_sae
+    from steer.sites import find_decoder
+
+    name = args.model or (load_sae(args.folder).cfg.source or {}).get("model")
+    if not name:
+        raise SteerError(f"{args.folder} does not say which model it is of; give --model")
+    model, tokenizer = _load(args, name, None, args.base_adapter)
+    layers = None
+    if args.layers is not None:
+        layers = SteeringConfig(layers=args.layers).resolve_layers(find_decoder(model).num_hidden_layers)
+    direction, layer, site, source = sae_direction(args.folder, args.feature, model, layers, args.site)
+    made = from_direction(
+        model, tokenizer, direction, source,
+        layers=str(layer), site=site, share=args.share, positions=args.positions, batch_size=args.batch_size,
+    )  # fmt: skip
+    _write(args, made, args.folder, f"feature {args.feature} of {args.folder}")
+
+
+def _token(args: argparse.Namespace) -> None:
+    from steer.extract import from_direction, token_direction
+
+    model, tokenizer = _load(args, args.model, None, args.base_adapter)
+    direction = token_direction(model, tokenizer, args.token)
+    made = from_direction(
+        model, tokenizer, direction, {"from": f"the unembedding of token {args.token!r}"},
+        layers=args.layers, site=args.site, share=args.share, positions=args.positions,
+        batch_size=args.batch_size,
+    )  # fmt: skip
+    _write(args, made, "", f"token {args.token!r}")
+
+
+def _load(args: argparse.Namespace, name: str, revision: str | None, adapter: str | None) -> tuple[Any, Any]:
+    from steer.base_adapter import merged_base
+    from steer.models import load_model, load_tokenizer
+
+    if adapter:
+        name, revision = merged_base(name, adapter, revision), None
+    return load_model(name, dtype=args.dtype, revision=revision), load_tokenizer(name, revision=revision)
+
+
+def _write(args: argparse.Namespace, made: Artifact, source: str, what: str) -> None:
+    with output(args.out, args.replace, source):
+        made.save_pretrained(args.out)
+    norms = [vector.norm().item() for vector in made.by_layer().values()]
+    print(f"made of   {what}")
+    print(
+        f"layers    {made.config.layers} ({made.config.site}), lengths {min(norms):.3g} to {max(norms):.3g}"
+    )
+    print(f"vectors   {args.out}")

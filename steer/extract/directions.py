@@ -1,0 +1,182 @@
+"""
+Directions in the residual stream, and the length that vectors along them are given.
+
+A direction has no natural strength. Every vector that is made here has a stated share of the mean length of
+the residual stream at its layer, measured over the tokens that the direction was read from (at a site that is
+no stream, such as attn_out: of the stream after the layer).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steer.errors import SteerError, shown
+from steer.extract.activations import Activations
+from steer.final_norm import onto_stream
+from steer.weights import public_name
+
+METHODS = {
+    "mean": "the mean of the positive texts minus that of the negative ones",
+    "pca": "the direction along which paired texts differ most: the first principal component of their "
+    "differences, taken about zero, with the sign of the mean difference",
+}
+# Of the mean length of the residual stream.
+SHARE = 0.1
+
+
+def mean_difference(positive: Activations, negative: Activations) -> dict[int, Tensor]:
+    """
+    The mean of the positive texts minus that of the negative ones (arXiv 2312.06681), by layer:
+    (hidden_size,) in float64. Every token counts the same, whichever text it is of.
+    """
+    difference = positive.mean - negative.mean
+    return dict(zip(positive.layers, difference, strict=True))
+
+
+def principal_component(
+    positive: Activations, negative: Activations, pairs: Sequence[tuple[int, int]]
+) -> dict[int, Tensor]:
+    """
+    The first principal component of the differences of paired texts (arXiv 2310.01405), by layer:
+    (hidden_size,) in float64, as long as the root mean square of the differences along it.
+
+    The differences are not centred: their mean is part of what is sought. The sign is such that the pairs'
+    mean difference is along the component.
+
+    Args:
+        positive: with `texts`.
+        negative: with `texts`.
+        pairs: indices of the texts that belong together, one pair or more.
+    """
+    assert positive.texts is not None and negative.texts is not None and pairs
+    one, other = torch.tensor(pairs).T
+    found = {}
+    for place, layer in enumerate(positive.layers):
+        rows = positive.texts[one, place].double() - negative.texts[other, place].double()
+        if len(rows) < rows.shape[1]:  # the smaller of the two products
+            component = rows.T @ torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -1]
+        else:
+            component = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -1]
+        component = normalize(component, dim=0)
+        along = rows @ component
+        found[layer] = component * along.square().mean().sqrt() * (-1.0 if along.mean() < 0 else 1.0)
+    return found
+
+
+def token_direction(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """
+    The direction that raises the logit of one token most: its row of the unembedding, through the final norm.
+
+    Args:
+        model: the base model.
+        tokenizer: of the model.
+        text: the text of the token, leading space included: " Paris".
+
+    Returns:
+        (hidden_size,) in float64.
+
+    Raises:
+        SteerError: a text that is not one token, and a model without an unembedding.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        names = [tokenizer.decode([index]) for index in ids]
+        raise SteerError(
+            f"{shown(text)} is {len(ids)} tokens ({shown(names)}), expected one; many words are one token "
+            f"with a space before them, such as {' paris'!r}"
+        )
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(head, "weight"):
+        raise SteerError(f"{type(model).__name__} has no unembedding matrix to take a token's direction from")
+    row = head.weight[ids[0]].detach().double().cpu()
+    return onto_stream(model, row[None])[0]
+
+
+def sae_direction(
+    folder: str | os.PathLike[str],
+    feature: int,
+    model: PreTrainedModel,
+    layers: Sequence[int] | None = None,
+    site: str | None = None,
+) -> tuple[Tensor, int, str, dict[str, Any]]:
+    """
+    What a feature of a sparse autoencoder writes: its row of the decoder.
+
+    Args:
+        folder: of the SAE, in any format that `steer.sae.load_sae` reads.
+        feature: its index.
+        model: the base model.
+        layers: the layer, for an SAE that does not say which it was trained on.
+        site: likewise; default resid_post.
+
+    Returns:
+        The direction (hidden_size,) in float64, the layer, the site, and what the card says of the source.
+
+    Raises:
+        SteerError: an SAE of another model, layer, site or width; a feature that it does not have; no layer.
+    """
+    from steer.sae import load_sae
+    from steer.sites import find_decoder
+
+    sae, decoder = load_sae(folder), find_decoder(model)
+    source: Mapping[str, Any] = sae.cfg.source or {}
+    here, there = getattr(model.config, "name_or_path", None), source.get("model")
+    if here and there and public_name(here) != public_name(there):
+        raise SteerError(
+            f"{folder} is an SAE of {there}, the model is {here}; give the model it was trained on"
+        )
+    if sae.cfg.d_in != decoder.hidden_size:
+        raise SteerError(
+            f"{folder} is an SAE of width {sae.cfg.d_in}, the model's hidden size is {decoder.hidden_size}"
+        )
+    if not 0 <= feature < sae.cfg.d_sae:
+        raise SteerError(f"{folder} has features 0 to {sae.cfg.d_sae - 1}, not {feature}")
+    known = source.get("layer")
+    if layers is None and known is None:
+        raise SteerError(f"{folder} does not say which layer it was trained on; give it with --layers")
+    asked: list[int] = list(layers) if layers is not None else [known or 0]
+    if len(asked) != 1 or (known is not None and asked != [known]):
+        was = "one layer" if known is None else f"layer {known}"
+        raise SteerError(
+            f"{folder} is an SAE of {was}, --layers asks for {asked}; leave it out or correct it"
+        )
+    if site is not None and source.get("site", site) != site:
+        raise SteerError(f"{folder} is an SAE of site {source['site']}, --site asks for {site}; leave it out")
+    told = {"from": f"feature {feature} of the SAE {folder}", "sae": dict(source)}
+    place = site or source.get("site", "resid_post")
+    return sae.W_dec[feature].detach().double().cpu(), asked[0], place, told
+
+
+def scaled(
+    directions: Mapping[int, Tensor], norms: Mapping[int, float], share: float = SHARE
+) -> dict[int, Tensor]:
+    """
+    Each direction at `share` times the mean length of its layer's residual stream.
+
+    Args:
+        directions: (hidden_size,) by layer.
+        norms: mean length of the residual stream, by layer.
+        share: such as 0.1 for a tenth.
+
+    Returns:
+        (hidden_size,) in float32 by layer.
+
+    Raises:
+        SteerError: a share that is no number above 0, and a direction without length.
+    """
+    if not 0 < share < float("inf"):
+        raise SteerError(f"share={share!r} is not a number above 0; 0.1 is a tenth of the stream's length")
+    made = {}
+    for layer, direction in directions.items():
+        length = direction.norm().item()
+        if not length:
+            raise SteerError(f"layer {layer}: the direction is zero; give another, or other layers")
+        made[layer] = (direction * (share * norms[layer] / length)).float()
+    return made
