@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from steer.arguments import add_base_adapter, count, finite, json_object, text, whole
-from steer.cli.outputs import add_force, output
+from steer.arguments import add_base_options, count, finite, json_object, text, whole
 from steer.config import POSITIONS, SITES
+from steer.outputs import add_force, check_output, output
 
 if TYPE_CHECKING:
     from steer.artifact import Artifact
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ABOUT = """\
 Make vectors without training: from a contrast of texts, from the right and wrong answers of a run, from a
 feature of a sparse autoencoder, or from a token. The result is an ordinary artifact: it can be measured,
-exported, added to others, and trained further (steer train --init).
+exported and added to others.
 """
 
 HELP = {
@@ -66,7 +66,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             help="base model: hub id, local folder, .gguf file or the name of bundled weights"
             + ("" if told else "; default: the one that it is of"),
         )
-        add_base_adapter(one)
+        add_base_options(one)
         one.add_argument("--dtype", default="auto", help="precision of the base model (default: auto)")
         one.add_argument(
             "--layers",
@@ -128,7 +128,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _pairs(args: argparse.Namespace) -> None:
     from steer.extract import read_contrast
 
-    model, tokenizer = _load(args, args.model, None, args.base_adapter)
+    model, tokenizer = _load(args, args.model)
     contrast = read_contrast(args.file, tokenizer, args.chat_template_kwargs)
     _contrast(args, model, tokenizer, contrast, args.file)
 
@@ -138,10 +138,13 @@ def _answers(args: argparse.Namespace) -> None:
 
     from steer.extract.completions import read_completions, run_model, run_settings
 
-    of = run_model(run_settings(Path(args.run_folder)))
-    name, revision = (args.model, None) if args.model else (of["model"], of["revision"])
-    adapter = args.base_adapter or (None if args.model else of["base_adapter"])
-    model, tokenizer = _load(args, name, revision, adapter)
+    if args.model:
+        model, tokenizer = _load(args, args.model)
+    else:
+        of = run_model(run_settings(Path(args.run_folder)))
+        args.revision = args.revision or of["revision"]
+        args.base_adapter = args.base_adapter or of["base_adapter"]
+        model, tokenizer = _load(args, of["model"])
     contrast = read_completions(args.run_folder, tokenizer, args.stage, args.variant)
     _contrast(args, model, tokenizer, contrast, args.run_folder)
 
@@ -176,7 +179,7 @@ def _sae(args: argparse.Namespace) -> None:
     name = args.model or (load_sae(args.folder).cfg.source or {}).get("model")
     if not name:
         raise SteerError(f"{args.folder} does not say which model it is of; give --model")
-    model, tokenizer = _load(args, name, None, args.base_adapter)
+    model, tokenizer = _load(args, name)
     layers = None
     if args.layers is not None:
         layers = SteeringConfig(layers=args.layers).resolve_layers(find_decoder(model).num_hidden_layers)
@@ -191,7 +194,7 @@ def _sae(args: argparse.Namespace) -> None:
 def _token(args: argparse.Namespace) -> None:
     from steer.extract import from_direction, token_direction
 
-    model, tokenizer = _load(args, args.model, None, args.base_adapter)
+    model, tokenizer = _load(args, args.model)
     direction = token_direction(model, tokenizer, args.token)
     made = from_direction(
         model, tokenizer, direction, {"from": f"the unembedding of token {args.token!r}"},
@@ -201,17 +204,19 @@ def _token(args: argparse.Namespace) -> None:
     _write(args, made, "", f"token {args.token!r}")
 
 
-def _load(args: argparse.Namespace, name: str, revision: str | None, adapter: str | None) -> tuple[Any, Any]:
-    from steer.base_adapter import merged_base
+def _load(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
+    from steer.base_adapter import base_source
     from steer.models import load_model, load_tokenizer
 
-    if adapter:
-        name, revision = merged_base(name, adapter, revision), None
-    return load_model(name, dtype=args.dtype, revision=revision), load_tokenizer(name, revision=revision)
+    check_output(args.out, args.replace, folder=True)
+    trust = args.trust_remote_code
+    source, revision = base_source(name, args.base_adapter, args.revision, trust)
+    tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust)
+    return load_model(source, dtype=args.dtype, revision=revision, trust_remote_code=trust), tokenizer
 
 
 def _write(args: argparse.Namespace, made: Artifact, source: str, what: str) -> None:
-    with output(args.out, args.replace, source):
+    with output(args.out, args.replace, *([source] if source else []), folder=True):
         made.save_pretrained(args.out)
     norms = [vector.norm().item() for vector in made.by_layer().values()]
     print(f"made of   {what}")
