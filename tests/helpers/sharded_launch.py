@@ -1,14 +1,13 @@
 """
-Run a script under accelerate's DeepSpeed or FSDP2 on CPU processes, which accelerate itself does on devices
-alone, and tell what each process holds of the model: `sharded_launch.py SCRIPT ARGUMENTS...`
+Run a script under accelerate's DeepSpeed or FSDP2, and tell what each process holds of the model:
+`sharded_launch.py DEVICE SCRIPT ARGUMENTS...`. accelerate itself does not offer this for the device `cpu`.
 """
 
 import os
 import runpy
 import sys
 
-os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.update({"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if sys.argv[1] == "cpu" else {})
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -26,12 +25,15 @@ def local(parameter):
 def watched(self, *args, **kwargs):
     prepared = prepare(self, *args, **kwargs)
     held, of = map(sum, zip(*map(local, self.model.parameters()), strict=True))
-    dtype = self.model.get_input_embeddings().weight.dtype
-    print(f"process {self.args.process_index} holds {held / of:.2f} of the model in {dtype}", flush=True)
+    weight = self.model.get_input_embeddings().weight
+    kind = "DTensor" if hasattr(weight, "to_local") else type(weight).__name__
+    share = f"{held / of:.2f} of the model in {weight.dtype}, as {kind} on {weight.device.type}"
+    print(f"process {self.args.process_index} holds {share}", flush=True)
     return prepared
 
 
-PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+if sys.argv[1] == "cpu":
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 Trainer._prepare_for_training = watched
-sys.argv = sys.argv[1:]
+sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from helpers.gpu import DEVICE, needs_cuda
 from helpers.steering import message
 
 from steer.errors import SteerError
@@ -187,11 +188,11 @@ def test_triton_kernel_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_triton_kernel_on_a_gpu():
     """float32 sums in another order, the table's added up atomically: 1e-5 relative."""
     pytest.importorskip("triton")
-    assert compare("cuda") < 1e-5
+    assert compare(DEVICE) < 1e-5
 
 
 def test_triton_says_what_it_needs():

@@ -1,6 +1,6 @@
 """
-Models in shards: two CPU processes under FSDP2 and DeepSpeed, launched with the shipped configs, become what
-one process becomes.
+Models in shards, launched with the shipped configs: two CPU processes under FSDP2 and DeepSpeed, or one on a
+GPU, become what one process without shards becomes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.gpu import DEVICE, needs_cuda
 from helpers.launching import LAUNCHERS, ROOT, launcher, run_folder, started
 from helpers.training import far, same
 from safetensors.torch import load_file
@@ -45,16 +46,18 @@ def base(
     return run_folder(place, build_tiny, tiny_tokenizer, 6, **settings)
 
 
-def train(base: Path, folder: Path, config: str | None, *changes: str) -> str:
-    """The recipe in one process, or in two of the launcher `config`; what it said."""
+def train(
+    base: Path, folder: Path, config: str | None, *changes: str, processes: int = 2, device: str = "cpu"
+) -> str:
+    """The recipe in one process, or in `processes` of the launcher `config`; what it said."""
     words = [str(ROOT / "recipes" / "grpo_steer.py"), "--config", str(base / "config.yaml")]
     words += ["--output_dir", str(folder), *changes]
     if config is None:
-        done = started([sys.executable, *words, "--use_cpu", "true"], base)
+        done = started([sys.executable, *words, "--use_cpu", str(device == "cpu").lower()], base)
     else:
-        two = launcher(LAUNCHERS / f"{config}.yaml", "--num_processes", "2")
-        wrapper = str(ROOT / "tests" / "helpers" / "sharded_launch.py")
-        done = started([*two, wrapper, *words, "--per_device_train_batch_size", "16"], base)
+        launch = launcher(LAUNCHERS / f"{config}.yaml", "--num_processes", str(processes))
+        launch += [str(ROOT / "tests" / "helpers" / "sharded_launch.py"), device]
+        done = started([*launch, *words, "--per_device_train_batch_size", str(32 // processes)], base)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -95,3 +98,21 @@ def test_a_checkpoint_holds_no_base_and_the_run_goes_on_from_it(
     said = train(base, folder, config)
     assert f"going on from {left}" in said
     assert same(artifact.read(folder / "vectors").tensors, whole)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize(
+    "config", [pytest.param(case.values[0], id=case.id, marks=case.marks) for case in CASES]
+)
+def test_a_sharded_model_on_one_gpu(base: Path, config: str) -> None:
+    """A reference policy and vectors that share directions, under the launcher and without it."""
+    kind = ("--kind", "shared", "--rank", "2", "--beta", "0.1")
+    if not (base / "alone").exists():
+        train(base, base / "alone", None, *kind, device=DEVICE)
+    said = train(base, base / f"{config}-1", config, *kind, processes=1, device=DEVICE)
+    held_as = "DTensor" if config == "fsdp2" else "Parameter"
+    assert f", as {held_as} on {DEVICE}" in said
+    got, expected = artifact.read(base / f"{config}-1" / "vectors"), artifact.read(base / "alone" / "vectors")
+    assert all(tensor.norm() > 0 for tensor in expected.tensors.values())
+    assert far(got.tensors, expected.tensors) < 1e-3
