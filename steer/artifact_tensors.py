@@ -45,6 +45,21 @@ def directions_name(decoder: str) -> str:
     return f"{decoder.rpartition('.')[0]}.steering.directions".removeprefix(".")
 
 
+def renamed(tensors: Mapping[str, torch.Tensor], decoder: str) -> dict[str, torch.Tensor]:
+    """
+    The same tensors for a model whose list of decoder layers is called `decoder`: a text model is inside of a
+    vision-language model under another name.
+    """
+    own = decoder_name(tensors)
+    if own is None or own == decoder:
+        return dict(tensors)
+    shared = directions_name(own)
+    return {
+        directions_name(decoder) if name == shared else decoder + name.removeprefix(own): tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def check_tensors(config: SteeringConfig, tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise SteerError unless the tensors are exactly those that the config speaks of, and finite."""
     import torch

@@ -36,7 +36,9 @@ def load_model(
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model `name`, in eval mode.
+    """
+    The causal language model `name`, in eval mode; or the vision-language model, where its type has no text
+    model of its own in transformers.
 
     `dtype` is "float32", "bfloat16", "float16", a torch dtype, "auto" for the dtype it was saved in (float32
     for converted GGUF weights, bfloat16 for those over 1 GiB), or "fast" (`fast_dtype`).
@@ -46,7 +48,6 @@ def load_model(
     weights or is quantised by a method that is not tested, or for a dtype that is not one of these.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     wanted = _dtype(dtype)
     source = model_source(name, revision)
@@ -60,7 +61,7 @@ def load_model(
                 device_map = {"": torch.cuda.current_device()}
         check_quantization(config, name, quantization_config)
         quantized = {"quantization_config": quantization_config} if quantization_config else {}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_model(config).from_pretrained(
             source,
             dtype=wanted,
             output_loading_info=True,
@@ -89,15 +90,13 @@ def load_model(
 def skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model `name` on the meta device: its modules, names and shapes without weights, in a moment."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     source = model_source(name, revision)
     common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        _check_causal(name, source, common)
+        config = _check_causal(name, source, common)
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(source, **common)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: Any = _auto_model(config).from_config(config, trust_remote_code=trust_remote_code)
     except SteerError:
         raise
     except Exception as error:
@@ -219,9 +218,24 @@ def _check_causal(name: str, source: str, common: dict[str, Any]) -> Any:
         return config
     # Encoders such as BERT have a causal head too, but only checkpoints marked is_decoder are trained for it.
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or sees_images(config)
+    if encoder or not known or getattr(config.get_text_config(), "is_encoder_decoder", False):
         raise SteerError(f"model {name!r} ({kind}) is no causal language model: expected a decoder-only one")
     return config
+
+
+def sees_images(config: PreTrainedConfig) -> bool:
+    """Whether this is the configuration of a vision-language model that transformers has as a whole only."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    kind = type(config)
+    return kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _auto_model(config: PreTrainedConfig) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
 
 
 def _load_error(what: str, name: str, source: str, error: Exception) -> SteerError:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from steer import artifact
-from steer.artifact_tensors import directions_name
+from steer.artifact_tensors import directions_name, renamed
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hook
@@ -214,7 +214,8 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
     """
     Put fresh vectors into `model` and freeze everything else. They change no output, bit for bit.
 
-    `model` is any decoder-only causal LM of transformers. Raises SteerError for a layer or site it does not
+    `model` is any decoder-only causal LM of transformers, or a vision-language model, whose text model is
+    steered: at the tokens of images as at those of text. Raises SteerError for a layer or site it does not
     have, and for a model that already has vectors.
     """
     config = config or SteeringConfig()
@@ -293,6 +294,8 @@ def load(
 ) -> SteeringVectors:
     """
     Attach the vectors in `source` (a folder, a `.safetensors` file, a hub id or an Artifact) to `model`.
+    Vectors of a text model fit the same text model inside of a vision-language model, and the other way
+    round.
 
     Raises SteerError when the file is damaged, or when the model differs in hidden size, number of layers or
     architecture.
@@ -327,7 +330,7 @@ def load(
         warnings.warn(f"{tell} but another vocabulary: measure what they do here", stacklevel=2)
     vectors = attach(model, config)
     try:
-        vectors.set_tensors(saved.tensors)
+        vectors.set_tensors(renamed(saved.tensors, decoder.name))
     except SteerError:
         detach(model)
         raise

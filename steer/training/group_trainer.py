@@ -63,6 +63,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
                 f"the data set has {len(data)} problems, a step takes {wanted}; give more problems, or lower "
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )
+        _check_text(data)
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         functions = [f if isinstance(f, (nn.Module, str)) else guard(f) for f in functions]
         # trl loads a second base model when beta != 0; ours is the same one without what was trained.
@@ -386,6 +387,16 @@ def _check_padding(model: Any, lengths: Sequence[int]) -> None:
             f"{type(model).__name__}: {reason}, and these prompts are of unequal length ({min(lengths)} to "
             f"{max(lengths)} tokens); use steer's own sampler and scorer, which pad on the right: leave "
             "fast_sampler on, and generation_kwargs, repetition_penalty, tools, images and router losses out"
+        )
+
+
+def _check_text(data: Any) -> None:
+    """SteerError for problems with images."""
+    found = {"image", "images"} & set(getattr(data, "column_names", None) or [])
+    if found:
+        raise SteerError(
+            f"the data set has the column {min(found)!r}, and vectors are trained on text alone; remove the "
+            "column, or train on problems without images"
         )
 
 

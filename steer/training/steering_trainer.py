@@ -94,6 +94,12 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
         """Inside, `use_vllm` means an engine that is sent the vectors alone."""
         if not args.use_vllm:
             return nullcontext()
+        config: Any = self.vectors.model.config
+        if getattr(config, "vision_config", None) is not None:
+            raise SteerError(
+                f"{config.model_type} is a vision-language model, which the engine does not steer; set "
+                "use_vllm=false"
+            )
         from steer.engine.rollout import vector_rollouts
 
         return vector_rollouts(self.vectors, args)
