@@ -266,7 +266,7 @@ def _generating(model_type: str) -> Outcome | None:
 def _generate(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[torch.Tensor, list[list[int]]]:
     """Logits (rows, NEW, vocabulary) that greedy generate() chose by, and the tokens chosen."""
     ids, mask = pad_left(prompts, torch.device("cpu"))
-    made = model.generate(
+    made = model.generate(  # type: ignore[operator]  # a mixin of the model's class
         ids,
         attention_mask=mask,
         max_new_tokens=NEW,

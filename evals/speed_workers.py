@@ -14,9 +14,10 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 PROMPTS, SAMPLES, TOKENS = 16, 8, 24  # of a GRPO step
 BATCH, LENGTH = 64, 128  # of a rollout
@@ -75,7 +76,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     tokenizer = load_tokenizer(model_name)
     model = load_model(model_name, dtype=dtype)
     if on_gpu:
-        model.cuda()
+        cast(nn.Module, model).cuda()
     texts = [format_prompt(p, tokenizer) for p in problems(PROMPTS * steps)]
     # Nobody stops early, since the model has no logit for this token: all variants compute the same tokens.
     model.generation_config.eos_token_id = None
@@ -239,13 +240,15 @@ def generate(cache: str | None, dtype: str, model_name: str) -> dict[str, float]
     from steer.tasks.prompts import format_prompt
 
     tokenizer, model = load_tokenizer(model_name), load_model(model_name, dtype=dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    cast(nn.Module, model).to("cuda" if torch.cuda.is_available() else "cpu")
     texts = [format_prompt(p, tokenizer) for p in problems(BATCH)]
     inputs = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True).to(model.device)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "cache_implementation": cache}
 
     def run(tokens: int) -> None:
-        model.generate(**inputs, **options, min_new_tokens=tokens, max_new_tokens=tokens)
+        model.generate(  # type: ignore[operator]  # a mixin of the model's class
+            **inputs, **options, min_new_tokens=tokens, max_new_tokens=tokens
+        )
 
     run(4)
     start = _now()

@@ -120,7 +120,7 @@ def finetuned(name: str, about: str, steps: int) -> Path:
         bar.set_postfix(loss=f"{loss.item():.3f}")
     partial = folder.with_suffix(".partial")
     tokenizer.save_pretrained(partial)
-    model.to(torch.bfloat16).save_pretrained(partial)
+    model.bfloat16().save_pretrained(partial)
     partial.rename(folder)
     return folder
 
@@ -203,7 +203,6 @@ def conditions(
     yield measure(*own, source, "its own", chat), None
     yield measure(*own, None, "none", chat), None
 
-    tokenizers = {"donor_tokenizer": donor_tokenizer, "recipient_tokenizer": donor_tokenizer}
     for about in LESSONS:
         tuned = load_model(str(finetuned(donor_name, about, steps)), dtype="fast")
         tuned.config.name_or_path = f"{donor_name}, fine-tuned on {about}"
@@ -211,7 +210,14 @@ def conditions(
         yield measure(*there, None, "none", chat), None
         copied = transfer(source, None, tuned, method="direct", rescale=False)
         yield measure(*there, copied.artifact, "copied", chat), None
-        found = transfer(source, donor, tuned, method="direct", **tokenizers)
+        found = transfer(
+            source,
+            donor,
+            tuned,
+            method="direct",
+            donor_tokenizer=donor_tokenizer,
+            recipient_tokenizer=donor_tokenizer,
+        )
         yield measure(*there, found.artifact, "copied, rescaled", chat), found.report.to_dict()
         yield measure(*there, at_random(found.artifact, tuned), "random, as long", chat), None
     del tuned, there
@@ -223,15 +229,23 @@ def conditions(
         return bos + PLAIN.format(problem=problem)
 
     far = (other, other_tokenizer, OTHER)
-    tokenizers["recipient_tokenizer"] = other_tokenizer
     yield measure(*far, None, "none", plain), None
-    for options in (
+    settings: tuple[dict[str, Any], ...] = (
         {"method": "procrustes"},
         {"method": "ridge"},
         {"method": "ridge", "rescale": False},
         {"method": "ridge", "layers_by": "cka"},
-    ):
-        found = transfer(source, donor, other, force=True, **options, **tokenizers)
+    )
+    for options in settings:
+        found = transfer(
+            source,
+            donor,
+            other,
+            force=True,
+            donor_tokenizer=donor_tokenizer,
+            recipient_tokenizer=other_tokenizer,
+            **options,
+        )
         label = f"{options['method']}, layers by {found.report.layers_by}"
         label += "" if found.report.rescale else ", the map's length"
         yield measure(*far, found.artifact, label, plain), found.report.to_dict()

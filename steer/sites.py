@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,14 @@ from torch import nn
 from steer.errors import SteerError
 from steer.hooks import Site, hidden_in, hidden_out, hooked
 from steer.names import canonical
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where `model` takes its token ids: the device of its input embeddings."""
+    return cast(nn.Embedding, model.get_input_embeddings()).weight.device
 
 
 @dataclass(frozen=True)

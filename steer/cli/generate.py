@@ -50,10 +50,10 @@ def _generate(args: argparse.Namespace) -> None:
     stops = list(stop_token_ids(tokenizer, model.generation_config)) or None
 
     def answer() -> str:
-        out = model.generate(
+        out = model.generate(  # type: ignore[operator]  # a mixin of the model's class
             **inputs, max_new_tokens=args.max_new_tokens, do_sample=False, eos_token_id=stops
         )
-        return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     with vectors.disabled():
         base = answer()

@@ -21,9 +21,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
+from torch import nn
 
 from steer.errors import SteerError
 from steer.files import held
@@ -64,16 +65,14 @@ def _train_population(folder: Path, settings: RunSettings, arguments: Sequence[s
     assert asked is not None
     model, tokenizer = run.load(run.model_dtype, training.trust_remote_code)
     if not getattr(model, "is_quantized", False):  # bitsandbytes has put those where they are
-        model.to(training.device)
+        cast(nn.Module, model).to(training.device)
     everyone = grid.members(settings, find_decoder(model).num_hidden_layers, arguments)
     now = grid.chosen(everyone, asked.only)
     train, held_out = recipe.problems(run)
     prompts = settings.prompt
     format_problem = formatter(prompts, tokenizer)
     train = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
-    train = recipe.fitting(
-        train, held_out, format_problem, tokenizer, model, training.max_completion_length or 1
-    )
+    train = recipe.fitting(train, held_out, format_problem, tokenizer, model, training.max_completion_length)
     validation: list[dict[str, Any]] = []
     if run.validate_every:
         train, validation = split(train, run.validation or SHARE)

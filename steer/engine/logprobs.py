@@ -9,7 +9,7 @@ to 0.22 a token although both have the same weights, and the ratio of a long ans
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from trl import GRPOConfig
 
@@ -32,7 +32,7 @@ def logprobs_mode(args: GRPOConfig) -> str | None:
     Raises:
         SteerError: no mode compares, but importance weights or `off_policy_mask_threshold` need one.
     """
-    extra: dict[str, Any] = args.generation_kwargs or {}
+    extra = cast(dict[str, Any], args.generation_kwargs or {})  # JSON is read when the settings are made
     guided = args.vllm_structured_outputs_regex is not None or "structured_outputs" in extra
     changed = {
         "top_p": args.top_p < 1,

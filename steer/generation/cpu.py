@@ -13,6 +13,7 @@ import ctypes
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -37,7 +38,7 @@ def grouped_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
     softmax(q k^T * scaling + mask) v, as transformers' `sdpa_attention_forward` computes it.

@@ -13,12 +13,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
+
+from steer.sites import input_device
 
 
 @cache
@@ -64,7 +66,7 @@ class CachedRows:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self.cache = DynamicCache(config=model.config.get_text_config())
 
     def read(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -73,7 +75,7 @@ class CachedRows:
 
     def select(self, rows: torch.Tensor) -> None:
         # Layers of attention and of linear attention alike can be indexed by it, with repeats.
-        self.cache.reorder_cache(rows)
+        self.cache.reorder_cache(cast(torch.LongTensor, rows))
         self.mask = self.mask[rows]
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
@@ -100,7 +102,7 @@ class PlainRows:
     ):
         self.model = model
         self.prompt_length = prompt_length
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
 
     def read(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         self.length = torch.tensor([len(row) for row in prompts], device=self.device)

@@ -26,6 +26,7 @@ from transformers import (
 from steer.generation.completion import Completion
 from steer.generation.decoding import CachedRows, PlainRows, Rows
 from steer.generation.verify import fast_attention, fast_paths
+from steer.sites import input_device
 from steer.vector_sets import Owners
 
 # Below this share of unfinished rows the batch is compacted; each compaction copies what remains of the KV
@@ -98,7 +99,7 @@ def _rollout(
     any_process: Callable[[bool], bool] | None,
     owners: Owners | None,
 ) -> list[Completion]:
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     whose = owners.of.tolist() if owners else [0] * len(prompts)
     keys = [(*prompt, owner) for prompt, owner in zip(prompts, whose, strict=True)]
     unique = list(dict.fromkeys(keys))
@@ -162,7 +163,7 @@ def _sample(
         token = scores.argmax(-1)
         return token, torch.log_softmax(scores, -1).gather(1, token[:, None]).squeeze(1)
     assert draw is not None, "sampling needs noise"
-    scores = warpers(None, scores / temperature)  # these warpers read no token ids
+    scores = warpers(None, scores / temperature)  # type: ignore[arg-type]  # these read no token ids
     probs = torch.softmax(scores, -1)
     edges = probs.cumsum(-1)
     # right=True skips tokens of probability zero; scaling by the last edge absorbs the rounding of the sum

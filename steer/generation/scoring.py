@@ -15,11 +15,12 @@ import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from steer.generation.decoding import inputs
 from steer.generation.lm_head import frozen_head
@@ -249,10 +250,12 @@ def _select(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
     is.
     """
     chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in chosen.layers:
+    layers = [copy.copy(cast(DynamicLayer, layer)) for layer in cache.layers]  # `verify.DIFFERENTIABLE`
+    for layer in layers:
         # Not `keys[rows]`: on a CPU its backward pass adds rows with atomic operations, in the order in which
         # the threads come. That of index_select adds them one after the other, and takes a fifth of the time.
         if layer.get_seq_length() > 0:
+            assert layer.keys is not None and layer.values is not None
             layer.keys, layer.values = (x.index_select(0, rows) for x in (layer.keys, layer.values))
+    chosen.layers = [*layers]
     return chosen

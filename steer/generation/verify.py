@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +32,7 @@ from steer.errors import SteerError
 from steer.generation import cpu
 from steer.generation.decoding import CachedRows, inputs, pad_left, takes
 from steer.generation.scoring import SCORERS, Scored, shared_scores
+from steer.sites import input_device
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def no_router_loss(model: PreTrainedModel) -> str | None:
         if getattr(config, name, None) is None:
             return f"trl's loss of the router reads {name}, which {type(config).__name__} lacks"
     if model not in _routed:
-        ids = torch.tensor([[3, 4]], device=model.get_input_embeddings().weight.device)
+        ids = torch.tensor([[3, 4]], device=input_device(model))
         with _quiet(model):
             out = model.base_model(ids, output_router_logits=True, use_cache=False)
         _routed[model] = bool(getattr(out, "router_logits", None))
@@ -179,7 +180,7 @@ class _Trial:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.config = model.config.get_text_config()
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         rounded = model.dtype.itemsize < 4 or getattr(model, "is_quantized", False)
         fast = self.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest"
         self.exact = not (rounded or fast)
@@ -325,7 +326,7 @@ class _Trial:
 
     def _head(self) -> str | None:
         """trl's head against the log-probabilities of the model's own logits."""
-        head, backbone = self.model.get_output_embeddings(), self.model.base_model
+        head, backbone = self.model.get_output_embeddings(), cast(PreTrainedModel, self.model.base_model)
         if backbone is self.model or backbone.get_output_embeddings() is not None:
             return "its backbone is not where trl's LM head looks for it (base_model)"
         if getattr(head, "weight", None) is None:

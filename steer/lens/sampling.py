@@ -62,7 +62,7 @@ def complete(
             prompt = prompt_columns(padded, batch).repeat(len(conditions)).to(subject.device)
             whole = padded.repeat(len(conditions))
             with open_lanes(subject, conditions), subject.vectors.prompt_length(prompt):
-                ids = subject.model.generate(
+                ids = subject.model.generate(  # type: ignore[operator]  # a mixin of the model's class
                     input_ids=whole.ids,
                     attention_mask=whole.mask,
                     generation_config=config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from steer.errors import SteerError
 from steer.extract.rows import Row
 from steer.models import check_context
 from steer.prompt import PromptSpec
-from steer.sites import Decoder, find_decoder
+from steer.sites import Decoder, find_decoder, input_device
 from steer.tasks.prompts import format_prompt
 from steer.vectors import SteeringVectors
 
@@ -47,7 +47,7 @@ class Subject:
 
     @property
     def model(self) -> PreTrainedModel:
-        return self.vectors.model
+        return cast(PreTrainedModel, self.vectors.model)
 
     @property
     def decoder(self) -> Decoder:
@@ -55,7 +55,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return input_device(self.model)
 
     @property
     def layers(self) -> list[int]:
@@ -112,7 +112,7 @@ class Subject:
 
     def answers(self, rows: Sequence[Row]) -> list[str]:
         """The completions as text, special tokens left out."""
-        return [self.tokenizer.decode(row.completion, skip_special_tokens=True) for row in rows]
+        return [str(self.tokenizer.decode([*row.completion], skip_special_tokens=True)) for row in rows]
 
 
 def token_text(tokenizer: Any, index: int) -> str:

@@ -133,5 +133,11 @@ def transfer_matrix(
 
 
 def _carry(of: Entry, to: Entry, options: dict[str, Any]) -> Artifact:
-    tokenizers = {"donor_tokenizer": of.tokenizer, "recipient_tokenizer": to.tokenizer}
-    return transfer(of.artifact, of.model, to.model, **tokenizers, **options).artifact
+    return transfer(
+        of.artifact,
+        of.model,
+        to.model,
+        donor_tokenizer=of.tokenizer,
+        recipient_tokenizer=to.tokenizer,
+        **options,
+    ).artifact

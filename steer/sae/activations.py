@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from steer.config import SITES
 from steer.errors import SteerError
 from steer.hooks import hooked, watch
-from steer.sites import find_decoder, find_sites
+from steer.sites import find_decoder, find_sites, input_device
 from steer.vectors import attached
 
 # Tokens of one forward pass, padding included.
@@ -88,7 +88,7 @@ class Reader:
         """
         Activations of the kept tokens of `batch`, window after window; SteerError where they are not finite.
         """
-        device = self.model.get_input_embeddings().weight.device
+        device = input_device(self.model)
         longest = max(len(window.ids) for window in batch)
         shape = (len(batch), longest)  # padded on the right, where no token sees it
         ids, mask, keep = (torch.zeros(shape, dtype=torch.long) for _ in range(3))

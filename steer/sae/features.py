@@ -157,7 +157,7 @@ def analyse(
                 down[place_in_list],
                 [
                     Snippet(
-                        [tokenizer.decode([token]) for token in completions[c].ids],
+                        [str(tokenizer.decode([token])) for token in completions[c].ids],
                         _strengths(sae, rows[starts[c] : starts[c + 1]], f),
                         completions[c].correct,
                     )
@@ -212,6 +212,5 @@ def logit_effects(
         logits = logits - logits.mean(1, keepdim=True)
         up += logits.topk(words).indices.tolist()
         down += logits.topk(words, largest=False).indices.tolist()
-    return [[tokenizer.decode([t]) for t in row] for row in up], [
-        [tokenizer.decode([t]) for t in row] for row in down
-    ]
+    texts = [[[str(tokenizer.decode([t])) for t in row] for row in rows] for rows in (up, down)]
+    return texts[0], texts[1]

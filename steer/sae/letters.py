@@ -45,7 +45,7 @@ def first_letters(reader: Reader, tokenizer: PreTrainedTokenizerBase, windows: S
     for window in windows:
         for token in window.ids:
             if token not in letter_of:
-                text = tokenizer.decode([token])
+                text = str(tokenizer.decode([token]))
                 word = text[1:].lower() if text[:1] == " " else ""
                 plain = len(word) > 1 and word.isascii() and word.isalpha()
                 letter_of[token] = string.ascii_lowercase.index(word[0]) if plain else -1

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
+from trl.trainer.grpo_trainer import RewardFunc
 
 from steer.config import SteeringConfig
 from steer.errors import SteerError
@@ -67,7 +68,7 @@ class Baseline:
                 raise SteerError(f"{name}={getattr(self, name)} is below 1")
 
 
-def peft_config(baseline: Baseline, model: PreTrainedModel) -> Any:
+def peft_config(baseline: Baseline, model: PreTrainedModel) -> peft.PeftConfig:
     """peft's configuration of this method; SteerError where this peft lacks it or the model the modules."""
     kind = getattr(peft, _CONFIGS[baseline.method], None)
     if kind is None:
@@ -117,7 +118,7 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        reward_funcs: Any,
+        reward_funcs: RewardFunc | list[RewardFunc],
         args: SteeringGRPOConfig,
         baseline: Baseline,
         **kwargs: Any,
@@ -129,7 +130,7 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
             )
         policy = load_policy(model, args, kwargs, dtype="float32" if baseline.method == "full" else "auto")
         self.adapted: peft.PeftModel | None = None
-        inner: nn.Module = policy
+        inner = policy
         if baseline.method == "full":
             if args.beta:
                 raise SteerError(
@@ -142,7 +143,7 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
                 raise SteerError(f"method={baseline.method} samples with steer's own sampler; drop use_vllm")
             set_seed(args.seed)  # the adapter's random start belongs to the run
             self.adapted = peft.get_peft_model(policy, peft_config(baseline, policy))
-            inner = self.adapted.get_base_model()
+            inner = cast(PreTrainedModel, self.adapted.get_base_model())
         super().__init__(inner, reward_funcs, args, **kwargs)
         if self.sharded and (self.adapted is not None or self.is_deepspeed_enabled):
             raise SteerError(

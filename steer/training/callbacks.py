@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from steer.sharded import whole
+from steer.training.config import SteeringGRPOConfig
 from steer.vectors import SteeringVectors
 
 
@@ -26,24 +27,16 @@ class VectorLog(TrainerCallback):
         self.before: dict[int, torch.Tensor] = {}
         self.saved: dict[int, torch.Tensor] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
         self.saved = self.vectors.effective()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, *args: object, **kwargs: object) -> None:
         self.saved = self.vectors.effective()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: object, **kwargs: object) -> None:
         self.before = self.vectors.effective()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *args: object, **kwargs: object) -> None:
         # DeepSpeed has stepped by now, and keeps gradients to itself: none is logged
         squares: dict[int | None, float] = {}
         for layer, p in zip(self.vectors.parameter_layers(), self.vectors.parameters(), strict=True):
@@ -53,9 +46,7 @@ class VectorLog(TrainerCallback):
             name = "shared" if layer is None else f"layer/{layer}"
             self.metrics[f"{name}/grad_norm"].append(square**0.5)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *args: object, **kwargs: object) -> None:
         for layer, vector in self.vectors.effective().items():
             norm = vector.norm().item()
             self.metrics[f"layer/{layer}/norm"].append(norm)
@@ -75,14 +66,10 @@ class Seconds(TrainerCallback):
         self.metrics = metrics
         self.began = (0.0, 0.0)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: object, **kwargs: object) -> None:
         self.began = time.perf_counter(), time.process_time()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
         self.metrics["seconds/wall"].append(time.perf_counter() - self.began[0])
         self.metrics["seconds/cpu"].append(time.process_time() - self.began[1])
 
@@ -95,7 +82,7 @@ class ProgressBar(TrainerCallback):
         self.last = 0.0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
@@ -107,7 +94,7 @@ class ProgressBar(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         now = time.perf_counter()
         if self.bar is None or not logs or logs.get("reward") is None:
@@ -116,6 +103,7 @@ class ProgressBar(TrainerCallback):
         shown = {"reward": f"{logs['reward']:.2f}"}
         if logs.get("accuracy") is not None:
             shown["accuracy"] = f"{logs['accuracy']:.2f}"
+        assert isinstance(args, SteeringGRPOConfig)
         length = logs.get("completions/mean_length")
         if length and steps > 0:
             samples = (
@@ -130,7 +118,7 @@ class ProgressBar(TrainerCallback):
         self.bar.update(steps)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
@@ -99,7 +99,8 @@ class SteeringGRPOConfig(GRPOConfig):
             "help": "Divide advantages by the standard deviation of the 'group', the 'batch' or 'none'."
         },
     )
-    num_generations: int | None = field(default=16, metadata={"help": "Samples of each prompt."})
+    num_generations: int = field(default=16, metadata={"help": "Samples of each prompt."})
+    max_completion_length: int = field(default=256, metadata={"help": "Most tokens of a completion."})
     per_device_train_batch_size: int = field(
         default=16, metadata={"help": "Samples in one forward and backward pass on each device."}
     )
@@ -124,13 +125,22 @@ class SteeringGRPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Recompute activations in the backward pass: less memory, more time."},
     )
-    bf16: bool | None = field(
+    bf16: bool = field(
         default=False,
         metadata={"help": "Autocast to bfloat16. Not needed when the base model is loaded in bfloat16."},
     )
     disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bar."})
     save_steps: float = field(default=10, metadata={"help": "Write a checkpoint every this many updates."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
+
+    if TYPE_CHECKING:  # trl's `__post_init__` fills these in and reads JSON
+        output_dir: str = field(default="trainer_output")
+        generation_batch_size: int = field(default=1)
+        steps_per_generation: int = field(default=1)
+        generation_kwargs: dict[str, Any] | None = field(default=None)
+        chat_template_kwargs: dict[str, Any] | None = field(default=None)
+        lr_scheduler_kwargs: dict[str, Any] | None = field(default=None)
+        model_init_kwargs: dict[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -160,8 +170,7 @@ class SteeringGRPOConfig(GRPOConfig):
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} does; set it to "
                 "sum_then_normalize, or advantage=group"
             )
-        extra: dict[str, Any] = self.generation_kwargs or {}
-        if named := sorted(_SAMPLING.keys() & extra.keys()):
+        if named := sorted(_SAMPLING.keys() & (self.generation_kwargs or {}).keys()):
             raise SteerError(
                 f"generation_kwargs has {', '.join(named)}, which samples are scored without; set "
                 f"{', '.join(_SAMPLING[name] for name in named)} instead"

@@ -43,7 +43,7 @@ def dry_run(
     model, tokenizer = run.load(recipe.dtype, training.trust_remote_code)
     format_problem = formatter(settings.prompt, tokenizer)
     data = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
-    limit = training.max_completion_length or 1
+    limit = training.max_completion_length
     data = fitting(data, held_out, format_problem, tokenizer, model, limit)
     validation: list[dict[str, Any]] = []
     if run.validate_every:
@@ -61,7 +61,7 @@ def dry_run(
     if not PartialState().is_main_process:
         return
 
-    group = training.num_generations or 1
+    group = training.num_generations
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     every = rows * PartialState().num_processes
     prompts = every // group
@@ -97,10 +97,10 @@ def small(training: SteeringGRPOConfig, folder: str) -> SteeringGRPOConfig:
     """The settings of two updates of one prompt each, which leave nothing behind outside of `folder`."""
     found = copy.copy(training)
     found.output_dir, found.max_steps, found.warmup_steps = folder, 2, 0
-    found.per_device_train_batch_size = found.generation_batch_size = training.num_generations or 1
+    found.per_device_train_batch_size = found.generation_batch_size = training.num_generations
     found.generation_batch_size *= PartialState().num_processes
     found.gradient_accumulation_steps = found.steps_per_generation = 1
-    found.max_completion_length = min(TOKENS, training.max_completion_length or 1)
+    found.max_completion_length = min(TOKENS, training.max_completion_length)
     found.logging_steps, found.save_strategy = 1, type(training.save_strategy)("no")
     found.report_to, found.log_completions, found.push_to_hub, found.use_vllm = [], False, False, False
     found.disable_tqdm = True

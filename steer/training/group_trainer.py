@@ -8,17 +8,19 @@ activations are held for some rows at a time, and samples do not depend on how m
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from trl.models import unwrap_model_for_generation
+from trl.trainer.grpo_trainer import RewardFunc
 
 from steer import compat
 from steer.errors import SteerError
@@ -51,11 +53,20 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
     SteerError.
     """
 
-    args: SteeringGRPOConfig
+    model: PreTrainedModel
+    num_generations: int
+    num_generations_eval: int
+    max_completion_length: int
     optimizer: torch.optim.Optimizer | None
     _unweighed: dict[str, Any] | None = None  # rows of another engine that the next scores weigh
 
-    def __init__(self, model: nn.Module, reward_funcs: Any, args: SteeringGRPOConfig, **kwargs: Any):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: SteeringGRPOConfig,
+        **kwargs: Any,
+    ):
         data = kwargs.get("train_dataset")
         wanted = args.generation_batch_size // args.num_generations
         if isinstance(data, Sized) and len(data) < wanted:
@@ -75,11 +86,11 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
             args.beta = beta
         self.beta = beta
         if beta != 0.0:
-            self.ref_model = _Reference()
+            self.ref_model = cast(PreTrainedModel, _Reference())
         if self.accelerator.device.type == "cpu":
             cpu.prepare()
         self._set_stop_tokens()
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs: bool = False
         add_group_scoring(self.model, self.temperature)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -121,7 +132,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
         if isinstance(prompts[0], str):
-            return prompt_ids(self.processing_class, prompts), None, {}
+            return prompt_ids(self._tokenizer, prompts), None, {}
         return super()._tokenize_prompts(prompts)
 
     def _generate_single_turn(
@@ -193,7 +204,8 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
             found = group_advantages(rewards, group, self.args)
             own = self.accelerator.process_index * len(inputs)
             output["advantages"] = found[own : own + len(inputs)]
-            logged = self._logs["advantages"]  # as long as a generation: what does not fit has left it
+            # As long as a generation: what does not fit has left it.
+            logged = cast(deque[float], self._logs["advantages"])
             for _ in range(min(len(found), len(logged))):
                 logged.pop()
             logged.extend(found.tolist())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from steer.errors import SteerError
 from steer.models import load_model, load_tokenizer
@@ -18,8 +18,8 @@ _OPTIONS = [name for name, p in inspect.signature(load_model).parameters.items()
 
 
 def load_policy(
-    model: nn.Module | str, args: SteeringGRPOConfig, kwargs: dict[str, Any], dtype: str = "auto"
-) -> Any:
+    model: PreTrainedModel | str, args: SteeringGRPOConfig, kwargs: dict[str, Any], dtype: str = "auto"
+) -> PreTrainedModel:
     """
     The model that is trained.
 

@@ -258,7 +258,7 @@ def _train_run(
     model, tokenizer = run.load(recipe.dtype, training.trust_remote_code)
     format_problem = formatter(settings.prompt, tokenizer)
     data = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
-    data = fitting(data, held_out, format_problem, tokenizer, model, training.max_completion_length or 1)
+    data = fitting(data, held_out, format_problem, tokenizer, model, training.max_completion_length)
     validation: Problems = []
     if run.validate_every:
         data, validation = split(data, run.validation or SHARE)

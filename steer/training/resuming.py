@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
 from steer.errors import SteerError
+from steer.training.config import SteeringGRPOConfig
 
 ROLLOUT_FILE = "rollouts.pt"
 
@@ -42,17 +43,18 @@ class _Shuffle(Sampler):
 class ResumableGRPOTrainer(GRPOTrainer):
     """trl's trainer, with checkpoints that hold all that the coming updates depend on."""
 
-    _buffered_inputs: list[dict[str, Any]] | None
+    args: SteeringGRPOConfig
+    _buffered_inputs: list[dict[str, Any]] | None  # type: ignore[assignment]  # trl's is inferred from None
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return _Shuffle(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # it had been stopped after its last update, or a callback knows that it had ended early
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # The samples still to be used belong to the state when a generation feeds more than one update. They

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import yaml
 from trl import TrlParser
@@ -165,8 +165,7 @@ def _read(
 ) -> tuple[Any, ...]:
     """One object for each dataclass of `parts`."""
     usage = f"steer {_COMMANDS[recipe]} --config NAME [--setting VALUE ...]"
-    parser = TrlParser(parts, description=description, usage=usage, formatter_class=_Help)
-    parser.error = _refuse
+    parser = _Parser(cast(list[Any], parts), description=description, usage=usage, formatter_class=_Help)
     parser.add_argument(
         "--config", metavar="NAME", help="YAML file of settings, or the name of one of steer's, such as demo"
     )
@@ -199,8 +198,11 @@ def _with_config_file(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _refuse(message: str) -> NoReturn:
-    raise SteerError(f"{message}; --help lists the settings")
+class _Parser(TrlParser):
+    """trl's parser of settings, which raises SteerError where a command line cannot be read."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SteerError(f"{message}; --help lists the settings")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

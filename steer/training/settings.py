@@ -152,6 +152,9 @@ def check_ranges(args: GRPOConfig) -> None:
             if f.name in RANGES and not RANGES[f.name].holds(number):
                 hint = f": {HINTS[f.name]}" if f.name in HINTS else ""
                 raise SteerError(f"{f.name}={value!r} is out of range; give a value {RANGES[f.name]}{hint}")
+    for name in ("num_generations", "max_completion_length"):
+        if getattr(args, name) is None:
+            raise SteerError(f"{name} is null; give a number {RANGES[name]}")
     if args.max_steps == 0:
         raise SteerError("max_steps=0 trains for num_train_epochs; give a number from 1, or leave it out")
 

@@ -11,12 +11,13 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from trl.trainer.grpo_trainer import RewardFunc
 
 from steer import artifact, compat
 from steer.config import SteeringConfig
@@ -50,12 +51,12 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
         SteerError: for a model that cannot be loaded or steered, and for settings that cannot work.
     """
 
-    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "steering-vectors"]
+    _tag_names = ["trl", "grpo", "steering-vectors"]  # noqa: RUF012
 
     def __init__(
         self,
-        model: nn.Module | str,
-        reward_funcs: Any,
+        model: PreTrainedModel | str,
+        reward_funcs: RewardFunc | list[RewardFunc],
         args: SteeringGRPOConfig,
         steering: SteeringConfig | None = None,
         **kwargs: Any,
@@ -107,11 +108,11 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         loss = super()._loss(model, inputs)
         if self.use_vllm:
-            from steer.engine.rollout import mismatch
+            from steer.engine.rollout import VectorGeneration, mismatch
 
-            found: dict[str, float] = {"sync_seconds": self.vllm_generation.sync_seconds}
-            found |= {"sync_bytes": self.vllm_generation.sync_bytes}
-            if self.vllm_generation.logprobs_mode is not None:
+            engine = cast(VectorGeneration, self.vllm_generation)
+            found: dict[str, float] = {"sync_seconds": engine.sync_seconds, "sync_bytes": engine.sync_bytes}
+            if engine.logprobs_mode is not None:
                 mask, sampled = loss_mask(inputs), inputs["sampling_per_token_logps"]
                 found |= mismatch(self._scored, sampled, mask)
                 if self.vllm_importance_sampling_correction:
@@ -124,7 +125,7 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
 
     # ---- optimizer, checkpoints
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
             self.optimizer = make_optimizer(self.args, self.vectors, trained)
@@ -142,7 +143,7 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
 
     def _push(self, folder: str) -> None:
         HfApi().upload_folder(
-            repo_id=self.hub_model_id,
+            repo_id=cast(str, self.hub_model_id),  # `init_hf_repo` has set it
             folder_path=folder,
             allow_patterns=[artifact.CONFIG_FILE, artifact.TENSOR_FILE, artifact.CARD_FILE],
             commit_message="Steering vectors",
@@ -172,7 +173,7 @@ def make_optimizer(
     """The optimizer that `args` asks for, with each layer's rate. `trained`: the parameters of `vectors`."""
     by_layer = args.layer_rates(vectors.layers, vectors.num_hidden_layers)
     rates = [by_layer.get(i, args.learning_rate) for i in vectors.parameter_layers()]
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, vectors.model)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, vectors.model))
     groups = [{"params": [p], "lr": rate} for p, rate in zip(trained, rates, strict=True)]
     return kind(groups, **{**options, "weight_decay": args.weight_decay})
 

@@ -124,7 +124,7 @@ def answer_together(
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     mine = answer(
         model,
-        trainer.processing_class,
+        trainer._tokenizer,
         [rows[i] for i in numbers],
         format_problem,
         grader,
@@ -175,7 +175,7 @@ class Validation(TrainerCallback):
         self.history: History = []
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         path = self.folder / VALIDATION_FILE
         known: History = read_json(path) if path.exists() else []
@@ -197,7 +197,7 @@ class Validation(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         step = state.global_step
         if step % self.every and step != state.max_steps:
@@ -209,7 +209,7 @@ class Validation(TrainerCallback):
             control.should_save = control.should_save or args.save_strategy != "no"
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         # Only now does a checkpoint know of the best: a run that resumes earlier needs the one before.
         top = best(self.history)
@@ -235,7 +235,7 @@ class Validation(TrainerCallback):
         return summary(self.history, len(self.problems), kept, stopped)
 
     def _validate(self, step: int) -> dict[str, Any]:
-        limit = self.trainer.args.max_completion_length or 1
+        limit = self.trainer.args.max_completion_length
         label = f"validation, update {step}"
         answered = answer_together(
             self.trainer, self.problems, self.format_problem, self.grader, limit, label, leave=False

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steer.errors import SteerError
 from steer.files import json_lines, read_text
 from steer.hooks import hooked, watch
-from steer.sites import Decoder, find_sites
+from steer.sites import Decoder, find_sites, input_device
 from steer.tasks.arithmetic import Arithmetic
 
 # The longest piece of a text that is read at once, in characters, and where a piece is cut in tokens.
@@ -197,7 +197,7 @@ def _streams(
     places = find_sites(side.decoder, list(layers), "resid_pre" if site == "resid_pre" else "resid_post")
     pairs = zip(layers, places, strict=True)
     vectors = side.model.__dict__.get("steering_vectors")
-    device = side.model.get_input_embeddings().weight.device
+    device = input_device(side.model)
     was_training = side.model.training
     side.model.eval()
     try:

@@ -105,11 +105,11 @@ def transfer(
     else:
         giver = _named(source, trust_remote_code) if donor is None else _loaded(donor, trust_remote_code)
         if not _same_shape(source.config, giver):
-            config, given = source.config, giver.config.name_or_path or "the donor given"
+            config, its_name = source.config, giver.config.name_or_path or "the donor given"
             raise SteerError(
                 f"the artifact is not the donor's: it was made for {config.base_model_name_or_path} "
                 f"({config.model_type}, {config.num_hidden_layers} layers, hidden size "
-                f"{config.hidden_size}), not for {given}; give the model it was trained in"
+                f"{config.hidden_size}), not for {its_name}; give the model it was trained in"
             )
         if None not in (own := {source.config.base_checksum, base_checksum(giver)}) and len(own) > 1:
             notes.append("the donor given has other weights than the model that the vectors were made for")

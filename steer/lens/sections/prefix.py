@@ -22,8 +22,9 @@ class Prefix(Section):
         subject, shift = study.subject, study.report.results["token shift"]
         top: str = shift.top[0][0]  # type: ignore[attr-defined]
         usual = common_opening(study.base, share=0.01)[:1]
-        opening = subject.tokenizer.decode(common_opening(study.rows))
-        openings = list(dict.fromkeys([top, subject.tokenizer.decode(usual), str(opening)]))
+        opening = str(subject.tokenizer.decode([*common_opening(study.rows)]))
+        control = str(subject.tokenizer.decode([*usual]))
+        openings = list(dict.fromkeys([top, control, opening]))
         openings = [text for text in openings if text]
         ends = study.report.accuracy["base"][0], study.report.accuracy["steered"][0]
         found = prefix_substitution(
@@ -32,7 +33,6 @@ class Prefix(Section):
         study.report.results["prefix substitution"] = found
         share = dict(zip(openings, found.share.tolist(), strict=True))
         if found.steered > found.base and len(share) > 1:
-            control = str(subject.tokenizer.decode(usual))
             study.note(forced_share=share[top], control_forced_share=share.get(control))
 
     def sentences(self, name: str, report: Report) -> list[str]:

@@ -119,7 +119,7 @@ class Member:
         # A reward may draw from Python's generator, which a run seeds for itself and keeps in checkpoints.
         self.random = random.Random(args.seed).getstate()
         self.watch = VectorLog(vectors, self.metrics)
-        self.watch.on_train_begin(args, None, None)
+        self.watch.on_train_begin()
 
     @property
     def active(self) -> bool:

@@ -109,7 +109,7 @@ class Study:
         way: tuple[PromptSpec, int] | None = None,
     ) -> list[Answered]:
         """Answers to `problems`, asked as in training or in another `way`: prompts and limit in tokens."""
-        prompts, limit = way or (self.prompts, trainer.args.max_completion_length or 1)
+        prompts, limit = way or (self.prompts, trainer.args.max_completion_length)
         return answer_greedily(
             self.model,
             self.tokenizer,
@@ -206,7 +206,7 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
         from steer.engine.sweep_sampler import EngineSampler
 
         trainer.engine = EngineSampler(
-            study.model.name_or_path,
+            str(study.model.name_or_path),
             trainer.args,
             study.model.dtype,
             len(mine),
@@ -302,7 +302,7 @@ def _score_untrained(study: Study, trainer: PopulationTrainer) -> None:
     state = PartialState()
     examples = choose(study.train, study.run.examples, [row["problem"] for row in study.held_out])
     context = context_length(study.model.config)
-    limit = trainer.args.max_completion_length or 1
+    limit = trainer.args.max_completion_length
     asked = ways(study.prompts, limit, examples, study.held_out, study.tokenizer, context)
     for stage in UNTRAINED:
         results = runs.read_results(study.folder)
@@ -353,7 +353,7 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         with trainer.population.only(member.name):
             answered = study.answer(trainer, study.held_out, f"held-out problems, {member.name}")
         _write_answers(folder / "samples_after.json", answered)
-        results["after"] = _scored(answered, study.prompts, trainer.args.max_completion_length or 1)
+        results["after"] = _scored(answered, study.prompts, trainer.args.max_completion_length)
     replace_file(folder / "log.json", json.dumps(member.log).encode())
     scores = {stage: results[stage] for stage in STAGES if stage in results}
     made = {**settings.provenance(), "stopped": member.stopped, "results": scores}

@@ -170,7 +170,7 @@ class PopulationTrainer:
     ) -> list[list[Completion]]:
         args = self.args
         sampling = Sampling(
-            args.max_completion_length or 1,
+            args.max_completion_length,
             self.eos_token_ids,
             args.temperature,
             args.top_k,
@@ -302,10 +302,10 @@ class PopulationTrainer:
         rate = member.scheduler.get_last_lr()[0]
         before = member.vectors.tensors()
         if isfinite(norm):
-            member.watch.on_step_begin(args, None, None)
-            member.watch.on_pre_optimizer_step(args, None, None)
+            member.watch.on_step_begin()
+            member.watch.on_pre_optimizer_step()
             member.optimizer.step()
-            member.watch.on_optimizer_step(args, None, None)
+            member.watch.on_optimizer_step()
             member.scheduler.step()
         if not isfinite(norm) or not all(bool(p.isfinite().all()) for p in parameters):
             member.vectors.set_tensors(before)
@@ -330,7 +330,7 @@ class PopulationTrainer:
         """Write the state of all members at once: the file is one whole round of the population."""
         assert self.state_file is not None
         for member in self.members:
-            member.watch.on_save(member.args, None, None)
+            member.watch.on_save()
         buffer = io.BytesIO()
         torch.save({**self.others, **{member.name: member.state() for member in self.members}}, buffer)
         try:
