@@ -78,6 +78,8 @@ def test_the_defaults_are_in_range_and_nothing_is_idle() -> None:
         ({"save_steps": math.inf}, "save_steps"),
         ({"top_p": 1.5}, "top_p=1.5.*above 0 to 1"),
         ({"max_completion_length": 0}, "max_completion_length=0.*from 1"),
+        ({"num_generations": None}, "num_generations is null; give a number from 2"),
+        ({"max_completion_length": None}, "max_completion_length is null; give a number from 1"),
         ({"max_steps": 0}, "max_steps=0 trains for num_train_epochs"),
         ({"reward_weights": [1.0, math.nan]}, "reward_weights"),
         ({"data_seed": 3}, "data_seed=3 has no effect: the order"),
