@@ -16,7 +16,7 @@ from steer.errors import SteerError
 from steer.extract.rows import Row
 from steer.hooks import hooked, watch
 from steer.models import context_length
-from steer.sites import find_decoder, find_sites
+from steer.sites import find_decoder, find_sites, input_device
 
 TOKENS = {
     "last": "the last token of each text",
@@ -100,7 +100,7 @@ def read_activations(
     total, length = torch.zeros(shape, dtype=torch.float64), torch.zeros(len(layers), dtype=torch.float64)
     texts = torch.zeros(len(rows), *shape) if keep_texts else None
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # little padding
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     given: dict[int, Tensor] = {}  # by layer, the stream that it reads
 
     def use(batch: Sequence[int], layer: int, hidden: Tensor) -> None:
