@@ -21,8 +21,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from steer.errors import SteerError, print_any_text
+from steer.errors import SteerError, one_line, print_any_text, shown
 from steer.evaluation.plan import read_plan
 from steer.training.comparison import Comparison, Failed
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = ", ".join(plan.methods)
             raise SteerError(f"no method {', '.join(unknown)} in {args.config}: it has {known}")
         comparison = Comparison(plan)
+        _make_folder(plan.out)
         failed = [] if args.report else _carry_out(comparison, args.methods)
         comparison.report()
     except SteerError as error:
@@ -61,6 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for job, reason in failed:
         print(f"failed: {job}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _make_folder(out: str) -> None:
+    """Make the folder of results, before the work of hours; SteerError where it cannot be written."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise SteerError(f"cannot write to {shown(out)}: {one_line(error)}; give another --out") from error
 
 
 def _carry_out(comparison: Comparison, methods: Sequence[str] | None) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from steer.errors import SteerError
+from steer.errors import SteerError, one_line
 from steer.recipe_files import launcher_file
 
 Program = Callable[[list[str]], "int | None"]
@@ -37,7 +37,10 @@ def _trainer(command: str, module: str) -> Program:
 
 def _program(module: str) -> Program:
     def run(words: list[str]) -> int:
-        return import_module(module).main(words)
+        try:
+            return import_module(module).main(words)
+        except OSError as error:  # what the operating system refuses: too long a name, a full disk
+            raise SteerError(one_line(error)) from error
 
     return run
 

@@ -21,6 +21,13 @@ ROW_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 BATCH_TOKEN_LOSSES = ("bnpo",)
 STEP_TOKEN_LOSSES = ("dapo", "cispo", "vespo")
 LOSSES = ROW_LOSSES + BATCH_TOKEN_LOSSES + STEP_TOKEN_LOSSES
+# Settings that are mappings, and what one is like.
+_MAPPINGS = {
+    "chat_template_kwargs": "variables of the chat template, such as {enable_thinking: false}",
+    "generation_kwargs": "arguments of the sampler, such as {presence_penalty: 1.0}",
+    "lr_scheduler_kwargs": "arguments of the scheduler, such as {num_cycles: 1}",
+    "gradient_checkpointing_kwargs": "arguments of checkpointing, such as {use_reentrant: false}",
+}
 # Keys that `generation_kwargs` would take, for which there is a setting that the scores follow too.
 _SAMPLING = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
@@ -153,11 +160,11 @@ class SteeringGRPOConfig(GRPOConfig):
             raise SteerError(
                 f"advantage={self.advantage!r} is unknown; choose one of {', '.join(ADVANTAGES)}"
             )
-        if not isinstance(self.chat_template_kwargs, (dict, type(None))):
-            raise SteerError(
-                f"chat_template_kwargs={self.chat_template_kwargs!r} is no mapping; give variables of the "
-                "chat template, such as {enable_thinking: false} (on the command line as JSON)"
-            )
+        for name, example in _MAPPINGS.items():
+            if not isinstance(value := getattr(self, name), (dict, type(None))):
+                raise SteerError(
+                    f"{name}={value!r} is no mapping; give {example} (on the command line as JSON)"
+                )
         if self.advantage == "loo" and self.scale_rewards != "none":
             raise SteerError(
                 "advantage=loo does not divide by a standard deviation, but "

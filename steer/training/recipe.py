@@ -41,7 +41,7 @@ from steer.training.group_trainer import GroupGRPOTrainer
 from steer.training.resuming import newest_checkpoint
 from steer.training.run import RunConfig
 from steer.training.run_settings import RunSettings
-from steer.training.settings import check_recipe, idle
+from steer.training.settings import check_recipe, idle, refusals
 from steer.training.summary import plot_training, sample_answers, score_table, validation_line
 from steer.training.validation import SHARE, Validation, answer_together, split
 from steer.versions import versions
@@ -265,7 +265,8 @@ def _train_run(
         log.info("%d problems to validate on, %d to train on", len(validation), len(data))
     with MathGrader() as grader:
         rewards = load_rewards(run.rewards, grader, set(data.column_names) - {"prompt"})
-        trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
+        with refusals():
+            trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
         if trainer.sharded and held_out is not None:
             raise SteerError(
                 "a sharded model is not evaluated in training; pass --eval_data none, score it later"

@@ -175,7 +175,7 @@ def _read(
         raise SteerError(f"cannot read {error.filename} ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SteerError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
-    except ValueError as error:  # trl and transformers on unknown or contradictory settings
+    except (ValueError, ImportError) as error:  # trl and transformers on settings that cannot work
         message = " ".join(str(error).split())
         unknown = re.findall(r"'--([^'=]+)", message)
         if unknown and ("not used by" in message or message.startswith("Unknown arguments")):

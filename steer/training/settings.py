@@ -9,11 +9,12 @@ the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from steer.errors import SteerError, shown
+from steer.errors import SteerError, one_line, shown
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -157,6 +158,17 @@ def check_ranges(args: GRPOConfig) -> None:
             raise SteerError(f"{name} is null; give a number {RANGES[name]}")
     if args.max_steps == 0:
         raise SteerError("max_steps=0 trains for num_train_epochs; give a number from 1, or leave it out")
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Inside, what trl and transformers refuse of the settings is a `SteerError`."""
+    try:
+        yield
+    except SteerError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise SteerError(one_line(error)) from error
 
 
 def check(args: GRPOConfig) -> None:

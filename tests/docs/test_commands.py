@@ -6,15 +6,12 @@ import argparse
 import ast
 import importlib
 import re
-import runpy
 import shlex
 from collections.abc import Iterator
-from functools import cache
 from importlib.util import find_spec
-from typing import NoReturn
-from unittest.mock import patch
 
 import pytest
+from helpers.commands import parser
 from helpers.paths import ROOT
 
 from steer.cli.programs import PROGRAMS
@@ -36,39 +33,6 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?:    .*\n(?:\s*\n(?=    ))?)+")
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|<img[^>]*src=\"([^\"]+)\"")
-
-
-class Found(BaseException):
-    """Carries a program's parser out of its `main`."""
-
-    def __init__(self, parser: argparse.ArgumentParser):
-        self.parser = parser
-
-
-def _stop(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> NoReturn:
-    raise Found(self)
-
-
-@cache
-def parser(program: str) -> argparse.ArgumentParser:
-    """The parser of `steer`, of a module (`python -m NAME`) or of a script, as the program builds it."""
-    with (
-        patch.object(argparse.ArgumentParser, "parse_known_args", _stop),
-        patch("steer.threads.prepare_environment"),
-        patch("steer.cli.prepare_environment"),
-        patch("warnings.showwarning"),
-        patch("sys.argv", [program]),
-    ):
-        try:
-            if program.split()[0] == "steer":
-                importlib.import_module("steer.cli").main(program.split()[1:])
-            elif program.endswith(".py"):
-                runpy.run_path(str(ROOT / program), run_name="__main__")
-            else:
-                runpy.run_module(program, run_name="__main__")
-        except Found as found:
-            return found.parser
-    raise AssertionError(f"{program} read no command line")
 
 
 def shell(text: str) -> Iterator[str]:
