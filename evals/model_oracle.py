@@ -19,7 +19,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn|moe", re.IGNORECASE)
-_NO_SUBLAYER = re.compile(r"norm|ln_|dropout|router|gate$", re.IGNORECASE)
+_NO_SUBLAYER = re.compile(r"norm|ln_|dropout|router|gate$|hyper_?connection", re.IGNORECASE)
 
 
 def logits(model: nn.Module, row: torch.Tensor) -> torch.Tensor:
@@ -75,27 +75,30 @@ def added(
 ) -> Iterator[None]:
     """
     Inside, each of `modules` returns (or reads, with `before`) what it did plus its vector, at the columns
-    `only` of each pass. With `counting` a pass over one token goes on where the last one ended.
+    `only` of each pass; of several residual streams each. With `counting` a pass over one token goes on where
+    the last one ended.
     """
 
-    def plus(vector: torch.Tensor) -> Change:
+    def plus(vector: torch.Tensor, column: int) -> Change:
         seen = 0
 
         def change(hidden: torch.Tensor) -> torch.Tensor:
             nonlocal seen
-            tokens = hidden.shape[1]
+            tokens = hidden.shape[column]
             seen = seen if counting and tokens == 1 else 0
             where = torch.zeros(seen + tokens, dtype=hidden.dtype)
             where[only] = 1
-            where = where[seen:].view(tokens, *[1] * (hidden.dim() - 2))
+            where = where[seen:].view(tokens, *[1] * (hidden.dim() - column - 1))
             seen += tokens
-            return hidden + where * vector
+            return hidden + where * vector.repeat(hidden.shape[-1] // len(vector))
 
         return change
 
     with ExitStack() as stack:
         for module, vector in zip(modules, vectors, strict=True):
-            stack.enter_context(changed(module, plus(vector), before))
+            # AltUp's streams (Gemma 3n) come before the rows, those of hyper-connections after the tokens.
+            streams_first = hasattr(module, "altup")
+            stack.enter_context(changed(module, plus(vector, 2 if streams_first else 1), before))
         yield
 
 

@@ -10,9 +10,10 @@ Nothing of these libraries is imported before a function here is called.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -173,6 +174,31 @@ TRAINER_ATTRIBUTES = (
 )
 # The one of a `VLLMGeneration` in sleep mode; trl sets it where an engine sleeps.
 ENGINE_ATTRIBUTES = ("_llm_weights_sleeping",)
+
+
+# What transformers calls the cache that a forward takes and returns: since 5.24 `cache`, before that
+# `past_key_values`, and in a model of state spaces alone `cache_params`.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+@cache
+def _parameters(forward: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the forward of this module's class names the argument `name`; `**kwargs` does not count."""
+    return name in _parameters(type(module).forward)
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """The name under which the forward of `module` takes a cache; None where it takes none."""
+    return next((name for name in CACHE_NAMES if takes(module, name)), None)
+
+
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The cache among the arguments or in the output of a forward; None where there is none."""
+    return next((given[name] for name in CACHE_NAMES if name in given and given[name] is not None), None)
 
 
 def in_backward() -> bool:

@@ -7,7 +7,7 @@ or a tuple (in OpenAI GPT a list) that begins with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,20 +17,51 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from steer.errors import SteerError
+
 # Hidden states (batch, tokens, hidden_size), at a down-projection its input too, to steered hidden states
 Steer = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Streams:
+    """
+    How hidden states hold several residual streams in parallel, as hyper-connections and AltUp keep them.
+
+    Args:
+        count: how many there are.
+        dim: the dimension of hidden states that counts them; None where they stand one after the other in the
+            last dimension, (batch, tokens, count * hidden_size).
+    """
+
+    count: int
+    dim: int | None
+
+    def split(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The streams, each (batch, tokens, hidden_size)."""
+        return hidden.chunk(self.count, -1) if self.dim is None else hidden.unbind(self.dim)
+
+    def join(self, streams: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Hidden states of these streams."""
+        return torch.cat(list(streams), -1) if self.dim is None else torch.stack(list(streams), self.dim)
+
+
+@dataclass(frozen=True)
 class Site:
     """
-    The module to hook in one layer; whether its input is steered instead of its output, and whether a vector
-    that changes the output reads the input.
+    The module to hook in one layer.
+
+    Args:
+        module: the module.
+        on_input: its input is steered instead of its output.
+        with_input: a vector that changes its output reads its input.
+        streams: of the hidden states there, each of which is steered; None where there is one.
     """
 
     module: nn.Module
     on_input: bool = False
     with_input: bool = False
+    streams: Streams | None = None
 
 
 def hidden_in(args: tuple, kwargs: dict) -> Any:
@@ -67,6 +98,8 @@ def hook(vector: Steer, site: Site, first: bool = True) -> RemovableHandle:
     """
     # `partial` rather than a closure, so that a deep copy of the model steers with its own vectors.
     # First, because transformers captures hidden states with hooks of its own, installed at first use.
+    if site.streams:
+        vector = partial(_each, vector, site.streams)
     if site.on_input:
         return site.module.register_forward_pre_hook(
             partial(_steer_input, vector), prepend=first, with_kwargs=True
@@ -76,7 +109,10 @@ def hook(vector: Steer, site: Site, first: bool = True) -> RemovableHandle:
 
 
 def watch(seen: Callable[[torch.Tensor], None], site: Site) -> RemovableHandle:
-    """Call `seen` with the hidden states at `site`, as steering leaves them. Returns the handle."""
+    """
+    Call `seen` with the hidden states at `site`, as steering leaves them. Returns the handle. A pass raises
+    SteerError where they are not (batch, tokens, width).
+    """
     if site.on_input:
         return site.module.register_forward_pre_hook(partial(_see_input, seen), with_kwargs=True)
     return site.module.register_forward_hook(partial(_see_output, seen))
@@ -93,6 +129,10 @@ def hooked(*handles: RemovableHandle) -> Iterator[list[RemovableHandle]]:
             handle.remove()
 
 
+def _each(vector: Steer, streams: Streams, hidden: torch.Tensor) -> torch.Tensor:
+    return streams.join([vector(stream) for stream in streams.split(hidden)])
+
+
 def _steer_adaptively(vector: Steer, down: nn.Module, args: tuple, output: Any) -> Any:
     return vector(output, args[0])
 
@@ -107,8 +147,17 @@ def _steer_input(vector: Steer, module: nn.Module, args: tuple, kwargs: dict) ->
 
 
 def _see_output(seen: Callable[[torch.Tensor], None], module: nn.Module, args: tuple, output: Any) -> None:
-    seen(hidden_out(output))
+    seen(_one_stream(module, hidden_out(output)))
 
 
 def _see_input(seen: Callable[[torch.Tensor], None], module: nn.Module, args: tuple, kwargs: dict) -> None:
-    seen(hidden_in(args, kwargs))
+    seen(_one_stream(module, hidden_in(args, kwargs)))
+
+
+def _one_stream(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    if hidden.dim() != 3:
+        raise SteerError(
+            f"the hidden states of a {type(module).__name__} have the shape {tuple(hidden.shape)}, expected "
+            "(batch, tokens, hidden size): what reads activations needs a model with one residual stream"
+        )
+    return hidden

@@ -65,13 +65,18 @@ class SteeringState:
 
     def place(self, tokens: int, past: Any, device: torch.device) -> None:
         """
-        Set `mask` for a pass over `tokens` new columns after those in the KV cache `past` (None without a
-        cache).
+        Set `mask` for a pass over `tokens` new columns after those in the cache `past` (None without one).
         """
-        seen = past.get_seq_length() if past is not None else 0
+        seen = _count(past, tokens)
+        if seen is None:
+            raise SteerError(
+                f"positions={self.positions!r}: the {type(past).__name__} that the model keeps between "
+                "passes does not say how many tokens it has seen; use positions='all', or one pass over all "
+                "tokens in `with vectors.prompt_length(n):`"
+            )
         length = self.prompt_length
         if length is None:
-            length = self._prompt_on(past, int(seen), tokens)
+            length = self._prompt_on(past, seen, tokens)
         column = torch.arange(tokens, device=device) + seen  # (tokens,)
         if isinstance(length, torch.Tensor) and length.dim():
             column, length = column[None, :], length.to(device)[:, None]
@@ -105,6 +110,29 @@ class SteeringState:
         """`hidden` (batch, tokens, hidden_size) plus `change` (broadcast to it) at the steered tokens."""
         steered = hidden + change
         return steered if self.mask is None else torch.where(self.mask.to(hidden.device), steered, hidden)
+
+
+def _count(past: Any, tokens: int) -> int | None:
+    """
+    How many columns the cache `past` holds, before a pass over `tokens` more; None where nothing tells. A
+    cache of recurrent states alone does not count them: what these passes add is kept on it.
+    """
+    if past is None:
+        return 0
+    if not hasattr(past, "get_seq_length"):
+        return None
+    try:
+        # Zero too where the first layer is recurrent and its entry stays empty: RecurrentGemma.
+        return int(past.get_seq_length()) or max((_length(layer) for layer in past.layers), default=0)
+    except ValueError:  # no layer of attention
+        seen = getattr(past, "steering_seen", None) if past.has_previous_state() else 0
+        if seen is not None:
+            past.steering_seen = seen + tokens
+        return seen
+
+
+def _length(layer: Any) -> int:
+    return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0
 
 
 class _Precise(nn.Module):

@@ -21,7 +21,7 @@ from torch import nn
 from steer.config import SITES
 from steer.errors import SteerError
 from steer.hooks import hidden_in, hidden_out, hook, hooked, replace_in
-from steer.sites import Decoder, Site, find_sites, probing
+from steer.sites import Decoder, Site, find_steered, out_of_reach, probing
 
 logger = logging.getLogger(__name__)
 
@@ -74,23 +74,9 @@ def verify(decoder: Decoder, layers: Sequence[int], kind: str, site: str, places
 
 def _works(decoder: Decoder, layer: int, site: str) -> bool:
     try:
-        return not _Probe(decoder, [layer], site, find_sites(decoder, [layer], site)).faults()
+        return not _Probe(decoder, [layer], site, find_steered(decoder, [layer], site)).faults()
     except SteerError:
         return False
-
-
-def out_of_reach(module: nn.Module) -> bool:
-    """
-    Whether a forward pass would not see the weights: they are on the meta device (unless accelerate brings
-    them where a module runs), or this process holds a shard of them.
-    """
-    return any(
-        hasattr(parameter, "ds_id")
-        or hasattr(parameter, "full_tensor")
-        or (parameter.is_meta and not hasattr(part, "_hf_hook"))
-        for part in module.modules()
-        for parameter in part.parameters(recurse=False)
-    )
 
 
 class _Probe:
@@ -108,6 +94,7 @@ class _Probe:
         )
         self.size = 1.0  # of the stream that this layer was given, root mean square
         self.added: dict[int, torch.Tensor] = {}  # (hidden_size,)
+        self.calls: dict[int, int] = {}  # how often each vector was added: once to each residual stream
         # (2, tokens, hidden_size): the rows where the change is measured
         self.moved: dict[int, torch.Tensor] = {}
         self.given: dict[int, torch.Tensor] = {}
@@ -161,7 +148,9 @@ class _Probe:
 
     def _steer(self, layer: int, hidden: Any, *read: torch.Tensor) -> Any:
         name = f"layer {layer}'s {type(self.places[layer].module).__name__}"
-        if self.running != layer or layer in self.added:
+        streams = self.places[layer].streams
+        self.calls[layer] = self.calls.get(layer, 0) + 1
+        if self.running != layer or self.calls[layer] > (streams.count if streams else 1):
             self.found[layer] = f"{name} runs more than once in a pass: the vector would be added each time"
             return hidden
         shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
@@ -171,13 +160,12 @@ class _Probe:
                 f"{(2, 3, self.decoder.hidden_size)}"
             )
             return hidden
-        size = max(self.size, _size(hidden[0]))
-        # Signs at random: no norm that centres takes them out.
-        signs = (
-            torch.randint(0, 2, (self.decoder.hidden_size,), generator=torch.Generator().manual_seed(0)) * 2
-            - 1
-        )
-        self.added[layer] = (size * signs).to(hidden.device, hidden.dtype)
+        if layer not in self.added:
+            size = max(self.size, _size(hidden[0]))
+            # Signs at random: no norm that centres takes them out.
+            generator = torch.Generator().manual_seed(0)
+            signs = torch.randint(0, 2, (self.decoder.hidden_size,), generator=generator) * 2 - 1
+            self.added[layer] = (size * signs).to(hidden.device, hidden.dtype)
         return torch.stack([hidden[0], hidden[1] + self.added[layer]])
 
     def _child(self, layer: int, child: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -214,9 +202,9 @@ class _Probe:
         moved = self.moved.get(layer)
         if moved is None:
             return f"no module of layer {layer} reads the stream after {type(place).__name__}"
-        added = self.added[layer].double()
-        change = (moved[1] - moved[0]).double()
-        change = torch.where(moved[1].isfinite(), change, added)  # where the probe was too much for float16
+        added, streams = self.added[layer].double(), self.places[layer].streams
+        change = torch.stack([part[1] - part[0] for part in (streams.split(moved) if streams else (moved,))])
+        change = torch.where(change.isfinite(), change.double(), added)  # the probe was too much for float16
         error = ((change - added).norm(dim=-1) / added.norm()).max().item()
         # Rounding of a stream about as large as the probe: at most 0.009 in bfloat16 and 2e-7 in float32 on
         # models of 135M and 270M parameters.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from steer.compat import cache_in
 from steer.errors import SteerError
 from steer.kinds import SteeringState
 from steer.sites import find_decoder
@@ -57,13 +58,9 @@ def _generate(state: SteeringState, generate: Any, *args: Any, **kwargs: Any) ->
 def _place(state: SteeringState, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
     if not state.enabled:  # the base model needs no prompt length
         return
-    if any(kwargs.get(name) is not None for name in ("state", "mems", "cache_params")):
-        raise SteerError(
-            f"positions={state.positions!r}: what {type(backbone).__name__} keeps between passes "
-            "does not say how many tokens it has seen; use positions='all', or one pass over all tokens in "
-            "`with vectors.prompt_length(n):`"
-        )
     tokens = args[0] if args else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
-    state.place(tokens.shape[1], kwargs.get("past_key_values"), tokens.device)
+    others = (kwargs[name] for name in ("state", "mems") if kwargs.get(name) is not None)
+    past = cache_in(kwargs)
+    state.place(tokens.shape[1], past if past is not None else next(others, None), tokens.device)

@@ -2,18 +2,19 @@
 Where a vector can stand: finds the decoder layers of a causal language model, and the module behind each
 site.
 
-Layers are found by structure: the list of modules that each hold an attention module and that lives next to
-the input embeddings. Within a layer, `resid_mid` is found by running three tokens through the model and
-watching which module's output is added to the residual stream, so sandwich norms (Gemma, OLMo2) and parallel
-blocks (GPT-NeoX) need no table of architectures. What is found is checked by `steer.probe`.
+Layers are found by structure: the list of blocks nearest to the input embeddings in the tree of modules,
+whatever they mix tokens with: attention, a state space, a convolution. Within a layer, `resid_mid` is found
+by running three tokens through the model and watching which module's output is added to the residual stream,
+so sandwich norms (Gemma, OLMo2) and parallel blocks (GPT-NeoX) need no table of architectures. What is found
+is checked by `steer.probe`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from steer.errors import SteerError
-from steer.hooks import Site, hidden_in, hidden_out, hooked
+from steer.hooks import Site, Streams, hidden_in, hidden_out, hooked
 from steer.names import canonical
 
 if TYPE_CHECKING:
@@ -36,11 +37,13 @@ def input_device(model: PreTrainedModel) -> torch.device:
 @dataclass(frozen=True)
 class Decoder:
     """
-    The stack of decoder layers. `backbone` is the module whose forward runs them, `name` the list's name in
-    the plain model, without what wraps it.
+    The stack of decoder layers. `backbone` is the module whose forward embeds tokens and runs the layers,
+    `holder` the one that holds their list (the same one in most models), `name` the list's name in the plain
+    model, without what wraps it.
     """
 
     backbone: nn.Module
+    holder: nn.Module
     layers: nn.ModuleList
     name: str
     hidden_size: int
@@ -63,26 +66,50 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise SteerError(
             f"{type(model).__name__} is an encoder; steering vectors need a decoder-only causal LM"
         )
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    stacks = [(n, m) for n, m in lists if len(m) and all(_children(layer, _ATTENTION) for layer in m)]
-    if len(stacks) > 1:  # with a vision tower beside it, the language model's stack is by the embeddings
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-        stacks = [(n, m) for n, m in stacks if any(c is embeddings for c in _parent(model, n).children())]
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    stacks = _nearest(model, [n for n, m in lists if all(map(_is_block, m))])
     if len(stacks) != 1:
-        seen = ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in lists if len(m))
+        seen = ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in lists)
         children = ", ".join(name for name, _ in model.named_children())
         raise SteerError(
-            f"{type(model).__name__} has no single stack of decoder layers with attention in it; "
+            f"{type(model).__name__} has no single stack of decoder layers next to its token embeddings; "
             f"seen: {seen or 'no module lists'}; top-level modules: {children or 'none'}"
         )
-    name, layers = stacks[0]
+    name, backbone = stacks[0]
     hidden_size = getattr(model.config.get_text_config(), "hidden_size", None)  # type: ignore[union-attr, operator]
     if hidden_size is None:
         raise SteerError(
             f"the config of {type(model).__name__} has no hidden_size: it is made of several models of "
             "different hidden sizes; attach to the one that holds the layers"
         )
-    return Decoder(_parent(model, name), layers, canonical(name), hidden_size)
+    layers: Any = model.get_submodule(name)
+    holder = model.get_submodule(name.rpartition(".")[0])
+    return Decoder(model.get_submodule(backbone), holder, layers, canonical(name), hidden_size)
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether `module` is made of other modules, as a decoder layer is; a list of matrices is no stack."""
+    return any(True for _ in module.children())
+
+
+def _nearest(model: nn.Module, lists: list[str]) -> list[tuple[str, str]]:
+    """
+    The names of those of `lists` that are nearest to the token embeddings, each with the name of the smallest
+    module that holds both. A vision tower beside the language model, and lists inside of layers, are farther.
+    """
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    place = next((name for name, module in model.named_modules() if module is embeddings), None)
+    if place is None:
+        return []
+    found: dict[tuple[int, int], list[tuple[str, str]]] = {}
+    for name in lists:
+        above, beside = place.split(".")[:-1], name.split(".")[:-1]
+        shared = 0
+        while shared < min(len(above), len(beside)) and above[shared] == beside[shared]:
+            shared += 1
+        steps = len(above) - shared, len(beside) - shared
+        found.setdefault(steps, []).append((name, ".".join(above[:shared])))
+    return found[min(found)] if found else []
 
 
 def _is_encoder(model: nn.Module) -> bool:
@@ -102,14 +129,65 @@ def find_sites(decoder: Decoder, layers: list[int], site: str) -> list[Site]:
         return [Site(block, on_input=True) for block in blocks]
     kind = _MLP if site == "mlp_out" else _ATTENTION
     names = [_children(block, kind) for block in blocks]
-    for index, block, found in zip(layers, blocks, names, strict=True):
-        if len(found) != 1:
-            seen = ", ".join(name for name, _ in block.named_children())
-            raise SteerError(f"site={site!r} needs one such module in layer {index}; its modules are {seen}")
+    lacking = [index for index, found in zip(layers, names, strict=True) if len(found) != 1]
+    if lacking:
+        what = "MLP" if site == "mlp_out" else "attention module"
+        children = ", ".join(name for name, _ in decoder.layers[lacking[0]].named_children())
+        have = [i for i, block in enumerate(decoder.layers) if len(_children(block, kind)) == 1]
+        raise SteerError(
+            f"site={site!r} needs one {what} in each steered layer, and layers {_listed(lacking)} do not "
+            f"have one; the modules of layer {lacking[0]} are {children}; "
+            + (f"layers of this model that have one: {_listed(have)}" if have else "use resid_post")
+        )
     if site == "resid_mid":
         added = _added_to_residual(decoder, layers, [found[0] for found in names])
         return [Site(block.get_submodule(name)) for block, name in zip(blocks, added, strict=True)]
     return [Site(block.get_submodule(found[0])) for block, found in zip(blocks, names, strict=True)]
+
+
+def find_steered(decoder: Decoder, layers: list[int], site: str) -> list[Site]:
+    """`find_sites` for vectors: where there are several residual streams, each is steered."""
+    sites = find_sites(decoder, layers, site)
+    streams = find_streams(decoder) if site in ("resid_pre", "resid_post") else None
+    return [replace(place, streams=streams) for place in sites]
+
+
+def _listed(layers: list[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
+def find_streams(decoder: Decoder) -> Streams | None:
+    """
+    The residual streams that the layers are given, in a pass that ends at the first layer; None for one
+    stream, for what is no residual stream, and where the weights are not at hand.
+    """
+    if out_of_reach(decoder.backbone):
+        return None
+    shapes: list[tuple[int, ...]] = []
+
+    def end(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        shapes.append(tuple(hidden_in(args, kwargs).shape))
+        raise _End
+
+    with (
+        hooked(decoder.layers[0].register_forward_pre_hook(end, prepend=True, with_kwargs=True)),
+        probing(decoder.backbone) as ids,
+        suppress(_End),
+    ):
+        decoder.backbone(ids.repeat(2, 1), use_cache=False)
+    size, rows = decoder.hidden_size, (2, ids.shape[1])
+    match shapes[0] if shapes else ():
+        case (*first, width) if tuple(first) == rows and width % size == 0 and width > size:
+            return Streams(width // size, None)
+        case (*first, count, width) if (tuple(first), width) == (rows, size):
+            return Streams(count, 2)
+        case (count, *rest, width) if (tuple(rest), width) == (rows, size):
+            return Streams(count, 0)
+    return None
+
+
+class _End(Exception):
+    """Ends a pass whose rest is not needed."""
 
 
 def find_down_projections(decoder: Decoder, layers: list[int]) -> list[tuple[nn.Module, int]]:
@@ -148,18 +226,34 @@ def _matrix_size(module: nn.Module) -> tuple[int, int] | None:
     return tuple(module.weight.shape) if type(module).__name__ == "Conv1D" else None  # type: ignore
 
 
-_ATTENTION = re.compile(r"attn|attention")
-_MLP = re.compile(r"mlp|feed_forward|ffn|moe")
-_NOT_A_SUBLAYER = re.compile(r"norm|dropout|(^|_)ln")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP = re.compile(r"mlp|feed_forward|ffn|moe", re.IGNORECASE)
+_NOT_A_SUBLAYER = re.compile(r"norm|dropout|(^|_)ln|hc$|hyper_connection", re.IGNORECASE)
+# Children whose class says what they are: layers of several kinds have them under one name.
+_ANY_MIXER = re.compile(r"mixer|temporal_block")
 
 
 def _children(layer: nn.Module, kind: re.Pattern[str]) -> list[str]:
-    names = [name for name, module in layer.named_children() if not isinstance(module, nn.Dropout)]
-    return [name for name in names if kind.search(name) and not _NOT_A_SUBLAYER.search(name)]
+    found = []
+    for name, module in layer.named_children():
+        says = type(module).__name__ if _ANY_MIXER.fullmatch(name) else name
+        if kind.search(says) and not _NOT_A_SUBLAYER.search(name) and not isinstance(module, nn.Dropout):
+            found.append(name)
+    return found
 
 
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
+def out_of_reach(module: nn.Module) -> bool:
+    """
+    Whether a forward pass would not see the weights: they are on the meta device (unless accelerate brings
+    them where a module runs), or this process holds a shard of them.
+    """
+    return any(
+        hasattr(parameter, "ds_id")
+        or hasattr(parameter, "full_tensor")
+        or (parameter.is_meta and not hasattr(part, "_hf_hook"))
+        for part in module.modules()
+        for parameter in part.parameters(recurse=False)
+    )
 
 
 @contextmanager

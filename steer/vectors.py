@@ -30,7 +30,7 @@ from steer.probe import verify
 from steer.prompt_watch import PromptWatch
 from steer.quantization import check_quantization, keep_gradients
 from steer.sharded import fill, gathered, shape, whole
-from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_sites
+from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_steered
 
 AnyVector = SteeringVector | AdaptiveVector | SharedVector
 
@@ -230,7 +230,7 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
         decoder.layers[layer].steering = module
         vectors._handles.append(hook(module, place))
     if vectors._shared is not None:
-        decoder.backbone.steering = vectors._shared[1]
+        decoder.holder.steering = vectors._shared[1]
     if config.positions != "all":
         vectors._handles.append(PromptWatch(model, vectors._state))
     vectors._was_trainable = trainable
@@ -280,7 +280,7 @@ def detach(model: nn.Module) -> None:
     for layer in vectors.layers:
         del decoder.layers[layer].steering
     if vectors._shared is not None:
-        del decoder.backbone.steering
+        del decoder.holder.steering
     for name in vectors._was_trainable:
         model.get_parameter(name).requires_grad_(True)
     del model.__dict__["steering_vectors"]
@@ -354,7 +354,7 @@ def _make(
             for layer, device, (_, inner) in zip(layers, devices, downs, strict=True)
         ]
         return None, adaptive, [Site(module, with_input=True) for module, _ in downs]
-    sites = find_sites(decoder, layers, config.site)
+    sites = find_steered(decoder, layers, config.site)
     if config.kind == "shared":
         if config.rank > min(len(layers), decoder.hidden_size):
             raise SteerError(

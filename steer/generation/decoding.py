@@ -1,39 +1,32 @@
 """
 Next-token logits of rows that grow by one token at a time, in two ways with one interface.
 
-`CachedRows` reads each prompt once and keeps its keys and values in transformers' `DynamicCache`, whose
-rows are repeated for a group and dropped when they have ended. `PlainRows` keeps no cache and reads every row
-again for each token: slow, and right on every causal model. `steer.generation.verify` says which of them a
-model can take.
+`CachedRows` reads each prompt once and keeps its keys and values, and the states of recurrent layers, in
+transformers' `DynamicCache`, whose rows are repeated for a group and dropped when they have ended.
+`PlainRows` keeps no cache and reads every row again for each token: slow, and right on every causal model.
+`steer.generation.verify` says which of them a model can take.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from steer.compat import cache_name, takes
 
 from steer.sites import input_device
 
 
-@cache
-def _parameters(forward: Callable) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
-
-
-def takes(module: nn.Module, name: str) -> bool:
-    """Whether the forward of this module's class names the argument `name`; `**kwargs` does not count."""
-    return name in _parameters(type(module).forward)
-
-
-def inputs(module: nn.Module, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> dict[str, Any]:
+def inputs(
+    module: nn.Module, ids: torch.Tensor, mask: torch.Tensor, cache: Cache | None = None, **more: Any
+) -> dict[str, Any]:
     """
     Arguments of a forward pass over the last columns of rows of which `mask` tells all columns.
 
@@ -41,10 +34,15 @@ def inputs(module: nn.Module, ids: torch.Tensor, mask: torch.Tensor, **more: Any
         module: A causal LM or its backbone. What its forward does not name is left out.
         ids: (rows, tokens) the tokens to read.
         mask: (rows, columns seen and read) 1 at tokens, 0 at padding.
+        cache: What the columns before left in the layers.
         more: Further arguments, left out likewise.
     """
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if cache is not None and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        mask = mask[:, -ids.shape[1] :]  # without attention, it tells of the tokens that are read alone
     found = {"attention_mask": mask, "position_ids": position, **more}
+    if cache is not None:
+        found[cache_name(module) or ""] = cache
     return {"input_ids": ids, **{name: value for name, value in found.items() if takes(module, name)}}
 
 
@@ -62,7 +60,7 @@ class Rows(Protocol):
 
 
 class CachedRows:
-    """Rows whose keys and values are cached. Prompts are padded on the left."""
+    """Rows whose keys, values and recurrent states are cached. Prompts are padded on the left."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -86,8 +84,8 @@ class CachedRows:
         # By index, which copies: given a view, torch's bfloat16 product on a CPU copies a frozen LM head for
         # every row, 20 GB for a vocabulary of 262,144.
         last = torch.tensor([ids.shape[1] - 1], device=self.device)
-        wanted = inputs(self.model, ids, self.mask, logits_to_keep=last)
-        return self.model(**wanted, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        wanted = inputs(self.model, ids, self.mask, self.cache, logits_to_keep=last)
+        return self.model(**wanted, use_cache=True).logits[:, -1]
 
 
 class PlainRows:

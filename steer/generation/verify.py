@@ -12,31 +12,33 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
 
+from steer.compat import cache_in, cache_name, takes
 from steer.errors import SteerError
 from steer.generation import cpu
-from steer.generation.decoding import CachedRows, inputs, pad_left, takes
+from steer.generation.decoding import CachedRows, inputs, pad_left
 from steer.generation.scoring import SCORERS, Scored, shared_scores
+from steer.hooks import hooked
 from steer.sites import input_device
 
 log = logging.getLogger(__name__)
 
-# Layers of a cache whose rows can be selected and repeated, for sampling ...
+# Layers of a cache whose rows can be selected and repeated, with a gradient where there is one.
 SELECTABLE = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -44,10 +46,8 @@ SELECTABLE = (
     LinearAttentionLayer,
     cache_utils.LinearAttentionAndFullAttentionLayer,
     cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
+    *[getattr(cache_utils, name) for name in ("DummyLayer",) if hasattr(cache_utils, name)],  # since 5.24
 )
-# ... and with a gradient, in `steer.generation.scoring`: keys and values alone, since a recurrent state is
-# written in place.
-DIFFERENTIABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 # Settings of attention that is chosen by column, and so changes where padding or a cache moves columns. In
 # real models it sets in after thousands of tokens, too far for a trial.
 _BY_COLUMN = {
@@ -61,8 +61,10 @@ _PROMPTS, _MORE = (3, 8), 2
 # Largest relative distance of logits, per token. In float32 rounding leaves 1e-5 after tens of layers; what
 # is wrong (a mask, a position, a lost state) moves them by 0.05 to 1.
 EXACT = 1e-3
-# The LM head alone.
+# The LM head alone, of hidden states this much larger: logits as large as a trained model's or larger, where
+# a cap on them shows that trl does not know of.
 EXACT_HEAD = 1e-4
+_LOUDER = 16
 # In half precision (and quantised), the mean over a row's tokens: rounding moves logits by some per cent, and
 # an expert that is chosen otherwise by more, at single tokens.
 ROUNDED = 0.1
@@ -197,21 +199,19 @@ class _Trial:
         cacheless = self._no_cache()
         one, two = self._truth(use_cache=not cacheless)
         self.truth = [one.logits[0].float(), two.logits[0].float()]
-        made = getattr(two, "past_key_values", None)
-        sampler = cacheless or self._other_cache(made, SELECTABLE, "whose rows may not be selectable")
-        scorer = cacheless or self._other_cache(made, DIFFERENTIABLE, "which holds more than keys and values")
+        cacheless = cacheless or self._other_cache(cache_in(two))
         columns = self._by_column()
         self._check_causal()
         padded = self._padded()
         attention = self._attention(padded)
         with nullcontext() if attention else cpu.grouped(self.model):
-            common = columns or scorer or self._scorer(1)
+            common = columns or cacheless or self._scorer(1)
             return FastPaths(
                 attention=attention,
                 padding=columns or self._padding(padded),
-                sampler=columns or sampler or self._sampler(),
+                sampler=columns or cacheless or self._sampler(),
                 # A pass over what is common is followed by those over prompts.
-                scorer=columns or scorer or (self._scorer(None) if common else None),
+                scorer=columns or cacheless or (self._scorer(None) if common else None),
                 common=common,
                 head=self._head() if scores else None,
             )
@@ -220,19 +220,19 @@ class _Trial:
 
     def _no_cache(self) -> str | None:
         """Why the model cannot take transformers' `DynamicCache`."""
-        if not takes(self.model, "past_key_values"):
-            names = ("cache_params", "state", "mems")
-            own = next((name for name in names if takes(self.model, name)), None)
-            return "its forward takes no past_key_values" + (f" ({own} instead)" if own else "")
+        if cache_name(self.model) is None:
+            own = next((name for name in ("state", "mems") if takes(self.model, name)), None)
+            return "its forward takes no cache" + (f" ({own} instead)" if own else "")
         if getattr(self.config, "num_hidden_layers", None) is None:
             return "its config has no num_hidden_layers, which a cache is made by"
-        unknown = set(getattr(self.config, "layer_types", None) or []) - set(DYNAMIC_LAYER_TYPE_MAPPING)
-        if unknown:
-            return f"transformers knows no cache for its layers of type {', '.join(sorted(unknown))}"
+        try:
+            DynamicCache(config=self.config)
+        except KeyError as unknown:
+            return f"transformers knows no cache for its layers of type {unknown.args[0]}"
         return None
 
-    def _other_cache(self, made: Any, known: tuple[type, ...], cannot: str) -> str | None:
-        """Why the cache that the model made is none of `known` layers, which alone are sure to do it."""
+    def _other_cache(self, made: Any) -> str | None:
+        """Why the cache that the model made is none of `SELECTABLE` layers."""
         if type(made) is not DynamicCache:
             return f"it keeps {'no cache' if made is None else f'a {type(made).__name__}'}"
         fresh = DynamicCache(config=self.config)
@@ -241,8 +241,8 @@ class _Trial:
         kinds, ours = ({type(layer) for layer in cache.layers} for cache in (made, fresh))
         if kinds != ours:
             return f"its cache has {_names(kinds)} where its config says {_names(ours)}"
-        if not kinds <= set(known):
-            return f"its cache has {_names(kinds - set(known))}, {cannot}"
+        if not kinds <= set(SELECTABLE):
+            return f"its cache has {_names(kinds - set(SELECTABLE))}, whose rows may not be selectable"
         code = sys.modules[type(self.model.base_model).__module__]
         if any(made.is_sliding) and not any(hasattr(code, name) for name in _WINDOW_MASKS):
             return "its cache forgets what lies before its sliding_window, and its masks do not"
@@ -309,20 +309,52 @@ class _Trial:
         return f"logits with a cache differ from those without ({off})" if off else None
 
     def _scorer(self, worth: int | None) -> str | None:
-        """A group's completions behind prompts that are read once."""
-        seen: list[torch.Tensor] = []
-
-        def head(labels: torch.Tensor, **inputs: Any) -> Scored:
-            seen.append(self.model(**inputs, use_cache=False).logits.float())
-            return Scored(torch.zeros_like(labels).float(), torch.zeros_like(labels).float())
-
+        """A group's completions behind prompts that are read once: their logits, and what they depend on."""
         order = [1, 0, 1]
-        prompt_ids, prompt_mask = pad_left([self.prompts[j] for j in order], self.device)
         ids = torch.tensor([self.rows[j][-_MORE:] for j in order], device=self.device)
-        shared_scores(self.model, head, worth, prompt_ids, prompt_mask, ids, torch.ones_like(ids))
-        pairs = [(found, self.truth[j][-_MORE - 1 : -1]) for found, j in zip(seen[0], order, strict=True)]
+        prompt_ids, prompt_mask = pad_left([self.prompts[j] for j in order], self.device)
+
+        def shared() -> list[torch.Tensor]:
+            seen: list[torch.Tensor] = []
+
+            def head(labels: torch.Tensor, **inputs: Any) -> Scored:
+                seen.append(self.model(**inputs, use_cache=False).logits.float())
+                return Scored(torch.zeros_like(labels).float(), torch.zeros_like(labels).float())
+
+            shared_scores(self.model, head, worth, prompt_ids, prompt_mask, ids, torch.ones_like(ids))
+            return list(seen[0])
+
+        expected = [self.truth[j][-_MORE - 1 : -1] for j in order]
+        if off := self._off(list(zip(shared(), expected, strict=True))):
+            return f"logits behind a prompt that is shared differ ({off})"
+        if not any(
+            isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=self.config).layers
+        ):
+            return None  # keys and values are differentiated as ever
+
+        def alone() -> list[torch.Tensor]:
+            rows = [torch.tensor([self.rows[j]], device=self.device) for j in order]
+            return [self.model(row, use_cache=False).logits.float()[0, -_MORE - 1 : -1] for row in rows]
+
+        try:
+            pairs = [(self._gradient(shared), self._gradient(alone))]
+        except RuntimeError as error:  # a kernel without a backward pass
+            return f"its recurrent states take no gradient ({str(error).splitlines()[0]})"
         off = self._off(pairs)
-        return f"logits behind a prompt that is shared differ ({off})" if off else None
+        return f"gradients through a prompt that is shared differ ({off})" if off else None
+
+    def _gradient(self, run: Callable[[], list[torch.Tensor]]) -> torch.Tensor:
+        """How the logits that `run` returns, weighted at random, move with all embeddings, (1, width)."""
+        embeddings = self.model.get_input_embeddings()
+        moved = torch.zeros(embeddings.weight.shape[1], device=self.device)
+        with torch.inference_mode(False), torch.enable_grad():
+            moved.requires_grad_()
+            handle = embeddings.register_forward_hook(lambda module, args, out: out + moved.to(out.dtype))
+            with hooked(handle):
+                logits = torch.stack(run())
+            weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
+            real = logits > -1e8
+            return torch.autograd.grad((logits.where(real, 0.0) * weights).sum(), moved)[0][None]
 
     def _head(self) -> str | None:
         """trl's head against the log-probabilities of the model's own logits."""
@@ -336,10 +368,11 @@ class _Trial:
         ids = torch.tensor([row[-_MORE:] for row in self.rows], device=self.device)
         batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
         batch |= {"completion_ids": ids, "completion_mask": torch.ones_like(ids)}
-        got, own = (
-            self.model(score_group=True, share=False, fused=fused, **batch).log_probs
-            for fused in (True, False)
-        )
+        # Where each way takes the hidden states from: OPT's logits come from inside of its backbone.
+        with hooked(backbone.register_forward_hook(_louder)):
+            got = self.model(score_group=True, share=False, fused=True, **batch).log_probs
+        with hooked(head.register_forward_pre_hook(lambda module, args: (_LOUDER * args[0], *args[1:]))):
+            own = self.model(score_group=True, share=False, fused=False, **batch).log_probs
         off = float((got - own).norm() / own.norm())
         if not off <= (EXACT_HEAD if self.exact else ROUNDED):
             return f"trl's LM head differs from the model's own logits ({off:.1g} of log-probabilities)"
@@ -358,6 +391,15 @@ class _Trial:
             )
         limit = EXACT if self.exact else ROUNDED
         return f"{worst:.1g} of their size, {limit} allowed" if worst > limit else None
+
+
+def _louder(backbone: nn.Module, args: tuple, output: Any) -> Any:
+    """A forward hook that multiplies the hidden states which the backbone returns by `_LOUDER`."""
+    hidden = _LOUDER * output[0]
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
+    return output
 
 
 def _names(kinds: set[type]) -> str:

@@ -31,17 +31,26 @@ SLOW = {
     "gemma2": {},
     "bloom": {},
     "mpt": {"common": "differ"},  # ALiBi by columns: padding between tokens counts
-    "qwen3_next": dict.fromkeys(("scorer", "common"), "LinearAttentionLayer"),
-    "falcon_h1": dict.fromkeys(("scorer", "common"), "LinearAttentionAndFullAttentionLayer"),
-    "kimi_linear": dict.fromkeys(("scorer", "common"), "LinearAttentionLayer"),
+    # a recurrent state moves on over padding between tokens
+    **{key: {"common": "differ"} for key in ("qwen3_next", "falcon_h1", "kimi_linear", "lfm2", "mamba2")},
     "minimax": dict.fromkeys(("sampler", "scorer", "common"), "MiniMaxCache"),
-    "deepseek_v32": dict.fromkeys(("scorer", "common"), "DynamicIndexedLayer"),
+    "deepseek_v32": {},
     "deepseek_v4": {
         **dict.fromkeys(("padding", "sampler", "scorer", "common"), "compress_rates"),
     },
     "rwkv": {"padding": "differ|changes", **dict.fromkeys(("sampler", "scorer", "common"), "state instead")},
     "moshi": dict.fromkeys(("sampler", "scorer", "common"), "masks do not"),
-    "mamba": dict.fromkeys(("sampler", "scorer", "common"), "cache_params instead"),
+    # a pass over several tokens begins with an empty state
+    "mamba": dict.fromkeys(("scorer", "common"), "differ"),
+    # the state is in the modules; logits are capped, which trl does not know of
+    "recurrent_gemma": {
+        **{"padding": "changes", "head": "differs"},
+        **dict.fromkeys(("sampler", "scorer", "common"), "no cache"),
+    },
+    "xlstm": {
+        **{"padding": "changes", "head": "differs"},
+        **dict.fromkeys(("sampler", "scorer", "common"), "xLSTMCache"),
+    },
     "llama4_text": {"head": "base_model"},
     "modernbert-decoder": {"head": "differs"},
 }
