@@ -20,7 +20,6 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from steer.compat import cache_name, takes
-
 from steer.sites import input_device
 
 

@@ -9,19 +9,18 @@ completion token meet the LM head, in tiles, so no (tokens x vocabulary) tensor 
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicIndexedLayer, LinearAttentionLayer
 
+from steer.generation.caches import differentiable, select
 from steer.generation.decoding import inputs
 from steer.generation.lm_head import frozen_head
 from steer.vector_sets import Owners
@@ -166,14 +165,14 @@ def shared_scores(
 
     # The last prompt token predicts the first completion token, so it is left for the last pass.
     config, backbone = model.config.get_text_config(), model.base_model
-    cache = _differentiable(DynamicCache(config=config))
+    cache = differentiable(DynamicCache(config=config))
     common = common_prefix(ids, mask) if worth and _window(config) > width + longest else 0
     if worth and common * (len(ids) - len(each)) >= worth:
         one = ids[:1, mask[0] == 1][:, :common].expand(len(each), -1)
         if owners:
             owners.tell(each)
         backbone(**inputs(backbone, one, torch.ones_like(one), cache), use_cache=True)
-        cache = _select(cache, set_of)
+        cache = select(cache, set_of)
         # From here on a row is: the common columns, padding, the rest of its prompt.
         rest = mask * (mask.cumsum(1) > common)
         mask = torch.cat([torch.ones_like(mask[:, :common]), rest[:, common:]], 1)
@@ -197,7 +196,7 @@ def shared_scores(
         tokens = torch.cat([ids[which, -1:], completion_ids[chosen, : length - 1]], 1)
         seen = torch.cat([mask[which], completion_mask[chosen, : length - 1]], 1)
         labels = completion_ids[chosen, :length].masked_fill(completion_mask[chosen, :length] == 0, -100)
-        out = head(labels=labels, **inputs(model, tokens, seen, _select(cache, which)))
+        out = head(labels=labels, **inputs(model, tokens, seen, select(cache, which)))
         at = (chosen[:, None], torch.arange(length, device=tokens.device)[None, :])
         log_probs = log_probs.index_put(at, out.log_probs.float())
         entropy = entropy.index_put(at, out.entropy.float())
@@ -240,64 +239,3 @@ def length_batches(lengths: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
                 batches.append((ordered[start:i], sizes[start]))
             start = i
     return batches
-
-
-class _Replaced(LinearAttentionLayer):
-    """
-    Mixed into a layer of transformers' cache, it keeps a new state in a new tensor: autograd may still need
-    the one before, over which transformers writes.
-    """
-
-    def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any
-    ) -> Any:
-        if self.is_recurrent_states_initialized[state_idx]:
-            self.recurrent_states[state_idx] = torch.empty_like(self.recurrent_states[state_idx])
-        return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
-
-    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> Any:
-        if self.is_conv_states_initialized[state_idx]:
-            self.conv_states[state_idx] = self.conv_states[state_idx].clone()
-        return super().update_conv_state(conv_states, state_idx, **kwargs)
-
-
-@functools.cache
-def _replacing(kind: Any) -> type[LinearAttentionLayer]:
-    return type(f"_Replaced{kind.__name__}", (_Replaced, kind), {})
-
-
-def _differentiable(cache: DynamicCache) -> DynamicCache:
-    """`cache`, still empty, so that gradients flow through the recurrent states that it will hold."""
-    for layer in cache.layers:
-        if isinstance(layer, LinearAttentionLayer):
-            kind: Any = type(layer)
-            layer.__class__ = _replacing(kind)
-    return cache
-
-
-def _select(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    """
-    The cache of some rows, repeated as asked, still part of the autograd graph; `cache` itself stays as it
-    is.
-    """
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in chosen.layers:
-        # Not `keys[rows]`: on a CPU its backward pass adds rows with atomic operations, in the order in which
-        # the threads come. That of index_select adds them one after the other, and takes a fifth of the time.
-        if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0:
-            assert layer.keys is not None and layer.values is not None
-            layer.keys, layer.values = (x.index_select(0, rows) for x in (layer.keys, layer.values))
-        if isinstance(layer, LinearAttentionLayer):
-            for name, value in list(vars(layer).items()):
-                if isinstance(value, dict):  # by the number of the state, of which a layer may have several
-                    setattr(layer, name, {key: _of(state, rows) for key, state in value.items()})
-        if isinstance(layer, DynamicIndexedLayer):
-            layer.indexer_keys = _of(layer.indexer_keys, rows)
-            if (position := getattr(layer, "indexer_position_ids", None)) is not None:  # transformers 5.24
-                layer.indexer_position_ids = position.index_select(1, rows)
-    return chosen
-
-
-def _of(state: Any, rows: torch.Tensor) -> Any:
-    return state.index_select(0, rows) if isinstance(state, torch.Tensor) else state

@@ -11,7 +11,6 @@ here. A model for which plain passes are wrong too, since its logits depend on l
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,17 +19,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, cache_utils
-from transformers.cache_utils import (
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
+from transformers import PreTrainedModel
 
-from steer.compat import cache_in, cache_name, takes
+from steer.compat import cache_in
 from steer.errors import SteerError
 from steer.generation import cpu
+from steer.generation.caches import has_states, no_cache, other_cache
 from steer.generation.decoding import CachedRows, inputs, pad_left
 from steer.generation.scoring import SCORERS, Scored, shared_scores
 from steer.hooks import hooked
@@ -38,24 +32,12 @@ from steer.sites import input_device
 
 log = logging.getLogger(__name__)
 
-# Layers of a cache whose rows can be selected and repeated, with a gradient where there is one.
-SELECTABLE = (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    DynamicIndexedLayer,
-    LinearAttentionLayer,
-    cache_utils.LinearAttentionAndFullAttentionLayer,
-    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
-    *[getattr(cache_utils, name) for name in ("DummyLayer",) if hasattr(cache_utils, name)],  # since 5.24
-)
 # Settings of attention that is chosen by column, and so changes where padding or a cache moves columns. In
 # real models it sets in after thousands of tokens, too far for a trial.
 _BY_COLUMN = {
     "index_block_size": "attends to blocks of columns",
     "compress_rates": "compresses blocks of columns",
 }
-# What makes a mask with a window. Moshi's cache has one and its masks have none, after thousands of tokens.
-_WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
 # Lengths of the two prompts that are tried, and how many tokens follow: longer than the windows of tests.
 _PROMPTS, _MORE = (3, 8), 2
 # Largest relative distance of logits, per token. In float32 rounding leaves 1e-5 after tens of layers; what
@@ -196,10 +178,10 @@ class _Trial:
         self.prompts = [row[:n] for row, n in zip(self.rows, _PROMPTS, strict=True)]
 
     def paths(self, scores: bool) -> FastPaths:
-        cacheless = self._no_cache()
+        cacheless = no_cache(self.model)
         one, two = self._truth(use_cache=not cacheless)
         self.truth = [one.logits[0].float(), two.logits[0].float()]
-        cacheless = cacheless or self._other_cache(cache_in(two))
+        cacheless = cacheless or other_cache(self.model, cache_in(two))
         columns = self._by_column()
         self._check_causal()
         padded = self._padded()
@@ -217,36 +199,6 @@ class _Trial:
             )
 
     # ---- what names say
-
-    def _no_cache(self) -> str | None:
-        """Why the model cannot take transformers' `DynamicCache`."""
-        if cache_name(self.model) is None:
-            own = next((name for name in ("state", "mems") if takes(self.model, name)), None)
-            return "its forward takes no cache" + (f" ({own} instead)" if own else "")
-        if getattr(self.config, "num_hidden_layers", None) is None:
-            return "its config has no num_hidden_layers, which a cache is made by"
-        try:
-            DynamicCache(config=self.config)
-        except KeyError as unknown:
-            return f"transformers knows no cache for its layers of type {unknown.args[0]}"
-        return None
-
-    def _other_cache(self, made: Any) -> str | None:
-        """Why the cache that the model made is none of `SELECTABLE` layers."""
-        if type(made) is not DynamicCache:
-            return f"it keeps {'no cache' if made is None else f'a {type(made).__name__}'}"
-        fresh = DynamicCache(config=self.config)
-        if bound := vars(made).keys() - vars(fresh).keys():
-            return f"it binds {', '.join(sorted(bound))} to its cache, for rows as they were"
-        kinds, ours = ({type(layer) for layer in cache.layers} for cache in (made, fresh))
-        if kinds != ours:
-            return f"its cache has {_names(kinds)} where its config says {_names(ours)}"
-        if not kinds <= set(SELECTABLE):
-            return f"its cache has {_names(kinds - set(SELECTABLE))}, whose rows may not be selectable"
-        code = sys.modules[type(self.model.base_model).__module__]
-        if any(made.is_sliding) and not any(hasattr(code, name) for name in _WINDOW_MASKS):
-            return "its cache forgets what lies before its sliding_window, and its masks do not"
-        return None
 
     def _by_column(self) -> str | None:
         found = [name for name in _BY_COLUMN if getattr(self.config, name, None)]
@@ -327,9 +279,7 @@ class _Trial:
         expected = [self.truth[j][-_MORE - 1 : -1] for j in order]
         if off := self._off(list(zip(shared(), expected, strict=True))):
             return f"logits behind a prompt that is shared differ ({off})"
-        if not any(
-            isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=self.config).layers
-        ):
+        if not has_states(self.model):
             return None  # keys and values are differentiated as ever
 
         def alone() -> list[torch.Tensor]:
@@ -345,7 +295,7 @@ class _Trial:
 
     def _gradient(self, run: Callable[[], list[torch.Tensor]]) -> torch.Tensor:
         """How the logits that `run` returns, weighted at random, move with all embeddings, (1, width)."""
-        embeddings = self.model.get_input_embeddings()
+        embeddings = cast(nn.Embedding, self.model.get_input_embeddings())
         moved = torch.zeros(embeddings.weight.shape[1], device=self.device)
         with torch.inference_mode(False), torch.enable_grad():
             moved.requires_grad_()
@@ -400,7 +350,3 @@ def _louder(backbone: nn.Module, args: tuple, output: Any) -> Any:
         return (hidden, *output[1:])
     output.last_hidden_state = hidden
     return output
-
-
-def _names(kinds: set[type]) -> str:
-    return ", ".join(sorted(kind.__name__ for kind in kinds))
