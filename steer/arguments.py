@@ -5,8 +5,42 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """
+    Help with the default of every option that takes a value, unless its text names one already. Keeps the
+    line breaks of the description, and takes help texts as they are: '%' formats nothing.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if not action.help or action.help is argparse.SUPPRESS:
+            return action.help
+        found = action.help.replace("%%", "%")
+        takes_value = action.option_strings and action.nargs != 0 and not action.required
+        if takes_value:
+            found = with_default(found, action.default)
+        return found.replace("%", "%%")
+
+
+def with_default(text: str, value: Any) -> str:
+    """The help text of a setting with its default, unless it names one itself."""
+    return text if re.search(r"\bdefault:", text) else f"{text} (default: {shown_default(value)})"
+
+
+def shown_default(value: Any) -> str:
+    """A default as written on the command line; "not set" for None, and for an empty text or list."""
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or value == "" or value == []:
+        return "not set"
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return json.dumps(value) if isinstance(value, bool | dict) else str(value)
 
 
 def whole(text: str, least: int = 0) -> int:

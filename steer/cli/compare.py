@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from steer.arguments import Help
 from steer.errors import SteerError, one_line, print_any_text, shown
 from steer.evaluation.plan import read_plan
 from steer.training.comparison import Comparison, Failed
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="steer compare",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--config", required=True, help="YAML file, or the name of one of steer's")
     parser.add_argument("--seeds", nargs="+", type=int, help="these seeds alone (default: the config's)")

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 import steer
+from steer.arguments import Help, with_default
 from steer.base_adapter import base_source
 from steer.errors import SteerError
 from steer.files import held
@@ -146,11 +148,17 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
     parser = argparse.ArgumentParser(
         prog="steer sae train",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         epilog=_help(),
     )
     parser.add_argument(
         "--config", required=True, metavar="NAME", help="YAML file, or the name of one of steer's"
+    )
+    parser.add_argument(
+        "--print_config",
+        "--print-config",
+        action="store_true",
+        help="print all settings as YAML, which --config reads, and exit",
     )
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="settings in place of the file's")
     parsed = parser.parse_args(arguments)
@@ -185,7 +193,23 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
         unknown = sorted(set(settings) - {f.name for f in fields(SAEConfig)})
         if unknown:
             raise SteerError(f"SAE {name!r} has unknown settings {', '.join(unknown)}; --help lists them")
-    return run, TrainConfig(**known["training"])
+    training = TrainConfig(**known["training"])
+    if parsed.print_config:
+        print(_as_yaml(run, training), end="")
+        sys.exit(0)
+    return run, training
+
+
+def _as_yaml(run: RunConfig, training: TrainConfig) -> str:
+    """A config file of all settings."""
+    own = [f for f in fields(SAEConfig) if f.default is not MISSING and f.name != "source"]
+    default = {f.name: f.default for f in own}
+    saes = {name: {**default, **values} for name, values in run.saes.items()}
+    parts = {"run": {**asdict(run), "saes": saes}, "training": asdict(training)}
+    return "\n".join(
+        f"# {title}\n{yaml.safe_dump(part, sort_keys=False, allow_unicode=True)}"
+        for title, part in parts.items()
+    )
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -209,5 +233,7 @@ def _help() -> str:
     lines = []
     for title, config in (("run", RunConfig), ("training", TrainConfig), ("each SAE (saes.NAME)", SAEConfig)):
         lines.append(f"settings of {title}:")
-        lines += [f"  {f.name:13} {f.metadata['help']}" for f in fields(config)]
+        for f in fields(config):
+            about = f.metadata["help"]
+            lines.append(f"  {f.name:17} {about if f.default is MISSING else with_default(about, f.default)}")
     return "\n".join(lines)

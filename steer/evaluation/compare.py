@@ -23,6 +23,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from steer.arguments import Help
 from steer.errors import SteerError, print_any_text
 from steer.evaluation import best_base, scores
 from steer.evaluation.collect import Cell, Collection, collect
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="steer compare",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("runs", nargs="+", help="folders that `steer eval` wrote")
     parser.add_argument(

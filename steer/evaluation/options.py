@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from steer.arguments import add_base_options, count, finite, json_object, text, whole
+from steer.arguments import Help, add_base_options, count, finite, json_object, text, whole
 from steer.evaluation import benchmarks
 from steer.evaluation.engines import ENGINES
 from steer.tasks.elicited import EXAMPLES
@@ -21,7 +21,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="steer eval",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     about_model = found.add_argument_group("the model and its variants")
     add_base_options(about_model)

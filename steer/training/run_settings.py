@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import yaml
 from trl import TrlParser
 
+from steer.arguments import Help
 from steer.base_adapter import adapter_checksum
 from steer.config import SteeringArguments, SteeringConfig
 from steer.errors import SteerError
@@ -165,12 +168,24 @@ def _read(
 ) -> tuple[Any, ...]:
     """One object for each dataclass of `parts`."""
     usage = f"steer {_COMMANDS[recipe]} --config NAME [--setting VALUE ...]"
-    parser = _Parser(cast(list[Any], parts), description=description, usage=usage, formatter_class=_Help)
+    parser = _Parser(cast(list[Any], parts), description=description, usage=usage, formatter_class=Help)
     parser.add_argument(
         "--config", metavar="NAME", help="YAML file of settings, or the name of one of steer's, such as demo"
     )
+    parser.add_argument(
+        "--print_config",
+        "--print-config",
+        action="store_true",
+        help="print all settings as YAML, which --config reads, and exit",
+    )
     try:
-        return parser.parse_args_and_config(_with_config_file(arguments))[: len(parts)]
+        words = _with_config_file(arguments)
+        found = parser.parse_args_and_config(words)
+        if parser.given["print_config"]:
+            if os.environ.get("RANK", "0") == "0":
+                print(_environment(words) + _as_yaml(parts, parser.given), end="")
+            sys.exit(0)
+        return found[: len(parts)]
     except OSError as error:
         raise SteerError(f"cannot read {error.filename} ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -199,14 +214,33 @@ def _with_config_file(arguments: Sequence[str]) -> list[str]:
 
 
 class _Parser(TrlParser):
-    """trl's parser of settings, which raises SteerError where a command line cannot be read."""
+    """
+    trl's parser of settings, which raises SteerError where a command line cannot be read. It keeps what was
+    given to the dataclasses: they fill in and derive settings when they are made.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        self.given: dict[str, Any] = dict(vars(found))
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise SteerError(f"{message}; --help lists the settings")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the text above, and takes help texts as they are: '%' formats nothing."""
+def _environment(words: Sequence[str]) -> str:
+    """The environment variables that a config file sets, as it does."""
+    file = Path(words[words.index("--config") + 1]) if "--config" in words else None
+    variables = yaml.safe_load(file.read_text()).get("env") if file else None
+    return f"{yaml.safe_dump({'env': variables})}\n" if variables else ""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help and action.help.replace("%%", "%").replace("%", "%%")
+
+def _as_yaml(parts: Sequence[type], given: dict[str, Any]) -> str:
+    """A config file of all settings, part by part; a token of the hub is left out."""
+    text = ""
+    for part in parts:
+        names = [f.name for f in fields(part) if f.init and f.name != "hub_token"]
+        values = {name: v.value if isinstance(v := given[name], Enum) else v for name in names}
+        title = getattr(part, "_argument_group_name", part.__name__)
+        text += f"# {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}\n"
+    return text
