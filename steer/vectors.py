@@ -304,6 +304,21 @@ def load(
     """
     saved = source if isinstance(source, artifact.Artifact) else artifact.read(source, revision)
     name = "these vectors" if saved is source else str(source)
+    check_fits(saved, model, name, tokenizer)
+    vectors = attach(model, saved.config)
+    try:
+        vectors.set_tensors(renamed(saved.tensors, find_decoder(model).name))
+    except SteerError:
+        detach(model)
+        raise
+    return vectors
+
+
+def check_fits(saved: artifact.Artifact, model: nn.Module, name: str, tokenizer: Any = None) -> None:
+    """
+    Refuse an artifact that is for a model of another shape; warn where `model` has other weights, or its
+    `tokenizer` another vocabulary, than it was made for. `name` is the artifact's in the messages.
+    """
     config = saved.config
     decoder = find_decoder(model)
     kind = model.config.get_text_config().model_type  # type: ignore[union-attr, operator]
@@ -325,16 +340,9 @@ def load(
         names[0] += f" with adapter {config.base_adapter} merged into it (--base-adapter)"
     tell = f"{name}: made for {names[0]}; this model ({names[1]}) has the same shape"
     if _differ(config.base_checksum, base_checksum(model)):
-        warnings.warn(f"{tell} but other weights: measure what they do here", stacklevel=2)
+        warnings.warn(f"{tell} but other weights: measure what they do here", stacklevel=3)
     if tokenizer is not None and _differ(config.tokenizer_checksum, tokenizer_checksum(tokenizer)):
-        warnings.warn(f"{tell} but another vocabulary: measure what they do here", stacklevel=2)
-    vectors = attach(model, config)
-    try:
-        vectors.set_tensors(renamed(saved.tensors, decoder.name))
-    except SteerError:
-        detach(model)
-        raise
-    return vectors
+        warnings.warn(f"{tell} but another vocabulary: measure what they do here", stacklevel=3)
 
 
 def _differ(one: str | None, other: str | None) -> bool:

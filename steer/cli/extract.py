@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ABOUT = """\
 Make vectors without training: from a contrast of texts, from the right and wrong answers of a run, from a
 feature of a sparse autoencoder, or from a token. The result is an ordinary artifact: it can be measured,
-exported and added to others.
+exported, added to others, and trained further (steer train --init).
 """
 
 HELP = {

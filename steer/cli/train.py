@@ -11,12 +11,12 @@ Train steering vectors by reinforcement learning on math problems.
 
 The config is a YAML file or the name of one of steer's. Without a launcher one device trains; `--launcher`, a
 file of accelerate or the name of one of steer's, starts `accelerate launch`, as the last command does itself.
-Every setting of a config file can be overridden on the command line. `--lr_sweep` chooses the learning rate
-first, on problems split off the training set. A run that was stopped goes on where it was when it is started
-again with the same settings; a finished one says so. The output folder ends up with `vectors/` (the
-artifact), `results.json`, `training.png`, the graded answers and the checkpoints. With `population`,
-`each_layer`, `learning_rates` or `seeds` many sets of vectors are trained at once, as `steer sweep` does
-and explains.
+Every setting of a config file can be overridden on the command line. `--init DIR` starts from an artifact,
+such as one of `steer extract`. `--lr_sweep` chooses the learning rate first, on problems split off the
+training set. A run that was stopped goes on where it was when it is started again with the same settings; a
+finished one says so. The output folder ends up with `vectors/` (the artifact), `results.json`,
+`training.png`, the graded answers and the checkpoints. With `population`, `each_layer`, `learning_rates` or
+`seeds` many sets of vectors are trained at once, as `steer sweep` does and explains.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from steer import artifact
 from steer.cli.layer_sweep import train_population
 from steer.errors import SteerError
 from steer.tasks.elicited import STAGES
-from steer.training import recipe
+from steer.training import init, recipe
 from steer.training import run as runs
 from steer.training.arguments import PopulationArguments, SweepArguments
 from steer.training.config import SteeringGRPOConfig
@@ -87,6 +87,9 @@ def vectors(settings: RunSettings) -> Recipe:
 
     def make(model: Any, rewards: Any, training: SteeringGRPOConfig, **data: Any) -> SteeringGRPOTrainer:
         trainer = SteeringGRPOTrainer(model, rewards, training, settings.steering_config(), **data)
+        if source := settings.run.init:
+            saved = init.read(source, settings.training.output_dir)
+            init.start(trainer.vectors, saved, source, data["processing_class"])
         trainer.vectors.config.provenance = replace(settings, training=training).provenance()
         return trainer
 

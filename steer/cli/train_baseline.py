@@ -46,6 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     settings = parse(arguments)
     recipe.begin(settings)
     training, rates = settings.training, settings.rates
+    if settings.run.init:
+        raise SteerError(f"init={settings.run.init} is of vectors, and none are trained here; leave it out")
     if settings.steering != SteeringArguments():
         log.info("no vectors are trained here: %s plays no part", settings.steering)
     chosen = trained(settings)

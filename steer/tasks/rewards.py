@@ -14,11 +14,13 @@ from typing import Any
 
 from steer.errors import SteerError, shown
 from steer.tasks.grading import MathGrader, Verdict, extract_boxed
+from steer.tasks.majority import Majority, text_of
 
 __all__ = [
     "REWARDS",
     "Correctness",
     "LengthPenalty",
+    "Majority",
     "MathGrader",
     "RandomReward",
     "Verdict",
@@ -35,6 +37,8 @@ REWARDS = {
     "correct01": r"1 when the \boxed answer is right, 0 otherwise",
     "format": r"1 when the text ends in its one and only \boxed answer, 0 otherwise",
     "length_penalty": "0 up to target_tokens, then linear to -1 at max_tokens (give both)",
+    "majority": "1 when the boxed answer equals the most frequent one of its prompt's samples, 0 otherwise; "
+    "needs no reference answers",
     "random": "1 or 0 by a coin, whatever the text: a control",
 }
 
@@ -56,6 +60,7 @@ def make_reward(name: str, grader: MathGrader, **arguments: Any) -> RewardFuncti
         "correct01": functools.partial(Correctness, grader, wrong=0.0),
         "format": lambda: format_reward,
         "length_penalty": LengthPenalty,
+        "majority": functools.partial(Majority, grader),
         "random": RandomReward,
     }
     if name not in makers:
@@ -95,7 +100,7 @@ class Correctness:
                 f"the correctness reward needs a column 'answer'; the data set has {sorted(columns)}"
             )
         golds = columns.get("golds") or columns["answer"]
-        verdicts = self.grader.check([_text(c) for c in completions], golds)
+        verdicts = self.grader.check([text_of(c) for c in completions], golds)
         if log_extra := columns.get("log_extra"):
             log_extra("answer_given", [v.answer if v.answer is not None else "" for v in verdicts])
         if (log_metric := columns.get("log_metric")) and verdicts:
@@ -118,7 +123,7 @@ def format_reward(
 
     After the box only whitespace, punctuation, closing math delimiters and </answer> may stand.
     """
-    return [float(_ends_in_its_box(_text(completion))) for completion in completions]
+    return [float(_ends_in_its_box(text_of(completion))) for completion in completions]
 
 
 def _ends_in_its_box(text: str) -> bool:
@@ -207,6 +212,7 @@ def guard(reward_fn: Callable[..., Any]) -> Callable[..., Any]:
 
     functools.update_wrapper(checked, reward_fn, assigned=("__doc__", "__module__"), updated=())
     checked.__name__ = name
+    checked.whole_groups = getattr(reward_fn, "whole_groups", False)  # type: ignore[attr-defined]
     return checked
 
 
@@ -262,13 +268,3 @@ def _finite(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
     return number if abs(number) <= _LARGEST else None
-
-
-def _text(completion: Any) -> str:
-    """The text of a completion given as a string or as messages (the last one's content)."""
-    if isinstance(completion, str):
-        return completion
-    content = completion[-1].get("content") if completion else ""
-    if isinstance(content, list):  # content blocks, as multimodal chats have them
-        content = "".join(block.get("text", "") for block in content)
-    return content or ""

@@ -77,6 +77,13 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
         _check_text(data)
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         functions = [f if isinstance(f, (nn.Module, str)) else guard(f) for f in functions]
+        here = args.generation_batch_size // args.world_size
+        if here % args.num_generations and any(getattr(f, "whole_groups", False) for f in functions):
+            raise SteerError(
+                f"a reward compares the samples of a prompt, and a process has {here} rows, which is no "
+                f"multiple of num_generations={args.num_generations}; change per_device_train_batch_size or "
+                "gradient_accumulation_steps"
+            )
         # trl loads a second base model when beta != 0; ours is the same one without what was trained.
         beta, args.beta = args.beta, 0.0
         try:

@@ -36,6 +36,7 @@ from steer.tasks.elicited import UNTRAINED, choose
 from steer.tasks.prompts import Question, formatter, question
 from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
+from steer.training import init
 from steer.training import run as runs
 from steer.training.group_trainer import GroupGRPOTrainer
 from steer.training.resuming import newest_checkpoint
@@ -267,6 +268,8 @@ def _train_run(
         rewards = load_rewards(run.rewards, grader, set(data.column_names) - {"prompt"})
         with refusals():
             trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
+        if run.init and state.is_main_process:
+            init.keep(run.init, training.output_dir)
         if trainer.sharded and held_out is not None:
             raise SteerError(
                 "a sharded model is not evaluated in training; pass --eval_data none, score it later"

@@ -52,6 +52,14 @@ class RunConfig:
             "help": "Folder of a LoRA of peft that is merged into the base model before anything is attached."
         },
     )
+    init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Vectors to start from: folder, .safetensors file or hub id of an artifact of the same "
+            "model, kind, site and positions that has vectors in all layers that are trained. The reference "
+            "policy is still the base."
+        },
+    )
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Quantise the base to 4 bits with bitsandbytes as it is loaded."}
     )

@@ -25,9 +25,10 @@ from steer.models import fast_dtype
 from steer.prompt import PromptSpec
 from steer.recipe_files import config_file
 from steer.tasks.reward_loading import source_checksums
+from steer.training import init
 from steer.training.config import SteeringGRPOConfig
 from steer.training.neutral import WATCHING
-from steer.training.run import RunConfig
+from steer.training.run import RUN_FILE, RunConfig
 from steer.versions import versions
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class RunSettings:
         """
         kinds = {"run": RunConfig, "steering": SteeringArguments, "training": SteeringGRPOConfig, **more}
         parts = dict(zip(kinds, _read(tuple(kinds.values()), description, recipe, arguments), strict=True))
+        parts["run"].init = init.remembered(parts["run"].init, parts["training"].output_dir, RUN_FILE)
         if parts["run"].model_dtype == "fast":
             # what "fast" means here is what the run is continued with, wherever that is
             parts["run"].model_dtype = fast_dtype()
@@ -120,6 +122,8 @@ class RunSettings:
         sources = source_checksums(self.run.rewards)
         if self.run.base_adapter:
             sources["base_adapter"] = adapter_checksum(Path(self.run.base_adapter).expanduser())
+        if self.run.init:
+            sources["init"] = init.checksum(init.read(self.run.init, self.training.output_dir))
         if sources:
             kept["source"] = {f"source of {name}": checksum for name, checksum in sources.items()}
         return json.loads(json.dumps(kept, default=str))
@@ -139,10 +143,14 @@ class RunSettings:
         run = {name: value for name, value in asdict(self.run).items() if name not in WATCHING}
         plain = json.loads(json.dumps({"run": run, "training": training}, default=str))
         member = {"member": self.member} if self.member else {}
+        started = {}
+        if self.run.init:
+            started["init"] = init.describe(init.read(self.run.init, self.training.output_dir))
         return {
             "recipe": self.recipe,
             **member,
             **plain,
+            **started,
             "versions": versions("steer", "torch", "transformers", "trl"),
         }
 

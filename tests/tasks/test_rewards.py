@@ -102,7 +102,8 @@ def test_make_reward_knows_what_it_lists():
         assert callable(make_reward(name, MathGrader(), **arguments))
     with pytest.raises(
         SteerError,
-        match="unknown reward 'corect'; expected one of correct, correct01, format, length_penalty, random",
+        match="unknown reward 'corect'; expected one of correct, correct01, format, length_penalty, "
+        "majority, random",
     ):
         make_reward("corect", MathGrader())
 

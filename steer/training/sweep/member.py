@@ -18,11 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel, get_scheduler
 
 from steer import compat
+from steer.artifact import Artifact
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.tasks.rewards import RewardFunction, guard
 from steer.training.callbacks import VectorLog
 from steer.training.config import SteeringGRPOConfig
+from steer.training.init import start
 from steer.training.loss import LOSSES
 from steer.training.steering_trainer import make_optimizer
 from steer.vectors import SteeringVectors
@@ -64,7 +66,8 @@ IDLE = frozenset(
 class Member:
     """
     One run: `name`, and what `SteeringGRPOTrainer` would be given. Below, what it has become: `step` updates,
-    a record of each in `log`, validations in `history`, and in `stopped` why no more will follow.
+    a record of each in `log`, validations in `history`, and in `stopped` why no more will follow. `init` has
+    the vectors that it starts from, if any, with the name of their artifact.
     """
 
     name: str
@@ -76,11 +79,15 @@ class Member:
     stopped: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # its validations
     best: dict[str, torch.Tensor] | None = None  # its vectors at the best of them
+    init: tuple[str, Artifact] | None = None
 
     def prepare(self, vectors: SteeringVectors, problems: int) -> None:
         """Optimizer, schedule and random numbers, as a run over that many problems begins with them."""
         args = self.args
         self.vectors = vectors
+        if self.init is not None:
+            name, saved = self.init
+            start(vectors, saved, name)
         self.reward_funcs = [_reward(f) for f in self.reward_funcs]
         weights = args.reward_weights
         if weights is not None and len(weights) != len(self.reward_funcs):

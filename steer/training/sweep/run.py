@@ -38,6 +38,7 @@ from steer.tasks.elicited import STAGES, UNTRAINED, choose
 from steer.tasks.prompts import formatter
 from steer.tasks.reward_loading import load_rewards
 from steer.tasks.rewards import MathGrader
+from steer.training import init
 from steer.training import run as runs
 from steer.training.arguments import PopulationArguments
 from steer.training.neutral import differences
@@ -187,6 +188,8 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
         )
     mine = list(members)[state.process_index :: state.num_processes]
     columns = set(study.train.column_names) - {"prompt"}
+    source = study.run.init
+    start = (source, init.read(source, str(folder))) if source else None
     trainer = PopulationTrainer(
         study.model,
         [
@@ -195,6 +198,7 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
                 load_rewards(m.run.rewards, study.grader, columns),
                 m.training,
                 m.steering_config(),
+                init=start,
             )
             for m in mine
         ],
@@ -213,6 +217,8 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
             trainer.eos_token_ids,
             revision=getattr(study.model.config, "_commit_hash", None),
         )
+    if source and state.is_main_process:
+        init.keep(source, str(folder))
     states = read_states(folder)
     trainer.load(states)
     trainer.validate = partial(study.validate, trainer)
