@@ -13,16 +13,19 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 import steer
+from evals import model_exports
 from evals import model_oracle as oracle
 from evals.architectures import tiny
 from evals.model_training import scored, updated
 from steer import SteerError, SteeringConfig, SteeringVectors
+from steer.artifact import Artifact
 from steer.generation import cpu
 from steer.generation.decoding import pad_left
 from steer.generation.sampler import Sampling, rollout
@@ -291,6 +294,22 @@ def _files(model_type: str) -> None:
         raise Wrong("loaded vectors give other logits")
 
 
+@torch.no_grad()
+def _exported(model_type: str, through: Callable[..., torch.Tensor]) -> None:
+    """Vectors at resid_post: logits of what was written, without `steer` where the format needs none."""
+    model = tiny(model_type)
+    base = oracle.logits(model, ROW)
+    vectors = _attached(model)
+    steered = oracle.logits(model, ROW)
+    made = Artifact(vectors.config, vectors.tensors())
+    steer.detach(model)
+    with tempfile.TemporaryDirectory() as folder:
+        got = through(made, model, ROW, Path(folder))
+    _same(got, steered, "logits of the exported vectors")
+    if _far(steered, base) < TOLERANCE:
+        raise Wrong("vectors change nothing")
+
+
 # ---- training
 
 
@@ -377,6 +396,9 @@ CHECKS: dict[str, Check] = {
     "positions": _positions,
     "generate": _generating,
     "files": _files,
+    "peft": partial(_exported, through=model_exports.through_peft),
+    "checkpoint": partial(_exported, through=model_exports.through_checkpoint),
+    "gguf": partial(_exported, through=model_exports.through_gguf),
     "sampling": _sampling,
     "scoring": _scoring,
     "update": _update,

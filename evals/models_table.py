@@ -93,6 +93,9 @@ def page(table: Table) -> str:
 _SAME = [
     (r"\b\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration)\b", "the model"),
     (r"; (seen|its modules are|top-level modules)[: ].*", ""),
+    (r"^model type '[\w-]+'", "the model type"),
+    (r"vectors of [\w-]+:", "vectors of this type:"),
+    (r"a plain [\w-]+ checkpoint", "a plain checkpoint of this type"),
     (r"layer \d+'s \w+", "a layer's module"),
     (r"layer \d+", "a layer"),
     (r"(, an?| in) \w+(Layer|Block)\b", ""),
@@ -130,6 +133,9 @@ and `make models` fails where it is out of date. The columns:
 | positions | `prompt`, `last_prompt`, `completion` and `first_completion` in one pass with `prompt_length` |
 | generate | the same in `generate()`, with its cache |
 | files | saved and loaded into a new model: equal logits, bit for bit |
+| peft | a PEFT adapter of resid_post vectors, loaded by PEFT: logits |
+| checkpoint | a plain checkpoint with resid_post vectors inside, loaded by transformers: logits |
+| gguf | a control vector file, written and read; llama.cpp knows control vectors in some architectures only |
 | sampling | greedy completions of a batch of prompts of unequal length, one of them twice |
 | scoring | log-probabilities of completions behind prompts of unequal length |
 | update | an update of `SteeringGRPOTrainer`, with prompts shared and not: the naive loss's gradient |

@@ -85,13 +85,12 @@ def _gain(model: nn.Module) -> tuple[torch.Tensor, bool] | None:
     if norm is None:
         return None
     hidden_size = find_decoder(model).hidden_size
-    parameter = next(norm.parameters(), next(model.parameters()))
-    signs = torch.ones(hidden_size, device=parameter.device)
+    signs = torch.ones(hidden_size)
     signs[1::2] = -1
     # Large, so that the norm's epsilon is nothing beside it; an odd size is made to have mean zero too.
     probe = 1e4 * (signs - signs.mean()).double()
     # In float64, where the module keeps it: bfloat16 would round the probe's unit length.
-    wide = deepcopy(norm).double()
+    wide = deepcopy(norm).cpu().double()  # GPUs of Apple have no float64
     response = (wide(probe) - wide(-probe)) / 2  # a bias cancels
     scale = response / (probe / probe.square().mean().sqrt())
     offset = wide(probe + 1e4) - wide(probe)

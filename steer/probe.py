@@ -202,8 +202,10 @@ class _Probe:
         moved = self.moved.get(layer)
         if moved is None:
             return f"no module of layer {layer} reads the stream after {type(place).__name__}"
-        added, streams = self.added[layer].double(), self.places[layer].streams
-        change = torch.stack([part[1] - part[0] for part in (streams.split(moved) if streams else (moved,))])
+        # On the CPU, since GPUs of Apple have no float64.
+        added, streams = self.added[layer].cpu().double(), self.places[layer].streams
+        parts = streams.split(moved) if streams else (moved,)
+        change = torch.stack([part[1] - part[0] for part in parts]).cpu()
         change = torch.where(change.isfinite(), change.double(), added)  # the probe was too much for float16
         error = ((change - added).norm(dim=-1) / added.norm()).max().item()
         # Rounding of a stream about as large as the probe: at most 0.009 in bfloat16 and 2e-7 in float32 on
@@ -228,4 +230,4 @@ def _rows(hidden: Any) -> int | None:
 
 def _size(hidden: torch.Tensor) -> float:
     """Root mean square; 1 for zeros."""
-    return hidden.double().square().mean().sqrt().item() or 1.0
+    return hidden.cpu().double().square().mean().sqrt().item() or 1.0

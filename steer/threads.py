@@ -47,6 +47,11 @@ def prepare_environment() -> None:
     os.environ.update(passive_waiting())
 
 
+def usable_cpus() -> int:
+    """How many CPUs this process may use; macOS does not say, and gives all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def busy_cpus(seconds: float = 0.1) -> float:
     """
     How many of the CPUs that this process may use are busy while it sleeps.

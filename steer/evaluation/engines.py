@@ -78,9 +78,13 @@ class HfEngine:
 
         from steer.models import load_model
 
-        device = "cuda" if torch.cuda.is_available() else None
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None
         self.model = load_model(
-            name, revision=revision, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+            name,
+            revision=revision,
+            dtype=dtype,
+            device_map=device,
+            trust_remote_code=trust_remote_code,
         )
 
     @contextmanager

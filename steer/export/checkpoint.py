@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from steer.artifact import Artifact
 from steer.errors import SteerError
-from steer.export.architecture import bias_place, check_everywhere
+from steer.export.architecture import bias_place, check_everywhere, check_same_logits
 from steer.export.transformers4 import add_names
 from steer.models import load_model, load_tokenizer
 from steer.sites import Decoder, find_decoder, find_down_projections
@@ -71,18 +71,30 @@ def write(
     model: Any = load_model(model_name, dtype="auto", **common)
     if getattr(model, "quantization_method", None) is not None:
         raise SteerError(f"{model_name} is quantised; write the checkpoint from its unquantised weights")
-    load(artifact, model)  # refuses vectors of another shape, warns of other weights
+    vectors = load(artifact, model)  # refuses vectors of another shape, warns of other weights
+    steered = _logits(model)
+    with vectors.disabled():
+        base = _logits(model)
     detach(model)
     decoder = find_decoder(model)
     if place is None:
         config = _merge(artifact, decoder, model)
     else:
         config = _add_biases(artifact, place, decoder, model)
+    if place is not None or model.dtype == torch.float32:  # what rounding loses of a merge is told by itself
+        check_same_logits(_logits(model), steered, base, "a plain checkpoint")
     try:
         _save(model, config, model_name, common, folder)
     except OSError as error:
         raise SteerError(f"cannot write a checkpoint to {folder}: {error.strerror or error}") from error
     return folder
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    """Of a few tokens, (tokens, vocabulary)."""
+    ids = torch.arange(3, 19, device=model.device)[None] % model.config.get_text_config().vocab_size
+    return model(input_ids=ids, use_cache=False).logits[0]
 
 
 def _merge(artifact: Artifact, decoder: Decoder, model: Any) -> Any:

@@ -102,7 +102,7 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> Artifact:
         known = layer_names(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
         sites = {"mlp_out": known.mlp, "attn_out": known.attention}
         # the module that the matrix ends has the same output
-        found = [s for s, matrix in sites.items() if place in (matrix, matrix.rpartition(".")[0])]
+        found = [s for s, matrix in sites.items() if matrix and place in (matrix, matrix.rpartition(".")[0])]
         if not found:
             raise SteerError(
                 f"{path}: hookpoint {shown(place)} is no site; expected one of {', '.join(sites)}"

@@ -119,11 +119,12 @@ def read(folder: str | os.PathLike[str], model: nn.Module) -> Artifact:
     decoder = find_decoder(model).name
     places, parts = _by_layer(tensors, decoder, folder)
     known = layer_names(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
-    wanted = [known.mlp] if adapter["peft_type"] == "LORA" else [known.mlp, known.attention]
+    own = [known.mlp] if adapter["peft_type"] == "LORA" else [known.mlp, known.attention]
+    wanted = [place for place in own if place is not None]
     if len(places) != 1 or not places <= set(wanted):
         raise SteerError(
             f"{folder}: the adapter stands at {shown(sorted(places))}; steering vectors stand at "
-            f"{' or at '.join(wanted)}, not at both"
+            f"{' or at '.join(wanted) or 'no matrix of this model'}, not at both"
         )
     if adapter["peft_type"] == "LORA":
         made = _adaptive(parts, float(adapter["lora_alpha"]), model, folder)

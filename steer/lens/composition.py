@@ -205,7 +205,7 @@ def likelihoods(
             for index, row in enumerate(done.rows):
                 logs = done.next_token(index).log_softmax(-1)
                 tokens = torch.tensor(row.completion, device=logs.device).expand(len(some), -1)
-                total += logs.gather(-1, tokens[..., None]).double().sum((1, 2)).cpu()
+                total += logs.gather(-1, tokens[..., None]).cpu().double().sum((1, 2))
         found.append(total / sum(len(row.completion) for row in rows))
     return torch.cat(found)
 

@@ -90,7 +90,7 @@ def decompose(
     def change(made: torch.Tensor) -> torch.Tensor:
         rows_, columns = at.to(made.device)
         blocks = made.unflatten(0, (2, -1))
-        return (blocks[1] - blocks[0])[rows_, columns].double().cpu()
+        return (blocks[1] - blocks[0])[rows_, columns].cpu().double()
 
     def finish(layer: int, stream: torch.Tensor) -> None:
         nonlocal whole

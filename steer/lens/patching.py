@@ -173,9 +173,9 @@ def patch(
             moved = logs[1].exp() - logs[0].exp()
             pair = torch.stack([moved.argmax(-1), moved.argmin(-1)], -1)
             up, down = logits.gather(-1, pair.expand(len(conditions), -1, -1)).unbind(-1)
-            lifted += (up - down).double().sum(1).cpu()
-            kl += (logs[1].exp() * (logs[1] - logs)).sum(-1).double().sum(1).cpu()
-            agree += (logits.argmax(-1) == logits[1].argmax(-1)).double().sum(1).cpu()
+            lifted += (up - down).cpu().double().sum(1)
+            kl += (logs[1].exp() * (logs[1] - logs)).sum(-1).cpu().double().sum(1)
+            agree += (logits.argmax(-1) == logits[1].argmax(-1)).cpu().double().sum(1)
             positions += logits.shape[1]
     scores = {"logit_difference": lifted / positions, "kl": kl / positions, "agreement": agree / positions}
     if problems is not None and grader is not None:

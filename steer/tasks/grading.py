@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,9 +124,10 @@ def _start_worker() -> None:
         held = 4 << 30
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = held + _WORKER_MEMORY
-    resource.setrlimit(
-        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
-    )
+    with suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(
+            resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+        )
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

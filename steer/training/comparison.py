@@ -24,6 +24,7 @@ from steer.evaluation.plan import Plan
 from steer.files import replace_file
 from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.prompts import DEFAULT_PROMPT
+from steer.threads import usable_cpus
 from steer.training.neutral import WATCHING, differences
 
 ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
@@ -194,7 +195,7 @@ class Comparison:
         replace_file(config, text.encode())
         start = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
         start += ["--config_file", str(launcher_file(launcher))]
-        threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(usable_cpus())
         self.call([*start, "--num_cpu_threads_per_process", threads, script, "--config", str(config)])
 
     # ---- scoring
@@ -228,7 +229,7 @@ class Comparison:
         what = ["--benchmarks", *self.asked()["benchmarks"], "--samples", str(self.asked()["samples"])]
         self.call([*self.evals(out), *what, *model])
         self.runs.mkdir(parents=True, exist_ok=True)
-        machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
+        machine = {"processor": _processor(), "cores": usable_cpus()}
         known = {"hash": _hash(asked), "asked": asked, **(about or {}), "machine": machine}
         pack(out, self.runs / f"{job}.json", known)
 

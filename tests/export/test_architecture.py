@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from conftest import ARCHITECTURES, SHAPE, TOKENS
 from helpers.steering import fill, logits, message, tokens
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from helpers.vision import tiny_vision
+from transformers import PreTrainedModel
 
 import steer
+from evals.architectures import tiny
 from steer import SteerError, SteeringConfig
-from steer.export.architecture import LAYERS, bias_place, layer_names
+from steer.export.architecture import LAYERS, bias_place, check_same_logits, layer_names
+from steer.sites import find_decoder
 
-SHAPES = {
-    **ARCHITECTURES,
-    **{name: SHAPE for name in ("olmo", "olmo3", "smollm3", "starcoder2", "cohere", "phi")},
-    **{name: {**SHAPE, "head_dim": 8} for name in ("gemma", "seed_oss", "glm4", "exaone4", "ministral")},
-    "granite": {**SHAPE, "residual_multiplier": 0.5},
-}
+VISION = {f"{name}_text": name for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
+WHOLE = {"emu3_text_model": "emu3"}  # types of text models that transformers makes as part of another
 
 
-def build(model_type: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**SHAPES[model_type], **TOKENS)
-    return AutoModelForCausalLM.from_config(config).eval()
+def build(model_type: str, **changes: Any) -> PreTrainedModel:
+    if model_type in VISION:
+        return tiny_vision(VISION[model_type])
+    model = tiny(WHOLE.get(model_type, model_type), **changes)
+    assert model.config.get_text_config().model_type == model_type
+    return model
 
 
 @pytest.mark.parametrize("model_type", LAYERS)
@@ -44,18 +46,18 @@ def test_a_bias_on_the_named_matrix_is_the_vector_of_the_site(model_type):
         biased = logits(model, ids)
         for hook in hooks:
             hook.remove()
-        # one float32 addition is done in another order; logits are about one
-        assert (biased - steered).abs().max() < 1e-6, site
+        # one float32 addition is done in another order
+        assert (biased - steered).norm() < 1e-4 * (steered - base).norm(), site
         assert (steered - base).abs().max() > 1e-2, site
 
 
-@pytest.mark.parametrize("model_type", [name for name, layer in LAYERS.items() if not layer.stream])
+@pytest.mark.parametrize("model_type", [n for n, layer in LAYERS.items() if layer.mlp and not layer.stream])
 def test_where_the_table_says_no_the_bias_is_another_vector(model_type):
     model, ids = build(model_type), tokens()
     vectors = fill(steer.attach(model, SteeringConfig(layers=0)))
     steered, (value,) = logits(model, ids), vectors.effective().values()
     steer.detach(model)
-    down = model.get_submodule(f"model.layers.0.{LAYERS[model_type].mlp}")
+    down = find_decoder(model).layers[0].get_submodule(LAYERS[model_type].mlp or "")
     down.register_forward_hook(lambda module, args, output: output + value)
     assert (logits(model, ids) - steered).abs().max() > 1e-3
 
@@ -75,7 +77,10 @@ def test_adaptive_vectors_stand_at_the_down_projection():
         ({"model_type": "gpt_neox", "site": "resid_mid"}, ["resid_mid", "resid_post"]),
         ({"model_type": "llama", "site": "resid_pre"}, ["resid_pre", "resid_post"]),
         ({"model_type": "llama", "positions": "completion"}, ["completion", "positions='all'"]),
-        ({"model_type": "mixtral"}, ["mixtral", "llama"]),
+        ({"model_type": "mixtral"}, ["mixtral", "mixture of experts", "resid_mid, attn_out"]),
+        ({"model_type": "granitemoe", "site": "mlp_out"}, ["mixture of experts", "attn_out"]),
+        ({"model_type": "granite", "site": "resid_mid"}, ["unchanged", "attn_out, mlp_out"]),
+        ({"model_type": "opt"}, ["'opt'", "steer.load"]),
         ({}, ["None"]),
     ],
 )
@@ -88,3 +93,30 @@ def test_vectors_that_are_no_bias_are_refused(config, words):
 def test_an_unknown_type_is_refused():
     with pytest.raises(SteerError, match="rwkv"):
         layer_names("rwkv")
+
+
+# Settings of a type with which the block would scale or normalise what the bias adds: left out of the table.
+@pytest.mark.parametrize("model_type", ["opt", "falcon_h1", "bitnet", "openai-gpt", "trocr", "rwkv"])
+def test_types_whose_configs_differ_are_not_in_the_table(model_type):
+    assert model_type not in LAYERS
+
+
+def test_an_opt_with_norms_behind_is_why():
+    model = tiny("opt", do_layer_norm_before=False)
+    vectors = fill(steer.attach(model, SteeringConfig(layers=0)))
+    steered, (value,) = logits(model, tokens()), vectors.effective().values()
+    steer.detach(model)
+    model.model.decoder.layers[0].fc2.register_forward_hook(lambda module, args, output: output + value)
+    assert (logits(model, tokens()) - steered).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_differ_are_refused(dtype):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(16, 97, generator=generator)
+    steered = base + torch.randn(16, 97, generator=generator)
+    check_same_logits(steered.to(dtype), steered.to(dtype), base.to(dtype), "x")
+    check_same_logits(base.to(dtype), base.to(dtype), base.to(dtype), "x")
+    half = base + 0.5 * (steered - base)
+    with pytest.raises(SteerError, match=r"would not compute what the steered model does.* by 0\.5 of what"):
+        check_same_logits(half.to(dtype), steered.to(dtype), base.to(dtype), "x")

@@ -248,7 +248,7 @@ def test_only_a_new_or_an_empty_folder_is_written(base, tiny_llama):
     before = sorted(path.name for path in out.iterdir())
     (base.parent / "file").write_text("mine")
     for taken in (out, base.parent / "file", base):
-        with pytest.raises(SteerError, match="not empty") as error:
+        with pytest.raises(SteerError, match="a new or an empty") as error:
             checkpoint.write(made, str(base), taken)
         message(error)
     assert sorted(path.name for path in out.iterdir()) == before
