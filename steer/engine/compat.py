@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -44,7 +45,52 @@ APIS: tuple[Api, ...] = (
     ),
     Api("vllm.model_executor.models.utils.PPMissingLayer", _VLLM, "leaves out such layers"),
     Api("vllm.v1.engine.exceptions.EngineDeadError", _VLLM, "catches it"),
+    Api(
+        "vllm.compilation.decorators._try_load_aot_compiled_fn",
+        _VLLM,
+        "wraps it",
+        ("model", "aot_compilation_path"),
+    ),
+    Api(
+        "vllm.compilation.caching.VllmSerializableFunction.finalize_loading",
+        _VLLM,
+        "adds its like to graphs of other backends",
+        (*_SELF, "vllm_config"),
+    ),
+    Api(
+        "torch.compiler.load_compiled_function",
+        "torch 2.13.0",
+        "wraps it while vLLM loads a graph",
+        ("file", "f_globals", "external_data"),
+    ),
 )
+
+
+def reload_compiled_graphs() -> None:
+    """
+    Let vLLM load the compiled graphs that it saved on a CPU.
+
+    vLLM calls `finalize_loading` of each graph that it loads. The graphs of its own backend have that method,
+    those of torch's inductor, which it uses on a CPU, do not: it compiled them again at every start.
+    """
+    from vllm.compilation import decorators
+
+    load = decorators._try_load_aot_compiled_fn
+    load_compiled_function = torch.compiler.load_compiled_function
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        found = load_compiled_function(*args, **kwargs)
+        graph = found._artifacts.compiled_fn
+        if not hasattr(graph, "finalize_loading"):
+            graph.finalize_loading = lambda vllm_config: None
+        return found
+
+    @wraps(load)
+    def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any:
+        with patch.object(torch.compiler, "load_compiled_function", loaded):
+            return load(model, aot_compilation_path)
+
+    decorators._try_load_aot_compiled_fn = _try_load_aot_compiled_fn
 
 
 def before_batches(runner: Any, see: Callable[[Any], None]) -> None:

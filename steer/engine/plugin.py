@@ -49,6 +49,7 @@ def register() -> None:
 
     if getattr(Worker, "steer_push", None) is not None:
         return
+    compat.reload_compiled_graphs()
     Worker.load_model = _load_model(Worker.load_model)
     LLMEngine.add_request = _submit(LLMEngine.add_request)
     EngineCore.preprocess_add_request = _preprocess_add_request(EngineCore.preprocess_add_request)
