@@ -321,7 +321,7 @@ def _sync(llm: Any, vectors: Any, dtype: str, model_name: str) -> dict[str, floa
             place.copy_(weight.detach())
         times["full"].append(_now() - start)
         start = _now()
-        sent = engine.push(llm, vectors)
+        sent = engine.push(llm, vectors).bytes
         times["vector"].append(_now() - start)
     return {
         "sync s": statistics.median(times["vector"]),

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
+from steer.engine.receipt import checksum
 from steer.errors import SteerError
 from steer.hooks import hidden_out, replace_out
 
@@ -190,6 +191,18 @@ class Bank:
     def versions(self) -> dict[str, int]:
         """By name, a number that changes with every push. No two sets ever share one, except 0: zeros."""
         return {name: entry.version for name, entry in self.entries.items()}
+
+    def held(self, name: str) -> dict[str, Any] | None:
+        """
+        What this process holds under `name`: `version`, `positions`, and `layers`, a list of [layer,
+        checksum] of all its layers. None for an unknown name. Any transport carries it.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        rows = torch.stack([module.bank[entry.row] for module in self.vectors.values()]).cpu()
+        layers = [[layer, checksum(row)] for layer, row in zip(self.vectors, rows, strict=True)]
+        return {"version": entry.version, "positions": entry.positions, "layers": layers}
 
     def check(self, vectors: dict[int, torch.Tensor]) -> None:
         """SteerError unless this model has those layers, and each vector is finite and fits."""

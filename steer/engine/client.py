@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from steer.artifact import Artifact
+    from steer.engine.receipt import Receipt
 
 # The set that requests get which name none.
 DEFAULT = "default"
@@ -46,24 +47,39 @@ def push(
     vectors: str | os.PathLike[str] | Artifact | dict[int, torch.Tensor],
     name: str = DEFAULT,
     positions: str = "all",
-) -> int:
+) -> Receipt:
     """
-    Put `vectors` into the engine under `name`, in place of what it held; other layers get none. Returns the
-    bytes of the vectors sent (4 for each number). Requests in flight go on with the new ones.
+    Put `vectors` into the engine under `name`, in place of what it held; other layers get none. Requests in
+    flight go on with the new ones.
 
-    `vectors`: an artifact or where one lies (its scale and positions count), or (hidden_size,) tensors by
-    layer with `positions`. `llm`: a vLLM `LLM`, a `Server`, or what else has `collective_rpc(method,
-    args=...)`. Raises SteerError for a layer, hidden size or number the model cannot take, for adaptive
-    vectors, for a site that is not the residual stream between layers, when there is no room, and for an
-    engine without the plugin.
+    Args:
+        llm: a vLLM `LLM`, a `Server`, or what else has `collective_rpc(method, args=...)`.
+        vectors: an artifact or where one lies (its scale and positions count), or (hidden_size,) tensors by
+            layer with `positions`.
+        name: of the set.
+        positions: the tokens to steer.
+
+    Returns:
+        The receipt: `bytes` sent, the engine's `version`, and the checksums that all its workers
+        hold now, those of `vectors`. `verify` compares them again later.
+
+    Raises:
+        SteerError: for a layer, hidden size or number the model cannot take, for adaptive vectors, for a site
+            that is not the residual stream between layers, when there is no room, for an engine without the
+            plugin, and where a worker does not hold what was pushed.
     """
     from steer.engine.bank import pack
+    from steer.engine.receipt import confirmed
 
     if not isinstance(vectors, dict):
         vectors, positions = steered_layers(vectors)
-    packed = pack(vectors)
-    _call(llm.collective_rpc, "steer_push", name, packed, positions)
-    return 4 * sum(vector.numel() for vector in vectors.values())
+    answers = _call(llm.collective_rpc, "steer_push", name, pack(vectors), positions)
+    return confirmed(answers, name, vectors, positions)
+
+
+def verify(llm: HasRpc, receipt: Receipt) -> None:
+    """SteerError, with both values, unless all workers of the engine still hold what `receipt` is for."""
+    receipt.check(_call(llm.collective_rpc, "steer_held", receipt.name))
 
 
 def remove(llm: HasRpc, name: str = DEFAULT) -> None:
@@ -73,12 +89,12 @@ def remove(llm: HasRpc, name: str = DEFAULT) -> None:
 
 def names(llm: HasRpc) -> list[str]:
     """The sets that the engine holds, the default one first (zeros unless one was pushed)."""
-    return list(_call(llm.collective_rpc, "steer_names")["versions"])
+    return list(_call(llm.collective_rpc, "steer_names")[0]["versions"])
 
 
 def returned_logprobs(llm: HasRpc) -> str:
     """Which log-probabilities the engine returns: vLLM's `logprobs_mode`."""
-    return str(_call(llm.collective_rpc, "steer_names")["logprobs_mode"])
+    return str(_call(llm.collective_rpc, "steer_names")[0]["logprobs_mode"])
 
 
 def request(name: str | None = DEFAULT, scale: float = 1.0) -> dict[str, Any]:
@@ -139,8 +155,8 @@ def steered_layers(source: str | os.PathLike[str] | Artifact) -> tuple[dict[int,
     return vectors, config.positions
 
 
-def _call(rpc: Callable[..., list[Any]], method: str, *args: str) -> dict[str, Any]:
-    """Run `method` in every worker; what the first one answers with, or SteerError."""
+def _call(rpc: Callable[..., list[Any]], method: str, *args: str) -> list[dict[str, Any]]:
+    """Run `method` in every worker; what each answers with, or SteerError."""
     try:
         answers = rpc(method, args=args)
     except SteerError:
@@ -152,4 +168,4 @@ def _call(rpc: Callable[..., list[Any]], method: str, *args: str) -> dict[str, A
     for answer in answers:
         if answer["error"]:
             raise SteerError(answer["error"])
-    return answers[0]
+    return answers

@@ -43,6 +43,18 @@ APIS: tuple[Api, ...] = (
         "calls it for a request with an unknown name",
         (*_SELF, "req_ids", "client_index"),
     ),
+    Api(
+        "vllm.v1.engine.core_client.DPLBAsyncMPClient.call_utility_async",
+        _VLLM,
+        "wraps it",
+        (*_SELF, "method", "args"),
+    ),
+    Api(
+        "vllm.v1.engine.core_client.AsyncMPClient.call_utility_all_async",
+        _VLLM,
+        "calls it",
+        (*_SELF, "method", "args"),
+    ),
     Api("vllm.model_executor.models.utils.PPMissingLayer", _VLLM, "leaves out such layers"),
     Api("vllm.v1.engine.exceptions.EngineDeadError", _VLLM, "catches it"),
     Api(
@@ -80,7 +92,7 @@ def reload_compiled_graphs() -> None:
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
         found = load_compiled_function(*args, **kwargs)
-        graph = found._artifacts.compiled_fn
+        graph = found._artifacts.compiled_fn  # type: ignore[attr-defined]
         if not hasattr(graph, "finalize_loading"):
             graph.finalize_loading = lambda vllm_config: None
         return found
@@ -91,6 +103,25 @@ def reload_compiled_graphs() -> None:
             return load(model, aot_compilation_path)
 
     decorators._try_load_aot_compiled_fn = _try_load_aot_compiled_fn
+
+
+def hear_all_engines() -> None:
+    """
+    Let `collective_rpc` of a `steer_` method return the answers of all data-parallel engines. vLLM asks all
+    and returns those of the first.
+    """
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
+
+    call_first = DPLBAsyncMPClient.call_utility_async
+
+    @wraps(call_first)
+    async def call_utility_async(self: Any, method: str, *args: Any) -> Any:
+        if method != "collective_rpc" or not str(args[0]).startswith("steer_"):
+            return await call_first(self, method, *args)
+        engines = await self.call_utility_all_async(method, *args)
+        return [answer for answers in engines for answer in answers]
+
+    DPLBAsyncMPClient.call_utility_async = call_utility_async
 
 
 def before_batches(runner: Any, see: Callable[[Any], None]) -> None:

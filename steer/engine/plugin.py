@@ -58,6 +58,8 @@ def register() -> None:
     WorkerBase.steer_push = steer_push
     WorkerBase.steer_remove = steer_remove
     WorkerBase.steer_names = steer_names
+    WorkerBase.steer_held = steer_held
+    compat.hear_all_engines()
 
 
 # ---- the model
@@ -246,7 +248,7 @@ def _collective_rpc(original: Any) -> Any:
 
 
 def steer_push(self: Any, name: str, packed: str, positions: str = "all") -> dict[str, Any]:
-    return _answer(self, lambda steering: steering.push(name, bank.unpack(packed), positions))
+    return _answer(self, lambda steering: steering.push(name, bank.unpack(packed), positions), name)
 
 
 def steer_remove(self: Any, name: str) -> dict[str, Any]:
@@ -255,15 +257,23 @@ def steer_remove(self: Any, name: str) -> dict[str, Any]:
 
 def steer_names(self: Any) -> dict[str, Any]:
     mode = self.vllm_config.model_config.logprobs_mode
-    return {**_answer(self, lambda steering: None), "logprobs_mode": mode}
+    return {**_answer(self), "logprobs_mode": mode}
 
 
-def _answer(worker: Any, do: Any) -> dict[str, Any]:
+def steer_held(self: Any, name: str) -> dict[str, Any]:
+    return _answer(self, name=name)
+
+
+def _answer(worker: Any, do: Any = None, name: str | None = None) -> dict[str, Any]:
+    """What a worker answers when it has done `do`, with what it holds under `name`."""
     if worker.steering is None:
         return {"error": worker.steering_error}
-    try:
-        with torch.inference_mode():
-            do(worker.steering)
-    except SteerError as error:
-        return {"error": str(error), "versions": worker.steering.versions()}
-    return {"error": None, "versions": worker.steering.versions()}
+    error = None
+    with torch.inference_mode():
+        try:
+            if do is not None:
+                do(worker.steering)
+        except SteerError as refused:
+            error = str(refused)
+        held = {} if name is None else {"held": worker.steering.held(name)}
+    return {"error": error, "versions": worker.steering.versions(), **held}

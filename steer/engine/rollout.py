@@ -31,8 +31,9 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from steer import compat
 from steer.artifact import Artifact
-from steer.engine.client import Server, push, returned_logprobs
+from steer.engine.client import Server, push, returned_logprobs, verify
 from steer.engine.logprobs import PROCESSED, logprobs_mode
+from steer.engine.receipt import Receipt
 from steer.errors import SteerError
 from steer.vectors import SteeringVectors
 from steer.weights import BUNDLED, model_path
@@ -54,6 +55,7 @@ class VectorGeneration(VLLMGeneration):
         self.sync_seconds = 0.0
         self.sync_bytes = 0
         self.engine: Any = None  # what `push` takes; None in the processes that do not talk to the server
+        self.receipt: Receipt | None = None  # of the last push
         super().__init__(**kwargs)
 
     def _init_vllm(self) -> None:
@@ -79,7 +81,7 @@ class VectorGeneration(VLLMGeneration):
             with compat.vllm_engine(self._start):
                 super()._init_vllm()
             self.engine = self.llm
-        if not self.enable_sleep_mode:
+        if not self._sleeps:
             self.sync_weights()  # vectors that the engine cannot take are refused before the first step
 
     def _start(self, llm_class: Any, **settings: Any) -> Any:
@@ -91,28 +93,32 @@ class VectorGeneration(VLLMGeneration):
         settings["dtype"] = mixed or str(self.model.dtype).removeprefix("torch.")
         llm = llm_class(**settings)
         # trl sleeps at level 2, which throws the weights away: it pushes all of them before the next rollout.
-        llm.sleep = partial(_sleep_keeping_weights, llm.sleep)
+        llm.sleep = partial(self._sleep, llm.sleep)
         return llm
 
     def sync_weights(self) -> None:
         """Push the vectors as they are now. Cached prefixes of earlier ones are never read again."""
         started = time.perf_counter()
-        if self.mode == "colocate" and self.enable_sleep_mode:
+        if self._sleeps:
             vllm_generation.empty_cache()
             self.llm.wake_up(tags=["weights"])
             self._llm_weights_sleeping = False
         tensors = self.vectors.tensors()  # every process takes part in the gathering of sharded ones
         if self.engine is not None:
-            self.sync_bytes = push(self.engine, Artifact(self.vectors.config, tensors))
+            self.receipt = push(self.engine, Artifact(self.vectors.config, tensors))
+            self.sync_bytes = self.receipt.bytes
         self.accelerator.wait_for_everyone()
         self.sync_seconds = time.perf_counter() - started
 
     def generate(self, *args: Any, **kwargs: Any) -> tuple:
-        """trl's; SteerError when the engine has died."""
+        """trl's; SteerError when the engine has died, or did not hold the pushed vectors all the time."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return super().generate(*args, **kwargs)
+            made = super().generate(*args, **kwargs)
+            if not self._sleeps:
+                self._verify()
+            return made
         except (EngineDeadError, RequestException) as error:
             where = f"the server at {self.engine.url}" if isinstance(self.engine, Server) else "vLLM"
             raise SteerError(
@@ -120,9 +126,19 @@ class VectorGeneration(VLLMGeneration):
                 "on from its last checkpoint"
             ) from error
 
+    @property
+    def _sleeps(self) -> bool:
+        """Whether the engine sleeps between rollouts: `mode` "server" has no such setting."""
+        return self.mode == "colocate" and self.enable_sleep_mode
 
-def _sleep_keeping_weights(sleep: Any, level: int = 1) -> Any:
-    return sleep(level=min(level, 1))
+    def _verify(self) -> None:
+        """What was sampled since the last push came from its vectors: no version is ever used twice."""
+        if self.receipt is not None:
+            verify(self.engine, self.receipt)
+
+    def _sleep(self, sleep: Any, level: int = 1) -> Any:
+        self._verify()
+        return sleep(level=min(level, 1))
 
 
 @contextmanager

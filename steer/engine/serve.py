@@ -27,6 +27,7 @@ from steer.artifact import read
 from steer.engine.bank import DEFAULT, pack
 from steer.engine.chat import put, served_prompt
 from steer.engine.client import NO_PLUGIN, steered_layers
+from steer.engine.receipt import confirmed
 from steer.errors import SteerError
 from steer.models import load_tokenizer
 from steer.prompt import PromptSpec
@@ -92,7 +93,8 @@ class Vectors:
         vectors, positions = steered_layers(found)
         prompt, _ = served_prompt(found.config.prompt, self.template)
         async with self.lock:
-            await self._call("steer_push", name, pack(vectors), positions)
+            answers = await self._call("steer_push", name, pack(vectors), positions)
+            confirmed(answers, name, vectors, positions)
             self.sets[name] = Served(str(artifact), scale, prompt)
 
     async def remove(self, name: str) -> None:
@@ -100,7 +102,7 @@ class Vectors:
             await self._call("steer_remove", name)
             self.sets.pop(name, None)
 
-    async def _call(self, method: str, *args: str) -> None:
+    async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
         try:
             answers = await self.engine.collective_rpc(method, args=args)
         except Exception as error:  # the kind depends on the executor
@@ -108,6 +110,7 @@ class Vectors:
         for answer in answers:
             if answer["error"]:
                 raise SteerError(answer["error"])
+        return answers
 
     def choose(self, model: str) -> tuple[str, float] | None:
         """

@@ -12,8 +12,9 @@ from typing import Any
 from trl import GRPOConfig
 
 from steer.artifact import Artifact
-from steer.engine.client import push, request
+from steer.engine.client import push, request, verify
 from steer.engine.logprobs import PROCESSED, logprobs_mode
+from steer.engine.receipt import Receipt
 from steer.errors import SteerError
 from steer.extras import require
 from steer.generation.completion import Completion
@@ -41,6 +42,7 @@ class EngineSampler:
         local = name in BUNDLED or Path(name).expanduser().exists()
         self.args, self.stop = args, list(stop)
         self.logprobs_mode = logprobs_mode(args)
+        self.receipts: dict[str, Receipt] = {}
         self.llm = LLM(
             model=str(model_path(name)) if local else name,
             dtype=str(dtype).removeprefix("torch."),
@@ -55,14 +57,16 @@ class EngineSampler:
 
     def sync(self, sets: Mapping[str, SteeringVectors]) -> int:
         """Push the vectors of each of `sets` as they are now; the bytes sent."""
-        return sum(push(self.llm, Artifact(v.config, v.tensors()), name=name) for name, v in sets.items())
+        for name, vectors in sets.items():
+            self.receipts[name] = push(self.llm, Artifact(vectors.config, vectors.tensors()), name=name)
+        return sum(self.receipts[name].bytes for name in sets)
 
     def sample(
         self, names: Sequence[str], prompts: Sequence[list[int]], seeds: Sequence[int]
     ) -> list[Completion]:
         """
         A completion of each of `prompts` (token ids) by the set of the same place in `names`. A row with the
-        same seed and vectors is the same row.
+        same seed and vectors is the same row. SteerError where the engine held other vectors than pushed.
         """
         from vllm import SamplingParams
 
@@ -83,6 +87,8 @@ class EngineSampler:
             for name, seed in zip(names, seeds, strict=True)
         ]
         found = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
+        for name in dict.fromkeys(names):
+            verify(self.llm, self.receipts[name])
         outputs = [answer.outputs[0] for answer in found]
         return [
             Completion(list(output.token_ids), output.finish_reason != "length", self._logps(output))

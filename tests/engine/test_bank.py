@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_engine import DEPTH, TOKENS, WIDTH, Block, Engine, vectors
 from helpers.steering import message
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,24 +20,10 @@ from steer.engine.bank import DEFAULT, Bank, Choice, pack, unpack
 from steer.engine.client import Server, names, push, remove, returned_logprobs
 from steer.kinds import SteeringState
 
-WIDTH, DEPTH, TOKENS = 6, 3, 64
-
-
-class Block(nn.Module):
-    """A decoder layer of vLLM's kind: it returns what it adds, and the stream it is added to."""
-
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, str]:
-        return hidden, "residual"
-
 
 def make(rows: int = 4) -> tuple[Bank, list[nn.Module]]:
     blocks = [Block() for _ in range(DEPTH)]
     return Bank(dict(enumerate(blocks)), DEPTH, WIDTH, rows, TOKENS, "cpu"), blocks
-
-
-def vectors(seed: int, layers: Any = range(DEPTH)) -> dict[int, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {layer: torch.randn(WIDTH, generator=generator) for layer in layers}
 
 
 def batch(bank: Bank, parts: list[tuple[str, int, int]]) -> int:
@@ -219,30 +206,10 @@ def test_what_is_not_packed_vectors(text: str) -> None:
         unpack(text)
 
 
-class Engine:
-    """Two workers that hold half of the layers each, called as vLLM does it."""
-
-    def __init__(self) -> None:
-        blocks = [Block() for _ in range(DEPTH)]
-        self.stages = [
-            Bank({0: blocks[0]}, DEPTH, WIDTH, 4, TOKENS, "cpu"),
-            Bank({1: blocks[1], 2: blocks[2]}, DEPTH, WIDTH, 4, TOKENS, "cpu"),
-        ]
-
-    def collective_rpc(self, method: str, args: tuple = ()) -> list[dict[str, Any]]:
-        from steer.engine import plugin
-
-        config = SimpleNamespace(model_config=SimpleNamespace(logprobs_mode="raw_logprobs"))
-        workers = [
-            SimpleNamespace(steering=stage, steering_error=None, vllm_config=config) for stage in self.stages
-        ]
-        return [getattr(plugin, method)(worker, *args) for worker in workers]
-
-
 def test_push_reaches_every_stage(tmp_path: Any) -> None:
     engine = Engine()
     given = vectors(1)
-    assert push(engine, given, name="set") == DEPTH * WIDTH * 4
+    assert push(engine, given, name="set").bytes == DEPTH * WIDTH * 4
     assert names(engine) == [DEFAULT, "set"]
     assert returned_logprobs(engine) == "raw_logprobs"
     found = {i: m.bank[2] for stage in engine.stages for i, m in stage.vectors.items()}

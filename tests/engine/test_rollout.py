@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.fake_engine import Engine
 from helpers.training import SPREAD, config, logged, model_folder, parity, problems
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -138,6 +139,9 @@ def test_colocated(
     stale = generation.generate([[5, 6, 7]] * 4, None, 4)
     generation.sync_weights()
     fresh = generation.generate([[5, 6, 7]] * 4, None, 4)
+    engine.push(generation.llm, {1: torch.ones(128)})  # as another program would
+    with pytest.raises(SteerError, match="holds other vectors than were pushed as 'default'"):
+        generation.generate([[5, 6, 7]] * 4, None, 4)
     for (_, ids, logps, _), current in ((stale, False), (fresh, True)):
         row = torch.tensor([[5, 6, 7, *ids[0]]])
         with torch.no_grad(), trainer.vectors.prompt_length(3):
@@ -304,6 +308,7 @@ def test_the_engine_is_started_with_the_trainers_precision_and_keeps_its_weights
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
+    fake = Engine(width=128)
 
     class LLM:
         """Takes the place of vLLM's, whose sleep mode works on GPUs only."""
@@ -318,8 +323,8 @@ def test_the_engine_is_started_with_the_trainers_precision_and_keeps_its_weights
             asked["awake"] = tags
 
         def collective_rpc(self, method: str, args: tuple) -> list[dict[str, Any]]:
-            asked["pushed"] = method
-            return [{"error": None, "versions": {"default": 1}}]
+            asked.setdefault("called", []).append(method)
+            return fake.collective_rpc(method, args)
 
     monkeypatch.setattr(vllm_generation, "LLM", LLM)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
@@ -330,9 +335,15 @@ def test_the_engine_is_started_with_the_trainers_precision_and_keeps_its_weights
     assert asked["dtype"] == "bfloat16"
     assert asked["model"] == str(folder)
     assert asked["level"] == 1  # trl asks for 2, at which the weights are thrown away
-    assert "pushed" not in asked
+    assert "called" not in asked
     generation.sync_weights()
-    assert (asked["awake"], asked["pushed"]) == (["weights"], "steer_push")
+    assert (asked["awake"], asked["called"]) == (["weights"], ["steer_push"])
+    # the vectors are looked at while the engine is awake
+    generation.llm.sleep(level=2)
+    assert asked["called"] == ["steer_push", "steer_held"]
+    fake.stages[0].push("default", {})
+    with pytest.raises(SteerError, match="holds version 2 of 'default', pushed was version 1"):
+        generation.llm.sleep(level=2)
 
 
 def test_mismatch() -> None:
