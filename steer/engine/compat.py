@@ -70,10 +70,10 @@ APIS: tuple[Api, ...] = (
         (*_SELF, "vllm_config"),
     ),
     Api(
-        "torch.compiler.load_compiled_function",
+        "torch._dynamo.aot_compile_types.BundledAOTAutogradSerializableCallable.deserialize_compile_artifacts",
         "torch 2.13.0",
         "wraps it while vLLM loads a graph",
-        ("file", "f_globals", "external_data"),
+        ("data",),
     ),
 )
 
@@ -85,21 +85,25 @@ def reload_compiled_graphs() -> None:
     vLLM calls `finalize_loading` of each graph that it loads. The graphs of its own backend have that method,
     those of torch's inductor, which it uses on a CPU, do not: it compiled them again at every start.
     """
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
     from vllm.compilation import decorators
 
     load = decorators._try_load_aot_compiled_fn
-    load_compiled_function = torch.compiler.load_compiled_function
+    deserialize = BundledAOTAutogradSerializableCallable.deserialize_compile_artifacts
 
-    def loaded(*args: Any, **kwargs: Any) -> Any:
-        found = load_compiled_function(*args, **kwargs)
-        graph = found._artifacts.compiled_fn  # type: ignore[attr-defined]
+    def deserialize_compile_artifacts(data: bytes) -> Any:
+        graph = deserialize(data)
         if not hasattr(graph, "finalize_loading"):
             graph.finalize_loading = lambda vllm_config: None
-        return found
+        return graph
 
     @wraps(load)
     def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any:
-        with patch.object(torch.compiler, "load_compiled_function", loaded):
+        with patch.object(
+            BundledAOTAutogradSerializableCallable,
+            "deserialize_compile_artifacts",
+            deserialize_compile_artifacts,
+        ):
             return load(model, aot_compilation_path)
 
     decorators._try_load_aot_compiled_fn = _try_load_aot_compiled_fn

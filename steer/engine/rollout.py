@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from requests import RequestException
 from trl import GRPOConfig
 from trl.generation import vllm_generation
@@ -147,20 +146,3 @@ def vector_rollouts(vectors: SteeringVectors, args: GRPOConfig) -> Iterator[None
     generation = partial(VectorGeneration, vectors, logprobs_mode(args))
     with compat.vllm_backend(generation):
         yield
-
-
-def mismatch(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
-    """
-    How far the log-probabilities (rows, tokens) that the trainer gives to sampled tokens are from those they
-    were sampled with, where `mask`: `mean` and `max` of the absolute difference, and `kl`, the estimate
-    mean(exp(d) - 1 - d), d = trainer - engine, of KL(engine || trainer) (Schulman's k3).
-    """
-    difference = (trainer - engine)[mask.bool() & ~engine.isnan()].float()
-    if not difference.numel():
-        return {"mean": 0.0, "max": 0.0, "kl": 0.0}
-    kl = torch.expm1(difference) - difference
-    return {
-        "mean": difference.abs().mean().item(),
-        "max": difference.abs().max().item(),
-        "kl": kl.mean().item(),
-    }

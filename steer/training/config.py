@@ -121,6 +121,17 @@ class SteeringGRPOConfig(GRPOConfig):
         default=0.03, metadata={"help": "Warm-up steps, or a share of all steps when below 1."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every this many updates."})
+    vllm_mismatch_warn: float | None = field(
+        default=0.05,
+        metadata={
+            "help": "Warn where the log-probabilities of vLLM are this far from the trainer's: the mean "
+            "absolute difference over an update's tokens. null: never."
+        },
+    )
+    vllm_mismatch_stop: float | None = field(
+        default=0.2,
+        metadata={"help": "Stop the run where they are this far apart. null: never."},
+    )
     router_aux_loss_coef: float | None = field(
         default=0.0,
         metadata={
@@ -181,6 +192,12 @@ class SteeringGRPOConfig(GRPOConfig):
             raise SteerError(
                 f"generation_kwargs has {', '.join(named)}, which samples are scored without; set "
                 f"{', '.join(_SAMPLING[name] for name in named)} instead"
+            )
+        warn, stop = self.vllm_mismatch_warn, self.vllm_mismatch_stop
+        if warn is not None and stop is not None and warn > stop:
+            raise SteerError(
+                f"vllm_mismatch_warn={warn:g} is above vllm_mismatch_stop={stop:g}, so that no run would be "
+                "warned; lower the one or raise the other (null: no bound)"
             )
         if self.use_vllm:
             logprobs_mode(self)  # refuses sampling whose log-probabilities do not compare

@@ -17,6 +17,7 @@ _WATCHING = (
     *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "num_completions_to_print"),
     *("disable_tqdm", "save_", "output_dir", "overwrite_", "resume_", "push_to_hub", "hub_", "eval_"),
     *("per_device_eval_batch_size", "dataloader_", "accelerator_config", "local_rank", "ddp_timeout"),
+    "vllm_mismatch_",
 )
 
 # They never change a result.

@@ -53,6 +53,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("temperature", "num_train_epochs", "repetition_penalty", "adam_epsilon"), POSITIVE),
     **dict.fromkeys(_COUNTS, COUNT),
     **dict.fromkeys((*_WEIGHTS, "top_k", "seed", "update_rows"), NOT_NEGATIVE),
+    **dict.fromkeys(("vllm_mismatch_warn", "vllm_mismatch_stop"), POSITIVE),
     "num_generations": Range(2),
     "warmup_steps": NOT_NEGATIVE,
     "logging_steps": POSITIVE,

@@ -28,6 +28,7 @@ from steer.training.config import SteeringGRPOConfig
 from steer.training.group_trainer import GroupGRPOTrainer, loss_mask
 from steer.training.loading import load_policy
 from steer.training.loss import importance_weights, limited_shares
+from steer.training.mismatch import MismatchCheck
 from steer.training.resuming import newest_checkpoint
 from steer.vectors import SteeringVectors, attach, attached, detach
 
@@ -81,6 +82,9 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
             raise
         self.vectors.config.tokenizer_checksum = tokenizer_checksum(self._tokenizer)
         self.add_callback(VectorLog(self.vectors, self._metrics["train"]))
+        self.mismatch_check = MismatchCheck(args, self.accelerator)
+        if self.use_vllm and self.vllm_generation.logprobs_mode is not None:
+            self.add_callback(self.mismatch_check)
 
     def reference(self) -> AbstractContextManager:
         """Inside, the vectors are off."""
@@ -108,15 +112,15 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         loss = super()._loss(model, inputs)
         if self.use_vllm:
-            from steer.engine.rollout import VectorGeneration, mismatch
+            from steer.engine.rollout import VectorGeneration
 
             engine = cast(VectorGeneration, self.vllm_generation)
             found: dict[str, float] = {"sync_seconds": engine.sync_seconds, "sync_bytes": engine.sync_bytes}
             if engine.logprobs_mode is not None:
                 mask, sampled = loss_mask(inputs), inputs["sampling_per_token_logps"]
-                found |= mismatch(self._scored, sampled, mask)
+                weighed = inputs.get("old_per_token_logps", self._scored)  # as when they were sampled
+                found |= self.mismatch_check.add(weighed, sampled, mask)
                 if self.vllm_importance_sampling_correction:
-                    weighed = inputs.get("old_per_token_logps", self._scored)  # as when they were sampled
                     _, limited = importance_weights(weighed, sampled, mask, self.args)
                     found |= limited_shares(limited, mask)
             for name, value in found.items():

@@ -32,7 +32,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (`make vllm` installs 
 
 from trl.generation import vllm_generation
 
-from steer.engine.rollout import VectorGeneration, mismatch
+from steer.engine.rollout import VectorGeneration
 from steer.engine.sweep_sampler import EngineSampler
 
 # Both sides compute in float32 with other kernels; see test_engine.py. A vector that was not pushed moves the
@@ -80,6 +80,7 @@ def test_a_population_samples_each_row_with_its_members_vectors(
         "vllm_mode": "colocate",
         "vllm_max_model_length": 64,
         "vllm_importance_sampling_correction": correction,
+        "vllm_mismatch_stop": FAR,
         "max_steps": 3,
         **sampling,
     }
@@ -103,13 +104,17 @@ def test_a_population_samples_each_row_with_its_members_vectors(
         assert max(row["engine/mean"] for row in member.log) < CLOSE
         limited = [row.get("engine/limited_tokens") for row in member.log]
         assert limited == [0.0 if correction else None] * 3
-    # and a set that was not pushed would have been seen
+    # and a set that was not pushed is seen
     with torch.no_grad():
         members[1].vectors.parameters()[0].add_(1.0)
-    with pytest.MonkeyPatch.context() as patched:
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        pytest.raises(
+            SteerError, match=r"all, update 4: the engine's log-probabilities are .*_stop is 0\.01"
+        ),
+    ):
         patched.setattr(trainer.engine, "sync", lambda sets: 0)
         trainer.update([members[1]])
-    assert members[1].log[-1]["engine/mean"] > FAR
 
 
 @pytest.mark.parametrize("correction", [True, False])
@@ -215,6 +220,24 @@ def test_samples_whose_log_probabilities_do_not_compare_are_not_weighed(
 
 
 @pytest.mark.usefixtures("quick_llm")
+def test_an_engine_with_other_weights_stops_the_run(
+    folder: Path, tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make(folder, tiny_tokenizer, tmp_path / "run", vllm_mismatch_warn=1e-9, max_steps=3)
+    with torch.no_grad():  # the trainer's alone: the engine has read its own from the folder
+        trainer.model.lm_head.weight.mul_(1.02)
+    with caplog.at_level("WARNING", "steer"):
+        trainer.train()
+    assert "update 3: the engine's log-probabilities are" in caplog.text
+    apart = logged(trainer, "engine/mean")
+    assert 1e-3 < min(apart) < max(apart) < 0.2
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(3.0)
+    with pytest.raises(SteerError, match=r"update 1: .*vllm_mismatch_stop is 0\.2.*same base and precision"):
+        trainer.train()
+
+
+@pytest.mark.usefixtures("quick_llm")
 def test_what_importance_weights_limit_is_logged(folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     bounds = {"vllm_importance_sampling_clip_max": 0.5}  # ratios are about 1: all are masked
     for mode in ("sequence_mask", "token_truncate"):
@@ -233,7 +256,8 @@ def test_samples_are_weighed_by_the_scores_of_the_update_as_by_a_pass_of_their_o
 ) -> None:
     steps = []
     for own_pass in (False, True):
-        trainer = make(folder, tiny_tokenizer, tmp_path / f"run-{own_pass}", max_steps=1)
+        run = tmp_path / f"run-{own_pass}"
+        trainer = make(folder, tiny_tokenizer, run, max_steps=1, vllm_mismatch_stop=None)
         # an engine that errs, so that the weights are far from one
         generate = trainer.vllm_generation.generate
 
@@ -344,18 +368,6 @@ def test_the_engine_is_started_with_the_trainers_precision_and_keeps_its_weights
     fake.stages[0].push("default", {})
     with pytest.raises(SteerError, match="holds version 2 of 'default', pushed was version 1"):
         generation.llm.sleep(level=2)
-
-
-def test_mismatch() -> None:
-    trainer = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 5.0]])
-    engines = torch.tensor([[-1.5, -2.0, -9.0], [float("nan"), -0.5, 7.0]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
-    found = mismatch(trainer, engines, mask)
-    d = torch.tensor([0.5, 0.0, -0.5])
-    assert found["mean"] == pytest.approx(1 / 3)
-    assert found["max"] == 0.5
-    assert found["kl"] == pytest.approx((d.exp() - 1 - d).mean().item())
-    assert mismatch(trainer, engines, mask * 0) == {"mean": 0.0, "max": 0.0, "kl": 0.0}
 
 
 @pytest.fixture(params=[1, 2], ids=["one-engine", "two-engines"])

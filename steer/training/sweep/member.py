@@ -49,7 +49,8 @@ SHARED = frozenset(
         "use_cpu", "output_dir", "use_vllm", "vllm_mode", "vllm_gpu_memory_utilization",
         "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
         "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_min",
-        "vllm_importance_sampling_clip_max", "disable_dropout", "router_aux_loss_coef",
+        "vllm_importance_sampling_clip_max", "vllm_mismatch_warn", "vllm_mismatch_stop",
+        "disable_dropout", "router_aux_loss_coef",
     }
 )  # fmt: skip
 # They say how a run is watched or started; here they change nothing.

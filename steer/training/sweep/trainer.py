@@ -36,6 +36,7 @@ from steer.identity import tokenizer_checksum
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.prompts import prompt_ids
 from steer.training.loss import importance_weights, token_losses
+from steer.training.mismatch import check_mismatch
 from steer.training.sweep.batch import Batch, judge
 from steer.training.sweep.member import Member, agreed, check_model, check_supported
 from steer.vector_sets import BASE, Population
@@ -295,6 +296,9 @@ class PopulationTrainer:
     def _apply(self, batch: Batch) -> None:
         """Clip and step, and write the log. A number that is not finite stops the member where it was."""
         member, args = batch.member, batch.member.args
+        if "engine/mean" in batch.totals:
+            apart = batch.totals["engine/mean"] / max(batch.totals["tokens"], 1)
+            check_mismatch(apart, member.step + 1, args, member.name)
         parameters = member.vectors.parameters()
         limit = args.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
