@@ -6,6 +6,7 @@ another version changed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 
 from steer.compat import MORE, Api
 
-_VLLM = "vLLM 0.32.0"
+CHECKED = "0.32"
+_VLLM = f"vLLM {CHECKED}.0"
 _WORKER, _CORE, _ENGINE = (
     "vllm.v1.worker",
     "vllm.v1.engine.core.EngineCore",
@@ -107,6 +109,17 @@ def reload_compiled_graphs() -> None:
             return load(model, aot_compilation_path)
 
     decorators._try_load_aot_compiled_fn = _try_load_aot_compiled_fn
+
+
+def warn_version() -> None:
+    """trl's warning of a vLLM version that it does not support, unless steer was checked with that one."""
+    import vllm
+    from trl.import_utils import is_vllm_available
+
+    if not vllm.__version__.startswith(f"{CHECKED}."):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            is_vllm_available()
 
 
 def hear_all_engines() -> None:

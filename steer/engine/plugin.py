@@ -36,7 +36,6 @@ logger = logging.getLogger("vllm.steer")  # shown with vLLM's own
 # Places for sets of vectors, the base model and the default set among them; --additional-config
 # '{"steering_slots": 32}' for another number.
 SLOTS = 16
-_ATTENTION = re.compile(r"attn|attention")
 _VECTOR = re.compile(r"(?:^|\.)(\d+)\.steering\.vector$")
 
 
@@ -93,7 +92,8 @@ def attach(runner: Any, config: Any, slots: int) -> Bank:
     if parallel.use_ubatching or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         raise SteerError("the engine cannot steer split batches: switch off DBO and prefill context parallel")
     model = runner.get_model()
-    layers, num_hidden_layers = find_layers(model)
+    num_hidden_layers = config.model_config.get_total_num_hidden_layers()
+    layers = find_layers(model, num_hidden_layers)
     hidden_size = config.model_config.get_hidden_size()
     tokens = config.scheduler_config.max_num_batched_tokens
     sizes = [tokens, *(config.compilation_config.cudagraph_capture_sizes or [])]
@@ -103,34 +103,31 @@ def attach(runner: Any, config: Any, slots: int) -> Bank:
     return steering
 
 
-def find_layers(model: nn.Module) -> tuple[dict[int, nn.Module], int]:
+def find_layers(model: nn.Module, num_hidden_layers: int) -> dict[int, nn.Module]:
     """
-    This process's decoder layers by index, and the number of layers of the whole model: the one list of
-    modules that all hold attention, apart from placeholders for the layers of other pipeline stages.
+    This process's decoder layers by index: the one list of `num_hidden_layers` modules that is not inside of
+    another list, apart from placeholders for the layers of other pipeline stages.
     """
     from vllm.model_executor.models.utils import PPMissingLayer
 
     if callable(inner := getattr(model, "get_language_model", None)):  # beside a vision tower
         model = inner()
-    stacks = []
-    for name, modules in model.named_modules():
-        if isinstance(modules, nn.ModuleList):
-            layers = {i: layer for i, layer in enumerate(modules) if not isinstance(layer, PPMissingLayer)}
-            if layers and all(_has_attention(layer) for layer in layers.values()):
-                stacks.append((name, layers, len(modules)))
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    outer = {
+        name: modules
+        for name, modules in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    # Gemma 4 has its layers in two lists.
+    stacks = {tuple(modules) for modules in outer.values() if len(modules) == num_hidden_layers}
     if len(stacks) != 1:
-        seen = ", ".join(name for name, _, _ in stacks) or "none"
+        seen = ", ".join(f"{name} ({len(modules)})" for name, modules in outer.items()) or "none"
         raise SteerError(
-            f"the engine cannot steer {type(model).__name__}: it has no single stack of decoder layers with "
-            f"attention in it (seen: {seen})"
+            f"the engine cannot steer {type(model).__name__}: it has no single list of "
+            f"{num_hidden_layers} decoder layers (lists of modules seen: {seen})"
         )
-    _, layers, num_hidden_layers = stacks[0]
-    return layers, num_hidden_layers
-
-
-def _has_attention(layer: nn.Module) -> bool:
-    names = [name for name, _ in layer.named_children()]
-    return any(_ATTENTION.search(name) and "norm" not in name for name in names)
+    (layers,) = stacks
+    return {i: layer for i, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer)}
 
 
 def _follow_batches(runner: Any, steering: Bank) -> None:

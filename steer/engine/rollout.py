@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from requests import RequestException
-from trl import GRPOConfig
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
@@ -31,11 +30,16 @@ from trl.generation.vllm_generation import VLLMGeneration
 from steer import compat
 from steer.artifact import Artifact
 from steer.engine.client import Server, push, returned_logprobs, verify
+from steer.engine.compat import warn_version
+from steer.engine.eager import enforce_eager
 from steer.engine.logprobs import PROCESSED, logprobs_mode
 from steer.engine.receipt import Receipt
 from steer.errors import SteerError
 from steer.vectors import SteeringVectors
 from steer.weights import BUNDLED, model_path
+
+if TYPE_CHECKING:
+    from steer.training.config import SteeringGRPOConfig
 
 
 class VectorGeneration(VLLMGeneration):
@@ -44,13 +48,22 @@ class VectorGeneration(VLLMGeneration):
 
     `logprobs_mode`: which log-probabilities the engine returns, as `steer.engine.logprobs` chooses it; None
     where they do not compare with the trainer's.
+    `enforce_eager`, `tokens`: whether an engine in this process compiles, see `steer.engine.eager`.
     `sync_seconds` and `sync_bytes` tell what the last push took: the time in which the trainer waited, and
     the size of the vectors.
     """
 
-    def __init__(self, vectors: SteeringVectors, logprobs_mode: str | None = PROCESSED, **kwargs: Any):
+    def __init__(
+        self,
+        vectors: SteeringVectors,
+        logprobs_mode: str | None = PROCESSED,
+        enforce_eager: bool | None = None,
+        tokens: int | None = None,
+        **kwargs: Any,
+    ):
         self.vectors = vectors
         self.logprobs_mode = logprobs_mode
+        self.eager, self.tokens = enforce_eager, tokens
         self.sync_seconds = 0.0
         self.sync_bytes = 0
         self.engine: Any = None  # what `push` takes; None in the processes that do not talk to the server
@@ -58,6 +71,7 @@ class VectorGeneration(VLLMGeneration):
         super().__init__(**kwargs)
 
     def _init_vllm(self) -> None:
+        warn_version()
         mode = self.logprobs_mode
         if self.mode == "server":
             if self.accelerator.is_main_process:
@@ -86,6 +100,7 @@ class VectorGeneration(VLLMGeneration):
     def _start(self, llm_class: Any, **settings: Any) -> Any:
         """The engine as trl sets it up, with the trainer's precision and the folder of a bundled model."""
         settings["logprobs_mode"] = self.logprobs_mode or PROCESSED
+        settings["enforce_eager"] = enforce_eager(self.tokens, self.eager)
         name = settings["model"]
         settings["model"] = str(model_path(name)) if name in BUNDLED or Path(name).exists() else name
         mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
@@ -141,8 +156,10 @@ class VectorGeneration(VLLMGeneration):
 
 
 @contextmanager
-def vector_rollouts(vectors: SteeringVectors, args: GRPOConfig) -> Iterator[None]:
+def vector_rollouts(vectors: SteeringVectors, args: SteeringGRPOConfig) -> Iterator[None]:
     """Inside, a trl trainer that is made with `use_vllm` gets a `VectorGeneration` of `vectors`."""
-    generation = partial(VectorGeneration, vectors, logprobs_mode(args))
+    generation = partial(
+        VectorGeneration, vectors, logprobs_mode(args), args.vllm_enforce_eager, args.sampled_tokens()
+    )
     with compat.vllm_backend(generation):
         yield

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from trl import GRPOConfig
+from typing import TYPE_CHECKING, Any
 
 from steer.artifact import Artifact
 from steer.engine.client import push, request, verify
+from steer.engine.compat import warn_version
+from steer.engine.eager import enforce_eager
 from steer.engine.logprobs import PROCESSED, logprobs_mode
 from steer.engine.receipt import Receipt
 from steer.errors import SteerError
@@ -20,6 +20,9 @@ from steer.extras import require
 from steer.generation.completion import Completion
 from steer.vectors import SteeringVectors
 from steer.weights import BUNDLED, model_path
+
+if TYPE_CHECKING:
+    from steer.training.config import SteeringGRPOConfig
 
 
 class EngineSampler:
@@ -29,7 +32,7 @@ class EngineSampler:
     """
 
     def __init__(
-        self, name: str, args: GRPOConfig, dtype: Any, members: int, stop: Sequence[int], **more: Any
+        self, name: str, args: SteeringGRPOConfig, dtype: Any, members: int, stop: Sequence[int], **more: Any
     ):
         if args.vllm_mode != "colocate":
             raise SteerError(
@@ -39,21 +42,23 @@ class EngineSampler:
         require("use_vllm", "vllm")
         from vllm import LLM
 
+        warn_version()
+        tokens = args.sampled_tokens()
         local = name in BUNDLED or Path(name).expanduser().exists()
         self.args, self.stop = args, list(stop)
         self.logprobs_mode = logprobs_mode(args)
         self.receipts: dict[str, Receipt] = {}
-        self.llm = LLM(
-            model=str(model_path(name)) if local else name,
-            dtype=str(dtype).removeprefix("torch."),
-            trust_remote_code=args.trust_remote_code,
-            max_model_len=args.vllm_max_model_length,
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            tensor_parallel_size=args.vllm_tensor_parallel_size,
-            logprobs_mode=self.logprobs_mode or PROCESSED,
-            additional_config={"steering_slots": members + 2},  # the base model and the default set have one
-            **more,
-        )
+        settings = {
+            "model": str(model_path(name)) if local else name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": args.vllm_max_model_length,
+            "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+            "tensor_parallel_size": args.vllm_tensor_parallel_size,
+            "logprobs_mode": self.logprobs_mode or PROCESSED,
+            "enforce_eager": enforce_eager(tokens and members * tokens, args.vllm_enforce_eager),
+            "additional_config": {"steering_slots": members + 2},  # base model and default set have one
+        }
+        self.llm = LLM(**{**settings, **more})
 
     def sync(self, sets: Mapping[str, SteeringVectors]) -> int:
         """Push the vectors of each of `sets` as they are now; the bytes sent."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from steer.engine.eager import enforce_eager
 from steer.errors import SteerError
 from steer.evaluation.variants import Variant, adapter_rank
 from steer.generation.completion import Completion
@@ -138,7 +139,10 @@ class HfEngine:
 
 
 class VllmEngine:
-    """One `LLM` for all variants: vectors are pushed into it by name, adapters are LoRA requests."""
+    """
+    One `LLM` for all variants: vectors are pushed into it by name, adapters are LoRA requests. `tokens` are
+    the most that it will sample.
+    """
 
     def __init__(
         self,
@@ -148,6 +152,7 @@ class VllmEngine:
         max_len: int,
         variants: Sequence[Variant],
         engine_args: dict[str, Any] | None = None,
+        tokens: int | None = None,
     ):
         try:
             from vllm import LLM
@@ -163,6 +168,7 @@ class VllmEngine:
             "revision": revision,
             "dtype": dtype,
             "max_model_len": max_len,
+            "enforce_eager": enforce_eager(tokens),
         }
         if adapters:
             ranks = {variant.name: adapter_rank(variant.path) for variant in adapters}

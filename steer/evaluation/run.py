@@ -192,7 +192,8 @@ def _sample(
     else:
         kinds = list(dict.fromkeys(row.variant for row in rows))
         more = {"trust_remote_code": args.trust_remote_code, **(args.engine_args or {})}
-        engine = VllmEngine(args.model, args.revision, args.dtype, longest, kinds, more)
+        tokens = sum(row.limit for row in todo)
+        engine = VllmEngine(args.model, args.revision, args.dtype, longest, kinds, more, tokens)
     on_gpu = args.engine == "vllm" and torch.cuda.is_available()
     size = args.batch_size or (options.BATCH_VLLM_GPU if on_gpu else options.BATCH)
     bar = tqdm(total=len(rows), initial=len(rows) - len(todo), unit="answer", smoothing=0.05)

@@ -121,6 +121,13 @@ class SteeringGRPOConfig(GRPOConfig):
         default=0.03, metadata={"help": "Warm-up steps, or a share of all steps when below 1."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every this many updates."})
+    vllm_enforce_eager: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Start vLLM without compiling. Default: where a run on a CPU is too short for compiling "
+            "to pay, fewer than 200,000 sampled tokens."
+        },
+    )
     vllm_mismatch_warn: float | None = field(
         default=0.05,
         metadata={
@@ -238,6 +245,13 @@ class SteeringGRPOConfig(GRPOConfig):
             new = old.replace("gradient", "activation")
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
+
+    def sampled_tokens(self) -> int | None:
+        """The most tokens that a process samples in all; None where the number of updates is not set."""
+        if self.max_steps < 1 or self.max_completion_length is None:
+            return None
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.max_steps * rows * self.max_completion_length // self.num_iterations
 
     def layer_rates(self, layers: list[int], num_hidden_layers: int) -> dict[int | None, float]:
         """

@@ -110,6 +110,14 @@ class Switch(NamedTuple):
 
 
 SWITCHES = (
+    Switch(
+        (
+            "vllm_enforce_eager", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size",
+            "vllm_max_model_length", "vllm_enable_sleep_mode",
+        ),
+        lambda args: args.vllm_mode == "colocate",
+        "vllm_mode is server, which is started with settings of its own",
+    ),
     Switch(("vllm_",), lambda args: args.use_vllm, "use_vllm is false"),
     Switch(("sapo_",), lambda args: args.loss_type == "sapo", "loss_type is not sapo"),
     Switch(("vespo_",), lambda args: args.loss_type == "vespo", "loss_type is not vespo"),

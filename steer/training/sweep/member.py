@@ -50,6 +50,7 @@ SHARED = frozenset(
         "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
         "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_min",
         "vllm_importance_sampling_clip_max", "vllm_mismatch_warn", "vllm_mismatch_stop",
+        "vllm_enforce_eager",
         "disable_dropout", "router_aux_loss_coef",
     }
 )  # fmt: skip
