@@ -200,12 +200,6 @@ class SteeringGRPOConfig(GRPOConfig):
                 f"generation_kwargs has {', '.join(named)}, which samples are scored without; set "
                 f"{', '.join(_SAMPLING[name] for name in named)} instead"
             )
-        warn, stop = self.vllm_mismatch_warn, self.vllm_mismatch_stop
-        if warn is not None and stop is not None and warn > stop:
-            raise SteerError(
-                f"vllm_mismatch_warn={warn:g} is above vllm_mismatch_stop={stop:g}, so that no run would be "
-                "warned; lower the one or raise the other (null: no bound)"
-            )
         if self.use_vllm:
             logprobs_mode(self)  # refuses sampling whose log-probabilities do not compare
         elif self.vllm_structured_outputs_regex is not None:

@@ -26,6 +26,8 @@ from steer import SteerError, engine
 
 def main(folder: str, vectors: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What a user does from start to end: the base model, two sets of vectors, a wrong name."""
+    from vllm.compilation.counter import compilation_counter
+
     llm = start(folder, **settings)
 
     def sample(extra: Any) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def main(folder: str, vectors: str, settings: dict[str, Any]) -> dict[str, Any]:
         answer["after"] = sample(engine.request("set"))
     except SteerError as error:
         answer["error"] = str(error)
+    answer["loaded"] = compilation_counter.num_aot_artifacts_loaded
     return answer
 
 
@@ -109,8 +112,9 @@ def test_compiled_and_its_cache(saved: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "cache").rglob("*.cpp"))
     # In the cache lies now the graph of this very model without the addition: it must not be found. The
     # second time the graph that is found is the steered one.
-    for _ in range(2):
+    for loaded in (0, 1):
         answer = elsewhere(folder, vectors, cache, enforce_eager=False)
+        assert answer["loaded"] == loaded
         check(model, answer["base"], steered=False)
         check(model, answer["steered"], steered=True)
         check(model, answer["named"], steered=True)

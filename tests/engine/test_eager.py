@@ -1,0 +1,28 @@
+"""Whether an engine compiles: as asked, else by the number of tokens that it will sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.training import config
+
+from steer.engine.eager import COMPILING_PAYS, enforce_eager
+
+platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
+
+
+def test_short_work_on_a_cpu_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for on_cpu in (True, False):
+        monkeypatch.setattr(type(platforms.current_platform), "is_cpu", lambda self, on_cpu=on_cpu: on_cpu)
+        assert enforce_eager(COMPILING_PAYS - 1) is on_cpu
+        assert enforce_eager(COMPILING_PAYS) is enforce_eager(None) is False
+        for asked in (True, False):
+            assert enforce_eager(1, asked) is enforce_eager(10**9, asked) is asked
+
+
+def test_what_a_run_samples(tmp_path: Path) -> None:
+    args = config(tmp_path, max_steps=5, max_completion_length=7, gradient_accumulation_steps=2)
+    assert args.sampled_tokens() == 5 * args.per_device_train_batch_size * 2 * 7
+    args.max_steps = -1  # num_train_epochs decides
+    assert args.sampled_tokens() is None
