@@ -21,6 +21,7 @@ from trl.trainer.grpo_trainer import RewardFunc
 
 from steer import artifact, compat
 from steer.config import SteeringConfig
+from steer.engine.logprobs import logprobs_mode
 from steer.errors import SteerError
 from steer.identity import tokenizer_checksum
 from steer.training.callbacks import VectorLog
@@ -83,7 +84,7 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
         self.vectors.config.tokenizer_checksum = tokenizer_checksum(self._tokenizer)
         self.add_callback(VectorLog(self.vectors, self._metrics["train"]))
         self.mismatch_check = MismatchCheck(args, self.accelerator)
-        if self.use_vllm and self.vllm_generation.logprobs_mode is not None:
+        if self.use_vllm and logprobs_mode(args) is not None:
             self.add_callback(self.mismatch_check)
 
     def reference(self) -> AbstractContextManager:
