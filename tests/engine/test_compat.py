@@ -7,7 +7,7 @@ import sys
 import warnings
 
 import pytest
-import trl
+from trl import import_utils
 
 from steer.compat import Api, changed
 from steer.engine.compat import APIS, CHECKED, warn_version
@@ -24,7 +24,7 @@ def test_trl_warns_once_and_of_other_versions_alone(monkeypatch: pytest.MonkeyPa
     code = "import steer.training, trl.generation.vllm_generation"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "TRL currently supports" not in done.stderr
-    monkeypatch.setattr(trl.import_utils, "_is_package_available", lambda *_, **__: (True, "0.99.0"))
+    monkeypatch.setattr(import_utils, "_is_package_available", lambda *_, **__: (True, "0.99.0"))
     for version, warned in ((f"{CHECKED}.7", 0), ("0.99.0", 1)):
         monkeypatch.setattr(vllm, "__version__", version)
         with warnings.catch_warnings(record=True) as caught:
