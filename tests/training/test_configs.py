@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
+from helpers.launching import run_folder, run_here
 from helpers.paths import ROOT
+from trl import GRPOConfig
 
+from steer import artifact
 from steer.cli import train
 from steer.models import fast_dtype
 from steer.tasks.prompts import TEMPLATES
+from steer.tasks.reward_loading import reward_names
 from steer.tasks.rewards import REWARDS
 from steer.training.arguments import PopulationArguments
 from steer.training.run_settings import RunSettings
@@ -71,6 +77,30 @@ PUBLISHED = {
     "math-llama-3.1-8b-instruct": precursor("meta-llama/Llama-3.1-8B-Instruct", 1e-4, 16, 3),
 }
 OURS = {"demo", "gsm8k-qwen2.5-coder-1.5b"}
+# other objectives: what is theirs, and a number that their updates log
+PRESETS: dict[str, tuple[dict[str, Any], str]] = {
+    "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0, "scale_rewards": "batch"}, "cispo_clip_ratio"),
+    "gspo": (
+        {
+            "loss_type": "grpo",
+            "importance_sampling_level": "sequence",
+            "epsilon": 3e-4,
+            "epsilon_high": 4e-4,
+            "scale_rewards": "group",
+        },
+        "clip_ratio/region_mean",
+    ),
+    "dapo": (
+        {
+            "loss_type": "dapo",
+            "epsilon": 0.2,
+            "epsilon_high": 0.28,
+            "mask_truncated_completions": True,
+            "scale_rewards": "group",
+        },
+        "clip_ratio/high_mean",
+    ),
+}
 
 # layers (first, last) -> rate, as published
 SINGLE_LAYER = {
@@ -116,7 +146,7 @@ def named(path: Path) -> str:
 
 
 def test_every_config_is_accounted_for():
-    assert {c.stem for c in CONFIGS} == {*PUBLISHED, *OURS}
+    assert {c.stem for c in CONFIGS} == {*PUBLISHED, *OURS, *PRESETS}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=named)
@@ -127,7 +157,7 @@ def test_config_parses_and_names_things_that_exist(config, parse):
     assert wanted in ("bfloat16", "fast")
     assert run.model_dtype == (fast_dtype() if wanted == "fast" else wanted)
     assert run.template in TEMPLATES
-    assert set(run.rewards) <= set(REWARDS)
+    assert set(reward_names(run.rewards)) <= set(REWARDS)
     assert {run.train_data, run.eval_data or "none", *run.exclude} <= SOURCES
     assert steering.dtype == "float32"
     assert not training.bf16  # the base has its precision already; autocast would only add casts
@@ -178,6 +208,41 @@ def test_header_gives_the_command_and_the_devices(config):
     assert devices
     assert int(devices[1].replace("one", "1")) == load_config_from_file(str(launcher(config))).num_processes
     assert f"--config recipes/configs/{config.name}" in header(config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_name_their_source_and_settings_of_trl(name, parse):
+    config, (expected, _) = RECIPES / "configs" / f"{name}.yaml", PRESETS[name]
+    training = parse(config)[2]
+    assert re.search(r"Source: arXiv \d{4}\.\d{5}", header(config))
+    assert {key: getattr(training, key) for key in expected} == expected
+    assert expected.keys() <= {f.name for f in fields(GRPOConfig)}
+    assert (training.beta, training.advantage) == (0, "group")
+    assert training.steps_per_generation == 4 * training.gradient_accumulation_steps
+    assert training.generation_batch_size == 64 * training.num_generations
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_train(name, tmp_path, build_tiny, tiny_tokenizer):
+    """One generation of a tiny model and its four updates; the later ones are off-policy, and clip."""
+    base = run_folder(tmp_path, build_tiny, tiny_tokenizer, 1)
+    small = {
+        "model": base / "model", "model_dtype": "float32", "train_data": base / "train.jsonl",
+        "eval_data": "none", "max_completion_length": 6, "num_generations": 4, "learning_rate": 0.3,
+        "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "steps_per_generation": 4,
+        "rewards": "random", "reward_weights": 1.0, "mask_truncated_completions": "false",
+        "max_steps": 4, "save_steps": 4, "use_cpu": "true", "output_dir": tmp_path / "run", "warmup_steps": 0,
+    }  # fmt: skip
+    words = [word for key, value in small.items() for word in (f"--{key}", str(value))]
+    run_here(RECIPES / "grpo_steer.py", "--config", str(RECIPES / "configs" / f"{name}.yaml"), *words)
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    values = [row[PRESETS[name][1]] for row in state["log_history"] if PRESETS[name][1] in row]
+    assert len(values) == 4
+    assert values[0] == 0, "the samples are the policy's own"
+    if name == "gspo":
+        assert max(values) > 0
+    norms = artifact.read(tmp_path / "run" / "vectors").by_layer()
+    assert all(0 < vector.norm() < 1e3 for vector in norms.values())
 
 
 @pytest.mark.parametrize("name", SINGLE_LAYER)
