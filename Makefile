@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_ENV := TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo control test lint models all-tests vllm engine-test wheel wheel-test docs interop clean
+.PHONY: demo control test lint models all-tests vllm engine-test gpu-wheels gpu-check wheel wheel-test docs interop clean
 
 LAUNCH = $(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml \
 	--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())")
@@ -41,6 +41,19 @@ vllm: $(VENV)/ready
 
 engine-test: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu" tests/engine
+
+# What only a GPU can show (docs/gpu.md): GPU_LEVEL=offline needs no package index, full does. With the Python of
+# $(VENV) where that is there, else with $(PYTHON), to which .gpu-wheels adds what it lacks.
+GPU_LEVEL ?= offline
+GPU_CHECK_FLAGS ?=
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu-check:
+	$(RUN_ENV) $(GPU_PYTHON) -m evals.gpu_check $(GPU_LEVEL) $(GPU_CHECK_FLAGS)
+
+# Packages that the machine with the GPU lacks besides those of evals/gpu_check/wheels.txt: GPU_WHEELS="pandas==3.1.1"
+gpu-wheels:
+	$(PYTHON) -m evals.gpu_check.wheels $(GPU_WHEELS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

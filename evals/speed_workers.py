@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,10 +56,41 @@ def problems(count: int) -> list[str]:
 # ---- a GRPO step
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a GRPO step samples, and the rows of one of its forward and backward passes (0: all)."""
+
+    prompts: int
+    samples: int
+    tokens: int
+    rows: int = 0
+
+
 def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, float]:
+    """`measured` for a model by its name and problems of arithmetic."""
+    from steer.models import load_model, load_tokenizer
+    from steer.tasks.prompts import format_prompt
+
+    tokenizer = load_tokenizer(model_name)
+    model = load_model(model_name, dtype=dtype)
+    if torch.cuda.is_available():
+        cast(nn.Module, model).cuda()
+    texts = [format_prompt(p, tokenizer) for p in problems(PROMPTS * steps)]
+    tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
+    tokenizer.chat_template = None
+    return measured(method, model, tokenizer, texts, steps, Batch(PROMPTS, SAMPLES, TOKENS))
+
+
+def measured(
+    method: str, model: Any, tokenizer: Any, texts: list[str], steps: int, batch: Batch
+) -> dict[str, float]:
     """
-    Seconds of a GRPO step and of its update alone, and the memory that training took beyond the base. For the
-    method `profile` the share of each kind of operation in the last update.
+    Seconds of a GRPO step, of its rollout and of its update alone, and the memory that training took beyond
+    the base: medians, without the first of several steps. For the method `profile` the share of each kind of
+    operation in the last update.
+
+    Nobody stops early: the end token of `tokenizer` must be one that the model has no logit for, so that all
+    methods compute the same tokens.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -66,22 +98,12 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     from transformers.utils import logging
     from trl import GRPOConfig, GRPOTrainer
 
-    from steer.models import load_model, load_tokenizer
-    from steer.tasks.prompts import format_prompt
     from steer.training.config import SteeringGRPOConfig
     from steer.training.steering_trainer import SteeringGRPOTrainer
 
     logging.set_verbosity_error()
-    on_gpu = torch.cuda.is_available()
-    tokenizer = load_tokenizer(model_name)
-    model = load_model(model_name, dtype=dtype)
-    if on_gpu:
-        cast(nn.Module, model).cuda()
-    texts = [format_prompt(p, tokenizer) for p in problems(PROMPTS * steps)]
-    # Nobody stops early, since the model has no logit for this token: all variants compute the same tokens.
+    on_gpu = model.device.type == "cuda"
     model.generation_config.eos_token_id = None
-    tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
-    tokenizer.chat_template = None
     noise = torch.Generator().manual_seed(0)
 
     def reward(completions: list[str], **kwargs: Any) -> list[float]:
@@ -89,6 +111,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
 
     names = ("step", "rollout", "update", "tokens", "cpu")
     spent: dict[str, list[float]] = {name: [] for name in names}
+    now = dict.fromkeys(("rollout", "training"), 0.0)  # of the step that runs
     ours = method in ("steer", "profile")
     base: type = SteeringGRPOTrainer if ours else GRPOTrainer
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
@@ -97,7 +120,7 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             start = _now()
             output = super()._generate_and_score_completions(inputs)
-            spent["rollout"].append(_now() - start)
+            now["rollout"] += _now() - start
             spent["tokens"].append(float(output["completion_mask"].sum()))
             if method == "profile" and len(spent["tokens"]) == steps:
                 profiler.start()
@@ -106,27 +129,33 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             start = _now()
             loss = super().training_step(*args, **kwargs)
-            spent["update"].append(_now() - start - spent["rollout"][-1])
+            now["training"] += _now() - start
             return loss
 
     class Whole(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.start = {"step": _now(), "cpu": time.process_time()}
+            now.update(rollout=0.0, training=0.0)
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             end = {"step": _now(), "cpu": time.process_time()}
             for name, value in end.items():
                 spent[name].append(value - self.start[name])
+            spent["rollout"].append(now["rollout"])
+            spent["update"].append(now["training"] - now["rollout"])
 
-    size = PROMPTS * SAMPLES
+    size = batch.prompts * batch.samples
+    rows = batch.rows or size
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = dict(
             output_dir=folder,
-            per_device_train_batch_size=size,
-            num_generations=SAMPLES,
-            max_completion_length=TOKENS,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=size // rows,
+            num_generations=batch.samples,
+            max_completion_length=batch.tokens,
             max_steps=steps,
-            bf16=on_gpu and dtype == "float32",
+            bf16=on_gpu and model.dtype == torch.float32,
+            use_cpu=not on_gpu,
             gradient_checkpointing=False,
             report_to="none",
             save_strategy="no",
@@ -152,14 +181,15 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     if method == "profile":
         profiler.stop()
         return shares(profiler)
-    assert set(spent["tokens"]) == {size * TOKENS}, f"rows ended early: {spent['tokens']}"
+    assert set(spent["tokens"]) == {size * batch.tokens}, f"rows ended early: {spent['tokens']}"
     middle = {name: statistics.median(values[1:] or values) for name, values in spent.items()}
     result = {f"{name} s": middle[name] for name in ("step", "rollout", "update")}
+    result["rollout tokens/s"] = size * batch.tokens / middle["rollout"]
     result["cores at work"] = middle["cpu"] / middle["step"]
     result["memory MB"] = memory / 1e6
     if method == "steer":
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[:PROMPTS]]
-        flops = update_flops(model, prompt_tokens(ids), size * TOKENS)
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[: batch.prompts]]
+        flops = update_flops(model, prompt_tokens(ids), size * batch.tokens)
         result["update GFLOP/s"] = flops / middle["update"] / 1e9
         result["peak GFLOP/s"] = matmul_peak(model.dtype, model.device) / 1e9
     return result
@@ -198,13 +228,14 @@ def update_flops(model: Any, prompt_tokens: int, completion_tokens: int) -> floa
 
 def matmul_peak(dtype: torch.dtype, device: Any = "cpu") -> float:
     """FLOP/s of a large square matrix product, best of ten."""
-    a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
+    size = 2048 if torch.device(device).type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
     times = []
     for _ in range(11):
         start = _now()
         a @ b
         times.append(_now() - start)
-    return 2 * 2048**3 / min(times)
+    return 2 * size**3 / min(times)
 
 
 def _now() -> float:

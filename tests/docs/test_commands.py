@@ -145,7 +145,8 @@ def test_commands_exist(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_flags_in_the_text_exist(name: str) -> None:
     known = set(FOREIGN)
-    for start in ("steer", *(f"steer {name}" for name in PROGRAMS), "steer compare --config x"):
+    others = ("steer compare --config x", "evals.gpu_check")
+    for start in ("steer", *(f"steer {name}" for name in PROGRAMS), *others):
         known |= flags(parser(start))
     known.add("--launcher")
     text = _FENCE.sub("", (ROOT / name).read_text())
