@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer import hub
 from steer.artifact_file import CONFIG_FILE, TENSOR_FILE, digest, read_file
+from steer.artifact_scores import with_scores, without_scores
 from steer.artifact_tensors import check_arrays, check_tensors, decoder_name, directions_name, expected_names
 from steer.card import MARK, PLACE, card
 from steer.config import SteeringConfig, join_layers
@@ -220,7 +221,7 @@ class Artifact:
 
     def _derived(self, step: dict[str, Any], **changes: Any) -> SteeringConfig:
         """The config after one step of arithmetic, which its provenance remembers; scores no longer hold."""
-        made = {k: v for k, v in (self.config.provenance or {}).items() if k not in ("results", "controls")}
+        made = without_scores(self.config.provenance or {})
         steps = made.get("derived")
         made["derived"] = [*(steps if isinstance(steps, list) else []), step]
         return replace(self.config, provenance=made, **changes)
@@ -274,6 +275,7 @@ def write(folder: str | os.PathLike[str], artifact: Artifact, name: str = PLACE)
     from safetensors.torch import save
 
     check(artifact, str(folder))
+    artifact = replace(artifact, config=with_scores(artifact.config, artifact.tensors))
     text = _text(artifact.config, Path(folder))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in artifact.tensors.items()}
     folder = Path(folder)
@@ -320,7 +322,7 @@ def read(source: str | os.PathLike[str], revision: str | None = None, token: str
         tensors[name] = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(shape)
     found = Artifact(config, tensors)
     check(found, str(path))
-    return found
+    return replace(found, config=with_scores(config, tensors))
 
 
 def read_numpy(source: str | os.PathLike[str], revision: str | None = None) -> Artifact:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from steer.artifact_scores import SCORES
 from steer.config import SteeringConfig
 from steer.hub import is_hub_id
 from steer.tasks.elicited import STAGES, stages
@@ -17,6 +18,10 @@ MARK = "<!-- written by steer; delete this line to keep your own text -->"
 # What the code calls an artifact that is not on the hub.
 PLACE = "THIS_FOLDER"
 URL = "https://github.com/steer-rl/steer"
+
+# Settings of a run that are read for generated problems, and for held-out ones.
+_GENERATED = {"operators", "digits", "terms", "generated_problems", "heldout"}
+_HELD_OUT = {"eval_columns", "eval_split", "eval_limit", "examples"}
 
 
 def card(config: SteeringConfig, decoder: str, numbers: int, size: int, name: str = PLACE) -> str:
@@ -161,16 +166,32 @@ def _settings(made: dict[str, Any]) -> str:
     """Every recorded setting, as lists; what has no value is left out."""
     blocks = []
     for part, values in made.items():
-        if part in ("results", "controls"):
+        if part in SCORES:
             continue
         if isinstance(values, dict):
-            text = "\n".join(
-                f"- {_line(k)}: {_line(v)}" for k, v in values.items() if v not in (None, [], "")
-            )
+            text = "\n".join(f"- {_line(k)}: {_line(v)}" for k, v in relevant(part, values).items())
         else:
             text = f"- {_line(values)}"
         blocks.append(f"### {_line(part)}\n\n{text}")
     return "## How they were made\n\n" + "\n\n".join(blocks) if blocks else ""
+
+
+def relevant(part: str, values: dict[str, Any]) -> dict[str, Any]:
+    """
+    The settings of a part of the provenance that had a part in the run: without those that were not set, and
+    without those of generated problems and of held-out ones where there were none.
+    """
+    idle: set[str] = set()
+    if part == "run":
+        train = values.get("train_data")
+        held_out = values.get("eval_data") or ("arithmetic" if train == "arithmetic" else "none")
+        idle |= set() if "arithmetic" in (train, held_out) else _GENERATED
+        idle |= _HELD_OUT if held_out == "none" else set()
+        for name, source in (("train_split", train), ("eval_split", held_out)):
+            if source == "arithmetic" or str(source).endswith((".jsonl", ".parquet")):
+                idle.add(name)
+    unset: tuple[Any, ...] = (None, [], "")
+    return {k: v for k, v in values.items() if v not in unset and v is not False and k not in idle}
 
 
 def _use(config: SteeringConfig, decoder: str, name: str) -> str:

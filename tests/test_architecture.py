@@ -17,7 +17,7 @@ FLOORS = [
     "sharded compat",
     "prompt config",
     "hooks sites kinds prompt_watch tasks",
-    "final_norm identity probe card weights quantization models base_adapter stop_tokens",
+    "final_norm identity probe artifact_scores card weights quantization models base_adapter stop_tokens",
     "artifact_file artifact_tensors artifact",
     "vectors vector_sets",
     "generation engine export transfer",

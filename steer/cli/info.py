@@ -10,7 +10,8 @@ from typing import Any
 
 from steer import artifact
 from steer.artifact import Artifact
-from steer.card import is_score
+from steer.artifact_scores import MEASURED
+from steer.card import is_score, relevant
 from steer.errors import SteerError
 from steer.files import read_json
 
@@ -59,7 +60,9 @@ def _info(args: argparse.Namespace) -> None:
     print(f"vectors     {kind}, {len(norms)} layers, {numbers:,} numbers in {config.dtype}, {where}")
     print(f"prompt      {_printable(str(config.prompt or 'not recorded'))}")
     for part, values in (config.provenance or {}).items():
-        print(_printable(f"{part:11} {_text(values)}"))
+        told = _text(relevant(part, values) if isinstance(values, dict) else values)
+        if told and part != MEASURED:
+            print(_printable(f"{part:11} {told}"))
     print("\nlayer      norm")
     for layer, norm in norms.items():
         print(f"{layer:5}  {norm:8.4f}  {_bar(norm, max(norms.values()))}")
@@ -145,12 +148,11 @@ def _printable(text: str) -> str:
 def _text(values: Any) -> str:
     if not isinstance(values, dict):
         return str(values)
-    kept = {k: v for k, v in values.items() if v not in (None, [], "")}
     return ", ".join(
         f"{k} {v['accuracy']:.3f} [{v['low']:.3f}, {v['high']:.3f}]{_leniently(v)}"
         if is_score(v)
         else f"{k}={v}"
-        for k, v in kept.items()
+        for k, v in values.items()
     )
 
 

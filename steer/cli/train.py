@@ -25,6 +25,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,19 @@ def main(arguments: Sequence[str]) -> None:
         folder = Path(training.output_dir)
         write_scores(folder)
         recipe.report(folder, settings.run, chosen)
-        command = [Path(sys.executable).with_name("steer"), "generate", settings.run.model]
-        command += ["--vectors", folder / "vectors", "--prompt", "What is 7 + 5?"]
-        if settings.run.base_adapter:
-            command += ["--base-adapter", settings.run.base_adapter]
-        print(f"\nUse them:\n  {shlex.join(map(str, command))}\n")
+        problem = min((row["problem"] for row in islice(held_out or train, 8)), key=len)
+        print(f"\nUse them:\n  {use(settings, folder / 'vectors', problem)}\n")
+
+
+def use(settings: RunSettings, vectors: Path, problem: str) -> str:
+    """The command that puts a problem to the trained vectors."""
+    run = settings.run
+    words = [Path(sys.executable).with_name("steer"), "generate", run.model, "--vectors", vectors]
+    words += ["--prompt", " ".join(problem.split())]
+    words += ["--revision", run.model_revision] if run.model_revision else []
+    words += ["--base-adapter", run.base_adapter] if run.base_adapter else []
+    words += ["--trust-remote-code"] if settings.training.trust_remote_code else []
+    return shlex.join(map(str, words))
 
 
 def parse(arguments: Sequence[str]) -> RunSettings:
@@ -101,6 +110,8 @@ def write_scores(folder: Path) -> None:
     results = runs.read_results(folder)
     vectors = artifact.read(folder / "vectors")
     scores = {stage: results[stage] for stage in STAGES if stage in results}
+    if not scores:
+        return
     known = {**(vectors.config.provenance or {}), "results": scores}
     if known == vectors.config.provenance:
         return

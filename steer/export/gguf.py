@@ -33,6 +33,7 @@ from torch import nn
 from steer import artifact as artifacts
 from steer.artifact import Artifact
 from steer.artifact_file import MAX_BYTES
+from steer.artifact_scores import for_export, without_scores
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.export.architecture import check_everywhere
@@ -76,16 +77,17 @@ def write(artifact: Artifact, path: str | os.PathLike[str], *, block_0: str = "r
     broken = [k for k, vector in vectors.items() if not vector.isfinite().all()]
     if broken:
         raise SteerError(f"the vector of layer {broken[0]} holds NaN or Inf in float32, which GGUF has")
-    note = {}
+    made = for_export(config, artifact.tensors).provenance or {}
     if 0 in vectors and block_0 != "keep":
-        vectors, note = _without_block_0(vectors, artifact.num_hidden_layers, block_0), {"block_0": block_0}
+        vectors = _without_block_0(vectors, artifact.num_hidden_layers, block_0)
+        made = {**without_scores(made), "block_0": block_0}
     inside = replace(
         config,
         kind="constant",
         layers=",".join(map(str, vectors)),
         scale=1.0,
         dtype="float32",
-        provenance={**(config.provenance or {}), **note} or None,
+        provenance=made or None,
     )
     try:
         replace_file(path, _content(vectors, inside))

@@ -28,6 +28,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from steer.artifact import Artifact
+from steer.artifact_scores import for_export
 from steer.errors import SteerError
 from steer.export.architecture import bias_place
 from steer.export.gguf_header import MAGIC, START, U32, U64, Header, Tensor, pad, parse, short
@@ -51,7 +52,8 @@ def write(artifact: Artifact, base: str | os.PathLike[str], path: str | os.PathL
     place = bias_place(artifact.config, "a GGUF model")
     vectors = {i: vector.detach().cpu().float() for i, vector in artifact.by_layer().items()}
     biases = {f"blk.{i}.{_BIASES[place]}": vector.numpy() for i, vector in vectors.items()}
-    note = _text(CONFIG_KEY) + U32.pack(GGUFValueType.STRING) + _text(json.dumps(artifact.config.to_dict()))
+    config = for_export(artifact.config, artifact.tensors)
+    note = _text(CONFIG_KEY) + U32.pack(GGUFValueType.STRING) + _text(json.dumps(config.to_dict()))
     try:
         if not base.stat().st_size:
             raise SteerError(f"{base} is empty, expected a GGUF model")

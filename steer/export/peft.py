@@ -28,6 +28,7 @@ from torch import nn
 from steer import artifact as artifacts
 from steer.artifact import Artifact
 from steer.artifact_file import MAX_BYTES
+from steer.artifact_scores import for_export
 from steer.config import SteeringConfig, shown
 from steer.errors import SteerError
 from steer.export.architecture import bias_place, layer_names
@@ -88,7 +89,8 @@ def write(artifact: Artifact, folder: str | os.PathLike[str], base: str | None =
         layers = list(vectors)
     adapter = _adapter_config(config, artifact.decoder, layers, place, base)
     try:
-        metadata = {"format": "pt", "steering_config": json.dumps(config.to_dict())}
+        told = json.dumps(for_export(config, artifact.tensors).to_dict())
+        metadata = {"format": "pt", "steering_config": told}
     except (TypeError, ValueError, RecursionError) as error:
         reason = shown(str(error))
         raise SteerError(

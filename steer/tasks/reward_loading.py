@@ -25,7 +25,7 @@ import yaml
 
 from steer.errors import SteerError, one_line, shown
 from steer.tasks.grading import MathGrader
-from steer.tasks.rewards import REWARDS, RewardFunction, make_reward
+from steer.tasks.rewards import REWARDS, RewardFunction, check_arguments, make_reward
 
 Entry = str | dict[str, Any]
 
@@ -157,6 +157,9 @@ def _own(name: str, arguments: dict[str, Any]) -> RewardFunction:
 
 
 def _constructed(name: str, kind: type, arguments: dict[str, Any]) -> RewardFunction:
+    parameters = inspect.signature(kind).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        check_arguments(name, arguments, [p.name for p in parameters])
     try:
         made = kind(**arguments)
     except (TypeError, ValueError) as error:
@@ -173,10 +176,7 @@ def _check_arguments(name: str, function: Callable[..., Any], arguments: dict[st
         for p in inspect.signature(function).parameters.values()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in _GIVEN
     ]
-    if unknown := sorted(set(arguments) - set(takes)):
-        raise SteerError(
-            f"reward {name!r} has no argument {', '.join(unknown)}; it has {', '.join(takes) or 'none'}"
-        )
+    check_arguments(name, arguments, takes)
 
 
 def _check_call(

@@ -9,7 +9,8 @@ import functools
 import inspect
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from difflib import get_close_matches
 from typing import Any
 
 from steer.errors import SteerError, shown
@@ -65,16 +66,26 @@ def make_reward(name: str, grader: MathGrader, **arguments: Any) -> RewardFuncti
     }
     if name not in makers:
         raise SteerError(f"unknown reward {name!r}; expected one of {', '.join(REWARDS)}")
+    takes = list(inspect.signature(makers[name]).parameters)
+    check_arguments(name, arguments, takes)
     numbers = {k: v for k, v in arguments.items() if isinstance(v, bool) or not isinstance(v, int | float)}
     if numbers:
         raise SteerError(f"reward {name!r} takes numbers as arguments, not {shown(numbers)}")
-    takes = inspect.signature(makers[name]).parameters
     try:
         return makers[name](**arguments)
     except TypeError as error:
         raise SteerError(
             f"reward {name!r} got arguments {shown(arguments)}; expected {', '.join(takes) or 'none'}"
         ) from error
+
+
+def check_arguments(name: str, arguments: Collection[str], takes: Sequence[str]) -> None:
+    """SteerError for an argument that a reward, which takes those of `takes`, does not have."""
+    unknown = sorted(set(arguments) - set(takes))
+    if unknown:
+        near = get_close_matches(unknown[0], takes, 1)
+        told = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(takes) or 'none'}"
+        raise SteerError(f"reward {name!r} has no argument {', '.join(unknown)}{told}")
 
 
 class Correctness:

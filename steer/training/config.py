@@ -170,7 +170,12 @@ class SteeringGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         check_ranges(self)
         self._name_checkpointing()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "divisible by num_generations" not in str(error):
+                raise
+            raise SteerError(self._odd_groups()) from error
         check(self)
         if self.loss_type not in LOSSES:
             raise SteerError(f"loss_type={self.loss_type!r} is unknown; choose one of {', '.join(LOSSES)}")
@@ -229,6 +234,25 @@ class SteeringGRPOConfig(GRPOConfig):
                             "'0:0.003,3-7:0.007' "
                             "or 'geometric:0.003:0.1'"
                         )
+
+    def _odd_groups(self) -> str:
+        """That the samples of a generation are no whole groups, in the settings that a user gives."""
+        size, group = self.generation_batch_size or 0, self.num_generations or 0
+        parts = {
+            "per_device_train_batch_size": self.per_device_train_batch_size,
+            "processes": self.world_size,
+            "steps_per_generation": self.steps_per_generation or self.gradient_accumulation_steps,
+        }
+        if parts["steps_per_generation"] == self.gradient_accumulation_steps:
+            parts["gradient_accumulation_steps"] = parts.pop("steps_per_generation")
+        made = " x ".join(f"{name}={value}" for name, value in parts.items() if value != 1)
+        less = max((n for n in range(2, min(group, size) + 1) if size % n == 0), default=None)
+        fix = f"num_generations={less}, or " if less else ""
+        more = group * -(-self.per_device_train_batch_size // group)
+        return (
+            f"{size} samples at once ({made}) are no multiple of num_generations={group}, the samples of a "
+            f"prompt; set {fix}per_device_train_batch_size={more}"
+        )
 
     def _name_checkpointing(self) -> None:
         """

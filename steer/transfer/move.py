@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer import artifact as artifacts
 from steer.artifact import Artifact, from_vectors
+from steer.artifact_scores import without_scores
 from steer.artifact_tensors import expected_names
 from steer.config import SteeringConfig
 from steer.errors import SteerError
@@ -294,7 +295,7 @@ def _row(match: Match, before: torch.Tensor, after: torch.Tensor, fitted: Fitted
 
 def _provenance(source: Artifact, report: TransferReport) -> dict[str, Any]:
     """How the vectors were made, and how they came here. Scores were the donor's, so they stay behind."""
-    kept = {k: v for k, v in (source.config.provenance or {}).items() if k not in ("results", "controls")}
+    kept = without_scores(source.config.provenance or {})
     names = ("donor", "method", "layers_by", "rescale", "mean_r2", "pairs", "held_out")
     kept["transfer"] = {name: getattr(report, name) for name in names}
     kept["transfer"]["donor_checksum"] = source.config.base_checksum

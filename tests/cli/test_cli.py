@@ -36,6 +36,31 @@ def test_info_shows_layers_and_norms(steered, capsys):
     assert "    0    5.6569" in out and "    2   11.3137" in out and "\n    1" not in out
 
 
+def test_info_and_card_leave_out_what_played_no_part(steered, capsys):
+    made = {
+        "run": {"train_data": "mine.jsonl", "train_split": "train", "eval_data": "none", "eval_limit": 200}
+        | {"operators": "+-", "digits": 2, "load_in_4bit": False, "rewards": ["correct"], "levels": None},
+        "training": {"beta": 0.0, "max_steps": 2},
+        "results": {},
+    }
+    found = artifact.read(steered[1])
+    found.config.provenance = made
+    artifact.write(steered[1], found)
+    assert main(["info", str(steered[1])]) == 0
+    out = capsys.readouterr().out
+    assert "run         train_data=mine.jsonl, eval_data=none, rewards=['correct']\n" in out
+    assert "training    beta=0.0, max_steps=2\n" in out and "results" not in out
+    text = (steered[1] / CARD_FILE).read_text()
+    assert "- rewards: ['correct']" in text and "digits" not in text and "eval_limit" not in text
+    made["run"] |= {"train_data": "arithmetic", "eval_data": None}
+    made["results"] = {"after": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "problems": 10}}
+    artifact.write(steered[1], found)
+    assert main(["info", str(steered[1])]) == 0
+    out = capsys.readouterr().out
+    assert "eval_limit=200, operators=+-, digits=2" in out and "train_split" not in out
+    assert "results     after 0.500 [0.400, 0.600]\n" in out and "measured" not in out
+
+
 def test_generate_is_side_by_side_and_scale_zero_is_the_base(steered, capsys):
     model, vectors = (str(path) for path in steered)
     common = ["generate", model, "--vectors", vectors, "--prompt", "1+1=", "--max-new-tokens", "8"]

@@ -106,6 +106,8 @@ def test_the_printed_command_uses_the_vectors(whole: Path, base: Path) -> None:
     lines = (base / "whole.log").read_text().splitlines()
     tool, *arguments = shlex.split(lines[lines.index("Use them:") + 1])
     assert tool.endswith("steer") and "--vectors" in arguments
+    problems = [json.loads(row)["problem"] for row in (base / "heldout.jsonl").read_text().splitlines()]
+    assert arguments[arguments.index("--prompt") + 1] in problems
     # the installed script is one line around this call; here it runs from the checkout
     code = "import sys; from steer.cli import main; sys.exit(main())"
     done = started([sys.executable, "-c", code, *arguments], base)

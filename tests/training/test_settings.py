@@ -162,3 +162,34 @@ def test_checkpointing_is_known_of_a_model(build_tiny: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert recomputes_activations(model)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"num_generations": 6},
+            r"16 samples at once (per_device_train_batch_size=16) are no multiple of num_generations=6, the "
+            "samples of a prompt; set num_generations=4, or per_device_train_batch_size=18",
+        ),
+        (
+            {"num_generations": 8, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2},
+            "10 samples at once (per_device_train_batch_size=5 x gradient_accumulation_steps=2) are no "
+            "multiple of num_generations=8, the samples of a prompt; set num_generations=5, or "
+            "per_device_train_batch_size=8",
+        ),
+        (
+            {"num_generations": 4, "per_device_train_batch_size": 1, "steps_per_generation": 3},
+            "3 samples at once (steps_per_generation=3) are no multiple of num_generations=4, the samples of "
+            "a prompt; set num_generations=3, or per_device_train_batch_size=4",
+        ),
+    ],
+)
+def test_groups_that_do_not_fit_are_told_in_the_users_settings(asked: dict[str, int], message: str) -> None:
+    with pytest.raises(SteerError) as error:
+        make(**asked)
+    assert str(error.value) == message
+    less = int(message.partition("num_generations=")[2].partition("set num_generations=")[2].split(",")[0])
+    more = int(message.rpartition("=")[2])
+    make(**{**asked, "num_generations": less})
+    make(**{**asked, "per_device_train_batch_size": more})

@@ -362,7 +362,7 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         results["after"] = _scored(answered, study.prompts, trainer.args.max_completion_length)
     replace_file(folder / "log.json", json.dumps(member.log).encode())
     scores = {stage: results[stage] for stage in STAGES if stage in results}
-    made = {**settings.provenance(), "stopped": member.stopped, "results": scores}
+    made = {**settings.provenance(), "stopped": member.stopped, **({"results": scores} if scores else {})}
     config = replace(member.vectors.config, provenance=made)
     artifact.write(folder / "vectors", artifact.Artifact(config, member.vectors.tensors()))
     runs.write_results(folder, results)  # last: it says that all is there
