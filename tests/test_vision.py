@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import steer
 from steer import SteerError, SteeringConfig
 from steer.cli import main
-from steer.export import peft
+from steer.export import checkpoint, peft
 from steer.models import load_model, skeleton
 from steer.sites import find_decoder
 
@@ -190,6 +190,18 @@ def test_a_peft_adapter_of_a_vision_language_model(tmp_path: Path) -> None:
     adapted = PeftModel.from_pretrained(tiny.model, str(tmp_path / "adapter"))
     with torch.no_grad():
         assert relative(adapted(**tiny.seen).logits, steered) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["constant", "adaptive"])
+def test_a_plain_checkpoint_is_refused(kind: str, tmp_path: Path) -> None:
+    model = tiny_vision("llava")
+    model.save_pretrained(tmp_path / "model")
+    vectors = fill(steer.attach(model, SteeringConfig(kind=kind)))
+    made = steer.Artifact(vectors.config, vectors.tensors())
+    with pytest.raises(SteerError, match="is a vision-language model, and plain checkpoints") as error:
+        checkpoint.write(made, str(tmp_path / "model"), tmp_path / "out")
+    message(error)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen3_vl"])

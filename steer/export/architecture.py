@@ -93,6 +93,10 @@ LAYERS: dict[str, Layer] = {
 }
 
 
+# A layer is given and returns more than one stream.
+SEVERAL_STREAMS = ("deepseek_v4", "gemma3n_text", "hy_v4", "qwen4_exp_text")
+
+
 def layer_names(model_type: str | None) -> Layer:
     """The row of `model_type`; SteerError when the table has none."""
     if model_type not in LAYERS:
@@ -129,6 +133,15 @@ def check_everywhere(config: SteeringConfig, target: str) -> None:
         raise SteerError(
             f"{target} steers every token, these vectors only {config.positions!r}; use steer.load, or train "
             "with positions='all'"
+        )
+
+
+def check_one_stream(config: SteeringConfig, target: str) -> None:
+    """SteerError for models of several residual streams (hyper-connections, AltUp), which are all steered."""
+    if config.model_type in SEVERAL_STREAMS:
+        raise SteerError(
+            f"{target} cannot hold {config.site} vectors of {config.model_type}: it keeps several residual "
+            "streams, and tools that read this format may steer one of them; use steer.load"
         )
 
 

@@ -71,6 +71,11 @@ def write(
     model: Any = load_model(model_name, dtype="auto", **common)
     if getattr(model, "quantization_method", None) is not None:
         raise SteerError(f"{model_name} is quantised; write the checkpoint from its unquantised weights")
+    if getattr(model.config, "vision_config", None) is not None:
+        raise SteerError(
+            f"{model_name} is a vision-language model, and plain checkpoints hold text models; export "
+            "a PEFT adapter, or use steer.load"
+        )
     vectors = load(artifact, model)  # refuses vectors of another shape, warns of other weights
     steered = _logits(model)
     with vectors.disabled():

@@ -36,7 +36,7 @@ from steer.artifact_file import MAX_BYTES
 from steer.artifact_scores import for_export, without_scores
 from steer.config import SteeringConfig
 from steer.errors import SteerError
-from steer.export.architecture import check_everywhere
+from steer.export.architecture import check_everywhere, check_one_stream
 from steer.export.gguf_header import parse, short
 from steer.export.origin import origin
 from steer.files import replace_file
@@ -68,6 +68,7 @@ def write(artifact: Artifact, path: str | os.PathLike[str], *, block_0: str = "r
     config, path = artifact.config, Path(path)
     _check_choice(block_0, tuple(BLOCK_0))
     check_everywhere(config, "a GGUF control vector")
+    check_one_stream(config, "a GGUF control vector")
     if config.site != "resid_post":
         raise SteerError(
             f"a GGUF control vector is added after a block, these vectors at {config.site}; only those of "

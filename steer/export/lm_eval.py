@@ -22,7 +22,7 @@ from steer import artifact as artifacts
 from steer.artifact import Artifact
 from steer.artifact_file import MAX_BYTES
 from steer.errors import SteerError, shown
-from steer.export.architecture import bias_place, check_everywhere, layer_names
+from steer.export.architecture import bias_place, check_everywhere, check_one_stream, layer_names
 from steer.export.origin import origin
 from steer.files import replace_file
 from steer.sites import find_decoder
@@ -43,6 +43,7 @@ def write(artifact: Artifact, path: str | os.PathLike[str]) -> Path:
         raise SteerError(f"lm-eval reads .pt and .pth files only, got {path.name!r}; name it vectors.pt")
     vectors = artifact.by_layer()
     check_everywhere(config, "lm-eval")
+    check_one_stream(config, "lm-eval")
     # the layer's output needs no table; the others are the outputs of their last matrix
     place = "" if config.site == "resid_post" else f".{bias_place(config, 'lm-eval')}"
     stack = artifact.decoder.partition(".")[2]  # lm-eval looks below the module that holds the backbone

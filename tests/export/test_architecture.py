@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 import steer
 from evals.architectures import tiny
 from steer import SteerError, SteeringConfig
-from steer.export.architecture import LAYERS, bias_place, check_same_logits, layer_names
-from steer.sites import find_decoder
+from steer.artifact import Artifact
+from steer.export import gguf, lm_eval
+from steer.export.architecture import LAYERS, SEVERAL_STREAMS, bias_place, check_same_logits, layer_names
+from steer.sites import find_decoder, find_streams
 
 VISION = {f"{name}_text": name for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
 WHOLE = {"emu3_text_model": "emu3"}  # types of text models that transformers makes as part of another
@@ -120,3 +122,22 @@ def test_logits_that_differ_are_refused(dtype):
     half = base + 0.5 * (steered - base)
     with pytest.raises(SteerError, match=r"would not compute what the steered model does.* by 0\.5 of what"):
         check_same_logits(half.to(dtype), steered.to(dtype), base.to(dtype), "x")
+
+
+@pytest.mark.parametrize("model_type", [*SEVERAL_STREAMS, "gemma4_text", "llama"])
+def test_models_of_several_streams_are_not_written_for_tools_that_may_steer_one(model_type, tmp_path):
+    model = tiny(model_type)
+    several = find_streams(find_decoder(model)) is not None
+    assert several == (model_type in SEVERAL_STREAMS)
+    vectors = fill(steer.attach(model))
+    made = Artifact(vectors.config, vectors.tensors())
+    for write in (
+        lambda: gguf.write(made, tmp_path / "v.gguf", block_0="keep"),
+        lambda: lm_eval.write(made, tmp_path / "v.pt"),
+    ):
+        if not several:
+            write()
+            continue
+        with pytest.raises(SteerError, match="several residual streams") as error:
+            write()
+        message(error)
