@@ -94,6 +94,7 @@ def attach(runner: Any, config: Any, slots: int) -> Bank:
     model = runner.get_model()
     num_hidden_layers = config.model_config.get_total_num_hidden_layers()
     layers = find_layers(model, num_hidden_layers)
+    check_stream(model, layers, config.model_config)
     hidden_size = config.model_config.get_hidden_size()
     tokens = config.scheduler_config.max_num_batched_tokens
     sizes = [tokens, *(config.compilation_config.cudagraph_capture_sizes or [])]
@@ -128,6 +129,20 @@ def find_layers(model: nn.Module, num_hidden_layers: int) -> dict[int, nn.Module
         )
     (layers,) = stacks
     return {i: layer for i, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer)}
+
+
+def check_stream(model: nn.Module, layers: dict[int, nn.Module], model_config: Any) -> None:
+    """SteerError where adding a vector to what a layer returns is not adding it to the residual stream."""
+    what = f"the engine cannot steer {type(model).__name__}"
+    streams = getattr(model_config.hf_text_config, "altup_num_inputs", 1)
+    if streams > 1:
+        raise SteerError(f"{what}: its layers return {streams} streams (altup_num_inputs) and not one")
+    scaled = any(getattr(layer, "routed_scaling_factor", 1.0) != 1.0 for layer in layers.values())
+    if scaled and model_config.dtype == torch.float16:  # DeepSeek, against overflow
+        raise SteerError(
+            f"{what} in float16, where vLLM divides the residual stream by routed_scaling_factor; start it "
+            "with --dtype bfloat16"
+        )
 
 
 def _follow_batches(runner: Any, steering: Bank) -> None:
