@@ -7,9 +7,11 @@ and a checkpoint is an artifact plus optimizer state: the base model is never wr
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +34,8 @@ from steer.training.loss import importance_weights, limited_shares
 from steer.training.mismatch import MismatchCheck
 from steer.training.resuming import newest_checkpoint
 from steer.vectors import SteeringVectors, attach, attached, detach
+
+log = logging.getLogger(__name__)
 
 
 class SteeringGRPOTrainer(GroupGRPOTrainer):
@@ -73,6 +77,7 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
             raise SteerError(
                 "the model already has steering vectors; pass no `steering`, or steer.detach(model) first"
             )
+        _still(policy)
         self.vectors: SteeringVectors = attached(policy) if has_vectors else attach(policy, steering)
         try:
             with compat.trainable_when_quantised(policy), self._engine(args):
@@ -170,6 +175,29 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.vectors.set_tensors(artifact.read(resume_from_checkpoint).tensors)
+
+
+def _still(model: nn.Module) -> None:
+    """
+    Keep routers with noise in evaluation mode. In training mode they choose other experts than those that
+    sampled, to spread the load over experts that learn; these are frozen.
+    """
+    noisy = [
+        module
+        for module in model.modules()
+        if any(
+            "jitter" in name and isinstance(value, float) and value for name, value in vars(module).items()
+        )
+    ]
+    for module in noisy:
+        module.eval()
+        module.__dict__["train"] = partial(_unchanged, module)
+    if noisy:
+        log.info("the noise of %d routers in training is off, since the experts are frozen", len(noisy))
+
+
+def _unchanged(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
 
 
 def make_optimizer(

@@ -36,14 +36,14 @@ def hooked(model: PreTrainedModel) -> list[torch.Tensor]:
     return vectors
 
 
-def naive_gradient(model_type: str, rows: list[tuple[list[int], list[int], float]]) -> list[torch.Tensor]:
+def naive_gradient(
+    model: PreTrainedModel, rows: list[tuple[list[int], list[int], float]]
+) -> list[torch.Tensor]:
     """
     Of -advantage * log p(completion) summed over tokens and divided by their number, row by row without
     padding, caches or shared prompts.
     """
-    model = tiny(model_type)
-    model.requires_grad_(False)
-    vectors = hooked(model)
+    vectors = hooked(model.requires_grad_(False))
     loss = torch.zeros(())
     for prompt, completion, reward in rows:
         others = [other for p, _, other in rows if p == prompt]
@@ -54,6 +54,29 @@ def naive_gradient(model_type: str, rows: list[tuple[list[int], list[int], float
     return list(torch.autograd.grad(loss / sum(len(ids) for _, ids, _ in rows), vectors))
 
 
+def check_update(
+    model: PreTrainedModel, plain: PreTrainedModel, tokenizer: Any, folder: Any, **settings: Any
+) -> None:
+    """One update by gradient descent with a rate of 1 against `naive_gradient` of `plain`, the same model."""
+    rows: list[tuple[list[int], list[int], float]] = []
+
+    def reward(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        values = [float(sum(ids) % 7) for ids in completion_ids]
+        read = tokenizer(prompts, add_special_tokens=False).input_ids
+        rows.extend(zip(read, completion_ids, values, strict=True))
+        return values
+
+    plain_descent = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1}
+    trainer = make_trainer(model, tokenizer, config(folder, **plain_descent, **settings), reward)
+    trainer.train()
+    moved = [-vector for vector in trainer.vectors.tensors().values()]
+    expected = naive_gradient(plain, rows)
+    size = max(gradient.norm() for gradient in expected)
+    assert size > 1e-3
+    for got, gradient in zip(moved, expected, strict=True):
+        assert (got - gradient).norm() < 1e-4 * size
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("shared", [True, False], ids=["prompts shared", "prompts not shared"])
 def test_an_update_is_the_gradient_of_plain_hooks(
@@ -61,26 +84,25 @@ def test_an_update_is_the_gradient_of_plain_hooks(
 ) -> None:
     model = tiny(model_type)
     assert routed(model) > 0
-    rows: list[tuple[list[int], list[int], float]] = []
-
-    def reward(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
-        values = [float(sum(ids) % 7) for ids in completion_ids]
-        read = tiny_tokenizer(prompts, add_special_tokens=False).input_ids
-        rows.extend(zip(read, completion_ids, values, strict=True))
-        return values
-
-    plain_descent = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1}
-    args = config(tmp_path, share_prompts=shared, **plain_descent)
-    trainer = make_trainer(model, tiny_tokenizer, args, reward)
     if shared:
         assert fast_paths(model).sampler is None and fast_paths(model).scorer is None
-    trainer.train()
-    moved = [-vector for vector in trainer.vectors.tensors().values()]
-    expected = naive_gradient(model_type, rows)
-    size = max(gradient.norm() for gradient in expected)
-    assert size > 1e-3
-    for got, gradient in zip(moved, expected, strict=True):
-        assert (got - gradient).norm() < 1e-4 * size
+    check_update(model, tiny(model_type), tiny_tokenizer, tmp_path, share_prompts=shared)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "phimoe"])
+def test_the_noise_of_routers_in_training_is_off(model_type: str, tiny_tokenizer: Any, tmp_path: Any) -> None:
+    noise = {"router_jitter_noise": 0.3} | ({"input_jitter_noise": 0.3} if model_type == "phimoe" else {})
+    model, ids = tiny(model_type, **noise), torch.tensor([[5, 17, 40, 9, 33]])
+    with torch.no_grad():
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        model.eval()
+        expected = model(ids).logits
+    check_update(model, tiny(model_type, **noise), tiny_tokenizer, tmp_path)
+    model.steering_vectors.scale = 0.0
+    with torch.no_grad():
+        model.train()
+        assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
