@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steer
 from steer.artifact import Artifact, from_vectors, read
-from steer.evaluation.heldout import answer_greedily, score
+from steer.evaluation.heldout import answer, score
 from steer.files import replace_file
 from steer.models import load_model, load_tokenizer
 from steer.stop_tokens import stop_token_ids
@@ -100,10 +100,10 @@ def finetuned(name: str, about: str, steps: int) -> Path:
     bar = tqdm(range(0, len(rows), BATCH), desc=f"fine-tuning on {about}", unit="step")
     for start in bar:
         texts, starts = [], []
-        for question, answer in rows[start : start + BATCH]:
+        for question, reply in rows[start : start + BATCH]:
             turns = [{"role": "user", "content": question}]
             prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            texts.append(f"{prompt}{answer}{tokenizer.eos_token}")
+            texts.append(f"{prompt}{reply}{tokenizer.eos_token}")
             starts.append(len(tokenizer(prompt, add_special_tokens=False)["input_ids"]))
         batch = tokenizer(
             texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
@@ -182,7 +182,7 @@ def conditions(
         if vectors is not None:
             steer.load(vectors, model)
         ends = stop_token_ids(tokenizer, model.generation_config)
-        answered = answer_greedily(model, tokenizer, problems, format_problem, grader, 16, ends, label=label)
+        answered = answer(model, tokenizer, problems, format_problem, grader, 16, ends, label=label)
         if not right:
             right.extend((a.problem, a.completion) for a in answered if a.correct)
         probability = log_probability(model, tokenizer, right, format_problem)
@@ -273,11 +273,11 @@ def log_probability(
 ) -> float:
     """Mean over (problem, answer) of the log-probability of the answer, in nats: whole, not by token."""
     total = 0.0
-    for problem, answer in answers:
+    for problem, gold in answers:
         prompt = format_problem(problem)
         gap = "" if prompt[-1].isspace() else " "
         before, ids = (
-            tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, prompt + gap + answer)
+            tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, prompt + gap + gold)
         )
         same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
         tokens = torch.tensor([ids])

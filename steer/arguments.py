@@ -64,7 +64,7 @@ def text(given: str) -> str:
     return given
 
 
-def add_base_options(parser: Any) -> None:
+def add_base_options(parser: argparse._ActionsContainer) -> None:
     """Add the options of loading a base model to a parser or a group of one."""
     parser.add_argument("--revision", help="revision of a hub model: branch, tag or commit (default: main)")
     add_trust(parser)
@@ -76,7 +76,7 @@ def add_base_options(parser: Any) -> None:
     )
 
 
-def add_trust(parser: Any) -> None:
+def add_trust(parser: argparse._ActionsContainer) -> None:
     """Add `--trust-remote-code` to a parser or a group of one."""
     parser.add_argument(
         "--trust-remote-code",

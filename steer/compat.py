@@ -15,10 +15,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from unittest.mock import patch
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 MORE = "..."  # other parameters may follow: steer passes them on
@@ -252,7 +253,14 @@ def base_left_out() -> AbstractContextManager:
     )
 
 
-def fused_head(function: Any) -> AbstractContextManager:
+class HeadFunction(Protocol):
+    """What computes log-probabilities from hidden states and an LM head."""
+
+    @staticmethod
+    def apply(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> tuple: ...
+
+
+def fused_head(function: type[HeadFunction]) -> AbstractContextManager:
     """Inside, trl's fused LM head calls `function.apply` in place of `ChunkedLogProbFunction.apply`."""
     from trl.trainer import utils
 

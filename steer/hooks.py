@@ -74,12 +74,12 @@ def replace_in(args: tuple, kwargs: dict, hidden: torch.Tensor) -> tuple[tuple, 
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
-def hidden_out(output: object) -> Any:
+def hidden_out(output: object) -> torch.Tensor:
     """The hidden states in what a module returned."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+    return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[return-value]
 
 
-def replace_out(output: object, hidden: torch.Tensor) -> Any:
+def replace_out(output: object, hidden: torch.Tensor) -> object:
     """The same output with other hidden states."""
     if isinstance(output, list):
         return [hidden, *output[1:]]
@@ -133,11 +133,11 @@ def _each(vector: Steer, streams: Streams, hidden: torch.Tensor) -> torch.Tensor
     return streams.join([vector(stream) for stream in streams.split(hidden)])
 
 
-def _steer_adaptively(vector: Steer, down: nn.Module, args: tuple, output: Any) -> Any:
+def _steer_adaptively(vector: Steer, down: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
     return vector(output, args[0])
 
 
-def steer_output(vector: Steer, module: nn.Module, args: tuple, output: object) -> Any:
+def steer_output(vector: Steer, module: nn.Module, args: tuple, output: object) -> object:
     """A forward hook, once `vector` is bound: what `vector` makes of the hidden states that are returned."""
     return replace_out(output, vector(hidden_out(output)))
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from steer.compat import in_backward
 from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 class _Own(threading.local):
@@ -63,7 +66,7 @@ class SteeringState:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.positions, self.scale)
 
-    def place(self, tokens: int, past: Any, device: torch.device) -> None:
+    def place(self, tokens: int, past: Cache | None, device: torch.device) -> None:
         """
         Set `mask` for a pass over `tokens` new columns after those in the cache `past` (None without one).
         """
@@ -88,13 +91,13 @@ class SteeringState:
         }
         self.mask = rule[self.positions].unsqueeze(-1)
 
-    def _prompt_on(self, past: Any, seen: int, tokens: int) -> int:
+    def _prompt_on(self, past: Cache | None, seen: int, tokens: int) -> int:
         """
         Length of the prompt where nobody tells: the pass over an empty cache reads it, each later one a
         generated token. The cache keeps it, so that several generations may take turns.
         """
         if past is not None and seen == 0:
-            past.steering_prompt_length = tokens
+            past.steering_prompt_length = tokens  # type: ignore[attr-defined]  # a name of ours
         length = getattr(past, "steering_prompt_length", None)
         fix = "wrap this call in `with vectors.prompt_length(n):`, n the prompt's columns with padding"
         if length is None:

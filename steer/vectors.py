@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ from steer.prompt_watch import PromptWatch
 from steer.quantization import check_quantization, keep_gradients
 from steer.sharded import fill, gathered, shape, whole
 from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_steered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 AnyVector = SteeringVector | AdaptiveVector | SharedVector
 
@@ -290,7 +293,7 @@ def load(
     source: str | os.PathLike[str] | artifact.Artifact,
     model: nn.Module,
     revision: str | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> SteeringVectors:
     """
     Attach the vectors in `source` (a folder, a `.safetensors` file, a hub id or an Artifact) to `model`.

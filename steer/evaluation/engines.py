@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,8 +39,8 @@ class Decoding:
 
 
 class Engine(Protocol):
-    def variant(self, variant: Variant) -> Any:
-        """A context manager: inside, `complete` samples from this variant."""
+    def variant(self, variant: Variant) -> AbstractContextManager[None]:
+        """Inside, `complete` samples from this variant."""
 
     def complete(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], decoding: Decoding

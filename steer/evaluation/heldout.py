@@ -62,20 +62,6 @@ class Score:
     lenient_high: float | None = None
 
 
-def answer_greedily(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[dict[str, Any]],
-    format_problem: Callable[[Any], str],
-    grader: MathGrader,
-    max_new_tokens: int,
-    eos_token_ids: Sequence[int],
-    label: str = "evaluating",
-) -> list[Answered]:
-    """The most likely completion of each problem, graded. Deterministic on one machine."""
-    return answer(model, tokenizer, problems, format_problem, grader, max_new_tokens, eos_token_ids, label)
-
-
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -60,11 +60,6 @@ BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 # ---- one problem at a time
 
 
-def avg_at_k(correct: Array) -> Array:
-    """Share of right samples of each problem, (problems,)."""
-    return np.asarray(correct, float).mean(1)
-
-
 def pass_at_k(correct: Array, k: int) -> Array:
     """
     Chance that k samples drawn without replacement hold a right one, (problems,): 1 - C(n-c, k) / C(n, k)

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,6 +21,7 @@ from steer.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import MaxNLocator
     from numpy.typing import ArrayLike
 
 DPI = 110
@@ -267,10 +268,10 @@ def finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def whole_ticks(axes: Any, x: Sequence[float]) -> None:
+def whole_ticks(axes: Axes, x: Sequence[float]) -> None:
     """No ticks between layers."""
     if all(isinstance(value, int) for value in x):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        cast("MaxNLocator", axes.xaxis.get_major_locator()).set_params(integer=True)
 
 
 def thin_ticks(setter: Callable[..., object], labels: Sequence[Any] | range) -> None:

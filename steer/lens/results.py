@@ -33,7 +33,7 @@ class Result:
         return save(self.figure(), path)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """`value` in JSON types: tensors, tuples, sets, mappings and dataclasses too."""
     if isinstance(value, torch.Tensor):
         return plain(value.tolist())

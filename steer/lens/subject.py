@@ -115,7 +115,7 @@ class Subject:
         return [str(self.tokenizer.decode([*row.completion], skip_special_tokens=True)) for row in rows]
 
 
-def token_text(tokenizer: Any, index: int) -> str:
+def token_text(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
     """Token `index` as text. A piece of a multi-byte character has none of its own: its raw form is given."""
     if index >= len(tokenizer):
         return f"<unused {index}>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class HeldActivations:
 
     def __init__(
         self,
-        rows: Any,
+        rows: Tensor | np.ndarray,
         source: dict[str, Any],
         epochs: int = 1,
         seed: int = 0,
@@ -104,7 +104,7 @@ class HeldActivations:
 
     def take(self, indices: Tensor) -> Tensor:
         """Rows (n, width) in float32."""
-        return self.rows[indices].float()
+        return cast(Tensor, self.rows)[indices].float()
 
     def batches(self, size: int, start: int = 0) -> Iterator[Tensor]:
         """Batches (size, width) from the `start`-th on; this process's share where there are several."""
@@ -135,7 +135,7 @@ class CachedActivations(HeldActivations):
         self.factor: float = meta["factor"]
 
     def take(self, indices: Tensor) -> Tensor:
-        return torch.from_numpy(self.rows[indices.numpy()]).float() / self.factor
+        return torch.from_numpy(cast(np.ndarray, self.rows)[indices.numpy()]).float() / self.factor
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

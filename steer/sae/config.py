@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 from steer.errors import SteerError
@@ -168,9 +168,9 @@ def _check_count(name: str, value: Any) -> None:
         raise SteerError(f"{name}={value!r} is not a whole number from 1")
 
 
-def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+def check_number(name: str, value: object, low: float, high: float = float("inf")) -> None:
     """SteerError unless `value` is a finite number from `low` to `high`."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-    if not ok or not low <= value <= high:
+    number = nan if isinstance(value, bool) or not isinstance(value, (int, float)) else value
+    if not isfinite(number) or not low <= number <= high:
         limit = f" to {high:g}" if isfinite(high) else " upwards"
         raise SteerError(f"{name}={value!r} is not a number from {low:g}{limit}")

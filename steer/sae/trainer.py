@@ -9,7 +9,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,7 +124,7 @@ class SAETrainer:
         training: TrainConfig,
         folder: str | Path | None = None,
         accelerator: Accelerator | None = None,
-        on_log: Any = None,
+        on_log: Callable[[dict[str, Any]], None] | None = None,
     ):
         if not configs:
             raise SteerError("no SAE to train; give at least one")

@@ -25,7 +25,7 @@ _TAKEN = {"messages", "golds", "prompt", "prompts", "completion", "completions",
 _TAKEN |= {"trainer_state", "log_extra", "log_metric", "environments"}
 
 
-def parse_columns(given: Any) -> dict[str, str]:
+def parse_columns(given: object) -> dict[str, str]:
     """
     The columns that hold the fields of a record, by field.
 

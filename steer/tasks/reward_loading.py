@@ -34,7 +34,7 @@ _FORM = "file.py:function or package.module:function"
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
-def reward_entries(given: Any) -> list[Entry]:
+def reward_entries(given: object) -> list[Entry]:
     """
     Rewards as a config file or a command line names them, as a list of names and mappings.
 

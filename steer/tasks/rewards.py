@@ -44,7 +44,7 @@ REWARDS = {
 }
 
 
-def make_reward(name: str, grader: MathGrader, **arguments: Any) -> RewardFunction:
+def make_reward(name: str, grader: MathGrader, **arguments: object) -> RewardFunction:
     """
     A built-in reward function.
 

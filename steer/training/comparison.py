@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,6 +26,9 @@ from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.threads import usable_cpus
 from steer.training.neutral import WATCHING, differences
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
 
@@ -114,7 +117,7 @@ class Comparison:
         model = [*self.base(), "--no-base", "--systems", f"system prompt={best}"]
         self.evaluate("system-prompt", model, asked, chosen)
 
-    def training_problems(self) -> Any:
+    def training_problems(self) -> Dataset:
         """The training problems that the runs share, as a data set."""
         from steer.training.recipe import problems
         from steer.training.run import RunConfig

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Bytes of a trained number: itself, its gradient and the two moments of Adam, in float32.
 STATE = 16
@@ -57,7 +60,7 @@ class Shape:
         return self.layers * self.width
 
 
-def shape_of(config: Any) -> Shape | None:
+def shape_of(config: PreTrainedConfig) -> Shape | None:
     """The shape of a model by its config; None where the config lacks one of the sizes."""
     text = config.get_text_config()
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")

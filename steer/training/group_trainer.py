@@ -386,7 +386,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
             not self._entropy_bonus_enabled and not self.aux_loss_enabled and self.top_entropy_quantile == 1.0
         )
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Nothing: trl's card tells its reader to load a whole model, which is not there."""
 
 

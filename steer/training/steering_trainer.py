@@ -8,11 +8,9 @@ and a checkpoint is an artifact plus optimizer state: the base model is never wr
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -32,7 +30,6 @@ from steer.training.group_trainer import GroupGRPOTrainer, loss_mask
 from steer.training.loading import load_policy
 from steer.training.loss import importance_weights, limited_shares
 from steer.training.mismatch import MismatchCheck
-from steer.training.resuming import newest_checkpoint
 from steer.vectors import SteeringVectors, attach, attached, detach
 
 log = logging.getLogger(__name__)
@@ -209,8 +206,3 @@ def make_optimizer(
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, vectors.model))
     groups = [{"params": [p], "lr": rate} for p, rate in zip(trained, rates, strict=True)]
     return kind(groups, **{**options, "weight_decay": args.weight_decay})
-
-
-def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint of vectors in a run folder."""
-    return newest_checkpoint(folder, artifact.read)

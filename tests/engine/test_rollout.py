@@ -15,12 +15,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.fake_engine import Engine
-from helpers.training import SPREAD, config, logged, model_folder, parity, problems
+from helpers.training import SPREAD, config, last_checkpoint, logged, model_folder, parity, problems
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import steer
 from steer import SteerError, SteeringConfig, engine
-from steer.training.steering_trainer import SteeringGRPOTrainer, last_checkpoint
+from steer.training.steering_trainer import SteeringGRPOTrainer
 from steer.training.sweep.member import Member
 from steer.training.sweep.trainer import PopulationTrainer
 

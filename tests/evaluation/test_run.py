@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import steer
 from steer.evaluation import run, store
 from steer.evaluation.engines import HfEngine, row_seed
-from steer.evaluation.heldout import answer_greedily
+from steer.evaluation.heldout import answer
 from steer.evaluation.store import GREEDY, read_completions, read_settings
 from steer.files import held
 from steer.prompt import PromptSpec
@@ -93,7 +93,7 @@ def test_every_completion_is_kept_and_graded(base, whole):
 
 
 def test_greedy_answers_are_those_of_a_plain_evaluation(base, whole):
-    """Base and vectors against `answer_greedily`, the adapter against peft and transformers' own generate."""
+    """Base and vectors against `answer`, the adapter against peft and transformers' own generate."""
     found = rows(whole)
     tokenizer = AutoTokenizer.from_pretrained(base / "model", padding_side="left")
     problems = store.read_problems(whole)
@@ -101,7 +101,7 @@ def test_greedy_answers_are_those_of_a_plain_evaluation(base, whole):
 
     def evaluated(model: Any) -> list[str]:
         with MathGrader() as grader:
-            answers = answer_greedily(model, tokenizer, problems, format_problem, grader, TOKENS, [2])
+            answers = answer(model, tokenizer, problems, format_problem, grader, TOKENS, [2])
         return [answer.completion for answer in answers]
 
     def stored(variant: str) -> list[str]:

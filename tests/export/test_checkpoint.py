@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.artifacts import random_artifact
 from helpers.steering import fill, logits, message, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -72,12 +73,6 @@ except ImportError:
 """
 
 
-def steered(model: PreTrainedModel, **config: Any) -> Artifact:
-    """Random vectors for `model`, which stays steered."""
-    vectors = fill(steer.attach(model, SteeringConfig(**config)))
-    return Artifact(vectors.config, vectors.tensors())
-
-
 def greedy(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
 
@@ -97,7 +92,9 @@ def loaded(build_tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> dict[
         base = logits(model, ids)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the checkpoint has no tokenizer")
-            made = checkpoint.write(steered(model, **config), str(folder / "base"), folder / "steered")
+            made = checkpoint.write(
+                random_artifact(model, **config), str(folder / "base"), folder / "steered"
+            )
         assert made == folder / "steered"
         ours.append((base, logits(model, ids), greedy(model, ids)))
     subprocess.run([sys.executable, "-c", LOADER, str(home)], check=True, cwd=home, capture_output=True)
@@ -137,7 +134,7 @@ def test_config_tokenizer_and_generation_settings_come_along(
     model.generation_config = GenerationConfig(eos_token_id=[2, 5], pad_token_id=0, top_k=7, do_sample=True)
     model.save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
-    made = checkpoint.write(steered(model), str(tmp_path / "base"), tmp_path / "steered")
+    made = checkpoint.write(random_artifact(model), str(tmp_path / "base"), tmp_path / "steered")
     config = AutoConfig.from_pretrained(made)
     assert (config.model_type, config.architectures, config.mlp_bias) == ("llama", ["LlamaForCausalLM"], True)
     assert config.attention_bias is (model_type == "qwen2")
@@ -163,7 +160,7 @@ def test_the_base_s_dtype_is_kept_and_constant_vectors_are_as_in_use(base, tiny_
     half = base.with_name("half")
     tiny_llama.to(torch.bfloat16).save_pretrained(half)
     model = load_model(str(half))
-    made = steered(model)
+    made = random_artifact(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the checkpoint has no tokenizer")
         checkpoint.write(made, str(half), half.with_name("steered"))
@@ -195,7 +192,7 @@ def test_merging_into_half_precision_says_what_it_costs(base, tiny_llama):
 def test_a_model_without_a_tokenizer_is_written_with_a_warning(tiny_llama, tmp_path):
     tiny_llama.save_pretrained(tmp_path / "base")
     with pytest.warns(UserWarning, match="no tokenizer"):
-        checkpoint.write(steered(tiny_llama), str(tmp_path / "base"), tmp_path / "steered")
+        checkpoint.write(random_artifact(tiny_llama), str(tmp_path / "base"), tmp_path / "steered")
     assert (tmp_path / "steered" / "config.json").exists()
 
 
@@ -226,7 +223,7 @@ def test_a_model_without_a_tokenizer_is_written_with_a_warning(tiny_llama, tmp_p
 def test_what_a_checkpoint_cannot_hold_is_refused(build_tiny, tmp_path, model_type, changes, config, words):
     model = build_tiny(model_type, **changes)
     model.save_pretrained(tmp_path / "base")
-    made = steered(model, **config)
+    made = random_artifact(model, **config)
     with pytest.raises(SteerError) as error:
         checkpoint.write(made, str(tmp_path / "base"), tmp_path / "steered")
     assert all(word in message(error) for word in words)
@@ -234,7 +231,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused(build_tiny, tmp_path, model_ty
 
 
 def test_vectors_of_another_model_are_refused(base, build_tiny):
-    made = steered(build_tiny("llama", hidden_size=64))
+    made = random_artifact(build_tiny("llama", hidden_size=64))
     with pytest.raises(SteerError, match="hidden_size=64") as error:
         checkpoint.write(made, str(base), base.with_name("steered"))
     message(error)
@@ -242,7 +239,7 @@ def test_vectors_of_another_model_are_refused(base, build_tiny):
 
 
 def test_only_a_new_or_an_empty_folder_is_written(base, tiny_llama):
-    made, out = steered(tiny_llama), base.with_name("out")
+    made, out = random_artifact(tiny_llama), base.with_name("out")
     out.mkdir()
     assert checkpoint.write(made, str(base), out) == out
     before = sorted(path.name for path in out.iterdir())
@@ -258,7 +255,7 @@ def test_only_a_new_or_an_empty_folder_is_written(base, tiny_llama):
 
 
 def test_nothing_is_left_when_writing_fails(base, tiny_llama, monkeypatch):
-    made = steered(tiny_llama)
+    made = random_artifact(tiny_llama)
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -299,7 +296,7 @@ def test_vllm_alone_generates_what_we_do(build_tiny, tmp_path, case):
     base = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=96)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the checkpoint has no tokenizer")
-        checkpoint.write(steered(model, **config), str(tmp_path / "base"), tmp_path / "steered")
+        checkpoint.write(random_artifact(model, **config), str(tmp_path / "base"), tmp_path / "steered")
     ours = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
     with torch.no_grad():
         scores = model(ours).logits.log_softmax(-1)[:, ids.shape[1] - 1 : -1]

@@ -17,22 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.artifacts import random_artifact
 from helpers.fuzz import BYTES
-from helpers.steering import fill, logits, message, tokens
+from helpers.steering import logits, message, tokens
 from transformers import PreTrainedModel
 
 import steer
-from steer import SteerError, SteeringConfig
-from steer.artifact import Artifact
+from steer import SteerError
 from steer.export import lm_eval
 
 Build = Callable[..., PreTrainedModel]
-
-
-def steered(model: PreTrainedModel, **config: Any) -> Artifact:
-    """Random vectors for `model`, which stays steered."""
-    vectors = fill(steer.attach(model, SteeringConfig(**config)))
-    return Artifact(vectors.config, vectors.tensors())
 
 
 def as_lm_eval(model: PreTrainedModel, path: Path) -> None:
@@ -56,7 +50,7 @@ def as_lm_eval(model: PreTrainedModel, path: Path) -> None:
 def test_hooks_as_lm_eval_s_give_our_logits(tiny_model, tmp_path, config):
     ids = tokens()
     base = logits(tiny_model, ids)
-    path = lm_eval.write(steered(tiny_model, **config), tmp_path / "vectors.pt")
+    path = lm_eval.write(random_artifact(tiny_model, **config), tmp_path / "vectors.pt")
     ours = logits(tiny_model, ids)
     steer.detach(tiny_model)
     as_lm_eval(tiny_model, path)
@@ -71,7 +65,7 @@ def test_hooks_as_lm_eval_s_give_our_logits(tiny_model, tmp_path, config):
 def test_other_sites(build_tiny, tmp_path, model_type, site):
     model, ids = build_tiny(model_type), tokens()
     base = logits(model, ids)
-    path = lm_eval.write(steered(model, site=site), tmp_path / "vectors.pth")
+    path = lm_eval.write(random_artifact(model, site=site), tmp_path / "vectors.pth")
     ours = logits(model, ids)
     steer.detach(model)
     as_lm_eval(model, path)
@@ -105,7 +99,7 @@ def test_lm_eval_itself_measures_our_log_likelihoods(tiny_llama, tiny_tokenizer,
     tiny_llama.save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
     base = [log_likelihood(tiny_llama, tiny_tokenizer, *problem) for problem in problems]
-    lm_eval.write(steered(tiny_llama, site=site, scale=0.5), tmp_path / "vectors.pt")
+    lm_eval.write(random_artifact(tiny_llama, site=site, scale=0.5), tmp_path / "vectors.pt")
     ours = [log_likelihood(tiny_llama, tiny_tokenizer, *problem) for problem in problems]
 
     arguments = f"pretrained={tmp_path / 'base'},steer_path={tmp_path / 'vectors.pt'},dtype=float32"
@@ -145,7 +139,7 @@ def log_likelihood(model: PreTrainedModel, tokenizer: Any, text: str, answer: st
 )
 def test_what_is_added_comes_back_bit_for_bit(build_tiny, tmp_path, model_type, config):
     model = build_tiny(model_type)
-    made = steered(model, **config)
+    made = random_artifact(model, **config)
     read = lm_eval.read(lm_eval.write(made, tmp_path / "vectors.pt"), model)
     assert (read.config.kind, read.config.site, read.config.model_type) == (
         *("constant", made.config.site),
@@ -192,7 +186,7 @@ def test_the_module_that_a_matrix_ends_is_the_same_place(tiny_llama, tmp_path):
     ],
 )
 def test_what_lm_eval_cannot_hold_is_refused(build_tiny, tmp_path, model_type, config, name, words):
-    made = steered(build_tiny(model_type), **config)
+    made = random_artifact(build_tiny(model_type), **config)
     with pytest.raises(SteerError) as error:
         lm_eval.write(made, tmp_path / name)
     assert all(word in message(error) for word in words)

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.steering import fill, logits, message, tokens
+from helpers.artifacts import equal, random_artifact
+from helpers.steering import logits, message, tokens
 from peft import BeftConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 import steer
-from steer import SteerError, SteeringConfig
-from steer.artifact import Artifact
+from steer import SteerError
 from steer.export import peft
 from steer.export.peft import CONFIG_FILE, TENSOR_FILE
 
@@ -66,18 +66,6 @@ except ImportError:
 """
 
 
-def steered(model: PreTrainedModel, **config: Any) -> Artifact:
-    """Random vectors for `model`, which stays steered."""
-    vectors = fill(steer.attach(model, SteeringConfig(**config)))
-    return Artifact(vectors.config, vectors.tensors())
-
-
-def equal(one: Artifact, other: Artifact) -> bool:
-    """Everything, bit for bit."""
-    same = one.config == other.config and list(one.tensors) == list(other.tensors)
-    return same and all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-
-
 @pytest.fixture(scope="module")
 def loaded(build_tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By case: (base, ours, PEFT's base, PEFT's) logits."""
@@ -88,7 +76,7 @@ def loaded(build_tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> dict[
         folder, model = home / f"case{index:03}", build_tiny(name.split()[0])
         model.save_pretrained(folder / "base")
         base = logits(model, ids)
-        peft.write(steered(model, **config), folder / "adapter")
+        peft.write(random_artifact(model, **config), folder / "adapter")
         ours.append((base, logits(model, ids)))
     subprocess.run([sys.executable, "-c", LOADER, str(home)], check=True, cwd=home, capture_output=True)
     theirs = torch.load(home / "logits.pt")
@@ -128,7 +116,7 @@ def test_vllm_s_own_lora_serves_adaptive_vectors(build_tiny, tmp_path):
     model.save_pretrained(tmp_path / "base")
     greedy = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     base = model.generate(ids, **greedy)[:, ids.shape[1] :].tolist()
-    peft.write(steered(model, kind="adaptive", scale=1.5), tmp_path / "adapter")
+    peft.write(random_artifact(model, kind="adaptive", scale=1.5), tmp_path / "adapter")
     ours = model.generate(ids, **greedy)[:, ids.shape[1] :].tolist()
 
     arguments = [str(tmp_path / "base"), str(tmp_path / "adapter"), json.dumps(ids.tolist())]
@@ -153,7 +141,7 @@ def test_vectors_come_back_with_their_config(build_tiny, tmp_path, config, dtype
     model = build_tiny("qwen2")
     model.config._name_or_path = "org/tiny"
     known = {"provenance": {"recipe": "test", "scores": [0.5]}, "prompt": steer.PromptSpec("plain", "To")}
-    made = steered(model, dtype=dtype, **known, **config)
+    made = random_artifact(model, dtype=dtype, **known, **config)
     assert peft.write(made, tmp_path / "new" / "adapter") == tmp_path / "new" / "adapter"
     other = build_tiny("qwen2", seed=1)  # the config tells the base it was made for, not the one at hand
     read = peft.read(tmp_path / "new" / "adapter", other)
@@ -168,7 +156,7 @@ def test_vectors_come_back_with_their_config(build_tiny, tmp_path, config, dtype
 @pytest.mark.parametrize("case", [name for name in CASES if name != "gpt2 constant"])
 def test_what_is_added_comes_back_bit_for_bit(build_tiny, tmp_path, case):
     model = build_tiny(case.split()[0])
-    made = steered(model, **CASES[case])
+    made = random_artifact(model, **CASES[case])
     read = peft.read(peft.write(made, tmp_path), model)
     assert peft.read(tmp_path, model.to("meta")).config == read.config
     adaptive = made.config.kind == "adaptive"
@@ -194,7 +182,7 @@ def test_what_is_added_comes_back_bit_for_bit(build_tiny, tmp_path, case):
     ],
 )
 def test_the_adapter_names_a_base_that_others_find(tiny_llama, tmp_path, base, given, named):
-    made = steered(tiny_llama)
+    made = random_artifact(tiny_llama)
     made.config.base_model_name_or_path = base
     peft.write(made, tmp_path, given)
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["base_model_name_or_path"] == named
@@ -204,7 +192,7 @@ def test_the_adapter_names_a_base_that_others_find(tiny_llama, tmp_path, base, g
 
 def test_the_adapter_is_as_peft_writes_it(build_tiny, tmp_path):
     model = build_tiny("llama")
-    peft.write(steered(model, layers="0,2"), tmp_path / "ours")
+    peft.write(random_artifact(model, layers="0,2"), tmp_path / "ours")
     steer.detach(model)
     wrapped = get_peft_model(model, BeftConfig(target_modules=r"model\.layers\.(0|2)\.mlp\.down_proj"))
     wrapped.save_pretrained(tmp_path / "theirs")
@@ -310,7 +298,7 @@ def test_adapters_that_are_no_steering_vectors_are_refused(build_tiny, tmp_path,
     ],
 )
 def test_vectors_that_peft_cannot_hold_are_refused(build_tiny, tmp_path, model_type, config, words):
-    made = steered(build_tiny(model_type), **config)
+    made = random_artifact(build_tiny(model_type), **config)
     with pytest.raises(SteerError) as error:
         peft.write(made, tmp_path / "adapter")
     assert all(word in message(error) for word in words)
@@ -318,7 +306,7 @@ def test_vectors_that_peft_cannot_hold_are_refused(build_tiny, tmp_path, model_t
 
 
 def test_provenance_that_is_no_json_is_refused(tiny_llama, tmp_path):
-    made = steered(tiny_llama, provenance={"data": {1, 2}})
+    made = random_artifact(tiny_llama, provenance={"data": {1, 2}})
     with pytest.raises(SteerError, match="provenance") as error:
         peft.write(made, tmp_path / "adapter")
     message(error)
@@ -328,6 +316,6 @@ def test_provenance_that_is_no_json_is_refused(tiny_llama, tmp_path):
 def test_a_file_in_the_way_is_refused(tiny_llama, tmp_path):
     (tmp_path / "adapter").write_text("mine")
     with pytest.raises(SteerError, match="folder") as error:
-        peft.write(steered(tiny_llama), tmp_path / "adapter")
+        peft.write(random_artifact(tiny_llama), tmp_path / "adapter")
     message(error)
     assert (tmp_path / "adapter").read_text() == "mine"

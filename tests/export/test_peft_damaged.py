@@ -7,18 +7,18 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.artifacts import equal, random_artifact
 from helpers.fuzz import BYTES, ODD, mutations
-from helpers.steering import fill, message
+from helpers.steering import message
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import steer
-from steer import SteerError, SteeringConfig
+from steer import SteerError
 from steer.artifact import Artifact
 from steer.export import peft
 from steer.export.peft import CONFIG_FILE, TENSOR_FILE
@@ -26,24 +26,12 @@ from steer.export.peft import CONFIG_FILE, TENSOR_FILE
 Build = Callable[..., PreTrainedModel]
 
 
-def steered(model: PreTrainedModel, **config: Any) -> Artifact:
-    """Random vectors for `model`, which stays steered."""
-    vectors = fill(steer.attach(model, SteeringConfig(**config)))
-    return Artifact(vectors.config, vectors.tensors())
-
-
-def equal(one: Artifact, other: Artifact) -> bool:
-    """Everything, bit for bit."""
-    same = one.config == other.config and list(one.tensors) == list(other.tensors)
-    return same and all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-
-
 # --- damaged and foreign adapters
 
 
 @pytest.fixture
 def adapter(tiny_llama: PreTrainedModel, tmp_path: Path) -> Path:
-    folder = peft.write(steered(tiny_llama), tmp_path / "adapter")
+    folder = peft.write(random_artifact(tiny_llama), tmp_path / "adapter")
     steer.detach(tiny_llama)
     return folder
 
@@ -112,7 +100,7 @@ def test_a_pickle_is_not_opened(adapter, tiny_llama):
 @pytest.mark.parametrize("kind", ["constant", "adaptive"])
 def test_damaged_tensor_files_are_refused_or_read_as_they_say(tiny_llama, tmp_path, kind):
     """Whatever the bytes: one line, or vectors that are finite and fit the model."""
-    peft.write(steered(tiny_llama, kind=kind), tmp_path)
+    peft.write(random_artifact(tiny_llama, kind=kind), tmp_path)
     steer.detach(tiny_llama)
     whole, refused = (tmp_path / TENSOR_FILE).read_bytes(), 0
     for damaged in mutations(whole, 300, seed=1):
@@ -123,7 +111,7 @@ def test_damaged_tensor_files_are_refused_or_read_as_they_say(tiny_llama, tmp_pa
 
 @pytest.mark.parametrize("kind", ["constant", "adaptive"])
 def test_damaged_configs_are_refused_or_change_nothing(tiny_llama, tmp_path, kind):
-    whole = steered(tiny_llama, kind=kind)
+    whole = random_artifact(tiny_llama, kind=kind)
     peft.write(whole, tmp_path)
     steer.detach(tiny_llama)
     text = (tmp_path / CONFIG_FILE).read_bytes()

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.steering import fill
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import steer
 from steer import SteeringConfig, SteeringVectors
-from steer.artifact import CONFIG_FILE, TENSOR_FILE
+from steer.artifact import CONFIG_FILE, TENSOR_FILE, Artifact
 
 
 def steered(model: PreTrainedModel, **config: Any) -> SteeringVectors:
@@ -22,6 +23,18 @@ def steered(model: PreTrainedModel, **config: Any) -> SteeringVectors:
         for index, parameter in enumerate(vectors.parameters()):
             parameter.copy_(torch.randn(32, generator=torch.Generator().manual_seed(index)))
     return vectors
+
+
+def random_artifact(model: PreTrainedModel, **config: Any) -> Artifact:
+    """Random vectors for `model`, which stays steered."""
+    vectors = fill(steer.attach(model, SteeringConfig(**config)))
+    return Artifact(vectors.config, vectors.tensors())
+
+
+def equal(one: Artifact, other: Artifact) -> bool:
+    """Everything, bit for bit."""
+    same = one.config == other.config and list(one.tensors) == list(other.tensors)
+    return same and all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
 
 
 def saved_vectors(model: PreTrainedModel, folder: Path) -> Path:

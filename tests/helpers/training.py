@@ -11,9 +11,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from steer import SteeringConfig
+from steer import SteeringConfig, artifact
 from steer.generation.completion import Completion
 from steer.training.config import SteeringGRPOConfig
+from steer.training.resuming import newest_checkpoint
 from steer.training.steering_trainer import SteeringGRPOTrainer
 
 # Weights this large make peaked, varied next-token distributions; the default 0.02 makes almost uniform ones.
@@ -21,6 +22,11 @@ SPREAD = 0.3
 # Prompts of unequal length, so that batches are padded on the left.
 PROMPTS = ["1+1=", "what is 20+3?", "7", "12-5=", "say a word", "99", "3*3 is", "x"]
 TARGETS = range(80, 90)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of vectors in a run folder."""
+    return newest_checkpoint(folder, artifact.read)
 
 
 def problems(count: int = len(PROMPTS)) -> Dataset:

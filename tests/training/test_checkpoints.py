@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.training import SPREAD, logged, same
+from helpers.training import SPREAD, last_checkpoint, logged, same
 from transformers import TrainerCallback
 
 import steer
 from steer import SteerError, artifact
 from steer.tasks.rewards import RandomReward
-from steer.training.steering_trainer import SteeringGRPOTrainer, last_checkpoint
+from steer.training.steering_trainer import SteeringGRPOTrainer
 
 
 def vectors(trainer: SteeringGRPOTrainer) -> dict[str, torch.Tensor]:

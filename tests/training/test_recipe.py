@@ -18,13 +18,12 @@ import torch
 import yaml
 from helpers.format_1 import downgrade, old_config
 from helpers.launching import LAUNCHERS, ROOT, environment, launcher, run_folder, run_here, started
-from helpers.training import far, same
+from helpers.training import far, last_checkpoint, same
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import steer
 from steer import SteeringConfig, artifact
 from steer.files import held
-from steer.training.steering_trainer import last_checkpoint
 
 RECIPE = ROOT / "recipes" / "grpo_steer.py"
 STEPS = 12

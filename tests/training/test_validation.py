@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from helpers.launching import ROOT, run_folder, run_here, started
-from helpers.training import SPREAD, config, logged, make_trainer, problems, same
+from helpers.training import SPREAD, config, last_checkpoint, logged, make_trainer, problems, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
@@ -20,7 +20,7 @@ from steer import artifact
 from steer.errors import SteerError
 from steer.tasks.grading import Verdict
 from steer.training.run import RunConfig
-from steer.training.steering_trainer import SteeringGRPOTrainer, last_checkpoint
+from steer.training.steering_trainer import SteeringGRPOTrainer
 from steer.training.sweep.trainer import PopulationTrainer
 from steer.training.validation import Validation, best, split, stalled
 

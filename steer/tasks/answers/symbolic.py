@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import random
 import re
+from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sympy import Basic
 
 _DIGITS = 30  # of the numeric comparison
 _TOLERANCE = 1e-18  # relative; rounding of the evaluation at _DIGITS digits stays far below
@@ -27,7 +31,7 @@ def _renamed(found: re.Match[str]) -> str:
 
 
 @lru_cache(maxsize=64)
-def parse(text: str) -> Any | None:
+def parse(text: str) -> Basic | None:
     """The sympy expression of a normalised text; None when it is not one expression.
 
     Letters keep their case. i and e are numbers: what is equal with both as variables stays equal.
@@ -208,7 +212,7 @@ def solves(label: str, value: str, equation: tuple[str, str]) -> bool:
     return held > 0
 
 
-def rounds_to(text: str, rounded: Any, digits: int) -> bool:
+def rounds_to(text: str, rounded: Fraction, digits: int) -> bool:
     """Whether an expression without variables is `rounded` at that many decimal places."""
     import sympy
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer import artifact
 from steer.errors import SteerError
-from steer.evaluation.heldout import Answered, answer_greedily, constant, score, ways
+from steer.evaluation.heldout import Answered, answer, constant, score, ways
 from steer.files import read_json, replace_file
 from steer.models import context_length
 from steer.prompt import PromptSpec
@@ -111,7 +111,7 @@ class Study:
     ) -> list[Answered]:
         """Answers to `problems`, asked as in training or in another `way`: prompts and limit in tokens."""
         prompts, limit = way or (self.prompts, trainer.args.max_completion_length)
-        return answer_greedily(
+        return answer(
             self.model,
             self.tokenizer,
             problems,
