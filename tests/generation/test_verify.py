@@ -6,7 +6,9 @@ import logging
 
 import pytest
 import torch
+import transformers
 from helpers.training import far, ids_of
+from packaging.version import Version
 from transformers import DynamicCache, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
@@ -22,6 +24,9 @@ from steer.generation.verify import fast_paths
 # The last two have a common beginning with the first; they are longer than the tiny models' windows of 8.
 PROMPTS = [[5, 9, 33], [7], [5, 9, 33, 80, 21, 60, 9, 12, 44, 10, 70], [5, 9, 80, 81, 8, 17]]
 NEVER = 96
+BEFORE_5_19 = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.19"), reason="there its logits change with other rows"
+)
 # What is known to be slow on an architecture, and a word of the reason; all others are fast.
 SLOW = {
     "llama": {},
@@ -201,7 +206,11 @@ def test_what_cannot_pad_on_the_left_is_not_padded_there(run) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("llama4_text", "LM head"), ("granitemoe", "num_experts"), ("doge", "no router logits")],
+    [
+        ("llama4_text", "LM head"),
+        ("granitemoe", "num_experts"),
+        pytest.param("doge", "no router logits", marks=BEFORE_5_19),
+    ],
 )
 def test_a_routers_loss_that_trl_cannot_compute_is_refused(run, kind: str, reason: str) -> None:
     with pytest.raises(SteerError, match=f"{reason}.*router_aux_loss_coef=0"):

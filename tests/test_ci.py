@@ -1,0 +1,40 @@
+"""The files of continuous integration agree with what they are about."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import yaml
+from helpers.paths import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(r) for r in [*project["dependencies"], *project["optional-dependencies"]["train"]]]
+    bounds = {
+        canonicalize_name(r.name): Version(s.version)
+        for r in wanted
+        for s in r.specifier
+        if s.operator == ">="
+    }
+    lines = [line for line in (ROOT / ".ci" / "oldest.txt").read_text().splitlines() if line[0] != "#"]
+    pins = {canonicalize_name(name): Version(version) for name, version in (x.split("==") for x in lines)}
+    assert pins.keys() <= bounds.keys()
+    assert bounds.keys() - pins.keys() == {"pebble"}  # whose 5.0.0 was withdrawn
+    for name, pin in pins.items():
+        bound = bounds[name].release
+        assert pin.release[: len(bound)] == bound, name
+
+
+def test_the_workflow_runs_every_group_of_tools() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    found = re.search(r"^interop:((?:.*\\\n)*.*)", makefile, re.MULTILINE)
+    assert found
+    groups = set(re.findall(r"interop-([\w-]+)", found[1]))
+    assert "vllm" in groups
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    assert set(workflow["jobs"]["interop"]["strategy"]["matrix"]["tool"]) == groups | {"deepspeed"}
