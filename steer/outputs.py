@@ -26,7 +26,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 def check_output(
     path: str | os.PathLike[str],
-    replace: bool,
+    replace: bool | None,
     *sources: str | os.PathLike[str],
     option: str = "--out",
     folder: bool = False,
@@ -36,7 +36,7 @@ def check_output(
 
     Args:
         path: The file or folder to write.
-        replace: Whether it may exist.
+        replace: Whether it may exist; None for a command without `--force`.
         sources: What the command reads, which it must not replace.
         option: The option that names it, for the message.
         folder: Whether a folder is written, and not a file.
@@ -53,7 +53,7 @@ def check_output(
 
 
 def _check(
-    path: Path, replace: bool, sources: tuple[str | os.PathLike[str], ...], option: str, folder: bool
+    path: Path, replace: bool | None, sources: tuple[str | os.PathLike[str], ...], option: str, folder: bool
 ) -> None:
     if not path.name:
         raise SteerError(f"{str(path)!r} names no {'folder' if folder else 'file'} to write; give {option}")
@@ -75,7 +75,8 @@ def _check(
     if folder and not any(path.iterdir()):
         return
     if not replace:
-        raise SteerError(f"{path} exists already: give another {option}, or --force to replace it")
+        force = "" if replace is None else ", or --force to replace it"
+        raise SteerError(f"{path} exists already: give another {option}{force}")
     if folder and not _written_by_steer(path):
         raise SteerError(f"{path} is a folder of other files, which --force keeps; give a new {option}")
 

@@ -33,12 +33,13 @@ from steer.errors import SteerError
 from steer.files import held
 from steer.generation.cpu import keep_freed_memory
 from steer.models import load_model, load_tokenizer
+from steer.outputs import check_output
 from steer.recipe_files import config_file
 from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import ActivationStream, Reader
 from steer.sae.cache import CachedActivations, write_cache
 from steer.sae.texts import Texts
-from steer.sae.trainer import SAETrainer, TrainConfig
+from steer.sae.trainer import CHECKPOINT, SAETrainer, TrainConfig
 
 
 @dataclass
@@ -95,6 +96,9 @@ def train(folder: Path, run: RunConfig, training: TrainConfig, accelerator: Acce
     """Train the SAEs in `folder`, or what is missing of them."""
     stream = open_stream(run, accelerator)
     configs = {name: SAEConfig(**{"d_in": stream.width, **values}) for name, values in run.saes.items()}
+    if accelerator.is_main_process and not (folder / CHECKPOINT).exists():  # no run that goes on
+        for name in configs:
+            check_output(folder / name, None, option="output_dir", folder=True)
     with tqdm(total=training.tokens, unit=" tokens", disable=not accelerator.is_main_process) as bar:
 
         def show(line: dict[str, Any]) -> None:

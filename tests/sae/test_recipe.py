@@ -149,3 +149,12 @@ def test_help_lists_every_setting(capsys):
         train_sae.main(["--help"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("batch_size", "prefixes", "cache_tokens"))
+
+
+def test_an_sae_of_no_run_is_not_replaced(config, tmp_path):
+    (tmp_path / "run" / "topk").mkdir(parents=True)
+    (tmp_path / "run" / "topk" / "cfg.json").write_text("mine")
+    with pytest.raises(SteerError, match=r"topk exists already: give another output_dir") as error:
+        train_sae.main(["--config", str(config)])
+    message(error)
+    assert (tmp_path / "run" / "topk" / "cfg.json").read_text() == "mine"
