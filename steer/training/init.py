@@ -14,7 +14,7 @@ from steer import artifact
 from steer.artifact import Artifact
 from steer.artifact_file import digest
 from steer.artifact_tensors import renamed
-from steer.errors import SteerError
+from steer.errors import SteerError, shown
 from steer.files import read_json
 from steer.sites import find_decoder
 from steer.vectors import SteeringVectors, check_fits
@@ -28,8 +28,11 @@ FOLDER = "init"
 def remembered(init: str | None, output_dir: str | None, run_file: str) -> str | None:
     """`init`; where none is given, that of the run in `output_dir`, if there is one that had it."""
     path = Path(output_dir or "") / run_file
-    if init is not None or not (path.parent / FOLDER).is_dir() or not path.is_file():
-        return init
+    try:
+        if init is not None or not (path.parent / FOLDER).is_dir() or not path.is_file():
+            return init
+    except OSError as error:
+        raise SteerError(f"cannot write to {shown(output_dir)}: {error.strerror}") from error
     known = read_json(path).get("run", {}).get("init")
     if known:
         log.info("init=%s, as this run began", known)
