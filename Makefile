@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_ENV := TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo control test lint models all-tests vllm engine-test gpu-wheels gpu-check wheel wheel-test docs interop clean
+.PHONY: demo control test lint models all-tests vllm engine-test gpu-wheels gpu-check wheel wheel-test docs interop \
+	exports clean
 
 LAUNCH = $(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml \
 	--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())")
@@ -96,9 +97,12 @@ TESTS_extract = tests/extract/test_interop.py
 TESTS_vllm = tests/engine tests/evaluation/test_vllm.py tests/export/test_checkpoint.py tests/export/test_peft.py
 
 # steer itself needs transformers 5; this is about the checkpoints that it exports.
-interop-transformers-4: $(VENV)/ready
+.venv-interop/transformers-4/transformers: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target .venv-interop/transformers-4 transformers==4.57.3 "tokenizers<0.23" "huggingface_hub<1"
+	touch $@
+
+interop-transformers-4: .venv-interop/transformers-4/transformers
 	STEER_TRANSFORMERS_4=$(CURDIR)/.venv-interop/transformers-4 $(BIN)/python -m pytest -rs tests/export/test_transformers4.py
 
 # repeng wants numpy below 2 and steering-vectors transformers below 5; what the tests use of both works with newer ones.
@@ -106,6 +110,10 @@ interop-extract: .venv-interop/extract/ready
 	.venv-interop/extract/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		repeng==0.4.0 steering-vectors==0.12.2
 	$(RUN_ENV) .venv-interop/extract/bin/python -m pytest -rs $(TESTS_extract)
+
+# docs/exports.md: every export in every tool.
+exports: .venv-interop/lm-eval/ready .venv-interop/vllm/ready .venv-interop/transformers-4/transformers
+	$(RUN_ENV) $(BIN)/python -m evals.export_tables
 
 .PRECIOUS: .venv-interop/%/ready
 interop-%: .venv-interop/%/ready
