@@ -93,6 +93,7 @@ def page(table: Table) -> str:
 _SAME = [
     (r"\b\w+(ForCausalLM|LMHeadModel|ForConditionalGeneration)\b", "the model"),
     (r"; (seen|its modules are|top-level modules)[: ].*", ""),
+    (r"(model )?'?/[^ ']+/base'?", "the model"),
     (r"^model type '[\w-]+'", "the model type"),
     (r"vectors of [\w-]+:", "vectors of this type:"),
     (r"a plain [\w-]+ checkpoint", "a plain checkpoint of this type"),
