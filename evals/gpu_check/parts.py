@@ -86,13 +86,13 @@ _LONG = Part(
 OFFLINE = (
     _TESTS,
     _KERNEL,
-    _speed("0.5B", "steer", 60),
-    _speed("0.5B", "trl-lora", 60),
-    _speed("0.5B", "trl-full", 60),
+    _speed("0.5B", "steer", 90),
+    _speed("0.5B", "trl-lora", 90),
+    _speed("0.5B", "trl-full", 90),
     _FSDP,
-    _speed("1.5B", "steer", 75),
-    _speed("1.5B", "trl-lora", 75),
-    _speed("1.5B", "trl-full", 75),
+    _speed("1.5B", "steer", 120),
+    _speed("1.5B", "trl-lora", 120),
+    _speed("1.5B", "trl-full", 120),
     _LONG,
 )
 FULL = (
