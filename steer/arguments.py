@@ -20,11 +20,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if not action.help or action.help is argparse.SUPPRESS:
             return action.help
-        found = action.help.replace("%%", "%")
+        text = action.help.replace("%%", "%")
         takes_value = action.option_strings and action.nargs != 0 and not action.required
         if takes_value:
-            found = with_default(found, action.default)
-        return found.replace("%", "%%")
+            text = with_default(text, action.default)
+        return text.replace("%", "%%")
 
 
 def with_default(text: str, value: Any) -> str:
@@ -126,9 +126,9 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object, such as '{"enable_thinking": false}'."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; expected '{{\"name\": value}}'")
-    return found
+    return value

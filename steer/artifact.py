@@ -320,9 +320,9 @@ def read(source: str | os.PathLike[str], revision: str | None = None, token: str
     tensors = {}
     for name, (dtype, shape, data) in entries.items():
         tensors[name] = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(shape)
-    found = Artifact(config, tensors)
-    check(found, str(path))
-    return replace(found, config=with_scores(config, tensors))
+    artifact = Artifact(config, tensors)
+    check(artifact, str(path))
+    return replace(artifact, config=with_scores(config, tensors))
 
 
 def read_numpy(source: str | os.PathLike[str], revision: str | None = None) -> Artifact:
@@ -338,9 +338,9 @@ def read_numpy(source: str | os.PathLike[str], revision: str | None = None) -> A
             flat = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
         with np.errstate(invalid="ignore"):  # a signalling NaN is refused below, like any other
             arrays[name] = flat.reshape(shape).astype(np.float64)
-    found = Artifact(config, arrays)
+    artifact = Artifact(config, arrays)
     check_arrays(config, arrays, str(path))
-    return found
+    return artifact
 
 
 def check(artifact: Artifact, where: str) -> None:

@@ -39,7 +39,7 @@ def read_file(
         if size > MAX_BYTES:
             raise SteerError(f"{path} has {size} bytes, more than any set of steering vectors ({MAX_BYTES})")
         content = path.read_bytes()
-        found = deserialize(content)  # checks offsets, lengths and dtypes
+        pairs = deserialize(content)  # checks offsets, lengths and dtypes
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, SteerError):
             raise
@@ -51,7 +51,7 @@ def read_file(
     if text is None:
         raise SteerError(f"{path} holds no steering config in its metadata; it was not written by steer")
     entries = {}
-    for name, entry in sorted(found, key=lambda item: item[0]):
+    for name, entry in sorted(pairs, key=lambda item: item[0]):
         if not _NAME.fullmatch(name):
             raise SteerError(
                 f"{path}: unexpected tensor {shown(name)}; names are like 'model.layers.12.steering.vector'"
@@ -61,7 +61,7 @@ def read_file(
         if not entry["data"]:
             raise SteerError(f"{path}: {name} has shape {tuple(entry['shape'])}, which holds no numbers")
         entries[canonical(name)] = (_DTYPES[entry["dtype"]], entry["shape"], bytes(entry["data"]))
-    data = {name: bytes(entry["data"]) for name, entry in found}
+    data = {name: bytes(entry["data"]) for name, entry in pairs}
     sums = {header["__metadata__"].get("sha256"), digest(text, data)}
     if len(sums - {None}) > 1:
         raise SteerError(
@@ -81,10 +81,10 @@ def read_file(
 
 def digest(text: str, data: Mapping[str, bytes]) -> str:
     """sha256 of the config's text and every tensor's name and bytes, in the order of the names."""
-    found = sha256(text.encode())
+    hasher = sha256(text.encode())
     for name in sorted(data):
-        found.update(name.encode() + data[name])
-    return found.hexdigest()
+        hasher.update(name.encode() + data[name])
+    return hasher.hexdigest()
 
 
 def _tensor_file(source: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:

@@ -145,8 +145,8 @@ def _scores(made: dict[str, Any]) -> str:
 
 
 def _part(made: dict[str, Any], name: str) -> dict[str, Any]:
-    found = made.get(name)
-    return found if isinstance(found, dict) else {}
+    part = made.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _figure(score: dict[str, Any], value: str, low: str, high: str) -> list[str]:

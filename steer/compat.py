@@ -51,7 +51,7 @@ def changed(api: Api) -> str | None:
     parts = [rest]
     while True:
         try:
-            found: Any = import_module(module)
+            value: Any = import_module(module)
             break
         except ModuleNotFoundError as error:
             module, _, part = module.rpartition(".")
@@ -59,12 +59,12 @@ def changed(api: Api) -> str | None:
                 return f"{about}: {error}"
             parts.insert(0, part)
     for part in parts:
-        if not hasattr(found, part):
-            return f"{about}: {found.__name__} has no {part}"
-        found = getattr(found, part)
+        if not hasattr(value, part):
+            return f"{about}: {value.__name__} has no {part}"
+        value = getattr(value, part)
     if api.parameters is None:
         return None
-    expected, have = list(api.parameters), list(inspect.signature(found).parameters)
+    expected, have = list(api.parameters), list(inspect.signature(value).parameters)
     if expected[-1:] == [MORE]:
         expected.pop()
         have = have[: len(expected)]

@@ -121,11 +121,11 @@ def watch(seen: Callable[[torch.Tensor], None], site: Site) -> RemovableHandle:
 @contextmanager
 def hooked(*handles: RemovableHandle) -> Iterator[list[RemovableHandle]]:
     """Inside, these hooks are in place, and those whose handles are added to the list."""
-    found = list(handles)
+    registered = list(handles)
     try:
-        yield found
+        yield registered
     finally:
-        for handle in found:
+        for handle in registered:
             handle.remove()
 
 

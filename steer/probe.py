@@ -48,7 +48,7 @@ def verify(decoder: Decoder, layers: Sequence[int], kind: str, site: str, places
         return
     named = "down-projection" if kind == "adaptive" else site
     probe = _Probe(decoder, layers, named, places)
-    found = probe.faults()
+    faults = probe.faults()
     if probe.overflowed:
         logger.warning(
             "the model's own hidden states are not finite in %s: site %s is not checked in layers %s; load "
@@ -57,19 +57,19 @@ def verify(decoder: Decoder, layers: Sequence[int], kind: str, site: str, places
             site,
             probe.overflowed,
         )
-    if not found:
+    if not faults:
         return
-    layer = min(found)
+    layer = min(faults)
     if kind == "adaptive":
-        raise SteerError(f"kind='adaptive' does not work on this model: {found[layer]}; use kind='constant'")
+        raise SteerError(f"kind='adaptive' does not work on this model: {faults[layer]}; use kind='constant'")
     works = [other for other in SITES if other != site and _works(decoder, layer, other)]
-    rest = sorted(set(layers) - set(found))
+    rest = sorted(set(layers) - set(faults))
     fix = (
         f"sites that work in this layer: {', '.join(works)}" if works else "no other site works in this layer"
     )
     if rest:
         fix += f"; layers of this model that work: {', '.join(map(str, rest))}"
-    raise SteerError(f"site={site!r} does not work on this model: {found[layer]}; {fix}")
+    raise SteerError(f"site={site!r} does not work on this model: {faults[layer]}; {fix}")
 
 
 def _works(decoder: Decoder, layer: int, site: str) -> bool:
@@ -99,7 +99,7 @@ class _Probe:
         self.moved: dict[int, torch.Tensor] = {}
         self.given: dict[int, torch.Tensor] = {}
         self.made: dict[int, torch.Tensor] = {}
-        self.found: dict[int, str] = {}
+        self.reasons: dict[int, str] = {}
         self.overflowed: list[int] = []  # layers whose own hidden states are not finite
 
     def faults(self) -> dict[int, str]:
@@ -124,9 +124,9 @@ class _Probe:
             with probing(self.decoder.backbone) as ids:
                 self.decoder.backbone(ids.repeat(2, 1), use_cache=False)
         for layer in self.places:
-            if layer not in self.found and (fault := self._judge(layer)):
-                self.found[layer] = fault
-        return self.found
+            if layer not in self.reasons and (fault := self._judge(layer)):
+                self.reasons[layer] = fault
+        return self.reasons
 
     # ---- the pass
 
@@ -151,11 +151,11 @@ class _Probe:
         streams = self.places[layer].streams
         self.calls[layer] = self.calls.get(layer, 0) + 1
         if self.running != layer or self.calls[layer] > (streams.count if streams else 1):
-            self.found[layer] = f"{name} runs more than once in a pass: the vector would be added each time"
+            self.reasons[layer] = f"{name} runs more than once in a pass: the vector would be added each time"
             return hidden
         shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
         if shape != (2, 3, self.decoder.hidden_size):
-            self.found[layer] = (
+            self.reasons[layer] = (
                 f"at {name} the hidden states of 2 rows of 3 tokens have the shape {shape}, expected "
                 f"{(2, 3, self.decoder.hidden_size)}"
             )

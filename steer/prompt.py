@@ -101,8 +101,8 @@ def _is_example(pair: Any) -> bool:
 
 def recorded(provenance: Mapping[str, Any] | None, part: str) -> Mapping[str, Any]:
     """One part of an artifact's provenance, such as "run"; empty where it has none."""
-    found = (provenance or {}).get(part)
-    return found if isinstance(found, dict) else {}
+    values = (provenance or {}).get(part)
+    return values if isinstance(values, dict) else {}
 
 
 def prompt_in_provenance(provenance: Mapping[str, Any] | None) -> PromptSpec | None:
@@ -113,12 +113,12 @@ def prompt_in_provenance(provenance: Mapping[str, Any] | None) -> PromptSpec | N
         SteerError: what the provenance says describes no prompt, being altered or of another program.
     """
     run, training = (recorded(provenance, part) for part in ("run", "training"))
-    found = {
+    fields_set = {
         **{name: run[name] for name in ("template", "prefix") if run.get(name)},
         **{name: training[name] for name in ("chat_template_kwargs",) if training.get(name)},
     }
     try:
-        return PromptSpec.from_dict(found) if found else None
+        return PromptSpec.from_dict(fields_set) if fields_set else None
     except SteerError as error:
         raise SteerError(
             f"the artifact's provenance describes no prompt ({error}); correct its steering_config.json, or "

@@ -28,13 +28,13 @@ def quantization_method(config: Any) -> str | None:
     Returns:
         The name that transformers gives the method, such as "awq"; None for weights that are not quantised.
     """
-    found: Any = config
+    settings: Any = config
     if hasattr(config, "get_text_config"):
-        found = getattr(config, "quantization_config", None)
-        found = found or getattr(config.get_text_config(), "quantization_config", None)
-    if not found:
+        settings = getattr(config, "quantization_config", None)
+        settings = settings or getattr(config.get_text_config(), "quantization_config", None)
+    if not settings:
         return None
-    values = found if isinstance(found, dict) else found.to_dict()
+    values = settings if isinstance(settings, dict) else settings.to_dict()
     if values.get("load_in_4bit") or values.get("load_in_8bit"):
         return "bitsandbytes"
     method = values.get("quant_method")
@@ -56,8 +56,8 @@ def check_quantization(config: Any, name: str, wanted: Any = None) -> None:
     """
     if getattr(wanted, "dequantize", False):
         return
-    for found in (config, wanted):
-        method = quantization_method(found) if found is not None else None
+    for settings in (config, wanted):
+        method = quantization_method(settings) if settings is not None else None
         if method is not None and method not in TESTED:
             fix = "give a copy that is not quantised"
             if method in ("mxfp4", "fp8"):

@@ -101,15 +101,15 @@ def _nearest(model: nn.Module, lists: list[str]) -> list[tuple[str, str]]:
     place = next((name for name, module in model.named_modules() if module is embeddings), None)
     if place is None:
         return []
-    found: dict[tuple[int, int], list[tuple[str, str]]] = {}
+    by_distance: dict[tuple[int, int], list[tuple[str, str]]] = {}
     for name in lists:
         above, beside = place.split(".")[:-1], name.split(".")[:-1]
         shared = 0
         while shared < min(len(above), len(beside)) and above[shared] == beside[shared]:
             shared += 1
         steps = len(above) - shared, len(beside) - shared
-        found.setdefault(steps, []).append((name, ".".join(above[:shared])))
-    return found[min(found)] if found else []
+        by_distance.setdefault(steps, []).append((name, ".".join(above[:shared])))
+    return by_distance[min(by_distance)] if by_distance else []
 
 
 def _is_encoder(model: nn.Module) -> bool:
@@ -129,7 +129,7 @@ def find_sites(decoder: Decoder, layers: list[int], site: str) -> list[Site]:
         return [Site(block, on_input=True) for block in blocks]
     kind = _MLP if site == "mlp_out" else _ATTENTION
     names = [_children(block, kind) for block in blocks]
-    lacking = [index for index, found in zip(layers, names, strict=True) if len(found) != 1]
+    lacking = [index for index, matches in zip(layers, names, strict=True) if len(matches) != 1]
     if lacking:
         what = "MLP" if site == "mlp_out" else "attention module"
         children = ", ".join(name for name, _ in decoder.layers[lacking[0]].named_children())
@@ -140,9 +140,9 @@ def find_sites(decoder: Decoder, layers: list[int], site: str) -> list[Site]:
             + (f"layers of this model that have one: {_listed(have)}" if have else "use resid_post")
         )
     if site == "resid_mid":
-        added = _added_to_residual(decoder, layers, [found[0] for found in names])
+        added = _added_to_residual(decoder, layers, [matches[0] for matches in names])
         return [Site(block.get_submodule(name)) for block, name in zip(blocks, added, strict=True)]
-    return [Site(block.get_submodule(found[0])) for block, found in zip(blocks, names, strict=True)]
+    return [Site(block.get_submodule(matches[0])) for block, matches in zip(blocks, names, strict=True)]
 
 
 def find_steered(decoder: Decoder, layers: list[int], site: str) -> list[Site]:
@@ -195,7 +195,7 @@ def find_down_projections(decoder: Decoder, layers: list[int]) -> list[tuple[nn.
     The MLP's last matrix in each of `layers`, which writes into the residual stream, and the size of its
     input; SteerError where there is not one, as in a mixture of experts.
     """
-    found = []
+    downs = []
     for index, site in zip(layers, find_sites(decoder, layers, "mlp_out"), strict=True):
         writer = last_writer(site.module, decoder.hidden_size)
         experts = any("expert" in name for name, _ in site.module.named_modules())
@@ -204,19 +204,19 @@ def find_down_projections(decoder: Decoder, layers: list[int]) -> list[tuple[nn.
                 f"layer {index}'s {type(site.module).__name__} has no single down-projection; adaptive "
                 "vectors need a dense MLP: use kind='constant'"
             )
-        found.append(writer)
-    return found
+        downs.append(writer)
+    return downs
 
 
 def last_writer(module: nn.Module, hidden_size: int) -> tuple[nn.Module, int] | None:
     """The last matrix in `module` that writes `hidden_size` numbers, and how many it reads, or None."""
-    found: dict[str, tuple[nn.Module, int]] = {}
+    writers: dict[str, tuple[nn.Module, int]] = {}
     for name, part in module.named_modules():
         size = _matrix_size(part)
-        inside = any(name.startswith(f"{outer}.") for outer in found if outer)  # an adapter's own matrices
+        inside = any(name.startswith(f"{outer}.") for outer in writers if outer)  # an adapter's own matrices
         if size and size[1] == hidden_size and not inside:
-            found[name] = part, size[0]
-    return list(found.values())[-1] if found else None
+            writers[name] = part, size[0]
+    return list(writers.values())[-1] if writers else None
 
 
 def _matrix_size(module: nn.Module) -> tuple[int, int] | None:
@@ -234,12 +234,12 @@ _ANY_MIXER = re.compile(r"mixer|temporal_block")
 
 
 def _children(layer: nn.Module, kind: re.Pattern[str]) -> list[str]:
-    found = []
+    names = []
     for name, module in layer.named_children():
         says = type(module).__name__ if _ANY_MIXER.fullmatch(name) else name
         if kind.search(says) and not _NOT_A_SUBLAYER.search(name) and not isinstance(module, nn.Dropout):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def out_of_reach(module: nn.Module) -> bool:

@@ -23,9 +23,9 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
     Returns:
         Lower and upper end, in [0, 1], the share between them.
     """
-    found = stats.binomtest(round(hits), count).proportion_ci(1 - LEVEL, method="wilson")
+    interval = stats.binomtest(round(hits), count).proportion_ci(1 - LEVEL, method="wilson")
     # rounding leaves an end that should be 0 or 1 beside it
-    return min(float(found.low), hits / count), max(float(found.high), hits / count)
+    return min(float(interval.low), hits / count), max(float(interval.high), hits / count)
 
 
 def difference_interval(hits: int, count: int, other_hits: int, other_count: int) -> tuple[float, float]:
@@ -59,7 +59,7 @@ def sign_flip(differences: np.ndarray) -> float:
     d = differences[differences != 0]
     if len(d) < 2:  # both signs of one are as large
         return 1.0
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (d,),
         np.sum,
         permutation_type="samples",
@@ -68,7 +68,7 @@ def sign_flip(differences: np.ndarray) -> float:
         batch=1000,
         rng=np.random.default_rng(0),
     )
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def benjamini_hochberg(p: Sequence[float]) -> list[float]:

@@ -111,8 +111,8 @@ class SteeringVectors:
         if self.config.kind == "constant":
             return dict(zip(self.layers, self.tensors().values(), strict=True))
         with torch.no_grad(), gathered(self.parameters()):
-            found = [whole(module.effective()).cpu() for module in self._modules.values()]
-        return dict(zip(self.layers, found, strict=True))
+            directions = [whole(module.effective()).cpu() for module in self._modules.values()]
+        return dict(zip(self.layers, directions, strict=True))
 
     def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy values in, by parameter name. Missing or additional names and other shapes are refused."""

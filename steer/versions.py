@@ -18,10 +18,10 @@ def versions(*names: str) -> dict[str, str]:
     Returns:
         Version by name, without those that are not installed.
     """
-    found = {}
+    known = {}
     for name in names:
         try:
-            found[name] = steer.__version__ if name == "steer" else version(name)
+            known[name] = steer.__version__ if name == "steer" else version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return known

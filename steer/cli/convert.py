@@ -144,34 +144,34 @@ def _export(args: argparse.Namespace) -> None:
     from steer.weights import gguf_path
 
     _check_options(args)
-    found = artifact.read(args.artifact)
+    source = artifact.read(args.artifact)
     if args.layers:
         ends = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", args.layers)
         if not ends:
             raise SteerError(f"--layers {shown(args.layers)} is not a range; write 4-20 or 12")
-        found = found.layers(int(ends[1]), int(ends[2] or ends[1]))
+        source = source.layers(int(ends[1]), int(ends[2] or ends[1]))
     if args.scale is not None:
-        found = replace(found, config=replace(found.config, scale=args.scale))
+        source = replace(source, config=replace(source.config, scale=args.scale))
     out = args.out or str(args.artifact).rstrip("/").removesuffix(".safetensors") + TARGETS[args.to][1]
-    base = args.model or found.config.base_model_name_or_path or ""
+    base = args.model or source.config.base_model_name_or_path or ""
     if args.to in MODELS and not base:
         raise SteerError("the artifact does not name its base model; give --model")
     with output(out, args.replace, args.artifact, folder=args.to in FOLDERS):
         if args.to == "peft":
-            peft.write(found, out, args.model)
+            peft.write(source, out, args.model)
         elif args.to == "gguf":
-            gguf.write(found, out, block_0=args.block_0 or "refuse")
+            gguf.write(source, out, block_0=args.block_0 or "refuse")
         elif args.to == "lm-eval":
-            lm_eval.write(found, out)
+            lm_eval.write(source, out)
         elif args.to == "checkpoint":
-            checkpoint.write(found, base, out, args.revision, args.trust_remote_code)
+            checkpoint.write(source, base, out, args.revision, args.trust_remote_code)
         elif args.to == "gguf-model":
-            gguf_model.write(found, gguf_path(base), out)
+            gguf_model.write(source, gguf_path(base), out)
         else:
-            arrays.write(found, out)
+            arrays.write(source, out)
     size = _size(Path(out))
     # other tools ask with prompts of their own: what the vectors are used to is told here
-    prompt = found.config.prompt
+    prompt = source.config.prompt
     told = {"out": out, "format": args.to, "bytes": size, "prompt": prompt and prompt.to_dict()}
     if args.json:
         print(json.dumps(told))
@@ -209,16 +209,16 @@ def _import(args: argparse.Namespace) -> None:
     check_output(args.out, args.replace, args.source, folder=True)
     model = skeleton(args.model, args.revision, args.trust_remote_code)
     if kind == "arrays":
-        found = arrays.read(args.source, model, layers=args.layers)
+        imported = arrays.read(args.source, model, layers=args.layers)
     else:
         if args.layers:
             raise SteerError(f"--layers is for arrays; a {kind} file names its layers itself")
-        found = {"peft": peft, "gguf": gguf, "lm-eval": lm_eval}[kind].read(args.source, model)
+        imported = {"peft": peft, "gguf": gguf, "lm-eval": lm_eval}[kind].read(args.source, model)
     if not args.confirm_model:
-        _check_origin(args, recorded(found.config.provenance, PART))
+        _check_origin(args, recorded(imported.config.provenance, PART))
     with output(args.out, args.replace, args.source, folder=True):
-        artifact.write(args.out, found)
-    told = {"out": args.out, "kind": found.config.kind, "layers": found.config.layers}
+        artifact.write(args.out, imported)
+    told = {"out": args.out, "kind": imported.config.kind, "layers": imported.config.layers}
     what = f"{told['kind']} vectors of layers {told['layers']}"
     print(json.dumps(told) if args.json else f"{args.out}  ({what})")
 

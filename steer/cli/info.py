@@ -46,10 +46,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    found = artifact.read_numpy(args.artifact)
-    config = found.config
-    norms = _norms(found)
-    numbers = sum(tensor.size for tensor in found.tensors.values())
+    read = artifact.read_numpy(args.artifact)
+    config = read.config
+    norms = _norms(read)
+    numbers = sum(tensor.size for tensor in read.tensors.values())
     if args.json:
         print(json.dumps({"config": config.to_dict(), "numbers": numbers, "norms": norms}, indent=2))
         return
@@ -108,13 +108,13 @@ def _diff(args: argparse.Namespace) -> None:
 
 
 def _card(args: argparse.Namespace) -> None:
-    found = artifact.read(args.artifact)
+    read = artifact.read(args.artifact)
     controls = dict(_control(text) for text in args.control)
-    known = {**(found.config.provenance or {})}
+    known = {**(read.config.provenance or {})}
     if controls:
         known["controls"] = {**known.get("controls", {}), **controls}
-    found.config.provenance = known or None
-    folder = artifact.write(args.artifact, found)
+    read.config.provenance = known or None
+    folder = artifact.write(args.artifact, read)
     print(folder / artifact.CARD_FILE)
 
 
@@ -133,8 +133,8 @@ def _control(text: str) -> tuple[str, dict[str, Any]]:
         ) from error
 
 
-def _norms(found: Artifact) -> dict[int, float]:
-    return {layer: math.sqrt(vector @ vector) for layer, vector in found.effective().items()}
+def _norms(vectors: Artifact) -> dict[int, float]:
+    return {layer: math.sqrt(vector @ vector) for layer, vector in vectors.effective().items()}
 
 
 def _bar(value: float, longest: float) -> str:

@@ -55,8 +55,8 @@ def _serve(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise SteerError(f"two sets have one name ({', '.join(names)}); write NAME=ARTIFACT")
     for name, source, _ in sets:
-        found = read_numpy(source)  # a damaged artifact is told now, not after the model has loaded
-        _, line = served_prompt(found.config.prompt, args.template)
+        vectors = read_numpy(source)  # a damaged artifact is told now, not after the model has loaded
+        _, line = served_prompt(vectors.config.prompt, args.template)
         print(f"{name}: {line}", file=sys.stderr)
     os.environ["STEER_SERVE"] = json.dumps({"vectors": sets, "template": args.template})
     groups = [name for name in entry_points().groups if name.startswith("vllm.") and "endpoint" not in name]

@@ -286,8 +286,8 @@ def pack(vectors: dict[int, torch.Tensor]) -> str:
 def unpack(text: str) -> dict[int, torch.Tensor]:
     """The inverse of `pack`; SteerError when it is not."""
     try:
-        found = load(base64.b64decode(text, validate=True))
-        rows = found["numbers"].split(found["sizes"].tolist())
-        return dict(zip(found["layers"].tolist(), rows, strict=True))
+        tensors = load(base64.b64decode(text, validate=True))
+        rows = tensors["numbers"].split(tensors["sizes"].tolist())
+        return dict(zip(tensors["layers"].tolist(), rows, strict=True))
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise SteerError(f"what was pushed is not a set of vectors by layer ({error})") from error

@@ -136,14 +136,14 @@ def steered_layers(source: str | os.PathLike[str] | Artifact) -> tuple[dict[int,
     """
     from steer.artifact import Artifact, read
 
-    found = source if isinstance(source, Artifact) else read(source)
-    config = found.config
+    artifact = source if isinstance(source, Artifact) else read(source)
+    config = artifact.config
     if config.kind == "adaptive":
         raise SteerError(
             "adaptive vectors add another amount at every token, which the engine cannot hold: export them "
             "as a PEFT LoRA (`steer export`) and serve that with vLLM's --enable-lora"
         )
-    vectors = found.by_layer()
+    vectors = artifact.by_layer()
     if config.site == "resid_pre" and 0 not in vectors:  # before a layer is after the one below it
         return {layer - 1: vector for layer, vector in vectors.items()}, config.positions
     if config.site != "resid_post":

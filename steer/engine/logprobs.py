@@ -42,17 +42,17 @@ def logprobs_mode(args: GRPOConfig) -> str | None:
         "generation_kwargs": bool(set(extra) - _SAME_DISTRIBUTION),
         "structured outputs": guided,  # whose mask is in vLLM's raw log-probabilities too
     }
-    found = " and ".join(name for name, is_changed in changed.items() if is_changed)
-    if not found:
+    names = " and ".join(name for name, is_changed in changed.items() if is_changed)
+    if not names:
         return PROCESSED
     if args.temperature == 1 and not guided:
         return RAW
     if args.vllm_importance_sampling_correction or args.off_policy_mask_threshold is not None:
         warmer = "" if guided else ", or temperature=1"
         raise SteerError(
-            f"with {found} at temperature {args.temperature:g} vLLM's log-probabilities do not compare with "
+            f"with {names} at temperature {args.temperature:g} vLLM's log-probabilities do not compare with "
             "the trainer's, which importance weights need: set "
             "vllm_importance_sampling_correction=false (and "
-            f"off_policy_mask_threshold=null){warmer}, or leave {found} out"
+            f"off_policy_mask_threshold=null){warmer}, or leave {names} out"
         )
     return None

@@ -58,13 +58,13 @@ class Receipt:
             who = f"worker {number} of {len(answers)}"
             if held is None:
                 raise SteerError(f"{who} of the engine no longer holds {self.name!r}, {_ADVICE}")
-            for layer, found in held["layers"]:
+            for layer, checksum in held["layers"]:
                 seen.add(layer)
                 wanted = self.layers.get(layer, ZERO)
-                if found != wanted:
+                if checksum != wanted:
                     raise SteerError(
                         f"{who} of the engine holds other vectors than were pushed as {self.name!r}: layer "
-                        f"{layer} has checksum {found}, pushed was {wanted}; {_ADVICE}"
+                        f"{layer} has checksum {checksum}, pushed was {wanted}; {_ADVICE}"
                     )
             if held["positions"] != self.positions:
                 raise SteerError(

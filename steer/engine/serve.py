@@ -88,10 +88,10 @@ class Vectors:
         """Push the artifact under `name`, in place of what has it; SteerError when that cannot be."""
         if self.models.is_base_model(name) or name == DEFAULT or "@" in name:
             raise SteerError(f"{name!r} cannot name vectors: it is the base model's, reserved, or has an @")
-        found = await asyncio.to_thread(read, artifact)
-        found = replace(found, config=replace(found.config, scale=scale * found.config.scale))
-        vectors, positions = steered_layers(found)
-        prompt, _ = served_prompt(found.config.prompt, self.template)
+        pushed = await asyncio.to_thread(read, artifact)
+        pushed = replace(pushed, config=replace(pushed.config, scale=scale * pushed.config.scale))
+        vectors, positions = steered_layers(pushed)
+        prompt, _ = served_prompt(pushed.config.prompt, self.template)
         async with self.lock:
             answers = await self._call("steer_push", name, pack(vectors), positions)
             confirmed(answers, name, vectors, positions)

@@ -99,10 +99,10 @@ class EngineSampler:
             )
             for name, seed in zip(names, seeds, strict=True)
         ]
-        found = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
+        answers = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
         for name in dict.fromkeys(names):
             verify(self.llm, self.receipts[name])
-        outputs = [answer.outputs[0] for answer in found]
+        outputs = [answer.outputs[0] for answer in answers]
         return [
             Completion(list(output.token_ids), output.finish_reason != "length", self._logps(output))
             for output in outputs

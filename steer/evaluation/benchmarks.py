@@ -204,7 +204,7 @@ def load(
             )
         records = load_problems(str(path), columns=None if benchmark.hub else columns).to_list()
         digest = ""
-    found: dict[str, Problem] = {}
+    by_id: dict[str, Problem] = {}
     for number, record in enumerate(records, 1):
         text, answer = str(record["problem"]), str(record["answer"])
         golds, messages = tuple(record.get("golds") or ()), tuple(record.get("messages") or ())
@@ -215,8 +215,8 @@ def load(
                 f"{article} {benchmark.answer}: is this another set's file?"
             )
         key = problem_id(text, golds or answer, messages)
-        found.setdefault(key, Problem(key, text, answer, golds if len(golds) > 1 else (), messages))
-    problems = list(found.values())
+        by_id.setdefault(key, Problem(key, text, answer, golds if len(golds) > 1 else (), messages))
+    problems = list(by_id.values())
     digest = digest or _digest(" ".join(sorted(p.id for p in problems)))
     if benchmark.limit is not None and benchmark.limit < len(problems):
         random.Random(0).shuffle(problems)

@@ -30,21 +30,21 @@ def lenient_columns(cell: Cell, base: Cell | None, reference: Cell | None) -> di
     """What a row of `scores.json` holds of a method's lenient grades and of its gain over the best base."""
     if not cell.read:
         return {}
-    found: dict[str, Any] = {
+    columns: dict[str, Any] = {
         "lenient": asdict(scores.estimate(cell.lenient)),
         "lenient_by_seed": dict(zip(cell.method.seeds, cell.lenient.mean(1).tolist(), strict=True)),
         "lenient_samples": cell.read,
     }
     if base is None:
-        return found
-    found["best_base"] = base.method.name
+        return columns
+    columns["best_base"] = base.method.name
     if cell is not base:
-        found["elicited_gain"] = asdict(scores.compare(cell.lenient, base.lenient))
+        columns["elicited_gain"] = asdict(scores.compare(cell.lenient, base.lenient))
         if reference is not None and reference is not cell and reference.read:
             share = scores.gain_share(cell.lenient, base.lenient, reference.lenient)
-            found["elicited_share"] = asdict(share) if share else None
-            found["reference"] = reference.method.name
-    return found
+            columns["elicited_share"] = asdict(share) if share else None
+            columns["reference"] = reference.method.name
+    return columns
 
 
 def constant_rows(collection: Collection) -> list[dict[str, Any]]:
@@ -73,9 +73,9 @@ def constant_rows(collection: Collection) -> list[dict[str, Any]]:
 
 def notes(collection: Collection, rows: Sequence[dict[str, Any]]) -> list[str]:
     """What has to be known to read the lenient columns."""
-    found = []
+    lines = []
     if not any(method.conditions["asked"] for method in collection.methods):
-        found.append(
+        lines.append(
             "no base was asked with worked examples: part of a gain over the base may be form alone; "
             "`steer eval --examples 8` measures that"
         )
@@ -84,22 +84,22 @@ def notes(collection: Collection, rows: Sequence[dict[str, Any]]) -> list[str]:
         short = [row for row in of if row.get("lenient_samples", 0) < row["samples"]]
         if short:
             counts = ", ".join(f"{row['method']} {row.get('lenient_samples', 0)}" for row in short)
-            found.append(
+            lines.append(
                 f"{benchmark}, {decoding}: lenient grades are on the first samples, whose texts are kept "
                 f"({counts}, of {short[0]['samples']})"
             )
-    return found
+    return lines
 
 
 def sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The best base of each benchmark and decoding, and what the trained methods gain over it."""
-    found = []
+    lines = []
     reference = next((row["reference"] for row in rows if "reference" in row), None)
     for row in rows:
         if row.get("best_base") == row["method"]:
             e = row["lenient"]
             how = "greedily" if row["decoding"] == "greedy" else "sampled"
-            found.append(
+            lines.append(
                 f"The best elicited base on {row['benchmark']}, {how}, is {row['method']}: {e['value']:.3f} "
                 f"read leniently ({e['low']:.3f} to {e['high']:.3f})."
             )
@@ -112,5 +112,5 @@ def sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
             )
             if row["method"] == reference and verdict != scores.BETTER:
                 text += "; shares of its gain over that base are undefined"
-            found.append(f"{text}.")
-    return found
+            lines.append(f"{text}.")
+    return lines

@@ -118,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     width = shutil.get_terminal_size((110, 40)).columns
-    found = list(select(collection, args.base, chosen, args.verdict, args.benchmark, args.sample))
-    for problem, answers in found[: args.limit]:
+    selected = list(select(collection, args.base, chosen, args.verdict, args.benchmark, args.sample))
+    for problem, answers in selected[: args.limit]:
         print(side_by_side(problem, answers, width) + "\n" + "=" * width)
-    print(f"{min(args.limit, len(found))} of {len(found)} problems ({args.verdict})")
+    print(f"{min(args.limit, len(selected))} of {len(selected)} problems ({args.verdict})")
     return 0

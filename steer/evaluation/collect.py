@@ -83,25 +83,25 @@ class Collection:
         The methods that answered `benchmark` this way, on the problems that all of them answered, in the
         order of the problems file.
         """
-        found: list[tuple[Method, dict[str, list[list[Row]]]]] = []
+        complete: list[tuple[Method, dict[str, list[list[Row]]]]] = []
         for method in self.methods:
             by_seed = [_complete(method.rows[s].get(benchmark, {}), greedy) for s in method.seeds]
             common = set.intersection(*map(set, by_seed)) if all(by_seed) else set()
             samples = {len(rows) for seed in by_seed for rows in seed.values()}
             if common and len(samples) == 1:
-                found.append((method, {i: [seed[i] for seed in by_seed] for i in common}))
+                complete.append((method, {i: [seed[i] for seed in by_seed] for i in common}))
             elif any(by_seed):
                 self._note(f"{method.name}, {benchmark}: the seeds answered different problems; left out")
-        if not found:
+        if not complete:
             return []
-        shared = [i for i in self.problems[benchmark] if all(i in answers for _, answers in found)]
+        shared = [i for i in self.problems[benchmark] if all(i in answers for _, answers in complete)]
         if not shared:
             raise SteerError(
                 f"the runs share no problem of {benchmark}: "
-                + ", ".join(f"{m.name} answered {len(a)}" for m, a in found)
+                + ", ".join(f"{m.name} answered {len(a)}" for m, a in complete)
                 + "; compare runs of the same problems"
             )
-        for method, answers in found:
+        for method, answers in complete:
             if len(answers) > len(shared):
                 self._note(
                     f"{benchmark}: {method.name} answered {len(answers)} problems; compared are the "
@@ -109,7 +109,7 @@ class Collection:
                 )
         return [
             Cell(m, shared, [[given[i][s] for i in shared] for s in range(len(m.seeds))])
-            for m, given in found
+            for m, given in complete
         ]
 
     def _note(self, text: str) -> None:
@@ -123,22 +123,22 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
     conditions is one; the same name under other conditions gets the run's folder behind it. SteerError for a
     folder that is no run or an empty one.
     """
-    found = Collection([], {}, {}, [], [])
+    collection = Collection([], {}, {}, [], [])
     methods: dict[str, Method] = {}
     for folder in map(Path, folders):
         settings, problems, completions = read_run(folder, columns)
-        found.sessions += [session for session in settings["sessions"] if session["completions"]]
+        collection.sessions += [session for session in settings["sessions"] if session["completions"]]
         for row in problems:
-            found.problems.setdefault(row["benchmark"], {}).setdefault(row["id"], row)
+            collection.problems.setdefault(row["benchmark"], {}).setdefault(row["id"], row)
         for name, chosen in settings["benchmarks"].items():
-            found.forms.setdefault(name, chosen["answer"])
+            collection.forms.setdefault(name, chosen["answer"])
         lists = list(completions.values())
         rows = [dict(zip(completions, values, strict=True)) for values in zip(*lists, strict=True)]
         if not rows:
             raise SteerError(
                 f"{folder} holds no answers yet; give the same `steer eval` command again to go on with it"
             )
-        _note_unfinished(found, folder, settings, rows)
+        _note_unfinished(collection, folder, settings, rows)
         names = {}
         for name, variant in settings["variants"].items():
             base, _, seed = name.partition("#")
@@ -162,9 +162,9 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
         for row in rows:
             place = names[row["variant"]].setdefault(row["benchmark"], {}).setdefault(row["problem"], {})
             place.setdefault(row["sample"], row)
-    found.methods = [method for method in methods.values() if any(method.rows.values())]
-    _note_conditions(found)
-    return found
+    collection.methods = [method for method in methods.values() if any(method.rows.values())]
+    _note_conditions(collection)
+    return collection
 
 
 def _complete(problems: dict[str, dict[int, Row]], greedy: bool) -> dict[str, list[Row]]:
@@ -185,7 +185,9 @@ def _differ(one: dict[str, Any], other: dict[str, Any], other_seed: bool) -> boo
     )
 
 
-def _note_unfinished(found: Collection, folder: Path, settings: dict[str, Any], rows: Sequence[Row]) -> None:
+def _note_unfinished(
+    collection: Collection, folder: Path, settings: dict[str, Any], rows: Sequence[Row]
+) -> None:
     """Every variant owes each problem what any of them gave it."""
     given: dict[tuple[str, str], set[tuple[str, int]]] = {}
     for row in rows:
@@ -198,29 +200,29 @@ def _note_unfinished(found: Collection, folder: Path, settings: dict[str, Any], 
         len(owed[b] - given.get((v, b), set())) for v in settings["variants"] for b in settings["benchmarks"]
     )
     if missing:
-        found.notes.append(
+        collection.notes.append(
             f"{folder} is not finished: at least {missing} answers are missing; "
             "the same `steer eval` command goes on with it"
         )
 
 
-def _note_conditions(found: Collection) -> None:
+def _note_conditions(collection: Collection) -> None:
     """Say what differs between the methods beside the method."""
     for key in ("model", "engine", "dtype", "temperature", "top_p", "seed"):
-        fine_tuned = [m for m in found.methods if m.conditions["kind"] == "base" and m.parameters]
-        told = [m for m in found.methods if key != "model" or m not in fine_tuned]
+        fine_tuned = [m for m in collection.methods if m.conditions["kind"] == "base" and m.parameters]
+        told = [m for m in collection.methods if key != "model" or m not in fine_tuned]
         values = {method.name: method.conditions[key] for method in told}
         if len(set(values.values())) > 1:
-            found.notes.append(f"{key} differs: " + ", ".join(f"{n} {v}" for n, v in values.items()))
-    for name in found.problems:
+            collection.notes.append(f"{key} differs: " + ", ".join(f"{n} {v}" for n, v in values.items()))
+    for name in collection.problems:
         for key in ("template", "prefix", "system", "chat_template_kwargs", "max_new_tokens", "digest"):
             values = {
                 m.name: m.conditions["asked"].get(name, {}).get(key, asked.get(key)) or "none"
-                for m in found.methods
+                for m in collection.methods
                 for asked in [m.conditions["benchmarks"].get(name)]
                 if asked is not None
             }
             if len(set(map(str, values.values()))) > 1:
-                found.notes.append(
+                collection.notes.append(
                     f"{name}: {key} differs: " + ", ".join(f"{n} {v}" for n, v in values.items())
                 )

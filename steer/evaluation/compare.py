@@ -112,9 +112,9 @@ def pairs(collection: Collection) -> list[dict[str, Any]]:
         for greedy in (True, False):
             cells = [cell for cell in collection.cells(benchmark, greedy) if cell.method.parameters]
             both = list(combinations(cells, 2))
-            found = [scores.compare(one.values, other.values) for one, other in both]
-            corrected = benjamini_hochberg([c.p for c in found])
-            for (one, other), c, p in zip(both, found, corrected, strict=True):
+            compared = [scores.compare(one.values, other.values) for one, other in both]
+            corrected = benjamini_hochberg([c.p for c in compared])
+            for (one, other), c, p in zip(both, compared, corrected, strict=True):
                 rows.append(
                     {
                         "benchmark": benchmark,
@@ -155,7 +155,7 @@ def report(
     for text in said:
         if text:
             print(text)
-    found = {
+    made = {
         "base": base,
         "reference": reference,
         "rows": rows,
@@ -165,7 +165,7 @@ def report(
         "sessions": collection.sessions,
     }
     target = Path(out if out is not None else folders[0])
-    files = {"scores.json": (json.dumps(found, indent=2) + "\n").encode()}
+    files = {"scores.json": (json.dumps(made, indent=2) + "\n").encode()}
     if out is not None:
         from steer.evaluation import page, plots
 

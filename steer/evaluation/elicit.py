@@ -53,21 +53,21 @@ def elicited(
 
     asked = []
     for b in chosen:
-        found: list[dict[str, Any]] | str = training(b, args.data_dir, args.examples_from)
-        if not isinstance(found, str):
+        pool: list[dict[str, Any]] | str = training(b, args.data_dir, args.examples_from)
+        if not isinstance(pool, str):
             held_out = [p.problem for p in problems[b.name]]
-            examples = choose(found, count, held_out)
+            examples = choose(pool, count, held_out)
             rows = [{"problem": p.problem, "messages": p.messages} for p in problems[b.name]]
             way = ways(prompts[b.name], b.max_new_tokens, examples, rows, tokenizer, context)
             if "elicited" in way:
                 spec, limit = way["elicited"]
                 asked.append(Asked(b.name, limit, spec.examples))
                 continue
-            found = f"no worked example fits the context of {context} tokens"
+            pool = f"no worked example fits the context of {context} tokens"
         if args.examples is not None:
-            raise SteerError(f"benchmark {b.name!r}: {found}; use --examples 0 to leave them out")
+            raise SteerError(f"benchmark {b.name!r}: {pool}; use --examples 0 to leave them out")
         log.info(
-            "note: %s: %s; the base is asked without examples, so a gain may be form alone", b.name, found
+            "note: %s: %s; the base is asked without examples, so a gain may be form alone", b.name, pool
         )
     if not asked:
         return None

@@ -61,10 +61,10 @@ class Graded:
 
 def lm_eval_extract(text: str, strict: bool) -> str:
     """What lm-eval's GSM8K task takes for the answer; "[invalid]" when it finds none."""
-    found = (STRICT if strict else FLEXIBLE).findall(text)
-    if not found:
+    matches = (STRICT if strict else FLEXIBLE).findall(text)
+    if not matches:
         return "[invalid]"
-    last = found[0] if strict else next((group for group in found[-1] if group), "[invalid]")
+    last = matches[0] if strict else next((group for group in matches[-1] if group), "[invalid]")
     return last.strip()
 
 
@@ -125,22 +125,22 @@ def _within(extracted: str, boxed: str) -> bool:
 
 def check_run(folder: str, sample: int, seed: int) -> list[Graded]:
     """A seeded sample of a run's distinct completions, graded by all graders that apply."""
-    found = collect([folder])
+    collection = collect([folder])
     rows = []
-    for method in found.methods:
+    for method in collection.methods:
         for seed_rows in method.rows.values():
             for benchmark, problems in seed_rows.items():
                 for key, samples in problems.items():
-                    if found.problems[benchmark][key].get("golds"):
+                    if collection.problems[benchmark][key].get("golds"):
                         continue  # the other graders know one right answer
-                    reference = found.problems[benchmark][key]["answer"]
+                    reference = collection.problems[benchmark][key]["answer"]
                     rows += [(benchmark, row, reference) for row in samples.values()]
     distinct = list({(row["text"], reference): (b, row, reference) for b, row, reference in rows}.values())
     random.Random(seed).shuffle(distinct)
     graded = []
     for benchmark, row, reference in distinct[:sample]:
         verdict = Verdict(row["correct"], row["answer"], row["how"])
-        graded += _grade(row["text"], reference, verdict, found.forms.get(benchmark, "expression"))
+        graded += _grade(row["text"], reference, verdict, collection.forms.get(benchmark, "expression"))
     return graded
 
 

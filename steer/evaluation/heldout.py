@@ -170,9 +170,9 @@ def ways(
         problems: the held-out problems.
         context: tokens that the model can read; None for any number. Examples that do not fit are left out.
     """
-    found = {"before": (prompts, limit), "after": (prompts, limit)}
+    prompted = {"before": (prompts, limit), "after": (prompts, limit)}
     if not examples:
-        return found
+        return prompted
 
     def longest(some: Sequence[Example]) -> int:
         format_problem = formatter(replace(prompts, examples=tuple(some)), tokenizer)
@@ -183,7 +183,7 @@ def ways(
     if context is not None:
         wide = max(limit, min(wide, context - longest(())))
     if wide > limit:
-        found["longer"] = (prompts, wide)
+        prompted["longer"] = (prompts, wide)
     fitted = fitting(examples, longest, wide, context)
     if len(fitted) < len(examples):
         log.info(
@@ -193,5 +193,5 @@ def ways(
             context,
         )
     if fitted:
-        found["elicited"] = (replace(prompts, examples=fitted), wide)
-    return found
+        prompted["elicited"] = (replace(prompts, examples=fitted), wide)
+    return prompted

@@ -18,12 +18,12 @@ BATCH_VLLM_GPU = 1024
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The parser of `steer eval`."""
-    found = argparse.ArgumentParser(
+    made = argparse.ArgumentParser(
         prog="steer eval",
         description=description,
         formatter_class=Help,
     )
-    about_model = found.add_argument_group("the model and its variants")
+    about_model = made.add_argument_group("the model and its variants")
     add_base_options(about_model)
     model = about_model.add_argument
     model(
@@ -58,7 +58,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="training problems for --examples: a file or a data set (default: the benchmark's own)",
     )
     model("--other-tokenizer", action="store_true", help="measure vectors made for another tokenizer as well")
-    asked = found.add_argument_group("what is asked").add_argument
+    asked = made.add_argument_group("what is asked").add_argument
     names = ", ".join(benchmarks.KNOWN)
     asked(
         "--benchmarks",
@@ -93,7 +93,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     asked("--limit", type=count, help="most problems of each benchmark: a seeded choice (default: all)")
     asked("--seed", type=int, default=0, help="of the sampled answers (default: 0)")
-    how = found.add_argument_group("how it runs").add_argument
+    how = made.add_argument_group("how it runs").add_argument
     how("--out", type=text, required=True, help="folder of the run; the same command goes on with it")
     how("--engine", choices=ENGINES, default="hf", help="what samples (default: hf)")
     engine = "arguments of vLLM's LLM: '{\"max_num_seqs\": 64}'"
@@ -101,4 +101,4 @@ def parser(description: str) -> argparse.ArgumentParser:
     sizes = f"{BATCH}; {BATCH_VLLM_GPU} with vllm on a GPU"
     how("--batch-size", type=count, help=f"answers sampled at once (default: {sizes})")
     how("--workers", type=count, default=1, help="processes that grade (default: 1)")
-    return found
+    return made

@@ -63,26 +63,26 @@ def read_run(path: str | Path, columns: Iterable[str] = tuple(COLUMNS)) -> Run:
 
 
 def _unpacked(path: str | Path, columns: Iterable[str]) -> Run:
-    found = read_packed(path)
+    packed = read_packed(path)
     try:
-        problems, rows = found["problems"], found["rows"]
-        kept = {"lenient": None, **found["completions"]}
+        problems, rows = packed["problems"], packed["rows"]
+        kept = {"lenient": None, **packed["completions"]}
         whole = {n: c if isinstance(c, list) else [c] * rows for n, c in kept.items()}
         whole["problem"] = [problems[n]["id"] for n in whole["problem"]]
         chosen = {name: whole[name] for name in columns}
         if any(len(column) != rows for column in chosen.values()):
             raise ValueError(f"its columns do not all have {rows} rows")
-        return found["settings"], problems, chosen
+        return packed["settings"], problems, chosen
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise SteerError(f"{path} is no packed run ({error!r}); pack it again") from error
 
 
 def read_packed(path: str | Path) -> dict[str, Any]:
     """The whole content of a packed file; `about` is what `pack` was given."""
-    found = read_json(path)
-    if not isinstance(found, dict) or "completions" not in found:
+    packed = read_json(path)
+    if not isinstance(packed, dict) or "completions" not in packed:
         raise SteerError(f"{path} is no packed run of evals: it has no completions")
-    return found
+    return packed
 
 
 def _lines(parts: dict[str, Any]) -> str:

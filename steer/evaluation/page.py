@@ -109,8 +109,8 @@ def _gains(rows: Sequence[dict[str, Any]], key: str, title: str) -> dict[str, An
         if key in row:
             lines.setdefault(row["method"], {})[row["benchmark"], row["decoding"]] = _gain(row, key)
     nothing = {"value": "", "small": []}
-    found = [{"name": name, "cells": [line.get(h, nothing) for h in heads]} for name, line in lines.items()]
-    return {"title": title, "heads": ["method", *(", ".join(head) for head in heads)], "rows": found}
+    shown = [{"name": name, "cells": [line.get(h, nothing) for h in heads]} for name, line in lines.items()]
+    return {"title": title, "heads": ["method", *(", ".join(head) for head in heads)], "rows": shown}
 
 
 def _gain(row: dict[str, Any], key: str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _table(
     lines += [constant_cells(row) for row in constants if row["benchmark"] == benchmark]
     kept = ("greedy", "greedy, lenient", "sampled", "sampled, lenient")
     heads = [head for head in columns(lines) if head in kept or not re.search(r",| against ", head)]
-    found = []
+    shown = []
     for line in lines:
         fields = []
         for head in heads[1:]:
@@ -144,8 +144,8 @@ def _table(
             each = line.get(f"{head}, each seed")
             small = [rest.rstrip(")"), f"seeds {each}" if each else ""]
             fields.append({"value": value, "small": [text for text in small if text]})
-        found.append({"name": line["method"], "cells": fields})
-    return {"title": f"{benchmark}, {of[0]['problems']} problems", "heads": heads, "rows": found}
+        shown.append({"name": line["method"], "cells": fields})
+    return {"title": f"{benchmark}, {of[0]['problems']} problems", "heads": heads, "rows": shown}
 
 
 def _how_to_read(rows: Sequence[dict[str, Any]]) -> str:
@@ -230,12 +230,12 @@ def _gained_and_lost(
     blocks = []
     for method in methods[1:]:
         for change, word, kind in ((1, "gained", "good"), (-1, "lost", "bad")):
-            found = [item for item in items if _change(item, base, method) == change]
-            if found:
-                pairs = [_pair(item, base, method) for item in found[:LISTED]]
-                more = max(0, len(found) - LISTED)
+            changed = [item for item in items if _change(item, base, method) == change]
+            if changed:
+                pairs = [_pair(item, base, method) for item in changed[:LISTED]]
+                more = max(0, len(changed) - LISTED)
                 blocks.append(
-                    {"word": word, "kind": kind, "method": method, "count": len(found)}
+                    {"word": word, "kind": kind, "method": method, "count": len(changed)}
                     | {"pairs": pairs, "more": more}
                 )
     return blocks

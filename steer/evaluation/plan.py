@@ -41,20 +41,20 @@ def read_plan(path: str) -> Plan:
     """
     path = str(config_file(path))
     try:
-        found = yaml.safe_load(Path(path).read_text())
+        settings = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise SteerError(f"cannot read {path} ({error.strerror})") from error
     except yaml.YAMLError as error:
         raise SteerError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     known = {f.name for f in fields(Plan)}
     needed = {"config", "methods", "evaluation", "output_dir", "out"}
-    given = set(found) if isinstance(found, dict) else set()
+    given = set(settings) if isinstance(settings, dict) else set()
     if given - known or needed - given:
         raise SteerError(
             f"{path} is no comparison: unknown {sorted(given - known)}, missing {sorted(needed - given)}"
         )
-    lists = {k: tuple(found[k]) for k in ("seeds", "prefixes", "systems") if k in found}
-    plan = Plan(**{**found, **lists})
+    lists = {k: tuple(settings[k]) for k in ("seeds", "prefixes", "systems") if k in settings}
+    plan = Plan(**{**settings, **lists})
     for name, method in plan.methods.items():
         like = plan.methods.get(method.get("like", name))
         if like is None or (like | method).get("recipe") not in RECIPES:

@@ -116,7 +116,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     compared = variants.collect(base, args.vectors, args.scales, args.adapter, args.prefixes, args.systems)
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
     prompts = _prompts(args, compared, chosen)
-    texts = {name: found for name, (found, _) in problems.items()}
+    texts = {name: loaded for name, (loaded, _) in problems.items()}
     context = context_length(bones.config)
     extra = elicit.elicited(args, base, chosen, texts, tokenizer, prompts, context)
     compared = [*compared[: args.base], *([extra] if extra else []), *compared[1:]]
@@ -150,8 +150,8 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     table = [
         {"benchmark": name, "id": p.id, "problem": p.problem, "answer": p.answer}
         | ({"golds": json.dumps(p.golds)} if p.golds else {})
-        for name, (found, _) in problems.items()
-        for p in found
+        for name, (loaded, _) in problems.items()
+        for p in loaded
     ]
     store = Store(args.out)
     try:
@@ -256,11 +256,11 @@ def _answer(
 
 def _batches(rows: list[Row], size: int) -> list[list[Row]]:
     """Rows of one benchmark and one way of decoding, at most `size` at once."""
-    found = []
+    batches = []
     for _, group in groupby(rows, key=lambda row: (row.benchmark.name, row.sample == GREEDY)):
         alike = list(group)
-        found += [alike[start : start + size] for start in range(0, len(alike), size)]
-    return found
+        batches += [alike[start : start + size] for start in range(0, len(alike), size)]
+    return batches
 
 
 # ---- what is asked
@@ -301,14 +301,14 @@ def _prompts(
 
     paths = dict.fromkeys(variant.path for variant in compared if variant.kind == "vectors")
     trained = {path: artifact.read(path).config.prompt for path in paths}
-    found = {}
+    specs = {}
     for b in chosen:
         chat = TEMPLATES[b.template or agreed_prompt(trained, b.prompt).template].chat
         asked = (b.template, args.prefix, args.chat_template_kwargs if chat else None)
-        found[b.name] = choose_prompt(trained, b.prompt, *asked, label=f"prompt of {b.name}")
-    if args.chat_template_kwargs and not any(TEMPLATES[spec.template].chat for spec in found.values()):
+        specs[b.name] = choose_prompt(trained, b.prompt, *asked, label=f"prompt of {b.name}")
+    if args.chat_template_kwargs and not any(TEMPLATES[spec.template].chat for spec in specs.values()):
         raise SteerError("--chat-template-kwargs are for a chat template, and no benchmark asks with one")
-    return found
+    return specs
 
 
 def _kept(spec: PromptSpec) -> dict[str, Any]:

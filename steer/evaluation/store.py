@@ -104,12 +104,12 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise SteerError(f"no run in {folder}: there is no {RUN_FILE}; give a folder that `steer eval` wrote")
     try:
-        found = read_json(path)
-        if not isinstance(found, dict) or not {"variants", "benchmarks", *FIXED} <= set(found):
+        settings = read_json(path)
+        if not isinstance(settings, dict) or not {"variants", "benchmarks", *FIXED} <= set(settings):
             raise ValueError("it is not what `steer eval` writes")
     except (ValueError, OSError) as error:
         raise SteerError(f"{path} cannot be read ({error}); give another folder") from error
-    return found
+    return settings
 
 
 def read_problems(folder: str | Path) -> list[dict[str, Any]]:
@@ -124,13 +124,13 @@ def references(problem: Mapping[str, Any]) -> str | list[str]:
 
 def read_completions(folder: str | Path, columns: Iterable[str] = tuple(COLUMNS)) -> dict[str, list[Any]]:
     """All completions of a run so far, as lists by column."""
-    found: dict[str, list[Any]] = {name: [] for name in columns}
+    by_column: dict[str, list[Any]] = {name: [] for name in columns}
     for path in _parts(Path(folder)):
         table = _read(path, None)
-        for name, values in found.items():
+        for name, values in by_column.items():
             missing = name == "lenient" and name not in table.column_names
             values.extend([None] * len(table) if missing else table[name].to_pylist())
-    return found
+    return by_column
 
 
 def _parts(folder: Path) -> list[Path]:

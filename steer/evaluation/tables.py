@@ -98,8 +98,8 @@ def elicited_gain(row: dict[str, Any]) -> str:
     """The paired difference to the best elicited base, both graded leniently."""
     if "elicited_gain" not in row:
         return "the best elicited base" if row.get("best_base") == row["method"] else ""
-    found = row["elicited_gain"]
-    return f"{difference(found['difference'])} {told(found['verdict'], row)}"
+    gain = row["elicited_gain"]
+    return f"{difference(gain['difference'])} {told(gain['verdict'], row)}"
 
 
 def difference(estimate: dict[str, float]) -> str:
@@ -129,7 +129,7 @@ def pairs_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def sentences(rows: Sequence[dict[str, Any]], base: str) -> list[str]:
     """What the table says, in words: one sentence for each comparison."""
-    found = []
+    lines = []
     for row in rows:
         if "gain" not in row:
             continue
@@ -145,8 +145,8 @@ def sentences(rows: Sequence[dict[str, Any]], base: str) -> list[str]:
         if share := row.get("gain_share"):
             text += f"; {share['value']:.0%} of {row['reference']}'s gain ({share['low']:.0%} to "
             text += f"{share['high']:.0%})"
-        found.append(text + ".")
-    return found
+        lines.append(text + ".")
+    return lines
 
 
 def brevity(rows: Sequence[dict[str, Any]], base: str) -> list[str]:

@@ -54,8 +54,8 @@ class Variant:
 
     def to_dict(self) -> dict[str, Any]:
         """As `run.json` holds it."""
-        found = asdict(self) | {"asked": {a.benchmark: _plain(a) for a in self.asked}}
-        return {k: v for k, v in found.items() if k != "name" and (v or k not in ("system", "asked"))}
+        values = asdict(self) | {"asked": {a.benchmark: _plain(a) for a in self.asked}}
+        return {k: v for k, v in values.items() if k != "name" and (v or k not in ("system", "asked"))}
 
     def way(self, benchmark: str) -> Asked | None:
         """How this variant is asked `benchmark`; None for as the benchmark says."""
@@ -79,31 +79,31 @@ def collect(
     each scale, and each adapter. Sources are written PATH or NAME=PATH. Reads every file once; SteerError for
     one that is none, and for equal names.
     """
-    found = [base]
-    found += [
+    variants = [base]
+    variants += [
         Variant(_suffixed(base.name, f" + {text}"), prefix=text, digest=base.digest) for text in prefixes
     ]
     for source in systems:
         name, mark, text = source.partition("=")
         if not mark or not name or not text:
             raise SteerError(f"system prompt {source!r} has no name; write NAME=TEXT")
-        found.append(Variant(name, digest=base.digest, system=text))
+        variants.append(Variant(name, digest=base.digest, system=text))
     for source in vectors:
         name, path = _named(source)
         parameters, digest = _vectors(path)
         for scale in scales:
             called = name if scale == 1 else _suffixed(name, f" x{scale:g}")
-            found.append(Variant(called, "vectors", path, scale, "", parameters, digest))
+            variants.append(Variant(called, "vectors", path, scale, "", parameters, digest))
     for source in adapters:
         name, path = _named(source)
         folder = adapter_folder(path)
         parameters, digest = _adapter(folder)
-        found.append(Variant(name, "adapter", str(folder), 1.0, "", parameters, digest))
-    names = [variant.name for variant in found]
+        variants.append(Variant(name, "adapter", str(folder), 1.0, "", parameters, digest))
+    names = [variant.name for variant in variants]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise SteerError(f"two variants are called {twice!r}; name them: --vectors one=PATH two=PATH")
-    return found
+    return variants
 
 
 def check(
@@ -206,13 +206,13 @@ def _suffixed(name: str, suffix: str) -> str:
 
 
 def _vectors(path: str) -> tuple[int, str]:
-    found = artifact.read(path)
+    vectors = artifact.read(path)
     digest = hashlib.sha256()
-    config = found.config
+    config = vectors.config
     digest.update(repr((config.kind, config.layers, config.site, config.positions, config.scale)).encode())
-    for name in sorted(found.tensors):
-        digest.update(name.encode() + found.tensors[name].double().numpy().tobytes())
-    return sum(tensor.numel() for tensor in found.tensors.values()), digest.hexdigest()[:16]
+    for name in sorted(vectors.tensors):
+        digest.update(name.encode() + vectors.tensors[name].double().numpy().tobytes())
+    return sum(tensor.numel() for tensor in vectors.tensors.values()), digest.hexdigest()[:16]
 
 
 def _adapter(folder: Path) -> tuple[int, str]:

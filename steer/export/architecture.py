@@ -35,8 +35,12 @@ class Layer:
     def sites(self) -> dict[str, str]:
         """The matrix that each site's vector is a bias of."""
         own = {"resid_mid": self.attention, "resid_post": self.mlp}
-        found = {**{site: own[site] for site in self.stream}, "attn_out": self.attention, "mlp_out": self.mlp}
-        return {site: place for site, place in found.items() if place is not None}
+        writers = {
+            **{site: own[site] for site in self.stream},
+            "attn_out": self.attention,
+            "mlp_out": self.mlp,
+        }
+        return {site: place for site, place in writers.items() if place is not None}
 
 
 def _like(layer: Layer, *model_types: str) -> dict[str, Layer]:

@@ -299,14 +299,14 @@ def _pt(content: bytes, path: Path) -> dict[str, torch.Tensor]:
         raise SteerError(f"{path} is not a whole file of torch.save (1.6 and later): load and save it again")
     _members(content, path, compressed=False)
     try:
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise SteerError(
             f"{path} holds Python objects, which could run code and were left alone: save the tensors only"
         ) from error
     except Exception as error:  # whatever a torn archive trips over
         raise SteerError(f"{path} is a damaged file of torch.save ({one_line(error)})") from error
-    named = found if isinstance(found, dict) else {"": found}
+    named = loaded if isinstance(loaded, dict) else {"": loaded}
     if any(isinstance(value, dict) and "steering_vector" in value for value in named.values()):
         raise SteerError(f"{path} is a file of lm-eval's steered models: import it as that")
     for key, value in named.items():

@@ -206,8 +206,8 @@ def _check_llama(model: Any, config: LlamaConfig) -> None:
     """SteerError unless the model's weights are, by name and shape, those of a Llama of this config."""
     with torch.device("meta"):
         llama = LlamaForCausalLM(config)
-    expected, found = ({k: v.shape for k, v in m.state_dict().items()} for m in (llama, model))
-    wrong = sorted(expected.items() ^ found.items())
+    expected, actual = ({k: v.shape for k, v in m.state_dict().items()} for m in (llama, model))
+    wrong = sorted(expected.items() ^ actual.items())
     if wrong:
         raise SteerError(
             f"{model.config.name_or_path} cannot be saved as a Llama, whose {wrong[0][0]} is another; "

@@ -185,8 +185,8 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
         )
     count = header.metadata.get(f"{ARCHITECTURE}.layer_count", len(header.tensors))
     if not header.tensors or count != len(header.tensors):
-        found = len(header.tensors)
-        raise SteerError(f"{path} holds {found} tensors and speaks of {short(count)}: was it altered?")
+        stored = len(header.tensors)
+        raise SteerError(f"{path} holds {stored} tensors and speaks of {short(count)}: was it altered?")
     vectors: dict[int, np.ndarray] = {}
     for name, tensor in header.tensors.items():
         match = _NAME.fullmatch(name)
@@ -235,10 +235,10 @@ def _restored(made: Artifact, text: Any, path: Path) -> Artifact:
                 f"{field}={getattr(saved, field)}, this model has {field}={getattr(config, field)}: "
                 "`steer transfer` carries it over"
             )
-    found = config.resolve_layers(made.num_hidden_layers)
+    resolved = config.resolve_layers(made.num_hidden_layers)
     whole = replace(saved, kind="constant", layers=config.layers, scale=1.0, dtype="float32")
     same_place = (saved.site, saved.positions) == (config.site, config.positions)
-    if [k for k in layers if k or 0 in found] != found or not same_place:
+    if [k for k in layers if k or 0 in resolved] != resolved or not same_place:
         raise SteerError(
             f"{path} holds {config.site} vectors of layers {config.layers}, its {CONFIG_KEY} speaks of "
             f"{saved.site} ones of layers {saved.layers} at {saved.positions} tokens: was it altered?"

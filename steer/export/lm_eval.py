@@ -103,12 +103,14 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> Artifact:
         known = layer_names(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
         sites = {"mlp_out": known.mlp, "attn_out": known.attention}
         # the module that the matrix ends has the same output
-        found = [s for s, matrix in sites.items() if matrix and place in (matrix, matrix.rpartition(".")[0])]
-        if not found:
+        candidates = [
+            s for s, matrix in sites.items() if matrix and place in (matrix, matrix.rpartition(".")[0])
+        ]
+        if not candidates:
             raise SteerError(
                 f"{path}: hookpoint {shown(place)} is no site; expected one of {', '.join(sites)}"
             )
-        site = found[0]
+        site = candidates[0]
     wide = torch.float64 in {vector.dtype for vector in vectors.values()}
     dtype = "float64" if wide else "float32"
     return artifacts.from_vectors(vectors, model, site=site, dtype=dtype, provenance=origin("lm-eval", path))

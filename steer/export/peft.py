@@ -186,15 +186,15 @@ def _adaptive(parts: Parts, alpha: float, model: nn.Module, where: Path) -> Arti
     config = replace(asked, **describe(model))
     downs = find_down_projections(decoder, config.resolve_layers(decoder.num_hidden_layers))
     tensors = {}
-    for (layer, found), (_, inner) in zip(parts.items(), downs, strict=True):
-        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    for (layer, pair), (_, inner) in zip(parts.items(), downs, strict=True):
+        shapes = {name: tuple(tensor.shape) for name, tensor in pair.items()}
         expected = {"lora_A.weight": (1, inner), "lora_B.weight": (decoder.hidden_size, 1)}
         if shapes != expected:
             raise SteerError(
                 f"{where}: layer {layer} holds {shapes}, expected a LoRA of rank one: {expected}"
             )
-        tensors[f"{decoder.name}.{layer}.steering.vector"] = found["lora_B.weight"].flatten()
-        tensors[f"{decoder.name}.{layer}.steering.readout"] = found["lora_A.weight"].flatten()
+        tensors[f"{decoder.name}.{layer}.steering.vector"] = pair["lora_B.weight"].flatten()
+        tensors[f"{decoder.name}.{layer}.steering.readout"] = pair["lora_A.weight"].flatten()
     return Artifact(config, tensors)
 
 

@@ -107,15 +107,15 @@ def read_activations(
         if site == "resid_mid":
             hidden = given.pop(layer) + hidden
         for place, index in enumerate(batch):
-            found = hidden[place, chosen(rows[index], tokens)].double().cpu()
-            total[at[layer]] += found.sum(0)
+            states = hidden[place, chosen(rows[index], tokens)].double().cpu()
+            total[at[layer]] += states.sum(0)
             if texts is not None:
-                texts[index, at[layer]] = found.mean(0).float()
+                texts[index, at[layer]] = states.mean(0).float()
 
     def measure(batch: Sequence[int], layer: int, hidden: Tensor) -> None:
         for place, index in enumerate(batch):
-            found = hidden[place, chosen(rows[index], tokens)].double()
-            length[at[layer]] += found.norm(dim=1).sum().cpu()
+            states = hidden[place, chosen(rows[index], tokens)].double()
+            length[at[layer]] += states.norm(dim=1).sum().cpu()
 
     sites = find_sites(decoder, layers, site)
     before = find_sites(decoder, layers, "resid_pre")

@@ -87,13 +87,13 @@ def run_settings(folder: Path) -> dict[str, Any]:
     path = home / RUN_FILE
     if not path.is_file():
         raise SteerError(f"no run in {folder}: there is no {RUN_FILE}; give the folder of a run")
-    found = read_json(path)
-    known = isinstance(found, dict) and (
-        {"variants", "benchmarks"} <= set(found) or {"run", "training"} <= set(found)
+    settings = read_json(path)
+    known = isinstance(settings, dict) and (
+        {"variants", "benchmarks"} <= set(settings) or {"run", "training"} <= set(settings)
     )
     if not known:
         raise SteerError(f"{path} is of no run of `steer train` or `steer eval`; give the folder of one")
-    return found
+    return settings
 
 
 def run_model(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def principal_component(
     """
     assert positive.texts is not None and negative.texts is not None and pairs
     one, other = torch.tensor(pairs).T
-    found = {}
+    components = {}
     for place, layer in enumerate(positive.layers):
         rows = positive.texts[one, place].double() - negative.texts[other, place].double()
         if len(rows) < rows.shape[1]:  # the smaller of the two products
@@ -66,8 +66,8 @@ def principal_component(
             component = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -1]
         component = normalize(component, dim=0)
         along = rows @ component
-        found[layer] = component * along.square().mean().sqrt() * (-1.0 if along.mean() < 0 else 1.0)
-    return found
+        components[layer] = component * along.square().mean().sqrt() * (-1.0 if along.mean() < 0 else 1.0)
+    return components
 
 
 def token_direction(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

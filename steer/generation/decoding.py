@@ -39,10 +39,10 @@ def inputs(
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if cache is not None and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         mask = mask[:, -ids.shape[1] :]  # without attention, it tells of the tokens that are read alone
-    found = {"attention_mask": mask, "position_ids": position, **more}
+    arguments = {"attention_mask": mask, "position_ids": position, **more}
     if cache is not None:
-        found[cache_name(module) or ""] = cache
-    return {"input_ids": ids, **{name: value for name, value in found.items() if takes(module, name)}}
+        arguments[cache_name(module) or ""] = cache
+    return {"input_ids": ids, **{name: value for name, value in arguments.items() if takes(module, name)}}
 
 
 class Rows(Protocol):

@@ -134,10 +134,10 @@ def _plain(
     labels = torch.full_like(ids, -100)
     row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(at)
     labels[row[real], at[real]] = completion_ids[real]
-    found = head(labels=labels, **inputs(model, ids, mask.gather(1, order)))
+    scored = head(labels=labels, **inputs(model, ids, mask.gather(1, order)))
     return Scored(
-        found.log_probs.float().gather(1, at).masked_fill(~real, 0),
-        found.entropy.float().gather(1, at).masked_fill(~real, 0),
+        scored.log_probs.float().gather(1, at).masked_fill(~real, 0),
+        scored.entropy.float().gather(1, at).masked_fill(~real, 0),
     )
 
 

@@ -118,12 +118,12 @@ def fast_paths(model: PreTrainedModel) -> FastPaths:
     known = _found.setdefault(model, {})
     if scores not in known:
         with _quiet(model):
-            found = _Trial(model).paths(scores)
+            verified = _Trial(model).paths(scores)
         told = {reason for paths in known.values() for reason in vars(paths).values()}
-        for name, reason in vars(found).items():
-            if reason and reason not in told and not (name == "common" and found.scorer):
+        for name, reason in vars(verified).items():
+            if reason and reason not in told and not (name == "common" and verified.scorer):
                 log.warning("%s: %s; %s", type(model).__name__, reason, _PLAIN[name])
-        known[scores] = found
+        known[scores] = verified
     return known[scores]
 
 
@@ -201,8 +201,8 @@ class _Trial:
     # ---- what names say
 
     def _by_column(self) -> str | None:
-        found = [name for name in _BY_COLUMN if getattr(self.config, name, None)]
-        return f"it {_BY_COLUMN[found[0]]} ({found[0]}), which padding moves" if found else None
+        names = [name for name in _BY_COLUMN if getattr(self.config, name, None)]
+        return f"it {_BY_COLUMN[names[0]]} ({names[0]}), which padding moves" if names else None
 
     # ---- what is computed
 
@@ -219,7 +219,7 @@ class _Trial:
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
         got = self.model(**inputs(self.model, ids, mask), use_cache=False).logits.float()
-        pairs = [(found[: len(truth)], truth) for found, truth in zip(got, self.truth, strict=False)]
+        pairs = [(actual[: len(truth)], truth) for actual, truth in zip(got, self.truth, strict=False)]
         if off := self._off([*pairs, (got[2, :-1], self.truth[1][:-1])]):
             raise SteerError(
                 f"{type(self.model).__name__}: a token's logits change with later tokens or with other rows "
@@ -235,7 +235,7 @@ class _Trial:
 
     def _padding(self, padded: torch.Tensor) -> str | None:
         pairs = zip(padded, self.truth, strict=True)
-        off = self._off([(found[-len(truth) :], truth) for found, truth in pairs])
+        off = self._off([(actual[-len(truth) :], truth) for actual, truth in pairs])
         return f"padding on the left changes its logits ({off})" if off else None
 
     def _padded(self) -> torch.Tensor:
@@ -255,7 +255,7 @@ class _Trial:
             steps.append(rows.step(torch.tensor(following, device=self.device)))
         got = torch.stack(steps, 1).float()  # (rows, tokens, vocabulary)
         pairs = [
-            (found, self.truth[j][_PROMPTS[j] - 1 :]) for found, j in zip(got, order.tolist(), strict=True)
+            (actual, self.truth[j][_PROMPTS[j] - 1 :]) for actual, j in zip(got, order.tolist(), strict=True)
         ]
         off = self._off(pairs)
         return f"logits with a cache differ from those without ({off})" if off else None

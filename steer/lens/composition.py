@@ -198,7 +198,7 @@ def likelihoods(
     """Mean log-probability of the completions' tokens in each condition, in nats a token: (conditions,)."""
     if not all(row.completion for row in rows):
         raise SteerError("a likelihood needs completions, some of these rows are prompts alone")
-    found = []
+    scores = []
     for _, some in chunks(conditions, subject.batch_size):
         total = torch.zeros(len(some), dtype=torch.float64)
         for done in passes(subject, rows, some, label=label):
@@ -206,8 +206,8 @@ def likelihoods(
                 logs = done.next_token(index).log_softmax(-1)
                 tokens = torch.tensor(row.completion, device=logs.device).expand(len(some), -1)
                 total += logs.gather(-1, tokens[..., None]).cpu().double().sum((1, 2))
-        found.append(total / sum(len(row.completion) for row in rows))
-    return torch.cat(found)
+        scores.append(total / sum(len(row.completion) for row in rows))
+    return torch.cat(scores)
 
 
 @dataclass
@@ -247,15 +247,15 @@ def scale_sweep(
     """Greedy accuracy with all vectors multiplied with each scale. The subject's own scale is put back."""
     if not scales:
         raise SteerError("no scales were given, such as 0.5")
-    before, found, lengths = subject.vectors.scale, [], []
+    before, measured, lengths = subject.vectors.scale, [], []
     try:
         for scale in scales:
             subject.vectors.scale = scale
             (rows,) = complete(
                 subject, subject.rows(problems), [steered(subject)], label=label and f"{label} {scale}"
             )
-            found.append(graded(subject, rows, problems, grader).double().mean())
+            measured.append(graded(subject, rows, problems, grader).double().mean())
             lengths.append(torch.tensor([float(len(row.completion)) for row in rows]).mean())
     finally:
         subject.vectors.scale = before
-    return ScaleSweep(list(scales), torch.stack(found), torch.stack(lengths), len(problems))
+    return ScaleSweep(list(scales), torch.stack(measured), torch.stack(lengths), len(problems))

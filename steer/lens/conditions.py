@@ -215,12 +215,12 @@ def output_projection(attention: nn.Module, heads: int, hidden_size: int) -> nn.
     The matrix that writes an attention's heads, side by side, into the stream: its input is (batch, tokens,
     heads * head size). SteerError where there is no such matrix.
     """
-    found = last_writer(attention, hidden_size)
-    if found is None or found[1] % heads:
+    writer = last_writer(attention, hidden_size)
+    if writer is None or writer[1] % heads:
         raise SteerError(
             f"{type(attention).__name__} has no matrix that writes {heads} heads into the stream"
         )
-    return found[0]
+    return writer[0]
 
 
 @contextmanager

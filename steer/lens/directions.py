@@ -72,11 +72,11 @@ def directions(sources: Sequence[str | os.PathLike[str] | Artifact]) -> Directio
     Of artifacts of one model, in the order of training. Adaptive vectors count with the norm of their
     read-out. SteerError when they do not steer the same layers.
     """
-    found = [source if isinstance(source, Artifact) else artifact.read(source) for source in sources]
-    if not found:
+    artifacts = [source if isinstance(source, Artifact) else artifact.read(source) for source in sources]
+    if not artifacts:
         raise SteerError("no artifact was given: there is nothing to compare")
     names = [str(n) if isinstance(s, Artifact) else Path(s).name for n, s in enumerate(sources)]
-    vectors = [effective(one) for one in found]
+    vectors = [effective(one) for one in artifacts]
     layers = sorted(vectors[-1])
     for name, one in zip(names, vectors, strict=True):
         if sorted(one) != layers or next(iter(one.values())).shape != vectors[-1][layers[0]].shape:
@@ -95,8 +95,8 @@ def effective(one: Artifact) -> dict[int, torch.Tensor]:
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The folders `checkpoint-N` in `folder` that hold vectors, in the order of their steps."""
-    found = [
+    folders = [
         (re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*")
     ]
-    steps = [(int(m[1]), path) for m, path in found if m and (path / artifact.TENSOR_FILE).is_file()]
+    steps = [(int(m[1]), path) for m, path in folders if m and (path / artifact.TENSOR_FILE).is_file()]
     return [path for _, path in sorted(steps)]

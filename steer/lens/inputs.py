@@ -28,31 +28,31 @@ Records = list[dict[str, Any]]
 
 def read_subject(args: argparse.Namespace) -> Subject:
     """The model with the artifact in it, asked as in its training unless told otherwise."""
-    found = artifact.read(args.artifact)
-    name = args.model or found.config.base_model_name_or_path
+    source = artifact.read(args.artifact)
+    name = args.model or source.config.base_model_name_or_path
     if not name:
         raise SteerError("the artifact does not name its base model; give --model")
     trust = args.trust_remote_code
-    revision = args.revision or (None if args.model else found.config.base_revision)
+    revision = args.revision or (None if args.model else source.config.base_revision)
     name, revision = base_source(name, args.base_adapter, revision, trust)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust)
     model = load_model(name, dtype=args.dtype, revision=revision, trust_remote_code=trust)
-    vectors = steer.load(found, model, tokenizer=tokenizer)
+    vectors = steer.load(source, model, tokenizer=tokenizer)
     # analyses that read no problems have none of these settings
-    prompt = read_prompt(args, args.artifact, found) if hasattr(args, "template") else DEFAULT_PROMPT
-    length, size = answer_limit(args, found), getattr(args, "batch_size", 128)
+    prompt = read_prompt(args, args.artifact, source) if hasattr(args, "template") else DEFAULT_PROMPT
+    length, size = answer_limit(args, source), getattr(args, "batch_size", 128)
     return Subject(vectors, tokenizer, prompt, length, size)
 
 
-def read_prompt(args: argparse.Namespace, source: str, found: artifact.Artifact) -> PromptSpec:
+def read_prompt(args: argparse.Namespace, source: str, trained: artifact.Artifact) -> PromptSpec:
     """The prompt of an artifact, with what the command line says."""
     asked = (args.template, args.prefix, args.chat_template_kwargs)
-    return choose_prompt({source: found.config.prompt}, DEFAULT_PROMPT, *asked)
+    return choose_prompt({source: trained.config.prompt}, DEFAULT_PROMPT, *asked)
 
 
-def answer_limit(args: argparse.Namespace, found: artifact.Artifact) -> int:
+def answer_limit(args: argparse.Namespace, trained_vectors: artifact.Artifact) -> int:
     """The limit on an answer: as given, else as in training, else 256."""
-    trained = recorded(found.config.provenance, "training").get("max_completion_length")
+    trained = recorded(trained_vectors.config.provenance, "training").get("max_completion_length")
     return getattr(args, "max_new_tokens", None) or trained or 256
 
 
@@ -104,10 +104,10 @@ def right_answers(subject: Subject, problems: Records, grader: MathGrader) -> li
     """The steered model's greedy answers that are right; SteerError when there is none."""
     rows = write_answers(subject, problems)
     right = graded(subject, rows, problems, grader).tolist()
-    found = [row for row, ok in zip(rows, right, strict=True) if ok]
-    if not found:
+    answers = [row for row, ok in zip(rows, right, strict=True) if ok]
+    if not answers:
         raise SteerError(f"none of the {len(rows)} steered answers is right: there is none to weigh")
-    return found
+    return answers
 
 
 def chosen_layers(args: argparse.Namespace, subject: Subject) -> list[int] | None:

@@ -44,7 +44,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     base = _right(folder / "samples_before.json")
     halving = folder / HALVING_FILE
     rungs = read_json(halving) if halving.exists() else {}
-    found = []
+    table_rows = []
     for name, own in read_json(path).items():
         place = folder / MEMBERS / name
         results = read_results(place)
@@ -76,10 +76,10 @@ def rows(folder: Path) -> list[dict[str, Any]]:
                 row["lenient"] = vars(scores.share(float(lenient.sum()), lenient.size))
             compared = scores.compare(answers[None, :], base[None, :])
             row["gain"] = {**vars(compared.difference), "p": compared.p, "verdict": compared.verdict}
-        found.append(row)
-    if not found:
+        table_rows.append(row)
+    if not table_rows:
         raise SteerError(f"no member of {folder} has results yet; let `steer sweep` finish first")
-    return found
+    return table_rows
 
 
 def _right(path: Path, grade: str = "correct") -> Any:
@@ -91,25 +91,25 @@ def _right(path: Path, grade: str = "correct") -> Any:
 
 def report(folder: Path, title: str) -> str:
     """Write `sweep.json`, `sweep.md` and `sweep.png` into `folder`; the table as text."""
-    found = rows(folder)
+    members = rows(folder)
     results = read_results(folder)
     base = {stage: results[stage] for stage in (*UNTRAINED, "constant") if stage in results}
-    record: dict[str, Any] = {"title": title, "untrained": base.get("before"), "members": found}
+    record: dict[str, Any] = {"title": title, "untrained": base.get("before"), "members": members}
     record["base"] = base
     pairs = folder / "pairs.json"
     if pairs.exists():
-        record["pairs"] = with_scores(read_json(pairs), found)
-    text = table(found, base)
-    text += rates_table(found)
+        record["pairs"] = with_scores(read_json(pairs), members)
+    text = table(members, base)
+    text += rates_table(members)
     if "pairs" in record:
         text += "\n" + pairs_table(record["pairs"])
     replace_file(folder / "sweep.json", (json.dumps(record, indent=1) + "\n").encode())
     replace_file(folder / "sweep.md", f"# {title}\n\n{text}".encode())
-    plot(found, base, folder / "sweep.png", title)
+    plot(members, base, folder / "sweep.png", title)
     return text
 
 
-def table(found: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
+def table(members: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
     """
     Markdown: a row for each score of the untrained model (`base`, by stage) and one for each member, each a
     single run of training.
@@ -124,7 +124,7 @@ def table(found: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
         if s.get("lenient") is not None:
             cells += [f"{s['lenient']:.3f}", f"{s['lenient_low']:.3f} to {s['lenient_high']:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    for row in found:
+    for row in members:
         cells = [row["member"], _figure(row["learning_rate"]), str(row["updates"]), f"{row['reward']:.3f}"]
         for key in ("accuracy", "gain", "lenient"):
             e = row.get(key)
@@ -132,19 +132,19 @@ def table(found: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if (best := best_base(base)) is not None:
         lines += ["", f"The best elicited base is {best[0]}, read leniently: {best[1]['lenient']:.3f}."]
-    stopped = [f"{row['member']}: {row['stopped']}" for row in found if row["stopped"]]
+    stopped = [f"{row['member']}: {row['stopped']}" for row in members if row["stopped"]]
     if stopped:
         lines += ["", "Stopped early:", "", *(f"- {line}" for line in stopped)]
     return "\n".join(lines) + "\n"
 
 
-def rates_table(found: Sequence[dict[str, Any]]) -> str:
+def rates_table(members: Sequence[dict[str, Any]]) -> str:
     """
     Markdown: the score of single layers of each third of the depth when they were halved first, by learning
     rate, and what became of those that went on (of several in a layer the one with the best training reward);
     empty where there is nothing to compare.
     """
-    single = [r for r in found if len(r["layers"]) == 1 and r["rungs"]]
+    single = [r for r in members if len(r["layers"]) == 1 and r["rungs"]]
     rates = _rates(single)
     if len(rates) < 2:
         return ""
@@ -168,7 +168,7 @@ def rates_table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_scores(pairs: dict[str, Any], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def with_scores(pairs: dict[str, Any], members: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     The record of pairs with the published score. The jointly trained set is the member of all layers that is
     best on the held-out problems, `joint_member`; where there is none the scores are undefined. Scores in the
@@ -176,7 +176,7 @@ def with_scores(pairs: dict[str, Any], found: Sequence[dict[str, Any]]) -> dict[
     """
     from steer.lens.composition import Composition
 
-    joint = jointly_trained(found)
+    joint = jointly_trained(members)
     known = {k: pairs[k] for k in ("layers", "together", "whole", "base", "problems", "measure")}
     alone, values = (torch.tensor(pairs[k], dtype=torch.float64) for k in ("alone", "pairs"))
     whole = joint["accuracy"]["value"] if joint else None
@@ -186,15 +186,15 @@ def with_scores(pairs: dict[str, Any], found: Sequence[dict[str, Any]]) -> dict[
     return {**pairs, **scored.to_dict(), "told": told, "joint_member": joint and joint["member"]}
 
 
-def jointly_trained(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def jointly_trained(members: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """
     The member of all layers with the best held-out accuracy among those that were trained to the end, at the
     site and with the rewards of `best_layers`.
     """
-    like = best_layers(found, 1)[0]
+    like = best_layers(members, 1)[0]
     able = [
         r
-        for r in found
+        for r in members
         if len(r["layers"]) == r["num_hidden_layers"] and r["stopped"] is None and "accuracy" in r
     ]
     same = [r for r in able if all(r[k] == like[k] for k in ("kind", "rewards", "site", "positions"))]
@@ -219,16 +219,16 @@ def pairs_table(pairs: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rates(found: Sequence[dict[str, Any]]) -> list[float]:
+def _rates(members: Sequence[dict[str, Any]]) -> list[float]:
     """The learning rates of members that have one for all their layers, the lowest first."""
-    return sorted({row["learning_rate"] for row in found if isinstance(row["learning_rate"], float)})
+    return sorted({row["learning_rate"] for row in members if isinstance(row["learning_rate"], float)})
 
 
 def _figure(value: Any) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
-def plot(found: Sequence[dict[str, Any]], base: dict[str, Any], path: Path, title: str) -> None:
+def plot(members: Sequence[dict[str, Any]], base: dict[str, Any], path: Path, title: str) -> None:
     """
     A PNG of single-layer members by layer: held-out accuracy with 95 % intervals, the training reward and,
     where layers were trained at several rates, the rates. Members of several layers are lines across; those
@@ -239,8 +239,8 @@ def plot(found: Sequence[dict[str, Any]], base: dict[str, Any], path: Path, titl
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    single = [row for row in found if len(row["layers"]) == 1]
-    several = [row for row in found if len(row["layers"]) > 1]
+    single = [row for row in members if len(row["layers"]) == 1]
+    several = [row for row in members if len(row["layers"]) > 1]
     panels = 3 if len(_rates(single)) > 1 else 2
     figure, axes = pyplot.subplots(panels, 1, figsize=(8, 3.25 * panels), layout="constrained", sharex=True)
     figure.suptitle(title)
@@ -296,12 +296,12 @@ def _series(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
     return ", ".join(f"{k} {_figure(row[k])}" for k in keys) or "one layer alone"
 
 
-def best_layers(found: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def best_layers(members: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """
     The `count` members, of different layers, with the best training reward among the constant single-layer
     ones that were trained to the end, at the site and with the rewards of the first.
     """
-    able = [r for r in found if len(r["layers"]) == 1 and r["kind"] == "constant" and r["stopped"] is None]
+    able = [r for r in members if len(r["layers"]) == 1 and r["kind"] == "constant" and r["stopped"] is None]
     if not able:
         return []
     same = [r for r in able if all(r[k] == able[0][k] for k in ("rewards", "site", "positions"))]
@@ -341,10 +341,10 @@ def compose_pairs(
     vectors = steer.load(total, model)
     try:
         subject = Subject(vectors, tokenizer, prompt, max_new_tokens=tokens)
-        found = compose(subject, problems, grader, label="best layers in pairs")
+        composition = compose(subject, problems, grader, label="best layers in pairs")
     finally:
         steer.detach(model)
-    replace_file(path, (json.dumps({"norms": tried, **found.to_dict()}, indent=1) + "\n").encode())
+    replace_file(path, (json.dumps({"norms": tried, **composition.to_dict()}, indent=1) + "\n").encode())
 
 
 def main() -> None:

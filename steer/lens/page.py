@@ -36,14 +36,14 @@ def render(report: Report) -> str:
 
 def _figures(report: Report) -> list[dict[str, Any]]:
     """Each result with what its section says of it; the first of a section stands under its heading."""
-    found = []
+    figures = []
     for section in SECTIONS:
         heading = section.heading
         for name in section.captions:
             if name not in report.results:
                 continue
             result = report.results[name]
-            found.append(
+            figures.append(
                 {
                     "heading": heading,
                     "name": name,
@@ -54,7 +54,7 @@ def _figures(report: Report) -> list[dict[str, Any]]:
                 }
             )
             heading = ""
-    return found
+    return figures
 
 
 def _provenance(report: Report) -> list[tuple[str, str]]:

@@ -203,8 +203,8 @@ def _check_closed(subject: Subject, row: Row, ends: list[Condition], reference: 
     conditions = [*ends, Condition(ends[1 - reference].layers, NOTHING, reference)]
     (done,) = passes(subject, [row], conditions)
     logits = done.next_token(0)
-    wanted, found = logits[reference], logits[2]
-    error = ((found - wanted).abs().max() / wanted.std()).item()
+    wanted, actual = logits[reference], logits[2]
+    error = ((actual - wanted).abs().max() / wanted.std()).item()
     # Tiny models of 109 architectures: at most 1e-6 in float32 and 0.04 in bfloat16, which rounds the change
     # when it is taken out; 0.066 and more on those that have other paths.
     if not error <= (1e-3 if done.logits.dtype in (torch.float32, torch.float64) else 0.05):
@@ -247,8 +247,8 @@ def by_layer(
 ) -> list[Patching]:
     """`patch` for the vector of each layer by itself, added to the base run."""
     layers = subject.layers if layers is None else layers
-    found = []
+    results = []
     for n, layer in enumerate(layers, 1):
         text = label and f"{label}, layer {layer} ({n} of {len(layers)})"
-        found.append(patch(subject, rows, effect_paths, layers=[layer], others=others, label=text))
-    return found
+        results.append(patch(subject, rows, effect_paths, layers=[layer], others=others, label=text))
+    return results

@@ -64,7 +64,7 @@ def _show(args: argparse.Namespace, result: Result, lines: Iterator[str]) -> Non
 def logit(args: argparse.Namespace) -> None:
     subject = read_subject(args)
     apply_control(args, subject)
-    found = logit_lens(
+    result = logit_lens(
         subject.model,
         subject.tokenizer,
         subject.vectors.effective(),
@@ -73,15 +73,15 @@ def logit(args: argparse.Namespace) -> None:
         top=50 if args.scripts else args.top,
     )
     if args.scripts:
-        _show(args, counts := count_scripts(found, subject.tokenizer), _script_lines(counts))
+        _show(args, counts := count_scripts(result, subject.tokenizer), _script_lines(counts))
         return
 
     def lines() -> Iterator[str]:
-        for layer, top, bottom in zip(found.layers, found.top_tokens, found.bottom_tokens, strict=True):
+        for layer, top, bottom in zip(result.layers, result.top_tokens, result.bottom_tokens, strict=True):
             yield f"layer {layer:3}  + {' '.join(map(repr, top))}"
             yield f"{'':9}  - {' '.join(map(repr, bottom))}"
 
-    _show(args, found, lines())
+    _show(args, result, lines())
 
 
 def _script_lines(counts: ScriptCounts) -> Iterator[str]:
@@ -113,16 +113,16 @@ def shift(args: argparse.Namespace) -> None:
         )
         return
     answers = write_answers(subject, problems, args.temperature, args.seed)
-    found = token_shift(subject, answers, layers=layers, label="token shift")
+    result = token_shift(subject, answers, layers=layers, label="token shift")
 
     def lines() -> Iterator[str]:
-        yield f"share of the whole change that sits on the first generated token: {found.first_share:.3f}"
-        for n, (variation, kl) in enumerate(zip(found.variation.tolist(), found.kl.tolist(), strict=True)):
+        yield f"share of the whole change that sits on the first generated token: {result.first_share:.3f}"
+        for n, (variation, kl) in enumerate(zip(result.variation.tolist(), result.kl.tolist(), strict=True)):
             yield f"token {n:3}  total variation {variation:.3f}  KL {kl:.3f} nats"
-        for token, _, value in [*found.top[:8], *found.bottom[:8]]:
+        for token, _, value in [*result.top[:8], *result.bottom[:8]]:
             yield f"at the first generated token  {value:+.4f}  {token!r}"
 
-    _show(args, found, lines())
+    _show(args, result, lines())
 
 
 def patch(args: argparse.Namespace) -> None:
@@ -141,26 +141,26 @@ def patch(args: argparse.Namespace) -> None:
     rows = write_answers(subject, problems)
     if args.solve:
         with MathGrader() as grader:
-            found = patch_routes(
+            result = patch_routes(
                 subject, rows, effect_paths, problems=problems, grader=grader, label="patching", **common
             )
     else:
-        found = patch_routes(subject, rows, effect_paths, label="patching", **common)
+        result = patch_routes(subject, rows, effect_paths, label="patching", **common)
 
     def lines() -> Iterator[str]:
         yield f"{'share of the effect':20} {'logit diff':>10} {'KL':>8}" + (
             "  accuracy" if args.solve else ""
         )
-        solved = [""] * len(found.names)
-        if found.accuracy is not None:
-            solved = [f"{value:10.3f}" for value in found.accuracy.tolist()]
+        solved = [""] * len(result.names)
+        if result.accuracy is not None:
+            solved = [f"{value:10.3f}" for value in result.accuracy.tolist()]
         shares = zip(
-            found.names, found.recovered().tolist(), found.recovered("kl").tolist(), solved, strict=True
+            result.names, result.recovered().tolist(), result.recovered("kl").tolist(), solved, strict=True
         )
         for name, share, kl, right in shares:
             yield f"{name:20} {share:10.3f} {kl:8.3f}{right}"
 
-    _show(args, found, lines())
+    _show(args, result, lines())
 
 
 def _in(layer: int, num_hidden_layers: int) -> int:
@@ -173,29 +173,29 @@ def persistence(args: argparse.Namespace) -> None:
     subject, problems = read_both(args)
     layers = chosen_layers(args, subject)
     sources = {str(layer): [layer] for layer in layers} if layers else None
-    found = measure_persistence(subject, write_answers(subject, problems), sources, label="persistence")
+    result = measure_persistence(subject, write_answers(subject, problems), sources, label="persistence")
 
     def lines() -> Iterator[str]:
-        for n, name in enumerate(found.sources):
+        for n, name in enumerate(result.sources):
             for layer, (one, two) in enumerate(
-                zip(found.diff_diff[n].tolist(), found.diff_vector[n].tolist(), strict=True)
+                zip(result.diff_diff[n].tolist(), result.diff_vector[n].tolist(), strict=True)
             ):
                 yield f"vectors {name:4} after layer {layer:3}  Diff-Diff {one:6.3f}  Diff-Vector {two:6.3f}"
 
-    _show(args, found, lines())
+    _show(args, result, lines())
 
 
 def _joint(source: str, subject: Subject) -> Subject:
     """The jointly trained set of `source`, in the place of the vectors of `subject`."""
-    found = artifact.read(source)
-    if not as_trained(found.config):
+    read = artifact.read(source)
+    if not as_trained(read.config):
         raise SteerError(
             f"--joint {source} is the outcome of arithmetic with artifacts; give vectors as training saved "
             "them"
         )
     model = subject.model
     steer.detach(model)
-    return replace(subject, vectors=steer.load(found, model, tokenizer=subject.tokenizer))
+    return replace(subject, vectors=steer.load(read, model, tokenizer=subject.tokenizer))
 
 
 def compose(args: argparse.Namespace) -> None:
@@ -211,82 +211,84 @@ def compose(args: argparse.Namespace) -> None:
         layers = chosen_layers(args, subject)
         if args.likelihood:
             right = right_answers(subject, problems, grader)
-            found = pairs_of(subject, [], None, layers, right, "composition")
+            result = pairs_of(subject, [], None, layers, right, "composition")
         else:
-            found = pairs_of(subject, problems, grader, layers, label="composition")
+            result = pairs_of(subject, problems, grader, layers, label="composition")
         if args.control:
-            found.joint = None  # a control was not trained
+            result.joint = None  # a control was not trained
         if args.joint:
             trained = _joint(args.joint, subject)
             if args.likelihood:
                 measured = likelihoods(trained, right, [steered(trained)], "jointly trained")
             else:
                 measured = accuracies(trained, problems, [steered(trained)], grader, "jointly trained")
-            found.joint = measured[0].item()
+            result.joint = measured[0].item()
 
     def lines() -> Iterator[str]:
-        yield f"base {found.base:.3f}, all vectors {found.whole:.3f}, these together {found.together:.3f}"
-        for i, layer in enumerate(found.layers):
+        yield f"base {result.base:.3f}, all vectors {result.whole:.3f}, these together {result.together:.3f}"
+        for i, layer in enumerate(result.layers):
             for j in range(i + 1):
-                name = f"layer {layer}" if i == j else f"layers {found.layers[j]} and {layer}"
-                score = "" if i == j else f"  score {found.told(i, j)}"
-                yield f"{name:20} {found.pairs[i, j].item():.3f}{score}"
+                name = f"layer {layer}" if i == j else f"layers {result.layers[j]} and {layer}"
+                score = "" if i == j else f"  score {result.told(i, j)}"
+                yield f"{name:20} {result.pairs[i, j].item():.3f}{score}"
 
-    _show(args, found, lines())
+    _show(args, result, lines())
 
 
 def sweep(args: argparse.Namespace) -> None:
     subject, problems = read_both(args)
     with MathGrader() as grader:
-        found = scale_sweep(subject, problems, grader, args.scales or SCALES, label="scale")
-    rows = zip(found.scales, found.accuracy.tolist(), found.tokens.tolist(), strict=True)
-    _show(args, found, (f"scale {s:6g}  accuracy {a:.3f}  {t:6.1f} tokens" for s, a, t in rows))
+        result = scale_sweep(subject, problems, grader, args.scales or SCALES, label="scale")
+    rows = zip(result.scales, result.accuracy.tolist(), result.tokens.tolist(), strict=True)
+    _show(args, result, (f"scale {s:6g}  accuracy {a:.3f}  {t:6.1f} tokens" for s, a, t in rows))
 
 
 def scales(args: argparse.Namespace) -> None:
     check_adaptive(artifact.read(args.artifact).config)
     subject, problems = read_both(args)
-    found = scale_maps(subject, write_answers(subject, problems))
+    result = scale_maps(subject, write_answers(subject, problems))
 
     def lines() -> Iterator[str]:
-        for layer, mean, std in zip(found.layers, found.mean.tolist(), found.std.tolist(), strict=True):
+        for layer, mean, std in zip(result.layers, result.mean.tolist(), result.std.tolist(), strict=True):
             yield f"layer {layer:3}  coefficient {mean:8.3f} +- {std:.3f}"
 
-    _show(args, found, lines())
+    _show(args, result, lines())
 
 
 def directions(args: argparse.Namespace) -> None:
-    found = along(args.artifacts)
+    result = along(args.artifacts)
 
     def lines() -> Iterator[str]:
-        for n, layer in enumerate(found.layers):
+        for n, layer in enumerate(result.layers):
             told = [
                 f"{norm:8.3f} ({cosine:+.2f})"
-                for norm, cosine in zip(found.norms[:, n].tolist(), found.to_last[:, n].tolist(), strict=True)
+                for norm, cosine in zip(
+                    result.norms[:, n].tolist(), result.to_last[:, n].tolist(), strict=True
+                )
             ]
             yield f"layer {layer:3} {' '.join(told)}"
 
-    _show(args, found, lines())
+    _show(args, result, lines())
 
 
 def transfer(args: argparse.Namespace) -> None:
     entries = []
     for source in args.artifacts:
-        found = artifact.read(source)
-        name = found.config.base_model_name_or_path
+        read = artifact.read(source)
+        name = read.config.base_model_name_or_path
         if not name:
             raise SteerError(f"{source} does not name its base model, which the matrix needs")
-        prompt = read_prompt(args, source, found)
+        prompt = read_prompt(args, source, read)
         options = {
-            "revision": found.config.base_revision,
+            "revision": read.config.base_revision,
             "trust_remote_code": args.trust_remote_code,
         }
         model, tokenizer = load_model(name, dtype="float32", **options), load_tokenizer(name, **options)
-        entries.append(Entry(name, model, tokenizer, found, prompt))
+        entries.append(Entry(name, model, tokenizer, read, prompt))
     problems = read_problems(args, entries[0].artifact.config.provenance)
     with MathGrader() as grader:
         options = {
-            "max_new_tokens": answer_limit(args, found),
+            "max_new_tokens": answer_limit(args, read),
             "batch_size": args.batch_size,
             "force": args.force,
             "seed": args.seed,
@@ -310,17 +312,17 @@ def report(args: argparse.Namespace) -> None:
     subject, problems = read_both(args)
     with MathGrader() as grader:
         run = checkpoints(args.checkpoints or Path(args.artifact).parent)
-        found = study(subject, problems, grader, checkpoints=run, seed=args.seed)
+        result = study(subject, problems, grader, checkpoints=run, seed=args.seed)
     with ExitStack() as outputs:
         page = outputs.enter_context(output(args.out, args.replace))
         if args.figures:
             outputs.enter_context(output(args.figures, args.replace, option="--figures", folder=True))
-            folder = save_figures(found, args.figures)
-            replace_file(folder / "findings.md", markdown(found).encode())
-        replace_file(page, render(found).encode())
+            folder = save_figures(result, args.figures)
+            replace_file(folder / "findings.md", markdown(result).encode())
+        replace_file(page, render(result).encode())
     if args.json:
-        print(json.dumps(found.to_dict(), ensure_ascii=False))
+        print(json.dumps(result.to_dict(), ensure_ascii=False))
         return
-    for finding in found.findings:
+    for finding in result.findings:
         print(f"{finding.verdict:13} {finding.claim}")
     print(f"page: {page}")

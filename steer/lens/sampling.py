@@ -94,12 +94,12 @@ def accuracies(
     label: str | None = None,
 ) -> torch.Tensor:
     """Share of problems that each condition's greedy completion gets right: (conditions,). No paths."""
-    found = []
+    shares = []
     for first, some in chunks(conditions, subject.batch_size):
         text = label and f"{label} ({first + len(some)} of {len(conditions)} conditions)"
         for rows in complete(subject, subject.rows(problems), some, label=text):
-            found.append(graded(subject, rows, problems, grader).double().mean())
-    return torch.stack(found)
+            shares.append(graded(subject, rows, problems, grader).double().mean())
+    return torch.stack(shares)
 
 
 def _config(subject: Subject, new_tokens: int) -> GenerationConfig:

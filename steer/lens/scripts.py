@@ -107,12 +107,12 @@ def _letter(char: str) -> str:
 def vocabulary_scripts(tokenizer: PreTrainedTokenizerBase, size: int) -> torch.Tensor:
     """The index in `SCRIPTS` of each of the first `size` tokens: (size,)."""
     specials = set(tokenizer.all_special_ids)
-    found = []
+    numbers = []
     for index in range(size):
         text = str(tokenizer.decode([index], clean_up_tokenization_spaces=False))
         special = index in specials or "\ufffd" in text
-        found.append(SCRIPTS.index("special" if special else script(text)))
-    return torch.tensor(found)
+        numbers.append(SCRIPTS.index("special" if special else script(text)))
+    return torch.tensor(numbers)
 
 
 def count_scripts(lens: LogitLens, tokenizer: PreTrainedTokenizerBase) -> ScriptCounts:

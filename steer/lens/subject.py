@@ -70,12 +70,12 @@ class Subject:
 
     def rows(self, problems: Iterable[dict[str, Any]], forced: str | Sequence[int] = "") -> list[Row]:
         """`row` of every problem record; SteerError when there is none."""
-        found = [self.row(problem["problem"], forced) for problem in problems]
-        if not found:
+        rows = [self.row(problem["problem"], forced) for problem in problems]
+        if not rows:
             raise SteerError("no problems were given: there is no text to look at")
-        longest = max(len(row.ids) for row in found)
+        longest = max(len(row.ids) for row in rows)
         check_context(self.model.config, longest, self.max_new_tokens, "--max-new-tokens")
-        return found
+        return rows
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

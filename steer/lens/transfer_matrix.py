@@ -120,14 +120,14 @@ def transfer_matrix(
                 subject = Subject(vectors, to.tokenizer, to.prompt, max_new_tokens, batch_size)
                 text = label and f"{label}: {of.name} in {to.name}"
                 conditions = [steered(subject), *([BASE] if i == j else [])]
-                found = accuracies(subject, problems, conditions, grader, text)
+                shares = accuracies(subject, problems, conditions, grader, text)
                 if i == j:
-                    base[j] = found[1]
+                    base[j] = shares[1]
                     with values(vectors, random_vectors(vectors, seed)):
                         (random[j],) = accuracies(subject, problems, conditions[:1], grader, text)
             finally:
                 steer.detach(to.model)
-            accuracy[i, j] = found[0]
+            accuracy[i, j] = shares[0]
     names = [entry.name for entry in entries]
     return TransferMatrix(names, accuracy, base, random, refused, len(problems))
 

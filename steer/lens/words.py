@@ -32,8 +32,8 @@ def mean(values: torch.Tensor) -> float:
 
 def known_mean(values: torch.Tensor) -> float | None:
     """The mean of those that are numbers; None where none is."""
-    found = values[~values.isnan()]
-    return found.double().mean().item() if len(found) else None
+    known = values[~values.isnan()]
+    return known.double().mean().item() if len(known) else None
 
 
 def number(report: Report, name: str) -> float:

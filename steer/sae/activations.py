@@ -99,11 +99,11 @@ class Reader:
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         off = self._vectors.disabled() if self._vectors and self.what == "base" else nullcontext()
         with off:
-            found = self._capture(inputs)
+            activations = self._capture(inputs)
         if self._vectors and self.what == "difference":
             with self._vectors.disabled():
-                found = found - self._capture(inputs)
-        kept = found[keep.bool().to(found.device)]
+                activations = activations - self._capture(inputs)
+        kept = activations[keep.bool().to(activations.device)]
         if not torch.isfinite(kept).all():
             raise SteerError(
                 f"activations at {self.site} of layer {self.layer} are not finite; load the model in "
@@ -188,8 +188,8 @@ class ActivationStream:
     def windows(self) -> Iterator[Window]:
         """The windows of this process, all epochs."""
         for _ in range(self.epochs):
-            found = windows(self.texts, self.tokenizer, self.length, self.skip)
-            yield from (window for index, window in enumerate(found) if index % self.world == self.rank)
+            pieces = windows(self.texts, self.tokenizer, self.length, self.skip)
+            yield from (window for index, window in enumerate(pieces) if index % self.world == self.rank)
 
     def blocks(self) -> Iterator[tuple[list[Window], int]]:
         """The windows of each block and how many of their tokens are kept; nothing is computed."""

@@ -51,16 +51,16 @@ def write_cache(
         for number, (gathered, _) in enumerate(stream.blocks()):
             if number < meta["blocks"]:
                 continue
-            found = read_all(stream.reader, gathered)
+            activations = read_all(stream.reader, gathered)
             if "factor" not in meta:
-                meta["factor"] = (stream.width**0.5 / found.norm(dim=1).mean()).item()
+                meta["factor"] = (stream.width**0.5 / activations.norm(dim=1).mean()).item()
             if tokens is not None:
-                found = found[: tokens - meta["tokens"]]
-            half = (found * meta["factor"]).to("cpu", torch.float16)
+                activations = activations[: tokens - meta["tokens"]]
+            half = (activations * meta["factor"]).to("cpu", torch.float16)
             if not torch.isfinite(half).all():
                 raise SteerError(
-                    f"activations {found.abs().max():.0f} times as large as usual do not fit float16; leave "
-                    "more first tokens out (skip) or train without a cache"
+                    f"activations {activations.abs().max():.0f} times as large as usual do not fit float16; "
+                    "leave more first tokens out (skip) or train without a cache"
                 )
             file.write(half.numpy().tobytes())
             file.flush()

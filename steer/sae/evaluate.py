@@ -79,10 +79,10 @@ def quality(sae: SAE, batches: Iterable[Tensor], l0: Sequence[int] = ()) -> Qual
         x = batch.to(sae.device, sae.dtype)
         active = sae.active(x)
         most = active.values.shape[1]
-        found = prefix_errors(sae, x, active, [*(n for n in errors if n < most), most])
+        squared = prefix_errors(sae, x, active, [*(n for n in errors if n < most), most])
         for n in errors:
-            errors[n] += found[min(n, most)].double().sum().item()
-        whole += found[most].double().sum().item()
+            errors[n] += squared[min(n, most)].double().sum().item()
+        whole += squared[most].double().sum().item()
         fires = active.values > 0
         fired += torch.bincount(active.indices[fires].cpu(), minlength=sae.cfg.d_sae).double()
         active_total += fires.sum().item()
@@ -168,8 +168,8 @@ def loss_recovered(
                 sums[mode] += cross_entropy(logits[scored], ids[0, 1:][scored], reduction="sum").item()
     if not count:
         raise SteerError("the windows hold no token whose successor could be predicted")
-    found = {mode: value / count for mode, value in sums.items()}
-    return replace(known, **found) if known else LossRecovered(**found)
+    means = {mode: value / count for mode, value in sums.items()}
+    return replace(known, **means) if known else LossRecovered(**means)
 
 
 def reconstruct(sae: SAE, x: Tensor, k: int | None = None) -> Tensor:
@@ -183,9 +183,9 @@ def reconstruct(sae: SAE, x: Tensor, k: int | None = None) -> Tensor:
 def nearest_cosines(table: Tensor, chunk: int = 1024) -> Tensor:
     """(features,): the cosine of each row of `table` with the row most like it; near 1 means a duplicate."""
     rows = torch.nn.functional.normalize(table.float(), dim=1)
-    found = []
+    nearest = []
     for start in range(0, len(rows), chunk):
         cosines = rows[start : start + chunk] @ rows.T
         cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -2
-        found.append(cosines.amax(1))
-    return torch.cat(found)
+        nearest.append(cosines.amax(1))
+    return torch.cat(nearest)

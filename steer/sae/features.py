@@ -115,11 +115,11 @@ def analyse(
     fires = torch.zeros(len(completions), sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
     total = torch.zeros(sae.cfg.d_sae, dtype=torch.float64, device=sae.device)
     peak = torch.zeros(len(completions), sae.cfg.d_sae, device=sae.device)
-    for found, owners in zip(active, owner.split(4096), strict=True):
-        on = found.values > 0
-        place = owners[:, None].expand_as(found.indices)[on], found.indices[on]
+    for strengths, owners in zip(active, owner.split(4096), strict=True):
+        on = strengths.values > 0
+        place = owners[:, None].expand_as(strengths.indices)[on], strengths.indices[on]
         fires[place] = True
-        values = found.values[on].float()
+        values = strengths.values[on].float()
         total.index_add_(0, place[1], values.double())
         flat = place[0] * sae.cfg.d_sae + place[1]
         peak.view(-1).scatter_reduce_(0, flat, values, "amax")
@@ -169,8 +169,8 @@ def analyse(
 
 
 def _strengths(sae: SAE, rows: Tensor, feature: int) -> list[float]:
-    found = sae.active(rows)
-    return (found.values * (found.indices == feature)).sum(1).tolist()
+    active = sae.active(rows)
+    return (active.values * (active.indices == feature)).sum(1).tolist()
 
 
 def within_prompts(fires: Tensor, correct: Tensor, prompt: Tensor) -> Tensor:

@@ -98,14 +98,14 @@ def load_sae(folder: str | os.PathLike[str]) -> SAE:
         "dictionary_learning": from_dictionary_learning,
     }
     try:
-        found, state = read[format](config, tensors)
+        sae_config, state = read[format](config, tensors)
     except KeyError as error:
         raise SteerError(
             f"{path}: a {format} SAE must have {error.args[0]!r}, and it is not there"
         ) from error
     except SteerError as error:
         raise SteerError(f"{path}: {error}") from error
-    return SAE.from_state(found, state, path)
+    return SAE.from_state(sae_config, state, path)
 
 
 def detect(folder: str | os.PathLike[str]) -> str:
@@ -142,10 +142,10 @@ def as_dense(sae: SAE, tolerance: float = 1e-6) -> SAE:
     sizes = (norms[:, : cfg.m] * norms[:, cfg.m :].transpose(1, 2)).sqrt()
     dense = (sizes[..., None] * unit[:, :1, None, :]).reshape(cfg.d_sae, -1)
     values = {**cfg.to_dict(), "encoder": "dense", "heads": None}
-    found = SAE(SAEConfig.from_dict(values)).to(sae.device, sae.dtype)
+    copy = SAE(SAEConfig.from_dict(values)).to(sae.device, sae.dtype)
     state = {**sae.state_dict(), "encoder.weight": dense[:, :-1], "encoder.bias": dense[:, -1]}
-    found.load_state_dict(state)
-    return found.train(sae.training)
+    copy.load_state_dict(state)
+    return copy.train(sae.training)
 
 
 # --- SAELens: W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_in), b_dec, and threshold (d_sae,) for jumprelu

@@ -149,11 +149,11 @@ def _saelens_activation(config: dict[str, Any], kind: str) -> tuple[str, int | N
         if "k" in config:
             raise SteerError(f"SAELens setting k={config['k']!r} is not known for architecture {kind!r}")
         return kind, None
-    found = [value for value in (config.get("k"), arguments.get("k")) if value is not None]
-    if not found or found[1:] not in ([], found[:1]):
-        what = f"two values of k, {found[0]!r} and {found[1]!r}" if found else "no k"
+    counts = [value for value in (config.get("k"), arguments.get("k")) if value is not None]
+    if not counts or counts[1:] not in ([], counts[:1]):
+        what = f"two values of k, {counts[0]!r} and {counts[1]!r}" if counts else "no k"
         raise SteerError(f"a SAELens topk SAE must say how many features are active; this one has {what}")
-    return "topk", found[0]
+    return "topk", counts[0]
 
 
 def from_sparsify(config: dict[str, Any], tensors: dict[str, Tensor]) -> Read:

@@ -77,7 +77,7 @@ def answer_without(
         part = active.where.gather(share, sae.W_dec).view(hidden.shape)
         return hidden - part.to(hidden.device, hidden.dtype)
 
-    found: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):  # prompts of one length need no padding
         by_length.setdefault(len(prompt), []).append(index)
@@ -90,8 +90,8 @@ def answer_without(
                 logits = model(input_ids=ids, past_key_values=caches[1], use_cache=True).logits
             ids = logits[:, -1:].argmax(-1)
             for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
-                if not found[row] or found[row][-1] not in eos:
-                    found[row].append(token)
-            if all(found[row][-1] in eos for row in rows):
+                if not answers[row] or answers[row][-1] not in eos:
+                    answers[row].append(token)
+            if all(answers[row][-1] in eos for row in rows):
                 break
-    return found
+    return answers

@@ -247,8 +247,8 @@ class SAE(nn.Module):
         size = self.cfg.d_sae if among is None else len(among)
         rows = max(64, CHUNK // size) if x.device.type == "cpu" else len(x)
         with torch.no_grad():
-            found = [self._choose(part, k, among, low_precision) for part in x.split(rows)]
-            values, indices, places = (torch.cat(parts) for parts in zip(*found, strict=True))
+            selections = [self._choose(part, k, among, low_precision) for part in x.split(rows)]
+            values, indices, places = (torch.cat(parts) for parts in zip(*selections, strict=True))
         where = Selection(indices, self.cfg.d_sae)
         used = where if self.cfg.encoder == "dense" else Selection(places, self.cfg.rows)
         values = values.to(self.encoder.weight.dtype)
@@ -295,8 +295,8 @@ class SAE(nn.Module):
         budget = self.cfg.k * len(x)
         width = min(CANDIDATES * self.cfg.k, self.cfg.d_sae)
         while True:
-            found = self.strongest(x, width, low_precision=low_precision)
-            values = found.values.detach()
+            active = self.strongest(x, width, low_precision=low_precision)
+            values = active.values.detach()
             least = values.flatten().topk(budget).values[-1]
             kept = (values >= least) & (values > 0)
             if width == self.cfg.d_sae or not kept[:, -1].any():
@@ -306,8 +306,8 @@ class SAE(nn.Module):
             smallest = values[kept].min()
             self.threshold.copy_(smallest if self.threshold < 0 else self.threshold.lerp(smallest, 0.01))
         most = max(1, int(kept.sum(1).max()))
-        where = Selection(found.indices[:, :most].contiguous(), self.cfg.d_sae)
-        return Active((found.values * kept)[:, :most], where)
+        where = Selection(active.indices[:, :most].contiguous(), self.cfg.d_sae)
+        return Active((active.values * kept)[:, :most], where)
 
     def latents(self, x: Tensor) -> Tensor:
         """
@@ -324,9 +324,9 @@ class SAE(nn.Module):
         """Features (tokens, d_sae) by the rule used after training: TopK, or a threshold."""
         self.check_input(x)
         if self.cfg.activation == "topk":
-            found = self.active(x)
-            dense = torch.zeros(len(x), self.cfg.d_sae, dtype=found.values.dtype, device=x.device)
-            return dense.scatter(1, found.indices, found.values)
+            active = self.active(x)
+            dense = torch.zeros(len(x), self.cfg.d_sae, dtype=active.values.dtype, device=x.device)
+            return dense.scatter(1, active.indices, active.values)
         z = self.latents(x)
         if self.cfg.activation == "jumprelu":
             return jump(z, self.log_threshold.exp())

@@ -82,8 +82,8 @@ def text_of(record: object, where: str) -> str:
     """The text of one record; SteerError names `where` it stands and what it has."""
     if isinstance(record, dict):
         for fields in FIELDS:
-            found = [record.get(name) for name in fields]
-            if isinstance(found[0], str) and (len(fields) == 1 or found[-1] is not None):
-                return "\n\n".join(str(part) for part in found)
+            values = [record.get(name) for name in fields]
+            if isinstance(values[0], str) and (len(fields) == 1 or values[-1] is not None):
+                return "\n\n".join(str(part) for part in values)
     seen = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
     raise SteerError(f"{where}: no text in {seen}; expected 'text', or 'problem' with 'solution' or 'answer'")

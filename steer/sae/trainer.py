@@ -278,15 +278,15 @@ class SAETrainer:
             "tokens_per_second": round(self.training.batch_size / seconds),
             "eta_seconds": round((self.training.steps - self.step) * seconds),
         }
-        for name, found in metrics.items():
+        for name, values in metrics.items():
             run = self.runs[name]
-            l0 = [n for n in L0 if n < found["values"].shape[1]] + [found["values"].shape[1]]
-            active = Active(found["values"], Selection(found["indices"], run.sae.cfg.d_sae))
-            explained = explained_by_prefix(run.sae, found["x"], active, l0)
+            l0 = [n for n in L0 if n < values["values"].shape[1]] + [values["values"].shape[1]]
+            active = Active(values["values"], Selection(values["indices"], run.sae.cfg.d_sae))
+            explained = explained_by_prefix(run.sae, values["x"], active, l0)
             line[name] = {
-                "loss": found["loss"].item() / self.stream.width,
+                "loss": values["loss"].item() / self.stream.width,
                 "explained_variance": {str(n): round(v, 5) for n, v in explained.items()},
-                "l0": (found["values"] > 0).sum(1).float().mean().item(),
+                "l0": (values["values"] > 0).sum(1).float().mean().item(),
                 "dead": (run.silent >= self.training.dead_after).float().mean().item(),
             }
         if self.accelerator.is_main_process:
@@ -298,13 +298,13 @@ class SAETrainer:
 
     def folded(self) -> dict[str, SAE]:
         """Copies of the SAEs for activations as the model has them."""
-        found = {}
+        saes = {}
         for name, run in self.runs.items():
             sae = SAE(run.sae.cfg, self.accelerator.device)
             sae.load_state_dict(run.sae.state_dict())
             sae.rescale(1 / (self.scale or 1.0))
-            found[name] = sae.eval()
-        return found
+            saes[name] = sae.eval()
+        return saes
 
     # --- on disk
 
@@ -361,8 +361,8 @@ def _difference(old: Any, new: Any, name: str = "") -> str:
     """The first setting that differs, as 'saes.topk.d_in was 576, now 640'; empty when none does."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            found = _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-            if found:
-                return found
+            difference = _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            if difference:
+                return difference
         return ""
     return "" if old == new else f"{name} was {old!r}, now {new!r}"

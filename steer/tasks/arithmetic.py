@@ -49,7 +49,7 @@ class Arithmetic:
         if split not in ("train", "heldout"):
             raise SteerError(f"arithmetic split is {split!r}; expected 'train' or 'heldout'")
         rng = random.Random(self.seed)
-        found: dict[str, int] = {}
+        answers: dict[str, int] = {}
         space = self._space()
         if space <= 200_000:  # small enough to list: the draw is exact and so is the error
             everything = [e for e in map(self._nth, range(space)) if self._split_of(e) == split]
@@ -59,14 +59,14 @@ class Arithmetic:
             candidates = (self._nth(rng.randrange(space)) for _ in range(100 * self.problems + 1000))
             candidates = (e for e in candidates if self._split_of(e) == split)
         for expression in candidates:
-            if len(found) == self.problems:
+            if len(answers) == self.problems:
                 break
-            found[" ".join(map(str, expression))] = _value(expression)
-        if len(found) < self.problems:
+            answers[" ".join(map(str, expression))] = _value(expression)
+        if len(answers) < self.problems:
             raise SteerError(
-                f"only {len(found)} distinct {split} problems found for operators {self.operators!r}, digits "
-                f"{self.digits}, terms {self.terms}, heldout {self.heldout}; {self.problems} were asked for: "
-                "ask for fewer or allow more digits, terms or operators"
+                f"only {len(answers)} distinct {split} problems found for operators {self.operators!r}, "
+                f"digits {self.digits}, terms {self.terms}, heldout {self.heldout}; {self.problems} were "
+                "asked for: ask for fewer or allow more digits, terms or operators"
             )
         return [
             {
@@ -76,7 +76,7 @@ class Arithmetic:
                 "level": self.digits,
                 "source": "arithmetic",
             }
-            for text, value in found.items()
+            for text, value in answers.items()
         ]
 
     def _space(self) -> int:

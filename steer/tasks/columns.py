@@ -47,7 +47,7 @@ def parse_columns(given: object) -> dict[str, str]:
             if not mark:
                 raise SteerError(f"columns {shown(given)}: {shown(part)} has no '='; {form}")
             pairs.append((field.strip(), column.strip()))
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     for field, column in pairs:
         if field not in FIELDS:
             near = difflib.get_close_matches(str(field), FIELDS, 1)
@@ -55,10 +55,10 @@ def parse_columns(given: object) -> dict[str, str]:
             raise SteerError(
                 f"columns {shown(given)}: a record has no {shown(field)}{hint}; it has {', '.join(FIELDS)}"
             )
-        if field in found or not isinstance(column, str) or not column:
+        if field in columns or not isinstance(column, str) or not column:
             raise SteerError(f"columns {shown(given)}: {field!r} has not exactly one column; {form}")
-        found[field] = column
-    return {field: found[field] for field in FIELDS if field in found}
+        columns[field] = column
+    return {field: columns[field] for field in FIELDS if field in columns}
 
 
 def columns_text(columns: Mapping[str, str]) -> str | None:
@@ -137,7 +137,7 @@ def extras(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], source
     if not any(isinstance(row.get("prompt"), list) for row in rows):
         used -= {"prompt"} - set(columns.values())
     names = dict.fromkeys(str(name) for row in rows for name in row if name not in used)
-    found = {}
+    kept = {}
     for name in names:
         given = [row.get(name) for row in rows]
         values = [_plain(value) for value in given]
@@ -146,15 +146,15 @@ def extras(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], source
         elif (kind := _unfit(values)) is not None:
             log.info("%s: column %r is not passed to rewards: it holds %s", source, name, kind)
         elif _kept(values):
-            found[name] = values
+            kept[name] = values
         else:
             nested = any(isinstance(value, list | dict) for value in values)
-            found[name] = [_written(value, nested) for value in given]
+            kept[name] = [_written(value, nested) for value in given]
             form = "JSON text" if nested else "text"
             log.info(
                 "%s: column %r holds values of several types: rewards get them as %s", source, name, form
             )
-    return found
+    return kept
 
 
 def _kept(values: list[Any]) -> bool:

@@ -267,8 +267,8 @@ def _text(value: Any) -> str | None:
 
 def _level(value: Any) -> int | None:
     """Levels are written 5, 5.0, "5" and "Level 5"; "Level ?" is no level."""
-    found = re.fullmatch(r"(?:level)?\s*([0-9]{1,4})(?:\.0)?", str(value).strip(), re.IGNORECASE)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"(?:level)?\s*([0-9]{1,4})(?:\.0)?", str(value).strip(), re.IGNORECASE)
+    return int(match[1]) if match else None
 
 
 def _fold(text: str) -> str:

@@ -43,9 +43,9 @@ def choose(
         Pairs of a problem and its solution, where the record has one, with the boxed answer at its end.
     """
     held_out = {_fold(text) for text in exclude}
-    found = {_fold(record["problem"]): record for record in records}
-    texts = sorted((text for text in found if text not in held_out), key=_place)
-    return tuple((found[text]["problem"], _worked(found[text])) for text in texts[:count])
+    by_text = {_fold(record["problem"]): record for record in records}
+    texts = sorted((text for text in by_text if text not in held_out), key=_place)
+    return tuple((by_text[text]["problem"], _worked(by_text[text])) for text in texts[:count])
 
 
 def fitting(
@@ -112,8 +112,8 @@ def best_base(results: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     leniently. The best is chosen on the held-out problems, which favours the base.
     """
     known = {stage: results[stage] for stage in UNTRAINED if stage in results}
-    found = [row for row in stages(known, "") if isinstance(row[1].get("lenient"), (int, float))]
-    return max(found, key=lambda row: row[1]["lenient"], default=None)
+    scored = [row for row in stages(known, "") if isinstance(row[1].get("lenient"), (int, float))]
+    return max(scored, key=lambda row: row[1]["lenient"], default=None)
 
 
 def _worked(record: Mapping[str, Any]) -> str:

@@ -142,8 +142,8 @@ def _symbolic(gold: str, answer: str) -> bool:
 
 def _best(verdicts: list[Verdict | None]) -> Verdict:
     """The first that says right, else the first; None are those that were not needed."""
-    found = [verdict for verdict in verdicts if verdict is not None]
-    return next((verdict for verdict in found if verdict.correct), found[0])
+    known = [verdict for verdict in verdicts if verdict is not None]
+    return next((verdict for verdict in known if verdict.correct), known[0])
 
 
 def _golds(answer: Any) -> list[str]:
@@ -207,15 +207,15 @@ class MathGrader:
             raise SteerError(f"completion {empty} has no reference answer; give at least one")
         extracted = [extract(completion) for completion in completions]
         rows = [
-            [(gold, found, self._cheap(gold, found)) for gold in some]
-            for some, found in zip(golds, extracted, strict=True)
+            [(gold, given, self._cheap(gold, given)) for gold in some]
+            for some, given in zip(golds, extracted, strict=True)
         ]
         # what only sympy can tell, of answers that are not right already; in order, each once
         left = {
-            (gold, found or ""): None
+            (gold, given or ""): None
             for row in rows
             if not any(verdict and verdict.correct for _, _, verdict in row)
-            for gold, found, verdict in row
+            for gold, given, verdict in row
             if verdict is None
         }
         with self._lock:
@@ -227,7 +227,7 @@ class MathGrader:
             while len(self._cache) > _CACHE_SIZE:
                 self._cache.popitem(last=False)
         return [
-            _best([verdict or known.get((gold, found or "")) for gold, found, verdict in row]) for row in rows
+            _best([verdict or known.get((gold, given or "")) for gold, given, verdict in row]) for row in rows
         ]
 
     def _cheap(self, gold: str, answer: str | None) -> Verdict | None:

@@ -44,8 +44,8 @@ def extract_lenient(text: str) -> str | None:
 
 def _phrase(text: str) -> str | None:
     start = -1
-    for found in _PHRASE.finditer(text):
-        start = found.end()
+    for match in _PHRASE.finditer(text):
+        start = match.end()
     if start < 0:
         return None
     end = _END.search(text, start)
@@ -59,6 +59,6 @@ def _phrase(text: str) -> str | None:
 
 def _last_number(text: str) -> str | None:
     last = None
-    for found in _NUMBER.finditer(text):
-        last = found[0]
+    for match in _NUMBER.finditer(text):
+        last = match[0]
     return last

@@ -366,8 +366,8 @@ def chat_template_variables(template: str) -> frozenset[str]:
     targets += [block.target for block in tree.find_all(nodes.AssignBlock)]
     targets += [argument for macro in tree.find_all(nodes.Macro) for argument in macro.args]
     own = {target.name for target in targets if isinstance(target, nodes.Name)} - asked
-    found = meta.find_undeclared_variables(tree) - own
-    return frozenset(name for name in found if name not in provided and not name.endswith("_token"))
+    variables = meta.find_undeclared_variables(tree) - own
+    return frozenset(name for name in variables if name not in provided and not name.endswith("_token"))
 
 
 def _own_bos(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -51,23 +51,23 @@ def reward_entries(given: object) -> list[Entry]:
 
 
 def _entry(given: Any) -> Entry:
-    found = given
+    entry = given
     if isinstance(given, str) and given.lstrip().startswith("{"):
         try:
-            found = yaml.safe_load(given)
+            entry = yaml.safe_load(given)
         except yaml.YAMLError as error:
             raise SteerError(
                 f"reward {shown(given)} is not YAML; write '{{name: length_penalty, target_tokens: 100, "
                 "max_tokens: 200}'"
             ) from error
-    if isinstance(found, Mapping):
-        named = isinstance(found.get("name"), str)
-        if not named or not all(isinstance(key, str) for key in found):
+    if isinstance(entry, Mapping):
+        named = isinstance(entry.get("name"), str)
+        if not named or not all(isinstance(key, str) for key in entry):
             raise SteerError(f"reward {shown(given)} has no name; write '{{name: NAME, argument: value}}'")
-        return dict(found) if len(found) > 1 else str(found["name"])
-    if not isinstance(found, str) or not found.strip():
+        return dict(entry) if len(entry) > 1 else str(entry["name"])
+    if not isinstance(entry, str) or not entry.strip():
         raise SteerError(f"reward {shown(given)} is no name; give one of {', '.join(REWARDS)}, or {_FORM}")
-    return found
+    return entry
 
 
 def reward_names(entries: Sequence[Entry]) -> list[str]:
@@ -92,7 +92,7 @@ def load_rewards(
         SteerError: a name, file, module or function that does not exist; arguments that the function does not
             take; a function that cannot be called with the columns.
     """
-    found: list[RewardFunction] = []
+    functions: list[RewardFunction] = []
     seen: dict[str, int] = {}
     for entry in entries:
         name, arguments = _parts(entry)
@@ -106,18 +106,18 @@ def load_rewards(
         seen[label] = count = seen.get(label, 0) + 1
         if count > 1:
             function = _named(function, f"{label}_{count}")
-        found.append(function)
-    return found
+        functions.append(function)
+    return functions
 
 
 def source_checksums(entries: Sequence[Entry]) -> dict[str, str]:
     """Of each reward that is the user's own, 16 hex digits of the text of its file: edited, it is another."""
-    found = {}
+    checksums = {}
     for name in reward_names(entries):
         if ":" in name:
             file = _file(_module(name))
-            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file else "no file"
-    return found
+            checksums[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file else "no file"
+    return checksums
 
 
 def _parts(entry: Entry) -> tuple[str, dict[str, Any]]:
@@ -238,8 +238,8 @@ def _from_file(name: str, path: Path) -> ModuleType:
     if (known := sys.modules.get(file.stem)) is None:
         _find_in(str(file.parent))
         importlib.invalidate_caches()
-        found = importlib.util.find_spec(file.stem) if "." not in file.stem else None
-        there = found.origin if found else None
+        spec = importlib.util.find_spec(file.stem) if "." not in file.stem else None
+        there = spec.origin if spec else None
     else:
         there = getattr(known, "__file__", None)
     if there is None or Path(there).resolve() != file:

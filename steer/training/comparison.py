@@ -175,19 +175,19 @@ class Comparison:
         asked = {"training": {**settings, "seed": 0}, **self.plan.sweep, "lr_sweep": method["lr_sweep"]}
         file = self.sweeps / f"{name}.json"
         if file.exists():
-            found = json.loads(file.read_text())
-            _check(file, found, asked)
-            return found["chosen"]
+            sweep = json.loads(file.read_text())
+            _check(file, sweep, asked)
+            return sweep["chosen"]
         folder = self.work / name
         training = {**settings, "seed": 0, **self.plan.sweep, "lr_sweep": method["lr_sweep"]}
         training |= {"sweep_only": True, "output_dir": str(folder)}
         self.launch(f"{name}-sweep", training, launcher)
-        found = json.loads(Path(f"{folder}-sweep", "sweep.json").read_text())
+        sweep = json.loads(Path(f"{folder}-sweep", "sweep.json").read_text())
         self.sweeps.mkdir(parents=True, exist_ok=True)
         replace_file(
-            file, (json.dumps({**found, "hash": _hash(asked), "asked": asked}, indent=1) + "\n").encode()
+            file, (json.dumps({**sweep, "hash": _hash(asked), "asked": asked}, indent=1) + "\n").encode()
         )
-        return found["chosen"]
+        return sweep["chosen"]
 
     def launch(self, job: str, settings: dict[str, Any], launcher: str) -> None:
         """Train as a user would, from a config file that says all."""
@@ -309,9 +309,9 @@ def _curve(folder: Path) -> dict[str, list[float]]:
     rows = json.loads((last / "trainer_state.json").read_text())["log_history"]
     keys = {"reward": "reward", "accuracy": "accuracy", "length": "completions/mean_length"}
     rows = [row for row in rows if "reward" in row]
-    found = {name: [round(row[key], 4) for row in rows if key in row] for name, key in keys.items()}
-    replace_file(kept, json.dumps(found).encode())
-    return found
+    curve = {name: [round(row[key], 4) for row in rows if key in row] for name, key in keys.items()}
+    replace_file(kept, json.dumps(curve).encode())
+    return curve
 
 
 def _hash(asked: dict[str, Any]) -> str:
@@ -321,14 +321,14 @@ def _hash(asked: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _check(file: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+def _check(file: Path, have: dict[str, Any], asked: dict[str, Any]) -> None:
     """SteerError, with what differs, where a file has other settings; older ones hold a hash alone."""
-    if found["hash"] == _hash(asked):
+    if have["hash"] == _hash(asked):
         return
     changed = []
-    if "asked" in found:
+    if "asked" in have:
         wanted = json.loads(json.dumps(asked, default=list))
-        changed = differences(_parts(found["asked"]), _parts(wanted), {}, frozenset())
+        changed = differences(_parts(have["asked"]), _parts(wanted), {}, frozenset())
     raise SteerError(
         f"{file} was made with other settings than these{': ' if changed else ''}{'; '.join(changed[:3])}; "
         "move it away to have it made again, or give another --out"

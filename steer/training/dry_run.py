@@ -95,16 +95,21 @@ def dry_run(
 
 def small(training: SteeringGRPOConfig, folder: str) -> SteeringGRPOConfig:
     """The settings of two updates of one prompt each, which leave nothing behind outside of `folder`."""
-    found = copy.copy(training)
-    found.output_dir, found.max_steps, found.warmup_steps = folder, 2, 0
-    found.per_device_train_batch_size = found.generation_batch_size = training.num_generations
-    found.generation_batch_size *= PartialState().num_processes
-    found.gradient_accumulation_steps = found.steps_per_generation = 1
-    found.max_completion_length = min(TOKENS, training.max_completion_length)
-    found.logging_steps, found.save_strategy = 1, type(training.save_strategy)("no")
-    found.report_to, found.log_completions, found.push_to_hub, found.use_vllm = [], False, False, False
-    found.disable_tqdm = True
-    return found
+    smaller = copy.copy(training)
+    smaller.output_dir, smaller.max_steps, smaller.warmup_steps = folder, 2, 0
+    smaller.per_device_train_batch_size = smaller.generation_batch_size = training.num_generations
+    smaller.generation_batch_size *= PartialState().num_processes
+    smaller.gradient_accumulation_steps = smaller.steps_per_generation = 1
+    smaller.max_completion_length = min(TOKENS, training.max_completion_length)
+    smaller.logging_steps, smaller.save_strategy = 1, type(training.save_strategy)("no")
+    smaller.report_to, smaller.log_completions, smaller.push_to_hub, smaller.use_vllm = (
+        [],
+        False,
+        False,
+        False,
+    )
+    smaller.disable_tqdm = True
+    return smaller
 
 
 def _layers(trainer: Any) -> str:

@@ -64,9 +64,9 @@ def shape_of(config: PreTrainedConfig) -> Shape | None:
     """The shape of a model by its config; None where the config lacks one of the sizes."""
     text = config.get_text_config()
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    found = [getattr(text, name, None) for name in names]
-    sizes = [size for size in found if isinstance(size, int)]
-    if len(sizes) < len(found):
+    numbers = [getattr(text, name, None) for name in names]
+    sizes = [size for size in numbers if isinstance(size, int)]
+    if len(sizes) < len(numbers):
         return None
     layers, width, inner, heads, vocabulary = sizes
     kv_heads = getattr(text, "num_key_value_heads", None) or heads

@@ -208,14 +208,14 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
         if self.multi_objective_aggregation == "sum_then_normalize":
             rewards = total_rewards(self._scores, self.reward_weights.to(self._scores.device))
             group = self.num_generations if self.model.training else self.num_generations_eval
-            found = group_advantages(rewards, group, self.args)
+            advantages = group_advantages(rewards, group, self.args)
             own = self.accelerator.process_index * len(inputs)
-            output["advantages"] = found[own : own + len(inputs)]
+            output["advantages"] = advantages[own : own + len(inputs)]
             # As long as a generation: what does not fit has left it.
             logged = cast(deque[float], self._logs["advantages"])
-            for _ in range(min(len(found), len(logged))):
+            for _ in range(min(len(advantages), len(logged))):
                 logged.pop()
-            logged.extend(found.tolist())
+            logged.extend(advantages.tolist())
         return output
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -411,11 +411,11 @@ def _check_padding(model: Any, lengths: Sequence[int]) -> None:
 
 def _check_text(data: Any) -> None:
     """SteerError for problems with images."""
-    found = {"image", "images"} & set(getattr(data, "column_names", None) or [])
-    if found:
+    image_columns = {"image", "images"} & set(getattr(data, "column_names", None) or [])
+    if image_columns:
         raise SteerError(
-            f"the data set has the column {min(found)!r}, and vectors are trained on text alone; remove the "
-            "column, or train on problems without images"
+            f"the data set has the column {min(image_columns)!r}, and vectors are trained on text alone; "
+            "remove the column, or train on problems without images"
         )
 
 

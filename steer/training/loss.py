@@ -59,16 +59,16 @@ def group_advantages(rewards: torch.Tensor, group: int, args: SteeringGRPOConfig
         (rows,): zero for a sample that was not scored, and for one that was scored alone in its group.
     """
     grouped = rewards.view(-1, group)
-    found = grouped - torch.nanmean(grouped, dim=1, keepdim=True)
+    advantages = grouped - torch.nanmean(grouped, dim=1, keepdim=True)
     if args.advantage == "loo":
         # r_i - mean of the n - 1 others = (r_i - mean of all n) * n / (n - 1)
         scored = (~grouped.isnan()).sum(1, keepdim=True)
-        found = found * (scored / (scored - 1).clamp(min=1))
+        advantages = advantages * (scored / (scored - 1).clamp(min=1))
     elif args.scale_rewards == "group":
-        found = found / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
+        advantages = advantages / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
     elif args.scale_rewards == "batch":
-        found = found / (nanstd(rewards) + 1e-4)
-    return torch.nan_to_num(found.reshape(-1), nan=0.0)
+        advantages = advantages / (nanstd(rewards) + 1e-4)
+    return torch.nan_to_num(advantages.reshape(-1), nan=0.0)
 
 
 def token_losses(

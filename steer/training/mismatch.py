@@ -77,11 +77,11 @@ class MismatchCheck(TrainerCallback):
 
     def add(self, trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
         """`mismatch` of a part of the update, which counts for the check."""
-        found = mismatch(trainer, engine, mask)
+        metrics = mismatch(trainer, engine, mask)
         tokens = (mask.bool() & ~engine.isnan()).sum().item()
-        self.total += found["mean"] * tokens
+        self.total += metrics["mean"] * tokens
         self.tokens += tokens
-        return found
+        return metrics
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -51,12 +51,12 @@ def differences(
     Returns:
         One phrase for each difference that changes results; empty for the same run.
     """
-    found = []
+    lines = []
     for part in dict.fromkeys((*wanted, *have)):
         new = wanted.get(part, {})
         old = {**defaults.get(part, {}), **have[part]} if part in have else {}
         for name in sorted({*old, *new} - WATCHING - also - _FORMER):
             if old.get(name) != new.get(name):
                 now = f"now {new[name]!r}" if name in new else "and is no setting of this run"
-                found.append(f"{name} was {old.get(name)!r}, {now}")
-    return found
+                lines.append(f"{name} was {old.get(name)!r}, {now}")
+    return lines

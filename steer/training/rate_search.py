@@ -76,7 +76,7 @@ def choose(
             for heavy in (*place.glob("checkpoint-*"), place / recipe.artifact):
                 shutil.rmtree(heavy, ignore_errors=True)
     best = max(tried, key=lambda row: (row["accuracy"], -row["learning_rate"]))["learning_rate"]
-    found = {
+    record = {
         "chosen": best,
         "validation_problems": len(validation),
         "samples": sweep.validation_samples,
@@ -84,7 +84,7 @@ def choose(
         "tried": tried,
     }
     if PartialState().is_main_process:
-        replace_file(folder / SWEEP_FILE, (json.dumps(found, indent=2) + "\n").encode())
+        replace_file(folder / SWEEP_FILE, (json.dumps(record, indent=2) + "\n").encode())
     for row in tried:
         log.info("learning rate %-8g validation accuracy %.3f", row["learning_rate"], row["accuracy"])
     if len(rates) > 1 and best in (rates[0], rates[-1]):

@@ -336,8 +336,8 @@ def _evaluate(
     replace_file(folder / f"samples_{stage}.json", kept)
     if prompts.examples:
         replace_file(folder / "examples.json", json.dumps(prompts.examples, indent=1).encode())
-    found = {**asdict(score(answered)), "max_new_tokens": limit, "examples": len(prompts.examples)}
-    runs.write_results(folder, {**runs.read_results(folder), stage: found})
+    scored = {**asdict(score(answered)), "max_new_tokens": limit, "examples": len(prompts.examples)}
+    runs.write_results(folder, {**runs.read_results(folder), stage: scored})
 
 
 def _train(

@@ -99,8 +99,8 @@ def newest_checkpoint(folder: str | os.PathLike[str], read: Callable[[Path], obj
     The newest whole checkpoint in a run folder: one whose trainer state, written last, is readable, and that
     `read` takes without an OSError or ValueError.
     """
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
+    checkpoints = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name[11:]), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text())
             read(path)

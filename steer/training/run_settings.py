@@ -188,12 +188,12 @@ def _read(
     )
     try:
         words = _with_config_file(arguments)
-        found = parser.parse_args_and_config(words)
+        parsed = parser.parse_args_and_config(words)
         if parser.given["print_config"]:
             if os.environ.get("RANK", "0") == "0":
                 print(_environment(words) + _as_yaml(parts, parser.given), end="")
             sys.exit(0)
-        return found[: len(parts)]
+        return parsed[: len(parts)]
     except OSError as error:
         raise SteerError(f"cannot read {error.filename} ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -228,9 +228,9 @@ class _Parser(TrlParser):
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, rest = super().parse_known_args(args, namespace)
-        self.given: dict[str, Any] = dict(vars(found))
-        return found, rest
+        parsed, rest = super().parse_known_args(args, namespace)
+        self.given: dict[str, Any] = dict(vars(parsed))
+        return parsed, rest
 
     def error(self, message: str) -> NoReturn:
         raise SteerError(f"{message}; --help lists the settings")

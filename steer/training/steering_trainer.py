@@ -118,15 +118,15 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
             from steer.engine.rollout import VectorGeneration
 
             engine = cast(VectorGeneration, self.vllm_generation)
-            found: dict[str, float] = {"sync_seconds": engine.sync_seconds, "sync_bytes": engine.sync_bytes}
+            metrics: dict[str, float] = {"sync_seconds": engine.sync_seconds, "sync_bytes": engine.sync_bytes}
             if engine.logprobs_mode is not None:
                 mask, sampled = loss_mask(inputs), inputs["sampling_per_token_logps"]
                 weighed = inputs.get("old_per_token_logps", self._scored)  # as when they were sampled
-                found |= self.mismatch_check.add(weighed, sampled, mask)
+                metrics |= self.mismatch_check.add(weighed, sampled, mask)
                 if self.vllm_importance_sampling_correction:
                     _, limited = importance_weights(weighed, sampled, mask, self.args)
-                    found |= limited_shares(limited, mask)
-            for name, value in found.items():
+                    metrics |= limited_shares(limited, mask)
+            for name, value in metrics.items():
                 self._metrics["train"][f"engine/{name}"].append(value)
         return loss
 

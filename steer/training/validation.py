@@ -87,9 +87,9 @@ def stalled(history: History, patience: int | None) -> bool:
 
 def history_entry(step: int, answered: Sequence[Answered]) -> dict[str, Any]:
     """What a history keeps of a validation."""
-    found = score(answered)
+    scored = score(answered)
     names = ("accuracy", "low", "high", "lenient", "finished", "mean_tokens")
-    return {"step": step, **{name: getattr(found, name) for name in names}}
+    return {"step": step, **{name: getattr(scored, name) for name in names}}
 
 
 def summary(history: History, problems: int, kept: str, stopped: str | None = None) -> dict[str, Any]:
@@ -240,15 +240,15 @@ class Validation(TrainerCallback):
         answered = answer_together(
             self.trainer, self.problems, self.format_problem, self.grader, limit, label, leave=False
         )
-        found = history_entry(step, answered)
-        self.history.append(found)
-        if self.keep_best and best(self.history) is found:
+        entry = history_entry(step, answered)
+        self.history.append(entry)
+        if self.keep_best and best(self.history) is entry:
             self.trainer.save_model(str(self.folder / f"best-{step}"), _internal_call=True)
         if PartialState().is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(self.folder / VALIDATION_FILE, (json.dumps(self.history, indent=1) + "\n").encode())
         PartialState().wait_for_everyone()
-        return found
+        return entry
 
     def _places(self) -> dict[int, Path]:
         """The folders of states that were kept, by update."""

@@ -76,12 +76,12 @@ def read_texts(texts: Sequence[str] | str | os.PathLike[str] | None, hidden_size
         return builtin_texts(75 * hidden_size)
     if isinstance(texts, (str, os.PathLike)):
         texts = _from_file(Path(texts))
-    found = list(dict.fromkeys(text for text in texts if text.strip()))
-    if not found:
+    unique = list(dict.fromkeys(text for text in texts if text.strip()))
+    if not unique:
         raise SteerError(
             "the text sample is empty; give some thousand words, or none for the built-in sample"
         )
-    return found
+    return unique
 
 
 def builtin_texts(characters: int) -> list[str]:
@@ -108,13 +108,13 @@ def builtin_texts(characters: int) -> list[str]:
 
 def pieces(text: str) -> list[str]:
     """`text` in pieces of at most `PIECE` characters, cut at a blank line, line or word if there is one."""
-    found = []
+    made = []
     while len(text) > PIECE:
         cut = max(text.rfind(mark, PIECE // 2, PIECE) for mark in ("\n\n", "\n", " "))
         cut = cut if cut > 0 else PIECE
-        found.append(text[:cut])
+        made.append(text[:cut])
         text = text[cut:].lstrip()
-    return [*found, text] if text.strip() else found
+    return [*made, text] if text.strip() else made
 
 
 def pair(donor: Sequence[int | None], recipient: Sequence[int | None]) -> list[tuple[int, int]]:
@@ -150,17 +150,17 @@ def paired(
         if not matches:
             continue
         row, i, j = torch.tensor(matches).T
-        found = Pairs(
+        pairs = Pairs(
             _streams(donor, ids, donor_layers, site, (row, i)),
             _streams(recipient, other_ids, recipient_layers, site, (row, j)),
         )
-        keep = torch.ones(len(found), dtype=torch.bool)
-        for stream in (*found.donor.values(), *found.recipient.values()):
+        keep = torch.ones(len(pairs), dtype=torch.bool)
+        for stream in (*pairs.donor.values(), *pairs.recipient.values()):
             norms = stream.norm(dim=1)
             keep &= norms <= OUTLIER * norms.median()
         yield Pairs(
-            {layer: stream[keep] for layer, stream in found.donor.items()},
-            {layer: stream[keep] for layer, stream in found.recipient.items()},
+            {layer: stream[keep] for layer, stream in pairs.donor.items()},
+            {layer: stream[keep] for layer, stream in pairs.recipient.items()},
         )
 
 
@@ -188,11 +188,11 @@ def _streams(
     for row, line in enumerate(ids):
         tokens[row, : len(line)] = torch.tensor(line)
         mask[row, : len(line)] = 1
-    found: dict[int, torch.Tensor] = {}
+    streams: dict[int, torch.Tensor] = {}
 
     def keep(layer: int, stream: torch.Tensor) -> None:
         rows, columns = (index.to(stream.device) for index in where)
-        found[layer] = stream[rows, columns].to("cpu", torch.float32)
+        streams[layer] = stream[rows, columns].to("cpu", torch.float32)
 
     places = find_sites(side.decoder, list(layers), "resid_pre" if site == "resid_pre" else "resid_post")
     pairs = zip(layers, places, strict=True)
@@ -208,7 +208,7 @@ def _streams(
             side.decoder.backbone(tokens.to(device), attention_mask=mask.to(device), use_cache=False)
     finally:
         side.model.train(was_training)
-    return found
+    return streams
 
 
 def _from_file(path: Path) -> list[str]:
@@ -216,7 +216,7 @@ def _from_file(path: Path) -> list[str]:
         raise SteerError(f"texts {str(path)!r}: expected a .txt file (one text a line) or a .jsonl file")
     if path.suffix == ".txt":
         return read_text(path).split("\n")
-    found = []
+    texts = []
     for number, record in enumerate(json_lines(path), 1):
         if record is None:
             continue
@@ -225,8 +225,8 @@ def _from_file(path: Path) -> list[str]:
             raise SteerError(f"{path.name}, line {number}: expected a record with 'text' or 'problem'")
         if not record.get("text"):
             parts.append(record.get("solution") or record.get("answer"))
-        found.append("\n".join(str(part) for part in parts if part))
-    return found
+        texts.append("\n".join(str(part) for part in parts if part))
+    return texts
 
 
 def _upto(texts: Sequence[str], characters: int) -> list[str]:

@@ -102,12 +102,12 @@ def fit(
 
     def judge(name: str, matrices: dict[Match, torch.Tensor | None], penalties: dict[Match, float]) -> Fitted:
         cka = {m: similarity.cka(m.donor, m.recipient) for m in matches}
-        found = Fitted(name, matrices, {}, cka, norms, penalties, rescale, have, judged)
+        fitted = Fitted(name, matrices, {}, cka, norms, penalties, rescale, have, judged)
         for match, matrix in matrices.items():
             if matrix is None:
-                matrix = found.factor(match) * torch.eye(shape[0], dtype=torch.float64)
-            found.r2[match] = maps.r2(matrix, fitting[match], held_out[match])
-        return found
+                matrix = fitted.factor(match) * torch.eye(shape[0], dtype=torch.float64)
+            fitted.r2[match] = maps.r2(matrix, fitting[match], held_out[match])
+        return fitted
 
     if direct:
         copied = judge("direct", dict.fromkeys(matches), {})
@@ -140,10 +140,10 @@ def _moments(
     similarity: Similarity,
     label: str,
 ) -> dict[Match, Moments]:
-    found = {match: Moments(donor.decoder.hidden_size, recipient.decoder.hidden_size) for match in matches}
+    by_match = {match: Moments(donor.decoder.hidden_size, recipient.decoder.hidden_size) for match in matches}
     layers = sorted({m.donor for m in matches}), sorted({m.recipient for m in matches})
     for batch in paired(donor, recipient, texts, *layers, site, label):
-        for match, moments in found.items():
+        for match, moments in by_match.items():
             moments.add(batch.donor[match.donor], batch.recipient[match.recipient])
         similarity.add(batch.donor, batch.recipient, [(m.donor, m.recipient) for m in matches])
-    return found
+    return by_match

@@ -129,8 +129,8 @@ class Similarity:
             return
         step = -(-count // TOKENS)
         grams = [{layer: _gram(x[::step]) for layer, x in side.items()} for side in (donor, recipient)]
-        for side, found in zip(self.own, grams, strict=True):
-            for layer, gram in found.items():
+        for side, added in zip(self.own, grams, strict=True):
+            for layer, gram in added.items():
                 side[layer] = side.get(layer, 0.0) + _hsic(gram, gram)
         for i, j in pairs:
             self.cross[i, j] = self.cross.get((i, j), 0.0) + _hsic(grams[0][i], grams[1][j])

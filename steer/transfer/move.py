@@ -182,9 +182,10 @@ def _named(source: Artifact, trust: bool) -> PreTrainedModel:
 
 
 def _same_shape(config: SteeringConfig, model: PreTrainedModel) -> bool:
-    found = describe(model)
+    model_shape = describe(model)
     return all(
-        getattr(config, name) == found[name] for name in ("model_type", "hidden_size", "num_hidden_layers")
+        getattr(config, name) == model_shape[name]
+        for name in ("model_type", "hidden_size", "num_hidden_layers")
     )
 
 

@@ -25,19 +25,19 @@ class Composition(Section):
         if len(subject.layers) < 2 or not rows:
             return
         some = spread(subject.layers, 6)
-        found = compose(subject, [], None, some, rows, "pairs of layers")
-        study.report.results["composition"] = found
+        result = compose(subject, [], None, some, rows, "pairs of layers")
+        study.report.results["composition"] = result
         with values(subject.vectors, study.random):
             control = compose(subject, [], None, some, rows, "pairs of layers, random")
-        control.joint = found.joint  # random vectors were not trained at all
-        study.note(pair_gain=known_mean(found.score), random_pair_gain=known_mean(control.score))
+        control.joint = result.joint  # random vectors were not trained at all
+        study.note(pair_gain=known_mean(result.score), random_pair_gain=known_mean(control.score))
 
     def sentences(self, name: str, report: Report) -> list[str]:
-        found: Any = report.results.get("composition")
-        if found is None:
+        result: Any = report.results.get("composition")
+        if result is None:
             return []
-        pairs = list(combinations(range(len(found.layers)), 2))
-        missing = [found.told(i, j) for i, j in pairs if found.told(i, j).startswith("undefined")]
+        pairs = list(combinations(range(len(result.layers)), 2))
+        missing = [result.told(i, j) for i, j in pairs if result.told(i, j).startswith("undefined")]
         told = [f"The pair score is {missing[0]} ({len(missing)} of {len(pairs)} pairs)."] if missing else []
         score, control = report.numbers.get("pair_gain"), report.numbers.get("random_pair_gain")
         if score is not None:

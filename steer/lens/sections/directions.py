@@ -32,26 +32,26 @@ class Directions(Section):
         study.report.results["directions"].names[-1] = "these vectors"  # type: ignore[attr-defined]
 
     def sentences(self, name: str, report: Report) -> list[str]:
-        found: Any = report.results["directions"]
-        now = found.norms[-1].tolist()
+        result: Any = report.results["directions"]
+        now = result.norms[-1].tolist()
         low, high = min(now), max(now)
         told = [
             f"The vectors are {low:.2f} to {high:.2f} long; the longest is that of layer "
-            f"{found.layers[now.index(high)]}."
+            f"{result.layers[now.index(high)]}."
         ]
-        if len(found.layers) > 1:
-            neighbours = mean(found.between_layers.diagonal(1))
-            apart = mean(found.between_layers[~torch.eye(len(found.layers), dtype=torch.bool)])
+        if len(result.layers) > 1:
+            neighbours = mean(result.between_layers.diagonal(1))
+            apart = mean(result.between_layers[~torch.eye(len(result.layers), dtype=torch.bool)])
             told.append(
                 f"Neighbouring layers have a cosine of {neighbours:.2f} on average, any two {apart:.2f}."
             )
-        if len(found.names) > 1:
-            first = found.names[0]
+        if len(result.names) > 1:
+            first = result.names[0]
             told.append(
-                f"At {first} they were {mean(found.norms[0]) / mean(found.norms[-1]):.0%} as long, and their "
-                f"cosine with the final ones was {mean(found.to_last[0]):.2f}: training mostly lengthens "
-                "directions that are there early."
-                if mean(found.to_last[0]) > 0.7
-                else f"At {first} their cosine with the final ones was {mean(found.to_last[0]):.2f}."
+                f"At {first} they were {mean(result.norms[0]) / mean(result.norms[-1]):.0%} as long, and "
+                f"their cosine with the final ones was {mean(result.to_last[0]):.2f}: training mostly "
+                "lengthens directions that are there early."
+                if mean(result.to_last[0]) > 0.7
+                else f"At {first} their cosine with the final ones was {mean(result.to_last[0]):.2f}."
             )
         return told

@@ -67,11 +67,11 @@ class LastLayers(Section):
         rows = study.rows[:SINGLE]
         before = study.last - 1
         if before in subject.layers:
-            found = patch(subject, rows, layers=[before], label="penultimate layer")
+            result = patch(subject, rows, layers=[before], label="penultimate layer")
             with values(subject.vectors, study.random):
                 control = patch(subject, rows, layers=[before], label="penultimate layer, random")
-            results["penultimate layer"] = Paths({ADDED: found, "random vector, added": control})
-            for name, done in (("", found), ("random_", control)):
+            results["penultimate layer"] = Paths({ADDED: result, "random vector, added": control})
+            for name, done in (("", result), ("random_", control)):
                 study.note(**{f"{name}penultimate_without_attention": done["all but attention"]})
                 study.note(**{f"{name}penultimate_without_mlp": done["all but MLP"]})
             effect_paths = {**head_routes(subject, study.last), **group_routes(subject, study.last)}
@@ -88,11 +88,11 @@ class LastLayers(Section):
         if name != "penultimate layer":
             return []
         paths: Any = report.results["penultimate layer"]
-        found, random = paths.parts.values()
+        trained, random = paths.parts.values()
         return [
-            f"The vector of the last layer but one keeps {percent(found['all but attention'])} of its effect "
-            f"without the last attention and {percent(found['all but MLP'])} without the last MLP (random "
-            f"vector: {percent(random['all but attention'])} and {percent(random['all but MLP'])})."
+            f"The vector of the last layer but one keeps {percent(trained['all but attention'])} of its "
+            f"effect without the last attention and {percent(trained['all but MLP'])} without the last MLP "
+            f"(random vector: {percent(random['all but attention'])} and {percent(random['all but MLP'])})."
         ]
 
     def below(self, name: str, result: Result) -> list[Block]:

@@ -139,17 +139,17 @@ def solved_table(result: Result) -> list[Block]:
 
 def _paths(report: Report) -> list[str]:
     paths: Any = report.results["path patching"]
-    found, random = paths.first, list(paths.parts.values())[-1]
+    trained, random = paths.first, list(paths.parts.values())[-1]
     names = ("residual only", "attention only", "MLP only")
-    words = [f"{name.removesuffix(' only')} {percent(found[name])}" for name in names]
+    words = [f"{name.removesuffix(' only')} {percent(trained[name])}" for name in names]
     control = [percent(random[name]) for name in names]
     told = [
         "Of the effect on the logits, one path alone recovers: "
         f"{joined(words)} (random vectors: {joined(control)}); all but the residual stream "
-        f"{percent(found['all but residual'])}."
+        f"{percent(trained['all but residual'])}."
     ]
-    if found.accuracy is not None:
-        solved = dict(zip(found.names, found.accuracy.tolist(), strict=True))
+    if trained.accuracy is not None:
+        solved = dict(zip(trained.names, trained.accuracy.tolist(), strict=True))
         told.append(
             "Writing along a path, the model solves "
             + joined(
@@ -161,8 +161,8 @@ def _paths(report: Report) -> list[str]:
 
 
 def _frozen(report: Report) -> list[str]:
-    found: Any = report.results["later layers frozen"]
-    half = next((layer for layer, s in zip(found.layers, found.share, strict=True) if s >= 0.5), None)
+    result: Any = report.results["later layers frozen"]
+    half = next((layer for layer, s in zip(result.layers, result.share, strict=True) if s >= 0.5), None)
     if half is None:
         return []
     return [f"Half of the effect is there once the layers up to {half} may react, the later ones frozen."]

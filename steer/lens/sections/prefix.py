@@ -27,19 +27,19 @@ class Prefix(Section):
         openings = list(dict.fromkeys([top, control, opening]))
         openings = [text for text in openings if text]
         ends = study.report.accuracy["base"][0], study.report.accuracy["steered"][0]
-        found = prefix_substitution(
+        result = prefix_substitution(
             subject, study.problems, openings, study.grader, ends=ends, label="forced openings"
         )
-        study.report.results["prefix substitution"] = found
-        share = dict(zip(openings, found.share.tolist(), strict=True))
-        if found.steered > found.base and len(share) > 1:
+        study.report.results["prefix substitution"] = result
+        share = dict(zip(openings, result.share.tolist(), strict=True))
+        if result.steered > result.base and len(share) > 1:
             study.note(forced_share=share[top], control_forced_share=share.get(control))
 
     def sentences(self, name: str, report: Report) -> list[str]:
-        found: Any = report.results["prefix substitution"]
+        result: Any = report.results["prefix substitution"]
         shares = [
             f"{quoted([opening])} gives {percent(share)}"
-            for opening, share in zip(found.openings, found.share.tolist(), strict=True)
+            for opening, share in zip(result.openings, result.share.tolist(), strict=True)
             if not math.isnan(share)
         ]
         if not shares:

@@ -30,16 +30,16 @@ class Scales(Section):
             study.report.results["scale maps"] = maps
             with values(subject.vectors, study.random):
                 control = scale_maps(subject, study.rows)
-            for name, found in (("", maps), ("random_", control)):
+            for name, result in (("", maps), ("random_", control)):
                 study.note(
-                    **{f"{name}adaptive_spread": known_mean(found.std / found.mean.abs().clamp(min=1e-12))}
+                    **{f"{name}adaptive_spread": known_mean(result.std / result.mean.abs().clamp(min=1e-12))}
                 )
 
     def sentences(self, name: str, report: Report) -> list[str]:
         if name != "scale sweep":
             return []
-        found: Any = report.results["scale sweep"]
-        pairs = list(zip(found.accuracy.tolist(), found.scales, strict=True))
+        result: Any = report.results["scale sweep"]
+        pairs = list(zip(result.accuracy.tolist(), result.scales, strict=True))
         most, best = max(pairs, key=lambda pair: (pair[0], -abs(pair[1] - 1)))
         return [f"Of the scales tried {best:g} is best, with {percent(most)} solved."]
 
@@ -47,7 +47,7 @@ class Scales(Section):
         """Each text with its tokens shaded by how much of all layers' vectors they get."""
         if not isinstance(result, ScaleMaps):
             return []
-        found: list[Block] = []
+        blocks: list[Block] = []
         for one in result.maps[:3]:
             size = one.coefficients.abs().mean(0)
             most = max(
@@ -55,6 +55,6 @@ class Scales(Section):
             )  # the first token is an attention sink, out of proportion
             shades = [min(1.0, value / most) for value in size.tolist()]
             hints = [f"mean size of the coefficient {value:.3g}" for value in size.tolist()]
-            found.append(Strip(one.tokens, one.prompt, shades, hints))
+            blocks.append(Strip(one.tokens, one.prompt, shades, hints))
         text = "Shade: size of the coefficient, averaged over layers. A bar marks the first generated token."
-        return [*found, Note(text)]
+        return [*blocks, Note(text)]

@@ -75,13 +75,13 @@ class TokenShifts(Section):
         """Each text with its tokens shaded by how far the distributions that predict them lie apart."""
         if not isinstance(result, TokenShift) or not result.texts:
             return []
-        found: list[Block] = []
+        blocks: list[Block] = []
         for text in result.texts[:3]:
             pairs = list(zip(text.variation.tolist(), text.change.tolist(), strict=True))
             hints = [f"distance {distance:.2f}, own probability {change:+.2f}" for distance, change in pairs]
-            found.append(Strip(text.tokens, text.prompt, [distance for distance, _ in pairs], hints))
+            blocks.append(Strip(text.tokens, text.prompt, [distance for distance, _ in pairs], hints))
         return [
-            *found,
+            *blocks,
             Note(
                 "Shade: how far the steered distribution that predicts the token lies from the base one "
                 "(total variation). A bar marks the first generated token."

@@ -41,16 +41,16 @@ _UNITS_BEHIND = re.compile(
 def _without_units(text: str) -> tuple[str, Around]:
     """An expression without the units and words around it, and those."""
     for _ in range(3):
-        found = re.match(r'\\(?:approx|therefore)(?![a-zA-Z]) ?|"([^"]*)" ?(?=.)', text)
-        if not found or (found[1] and not harmless_lead(found[1])):
+        match = re.match(r'\\(?:approx|therefore)(?![a-zA-Z]) ?|"([^"]*)" ?(?=.)', text)
+        if not match or (match[1] and not harmless_lead(match[1])):
             break
-        text = text[found.end() :]
+        text = text[match.end() :]
     text = text.removesuffix(r"\checkmark").strip()
-    found = _UNITS_BEHIND.search(text)
-    if found and found.start() > 0:
-        read = read_units(found["units"], Fraction(0))
+    match = _UNITS_BEHIND.search(text)
+    if match and match.start() > 0:
+        read = read_units(match["units"], Fraction(0))
         if read is not None and read[0] == 1:
-            return text[: found.start()].strip(), read[1]
+            return text[: match.start()].strip(), read[1]
     return text, ((), frozenset())
 
 
@@ -82,11 +82,11 @@ def _match(golds: tuple[str, ...], given: tuple[str, ...], decide: bool) -> bool
 
 def _elements(answer: Answer) -> tuple[str, ...]:
     r"""Elements of a list or set, an element with \pm counted as two."""
-    found: list[str] = []
+    elements: list[str] = []
     for item in answer.items:
         inner = structure.read(item)
-        found += inner.items if inner.kind == "list" and inner.marks == ("and",) else (item,)
-    return tuple(found)
+        elements += inner.items if inner.kind == "list" and inner.marks == ("and",) else (item,)
+    return tuple(elements)
 
 
 def _same_collection(gold: Answer, answer: Answer, text: str, decide: bool) -> bool | None:

@@ -74,8 +74,8 @@ _ELLIPSIS = re.compile(r"(\.[0-9]{0,20}?)(?:([0-9])\2\2+|([0-9]{2,6}?)\3+) ?(?:\
 _BRACED = re.compile(r"([\^_])\{(\w|\\[a-zA-Z]+)\}")
 
 
-def _font(found: re.Match[str]) -> str:
-    command, content = found[1], found[2]
+def _font(match: re.Match[str]) -> str:
+    command, content = match[1], match[2]
     bare = content.replace('"', "").strip()
     if command.startswith("operatorname") or (command == "mathrm" and bare in _FUNCTIONS):
         return f"\\operatorname{{{bare}}} " if bare not in _FUNCTIONS or bare in ("lcm",) else f"\\{bare} "
@@ -100,19 +100,19 @@ def _argument(text: str, place: int) -> tuple[str, int]:
                 if depth == 0:
                     return text[place + 1 : end], end + 1
         raise Unreadable
-    if found := re.compile(r"\\[a-zA-Z]+").match(text, place):
-        return found[0], found.end()
+    if match := re.compile(r"\\[a-zA-Z]+").match(text, place):
+        return match[0], match.end()
     return text[place : place + 1], place + 1
 
 
 def _arguments(text: str, name: str, count: int) -> str:
     r"""Every argument of a command in braces: \frac12 becomes \frac{1}{2}."""
     out, place = [], 0
-    for found in re.finditer(rf"\\{name}(?![a-zA-Z])", text):
-        if found.start() < place:
+    for match in re.finditer(rf"\\{name}(?![a-zA-Z])", text):
+        if match.start() < place:
             continue  # inside an argument that was copied; its own arguments are handled below
-        out.append(text[place : found.end()])
-        place = found.end()
+        out.append(text[place : match.end()])
+        place = match.end()
         for _ in range(count):
             inner, place = _argument(text, place)
             out.append(

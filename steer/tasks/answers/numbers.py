@@ -71,32 +71,32 @@ def _leading_number(text: str) -> tuple[Fraction, Form, int] | None:
     """Value, form and length of the number that the text starts with."""
     value: Fraction
     form: Form
-    if found := _REPEATING.match(text):
-        once, period = found["once"], found["period"]
-        value = Fraction(int(found["whole"] + once or "0"), 10 ** len(once))
+    if match := _REPEATING.match(text):
+        once, period = match["once"], match["period"]
+        value = Fraction(int(match["whole"] + once or "0"), 10 ** len(once))
         value, form = value + Fraction(int(period), 10 ** len(once) * (10 ** len(period) - 1)), "repeating"
-    elif found := _POWER_OF_TEN.match(text) or _SCIENTIFIC.match(text):
-        power = int(found["braced"] or found["bare"] or found.groupdict().get("e") or 0)
-        value, form = _plain(found["mantissa"] or "1") * Fraction(10) ** power, "scientific"
-    elif found := _MIXED.match(text):
-        above, below = int(found["above"] or found["over"]), int(found["below"] or found["under"])
+    elif match := _POWER_OF_TEN.match(text) or _SCIENTIFIC.match(text):
+        power = int(match["braced"] or match["bare"] or match.groupdict().get("e") or 0)
+        value, form = _plain(match["mantissa"] or "1") * Fraction(10) ** power, "scientific"
+    elif match := _MIXED.match(text):
+        above, below = int(match["above"] or match["over"]), int(match["below"] or match["under"])
         if not below:
             return None
-        value, form = _plain(found["whole"]) + Fraction(above, below), "mixed"
-    elif found := _FRACTION.match(text) or _QUOTIENT.match(text):
-        parts = found.groupdict()
+        value, form = _plain(match["whole"]) + Fraction(above, below), "mixed"
+    elif match := _FRACTION.match(text) or _QUOTIENT.match(text):
+        parts = match.groupdict()
         inner = (parts.get("above_sign") or "") + (parts.get("below_sign") or "")
-        if not _plain(parts["below"]) or (found["sign"] + inner).count("-") > 1:
+        if not _plain(parts["below"]) or (match["sign"] + inner).count("-") > 1:
             return None
         value, form = int(inner[-1:] + "1") * _plain(parts["above"]) / _plain(parts["below"]), "fraction"
         if "-" in inner:
             value = -abs(value)
-    elif found := _SIMPLE.match(text):
-        value = _plain(found["digits"])
-        form = "decimal" if found["digits"].partition(".")[2].strip("0") else "integer"
+    elif match := _SIMPLE.match(text):
+        value = _plain(match["digits"])
+        form = "decimal" if match["digits"].partition(".")[2].strip("0") else "integer"
     else:
         return None
-    return int(found["sign"] + "1") * value, form, found.end()
+    return int(match["sign"] + "1") * value, form, match.end()
 
 
 # --- with what stands around it --------------------------------------------------------------------------
@@ -110,10 +110,10 @@ def _leads(text: str, in_words: bool) -> Iterator[str]:
     """The text, then without what introduces the number. in_words: all of it stood in \\text."""
     yield text
     for _ in range(4):
-        found = (_LEAD_IN_WORDS if in_words else _LEAD).match(text)
-        if not found or ((found[1] or found[2]) and not harmless_lead(found[1] or found[2])):
+        match = (_LEAD_IN_WORDS if in_words else _LEAD).match(text)
+        if not match or ((match[1] or match[2]) and not harmless_lead(match[1] or match[2])):
             return
-        text = text[found.end() :]
+        text = text[match.end() :]
         yield text
 
 
@@ -133,8 +133,8 @@ def read_number(text: str) -> Number | None:
         return Number(Fraction(NUMBER_WORDS[text]), "integer", (), frozenset())
     for rest in _leads(text, in_words):
         sign, money = "", ""
-        if found := re.match(r"([+-]?) ?(\\\$|€|£) ?", rest):
-            sign, money, rest = found[1], CURRENCY[found[2]], rest[found.end() :]
+        if match := re.match(r"([+-]?) ?(\\\$|€|£) ?", rest):
+            sign, money, rest = match[1], CURRENCY[match[2]], rest[match.end() :]
             if rest[:1] in ("+", "-"):
                 return None
         started = _leading_number(rest)

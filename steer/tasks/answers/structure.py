@@ -37,8 +37,8 @@ _MATRIX = re.compile(r"\\begin\{([pbBvV]?matrix|array|cases)\}(?:\{[lcr|]*\})?(.
 def _levels(text: str) -> list[int]:
     """Bracket depth at each character; quoted words count as one deep."""
     depths, depth, quoted = [], 0, False
-    begins = {found.start(): 1 for found in re.finditer(r"\\begin\{", text)}
-    begins |= {found.end(): -1 for found in re.finditer(r"\\end\{\w+\}", text)}
+    begins = {match.start(): 1 for match in re.finditer(r"\\begin\{", text)}
+    begins |= {match.end(): -1 for match in re.finditer(r"\\end\{\w+\}", text)}
     for place, c in enumerate(text):
         depth += begins.get(place, 0)
         if c == '"':
@@ -68,7 +68,7 @@ def _cut(text: str, places: list[tuple[int, int]]) -> tuple[str, ...]:
 def _commas(text: str, depths: list[int], keep_thousands: bool) -> list[tuple[int, int]]:
     places = [i for i, c in enumerate(text) if c in ",;" and depths[i] == 0]
     if keep_thousands:
-        kept = {i for found in _THOUSANDS.finditer(text) for i in range(found.start(), found.end())}
+        kept = {i for match in _THOUSANDS.finditer(text) for i in range(match.start(), match.end())}
         others = [i for i in places if i not in kept]
         # "1,234, 5" is a list of two, "54,108,135" a number, and "7,54,108,135,1" no two of these
         if all(text[i] == ";" or text[i + 1 : i + 2] == " " for i in others):
@@ -80,8 +80,8 @@ def _elements(text: str, keep_thousands: bool) -> tuple[tuple[str, ...], tuple[s
     """The elements of an unbracketed list, and the words "and" and "or" between them."""
     joints = []
 
-    def joint(found: re.Match[str]) -> str:
-        word = found[1] or found[2] or {"lor": "or", "vee": "or"}.get(found[3], "and")
+    def joint(match: re.Match[str]) -> str:
+        word = match[1] or match[2] or {"lor": "or", "vee": "or"}.get(match[3], "and")
         joints.append(word)
         return " ; "
 
@@ -112,11 +112,11 @@ def read(text: str) -> Answer:
     Raises:
         Unreadable: brackets or quotes that do not match.
     """
-    found = _MATRIX.fullmatch(text)
-    if found and r"\begin{" not in found[2]:
-        rows = [row.strip() for row in found[2].strip().removesuffix(ROW_END).split(ROW_END)]
+    match = _MATRIX.fullmatch(text)
+    if match and r"\begin{" not in match[2]:
+        rows = [row.strip() for row in match[2].strip().removesuffix(ROW_END).split(ROW_END)]
         cells = [[cell.strip() for cell in row.split("&")] for row in rows]
-        name = {"vmatrix": "determinant", "Vmatrix": "norm", "cases": "cases"}.get(found[1], "matrix")
+        name = {"vmatrix": "determinant", "Vmatrix": "norm", "cases": "cases"}.get(match[1], "matrix")
         shape = (name, *(str(len(row)) for row in cells))
         return Answer("matrix", tuple(cell for row in cells for cell in row), shape)
     depths = _levels(text)
@@ -140,7 +140,7 @@ def read(text: str) -> Answer:
         return Answer("set", _elements(inside, False)[0] if inside else ())
     if text == r"\emptyset":
         return Answer("set", ())
-    if any(depths[found.start()] == 0 for found in re.finditer(r"\\(?:pm|mp)(?![a-zA-Z])", text)):
+    if any(depths[match.start()] == 0 for match in re.finditer(r"\\(?:pm|mp)(?![a-zA-Z])", text)):
         return _signs(text)
     if whole_bracket(text):
         inside = text[1:-1].strip()
@@ -203,22 +203,22 @@ _CHOICE = re.compile(
 
 def letter(text: str) -> str | None:
     """The capital that a text is, such as the letter of a choice."""
-    found = _LETTER.fullmatch(text)
-    return found[1] if found else None
+    match = _LETTER.fullmatch(text)
+    return match[1] if match else None
 
 
 def choice(text: str) -> tuple[str, str] | None:
     """Letter and text of a choice written out, such as "(C) 12"; None when there is no letter in front."""
-    found = _CHOICE.match(text)
-    if not found:
+    match = _CHOICE.match(text)
+    if not match:
         return None
-    rest = text[found.end() :].strip()
-    if found[5]:
+    rest = text[match.end() :].strip()
+    if match[5]:
         rest = '"' + rest
         rest = rest if rest.count('"') == 2 and not rest.startswith('"" ') else rest.replace('"', "", 1)
     if _CHOICE.search(rest) or re.search(r"\b(?:or|and|not)\b", rest):
         return None
-    return next(group for group in found.groups() if group), unquoted(rest)
+    return next(group for group in match.groups() if group), unquoted(rest)
 
 
 _BASED = re.compile(
@@ -229,12 +229,12 @@ _BASED = re.compile(
 
 def based(text: str) -> tuple[str, int] | None:
     """Digits and base of an integer with a base below it, such as 432_7."""
-    found = _BASED.fullmatch(text)
-    if not found:
+    match = _BASED.fullmatch(text)
+    if not match:
         return None
-    written = found[3] or found[4]
+    written = match[3] or match[4]
     base = int(written) if written.isdigit() else NUMBER_WORDS.get(written, 0)
-    return (found[1] + found[2], base) if base > 1 else None
+    return (match[1] + match[2], base) if base > 1 else None
 
 
 def content(text: str) -> str:

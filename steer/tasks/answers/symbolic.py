@@ -25,9 +25,9 @@ _MISREAD = re.compile(
 )
 
 
-def _renamed(found: re.Match[str]) -> str:
+def _renamed(match: re.Match[str]) -> str:
     """The letter as an index of Z, which is read as a variable."""
-    return found[1] or f" Z_{{{found[2] or found[3]}{found[4] or ''}}} "
+    return match[1] or f" Z_{{{match[2] or match[3]}{match[4] or ''}}} "
 
 
 @lru_cache(maxsize=64)

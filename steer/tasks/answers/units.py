@@ -127,25 +127,25 @@ class _Remainder:
         """text: words and unit symbols. quoted: it stood in \text. spaced: a space stands before it."""
         place = 0
         words = list(_TOKEN.finditer(text))
-        for number, found in enumerate(words):
-            if found.start() != place:
+        for number, match in enumerate(words):
+            if match.start() != place:
                 self.ok = False
                 return
-            place = found.end()
-            kind = found.lastgroup
+            place = match.end()
+            kind = match.lastgroup
             if kind == "space":
-                self.ok &= quoted or "!" not in found[0]
+                self.ok &= quoted or "!" not in match[0]
                 spaced = True
                 continue
             if kind == "word":
                 following = any(w.lastgroup == "word" for w in words[number + 1 :])
-                self._word(found[0], quoted, spaced, following)
+                self._word(match[0], quoted, spaced, following)
             elif kind == "degree":
                 self._unit("degree")
             elif kind == "percent":
                 self._unit("percent")
             elif kind == "power":
-                self._exponent(int(found["power"]))
+                self._exponent(int(match["power"]))
             elif kind == "divide":
                 self.ok &= self.last is not None or self.words > 0
                 self.sign = -1
@@ -222,11 +222,11 @@ def read_units(text: str, value: Fraction) -> tuple[int, Around] | None:
     text = _QUOTED_DEGREE.sub(r'\1"\2elsius"', text)
     text = re.sub(r'\^\{?"(th|st|nd|rd)"\}?', r'"\1"', text)
     reader, place = _Remainder(value), 0
-    for found in _PIECE.finditer(text):
-        before = text[place : found.start()]
+    for match in _PIECE.finditer(text):
+        before = text[place : match.start()]
         reader.read(before, quoted=False, spaced=place > 0)
-        reader.read(found[1] if found[1] is not None else found[2], quoted=True, spaced=True)
-        place = found.end()
+        reader.read(match[1] if match[1] is not None else match[2], quoted=True, spaced=True)
+        place = match.end()
     reader.read(text[place:], quoted=False, spaced=place > 0)
     if not reader.ok or reader.power != 1:
         return None

@@ -80,7 +80,7 @@ def judge(
     if args.mask_truncated_completions:
         mask = mask & ended[:, None]
     group = args.num_generations or 1
-    found = group_advantages(rewards, group, args)
+    advantages = group_advantages(rewards, group, args)
     every = args.beta != 0 or not args.skip_zero_advantage
     spread = nanstd(rewards) if args.scale_rewards == "batch" else nanstd(rewards.view(-1, group), dim=1)
     log["reward"] = [torch.nanmean(rewards).item()]
@@ -89,5 +89,5 @@ def judge(
     log["completions/mean_length"] = [lengths.mean().item()]
     log["completions/clipped_ratio"] = [1 - ended.float().mean().item()]
     # One row at least, as alone: a step without a gradient is still a step, and its entropy is logged.
-    kept = [i for i in range(len(ids)) if every or found[i] != 0] or [0]
-    return Batch(member, prompts, completions, found, token_weights(mask, args), kept)
+    kept = [i for i in range(len(ids)) if every or advantages[i] != 0] or [0]
+    return Batch(member, prompts, completions, advantages, token_weights(mask, args), kept)

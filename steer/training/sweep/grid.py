@@ -29,9 +29,9 @@ _NULLABLE = {f.name for f in fields(SteeringGRPOConfig) if f.name in OWN and f.d
 def own(settings: RunSettings) -> dict[str, Any]:
     """What tells a member from others, as JSON types; how long it is trained is not part of it."""
     training = {k: v for k, v in settings.training.to_dict().items() if k in OWN - {"max_steps"}}
-    found = {"steering": asdict(settings.steering), "training": training, "rewards": settings.run.rewards}
+    values = {"steering": asdict(settings.steering), "training": training, "rewards": settings.run.rewards}
     source = settings.identity().get("source")
-    return {**found, "source": source} if source else found
+    return {**values, "source": source} if source else values
 
 
 def members(settings: RunSettings, num_hidden_layers: int, arguments: Sequence[str]) -> list[RunSettings]:
@@ -51,27 +51,27 @@ def members(settings: RunSettings, num_hidden_layers: int, arguments: Sequence[s
     changes = [*_grid(asked, training, num_hidden_layers), *map(_mapping, asked.population or [])]
     if not changes:
         changes = [{}]
-    found: dict[str, RunSettings] = {}
+    by_name: dict[str, RunSettings] = {}
     for change in changes:
         name = str(change.pop("name", None) or _name(change))
         if not _NAME.fullmatch(name):
             raise SteerError(
                 f"{shown(name)} cannot name a member: it becomes a folder; use letters, digits and . _ -"
             )
-        if name in found:
+        if name in by_name:
             raise SteerError(f"two members are called {name!r}; give one of them a `name` of its own")
-        found[name] = _settings(name, change, arguments, num_hidden_layers)
-    return list(found.values())
+        by_name[name] = _settings(name, change, arguments, num_hidden_layers)
+    return list(by_name.values())
 
 
-def chosen(found: Sequence[RunSettings], only: Sequence[str] | None) -> list[RunSettings]:
+def chosen(members: Sequence[RunSettings], only: Sequence[str] | None) -> list[RunSettings]:
     """The members that are trained now."""
     if only is None:
-        return list(found)
-    names = [settings.member for settings in found]
+        return list(members)
+    names = [settings.member for settings in members]
     if unknown := sorted(set(only) - set(names)):
         raise SteerError(f"no member is called {', '.join(unknown)}; there are {', '.join(names)}")
-    return [settings for settings in found if settings.member in only]
+    return [settings for settings in members if settings.member in only]
 
 
 def _grid(
@@ -80,8 +80,8 @@ def _grid(
     layers: list[int | None] = [None]
     rates: dict[int | None, float] = {}
     if asked.each_layer is not None:
-        found = SteeringConfig(layers=asked.each_layer).resolve_layers(num_hidden_layers)
-        rates, layers = training.layer_rates(found, num_hidden_layers), [*found]
+        single = SteeringConfig(layers=asked.each_layer).resolve_layers(num_hidden_layers)
+        rates, layers = training.layer_rates(single, num_hidden_layers), [*single]
     elif not asked.learning_rates and not asked.seeds:
         return []
     changes = []
@@ -100,17 +100,17 @@ def _grid(
 
 def _mapping(entry: Any) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(entry) if isinstance(entry, str) else entry
+        mapping = yaml.safe_load(entry) if isinstance(entry, str) else entry
     except yaml.YAMLError as error:
         raise SteerError(f"population entry {shown(entry)} is not YAML; write '{{layers: 3}}'") from error
-    if not isinstance(found, dict) or not found:
+    if not isinstance(mapping, dict) or not mapping:
         raise SteerError(f"population entry {shown(entry)} changes nothing; write it as '{{layers: 3}}'")
-    if unknown := sorted(set(map(str, found)) - MEMBER_FIELDS - {"name"}):
+    if unknown := sorted(set(map(str, mapping)) - MEMBER_FIELDS - {"name"}):
         raise SteerError(
             f"a member cannot change {', '.join(unknown)}: members share model, data and batches; it may "
             f"change {', '.join(sorted(MEMBER_FIELDS))}"
         )
-    return dict(found)
+    return dict(mapping)
 
 
 def _name(change: dict[str, Any]) -> str:
@@ -135,11 +135,11 @@ def _settings(
         extra += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     try:
         given_all = [*arguments, *extra]
-        found = RunSettings.parse("layer_sweep", arguments=given_all, population=PopulationArguments)
-        run, training = found.run, found.training
+        settings = RunSettings.parse("layer_sweep", arguments=given_all, population=PopulationArguments)
+        run, training = settings.run, settings.training
         for key in change.keys() - given.keys():  # what the command line says of it is taken back
             setattr(training, key, None)
-        layers = found.steering_config().resolve_layers(num_hidden_layers)
+        layers = settings.steering_config().resolve_layers(num_hidden_layers)
         training.layer_rates(layers, num_hidden_layers)  # names no layer that is not there
     except SteerError as error:
         raise SteerError(f"member {name}: {error}") from error
@@ -148,4 +148,4 @@ def _settings(
             f"member {name}: {len(training.reward_weights)} reward_weights for {len(run.rewards)} rewards; "
             "change both together"
         )
-    return replace(found, member=name)
+    return replace(settings, member=name)

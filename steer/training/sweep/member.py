@@ -244,7 +244,7 @@ def agreed(all_args: Sequence[SteeringGRPOConfig]) -> SteeringGRPOConfig:
 
 def read_states(folder: Path) -> dict[str, dict[str, Any]]:
     """By member, the furthest state in `folder`, whichever process wrote it; `file` says where it was."""
-    found: dict[str, dict[str, Any]] = {}
+    furthest: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("state-*.pt")):
         try:
             states = torch.load(path, map_location="cpu", weights_only=True)
@@ -254,6 +254,6 @@ def read_states(folder: Path) -> dict[str, dict[str, Any]]:
                 "its members again"
             ) from error
         for name, state in states.items():
-            if name not in found or state["step"] > found[name]["step"]:
-                found[name] = {**state, "file": path.name}
-    return found
+            if name not in furthest or state["step"] > furthest[name]["step"]:
+                furthest[name] = {**state, "file": path.name}
+    return furthest

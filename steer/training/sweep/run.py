@@ -82,9 +82,9 @@ class Study:
             answered = self.answer(trainer, self.validation, f"validating {member.name}, update {step}")
         # the one after the last update of a shorter run was out of turn
         member.history = [row for row in member.history if row["step"] % run.validate_every == 0]
-        member.history.append(found := history_entry(step, answered))
-        member.log[-1]["validation/accuracy"] = found["accuracy"]
-        if run.keep_best and best(member.history) is found:
+        member.history.append(entry := history_entry(step, answered))
+        member.log[-1]["validation/accuracy"] = entry["accuracy"]
+        if run.keep_best and best(member.history) is entry:
             member.best = {name: tensor.clone() for name, tensor in member.vectors.tensors().items()}
         if stalled(member.history, run.patience) and member.stopped is None:
             member.stopped = f"no better validation in {run.patience}"

@@ -144,13 +144,13 @@ class PopulationTrainer:
         prompts = [prompt_ids(self.tokenizer, columns["prompt"]) for columns in rows]
         drawn = self._draw(members, prompts) if self.engine else self._sample(members, prompts)
         batches = [
-            judge(*found, self.tokenizer, self.eos_token_ids)
-            for found in zip(members, rows, prompts, drawn, strict=True)
+            judge(*group, self.tokenizer, self.eos_token_ids)
+            for group in zip(members, rows, prompts, drawn, strict=True)
         ]
         self._gradients(batches)
         for batch in batches:
             self._apply(batch)
-        return sum(len(one.ids) for found in drawn for one in found)
+        return sum(len(one.ids) for group in drawn for one in group)
 
     # ---- samples
 
@@ -163,8 +163,8 @@ class PopulationTrainer:
             for m, ids in zip(members, prompts, strict=True)
             for row in range(len(ids))
         ]
-        drawn = self.engine.sample(names, [row for found in prompts for row in found], seeds)
-        return _grouped(drawn, [len(found) for found in prompts])
+        drawn = self.engine.sample(names, [row for own in prompts for row in own], seeds)
+        return _grouped(drawn, [len(own) for own in prompts])
 
     def _sample(
         self, members: Sequence[Member], prompts: Sequence[list[list[int]]]
@@ -189,8 +189,8 @@ class PopulationTrainer:
                 for member, ids in zip(members, prompts, strict=True)
             ]
         )
-        flat = [ids for found in prompts for ids in found]
-        owner = self._owner(members, [len(found) for found in prompts])
+        flat = [ids for own in prompts for ids in own]
+        owner = self._owner(members, [len(own) for own in prompts])
         size = args.sample_rows or max(len(prompts[0]), SAMPLE_ROWS)
         drawn: list[Completion] = []
         for part in _parts(len(flat), size):
