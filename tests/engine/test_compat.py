@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 from trl import import_utils
@@ -31,3 +33,25 @@ def test_trl_warns_once_and_of_other_versions_alone(monkeypatch: pytest.MonkeyPa
             warnings.filterwarnings("ignore", "TRL currently supports vLLM versions")
             warn_version()
         assert len(caught) == warned
+
+
+def test_all_data_parallel_engines_are_heard() -> None:
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
+
+    from steer.engine import plugin
+
+    plugin.register()
+
+    class Client:
+        async def call_utility_all_async(self, method: str, *args: Any) -> list[list[str]]:
+            return [
+                [f"{args[0]} in worker {worker} of engine {engine}" for worker in (0, 1)] for engine in (0, 1)
+            ]
+
+    def answers(method: str) -> list[str]:
+        return asyncio.run(DPLBAsyncMPClient.call_utility_async(Client(), "collective_rpc", method))
+
+    assert (
+        len(answers("steer_push")) == 4 and answers("steer_push")[3] == "steer_push in worker 1 of engine 1"
+    )
+    assert len(answers("reset")) == 2  # vLLM's own way: those of the first engine
