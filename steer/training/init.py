@@ -44,6 +44,8 @@ def read(init: str, output_dir: str | None) -> Artifact:
     copy = Path(output_dir or "") / FOLDER
     try:
         return artifact.read(init)
+    except OSError as error:
+        raise SteerError(f"cannot read --init {shown(init)}: {error.strerror}") from error
     except SteerError:
         if not copy.is_dir():
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -94,6 +95,8 @@ class RunSettings:
         """
         kinds = {"run": RunConfig, "steering": SteeringArguments, "training": SteeringGRPOConfig, **more}
         parts = dict(zip(kinds, _read(tuple(kinds.values()), description, recipe, arguments), strict=True))
+        for part in parts.values():
+            _check_finite(part)
         parts["run"].init = init.remembered(parts["run"].init, parts["training"].output_dir, RUN_FILE)
         if parts["run"].model_dtype == "fast":
             # what "fast" means here is what the run is continued with, wherever that is
@@ -207,6 +210,14 @@ def _read(
             hint = f"; did you mean {near[0]}?" if near else "; --help lists the settings"
             message = f"unknown setting {unknown[0]}{hint}"
         raise SteerError(message) from error
+
+
+def _check_finite(part: Any) -> None:
+    for field in fields(part):
+        value = getattr(part, field.name, None)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise SteerError(f"{field.name}={value!r} is no finite number")
 
 
 def _with_config_file(arguments: Sequence[str]) -> list[str]:
