@@ -20,6 +20,7 @@ from helpers.training import SPREAD, same
 import steer
 from steer import SteerError, SteeringConfig, artifact
 from steer.artifact_file import CONFIG_FILE, TENSOR_FILE
+from steer.artifact_scores import MEASURED
 from steer.config import FORMAT_VERSION
 from steer.export import gguf, peft
 from steer.prompt import PromptSpec
@@ -46,6 +47,13 @@ def embedded(folder: Path) -> dict[str, Any]:
     return json.loads(header["__metadata__"]["steering_config"])
 
 
+def as_read(config: SteeringConfig) -> dict[str, Any]:
+    """A config without the checksum of the vectors that its scores are of, which reading adds."""
+    values = config.to_dict()
+    values["provenance"] = {k: v for k, v in values["provenance"].items() if k != MEASURED}
+    return values
+
+
 def test_the_fixture_is_of_format_1() -> None:
     for values in (embedded(VECTORS), json.loads((VECTORS / CONFIG_FILE).read_text())):
         assert values["format_version"] == 1
@@ -61,13 +69,13 @@ def test_an_artifact_loads_as_the_object_of_today() -> None:
     kept = {k: v for k, v in old.items() if k not in ("width", "depth", "base_model")}
     prompt = PromptSpec(old["provenance"]["run"]["template"])
     assert prompt.template == "plain" != PromptSpec().template
-    assert saved.config.to_dict() == {**kept, **NEW, "prompt": prompt.to_dict(), "base_adapter": None}
+    assert as_read(saved.config) == {**kept, **NEW, "prompt": prompt.to_dict(), "base_adapter": None}
     assert saved.config.provenance["results"]["after"]["problems"] == 6
     assert {name: tuple(t.shape) for name, t in saved.tensors.items()} == {
         f"model.layers.{i}.steering.vector": (32,) for i in range(3)
     }
     assert all(tensor.norm() > 0 for tensor in saved.tensors.values())
-    assert artifact.read_numpy(VECTORS).config == saved.config
+    assert as_read(artifact.read_numpy(VECTORS).config) == as_read(saved.config)
     assert SteeringConfig.from_dict(saved.config.to_dict()) == saved.config
 
 
@@ -92,7 +100,7 @@ def test_exports_with_a_config_of_format_1_are_read_whole(model: Any) -> None:
     saved = artifact.read(VECTORS)
     for read, path in ((gguf.read, DATA / "vectors.gguf"), (peft.read, DATA / "peft")):
         found = read(path, model)
-        assert found.config.to_dict() == {**saved.config.to_dict(), "layers": found.config.layers}
+        assert as_read(found.config) == {**as_read(saved.config), "layers": found.config.layers}
         assert same(found.tensors, saved.tensors)
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from steer.artifact_file import CONFIG_FILE, TENSOR_FILE
+from steer.artifact_scores import MEASURED
 
 OLD = {"hidden_size": "width", "num_hidden_layers": "depth", "base_model_name_or_path": "base_model"}
 
@@ -18,6 +19,7 @@ OLD = {"hidden_size": "width", "num_hidden_layers": "depth", "base_model_name_or
 def old_config(values: dict[str, Any]) -> dict[str, Any]:
     """A config of the present format as format 1 wrote it."""
     kept = {name: value for name, value in values.items() if name not in ("prompt", "base_adapter")}
+    kept["provenance"] = {k: v for k, v in (values["provenance"] or {}).items() if k != MEASURED} or None
     return {OLD.get(name, name): value for name, value in kept.items()} | {"format_version": 1}
 
 
