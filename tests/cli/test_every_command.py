@@ -55,6 +55,7 @@ MORE = {
     "import": ["--confirm-model"],
     "transfer": ["--from", "model", "--method", "direct", "--max-new-tokens", "1", "--check-limit", "1"],
     "generate": ["--max-new-tokens", "1"],
+    "calibrate": ["--model", "model", "--target-kl", "0.001"],
     "lens logit": ["--model", "model", "--top", "1"],
     "lens transfer": LENS[2:],
     **{f"lens {name}": LENS for name in ("report", "shift", "patch", "persistence", "compose", "sweep")},
