@@ -25,7 +25,7 @@ JOBS ?= 2
 test: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-# Every architecture of transformers, against docs/models.md: four minutes on two cores.
+# Every architecture of transformers, against docs/models.md: five minutes on two cores.
 models: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest -m models tests/evals/test_models_table.py
 

@@ -111,12 +111,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 def causal_lm_types() -> list[str]:
     """
     The model types with a causal language model in the installed transformers, alphabetically. Left out by
-    what transformers says of them: encoder-decoders, encoders (types with a masked language model), and
-    second names of one configuration.
+    what transformers says of them: encoder-decoders, encoders (types with a masked language model), drafters
+    of speculative decoding, which read the keys and values of another model, and second names of one
+    configuration.
     """
     found: dict[type, str] = {}
     for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         kind = CONFIG_MAPPING[name]
+        if hasattr(kind, "backbone_hidden_size"):  # of the model that it drafts for
+            continue
         encoder_decoder = (
             name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
             or "decoder" in kind.sub_configs

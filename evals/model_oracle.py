@@ -115,17 +115,15 @@ def recorded(module: nn.Module, seen: list[torch.Tensor], inputs: bool = False) 
 
 
 def sublayer(layer: nn.Module, site: str) -> nn.Module | None:
-    """The one child of a decoder layer that is its attention or MLP, by its name and that of its class."""
-    attention, mlp = [], []
-    for name, child in layer.named_children():
-        described = f"{name} {type(child).__name__}"
-        if _NO_SUBLAYER.search(described):
-            continue
-        if _ATTENTION.search(described):
-            attention.append(child)
-        elif _MLP.search(described):
-            mlp.append(child)
-    found = attention if site == "attn_out" else mlp
+    """The one child of a decoder layer that is its attention or MLP, by its name, or else by its class."""
+    kind = _ATTENTION if site == "attn_out" else _MLP
+    children = [
+        (name, type(child).__name__, child)
+        for name, child in layer.named_children()
+        if not _NO_SUBLAYER.search(f"{name} {type(child).__name__}")
+    ]
+    named = [child for name, _, child in children if kind.search(name)]
+    found = named or [child for _, class_name, child in children if kind.search(class_name)]
     return found[0] if len(found) == 1 else None
 
 

@@ -97,6 +97,8 @@ _SAME = [
     (r"^model type '[\w-]+'", "the model type"),
     (r"vectors of [\w-]+:", "vectors of this type:"),
     (r"a plain [\w-]+ checkpoint", "a plain checkpoint of this type"),
+    (r", and layers [\d, ]+ do not have one; the modules of layer \d+ are [^;]*", ", which layers lack"),
+    (r"; layers of this model that have one: .*", ""),
     (r"layer \d+'s \w+", "a layer's module"),
     (r"layer \d+", "a layer"),
     (r"(, an?| in) \w+(Layer|Block)\b", ""),
@@ -140,6 +142,10 @@ and `make models` fails where it is out of date. The columns:
 | sampling | greedy completions of a batch of prompts of unequal length, one of them twice |
 | scoring | log-probabilities of completions behind prompts of unequal length |
 | update | an update of `SteeringGRPOTrainer`, with prompts shared and not: the naive loss's gradient |
+
+Where layers keep several residual streams in parallel (hyper-connections, AltUp), a vector at `resid_pre` or
+`resid_post` is added to each of them. `resid_mid`, `attn_out` and `mlp_out` exist in layers with such a
+module; here every layer is steered, and `layers=` chooses those that have it.
 
 *works*: equal to the slow computation. *plain path*: equal, and a faster way is left out automatically for
 the reason given. *refused*: `SteerError` with the reason given. *not built*: transformers could not make a

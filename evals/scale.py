@@ -17,6 +17,7 @@ import json
 import sys
 from typing import Any
 
+from steer.compat import cache_in
 from steer.training.estimate import STATE, Shape
 
 PROMPTS, SAMPLES, STEPS = 128, 16, 314
@@ -168,7 +169,7 @@ def check(model_name: str) -> list[dict[str, Any]]:
         2 * (layers + layers * (shape.layers - 1) // shape.layers + head),
         (forward_and_backward - _attention_flops(counter)) / TOKENS,
     )
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache = cache_in(model(input_ids=ids, use_cache=True))
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     note("bytes of the KV cache, a token", shape.cache(), stored / TOKENS)
     from steer.engine.bank import pack

@@ -197,6 +197,11 @@ def cache_name(module: nn.Module) -> str | None:
     return next((name for name in CACHE_NAMES if takes(module, name)), None)
 
 
+def with_cache(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """Arguments of a forward of `module` that reads and extends `cache`."""
+    return {cache_name(module) or "past_key_values": cache, "use_cache": True}
+
+
 def cache_in(given: Mapping[str, Any]) -> Any:
     """The cache among the arguments or in the output of a forward; None where there is none."""
     return next((given[name] for name in CACHE_NAMES if name in given and given[name] is not None), None)

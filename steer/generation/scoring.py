@@ -18,9 +18,10 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from steer.generation.caches import differentiable, select
+from steer.generation.caches import differentiable, has_states, select
 from steer.generation.decoding import inputs
 from steer.generation.lm_head import frozen_head
 from steer.vector_sets import Owners
@@ -185,6 +186,9 @@ def shared_scores(
 
     log_probs = torch.zeros(rows, longest, device=completion_ids.device)
     entropy = torch.zeros_like(log_probs)
+    # One token after a recurrent state is a step of decoding, which writes over the state: two are not.
+    least = 2 if has_states(model) else 1
+    wide, real = (pad(x, (0, least - 1)) for x in (completion_ids, completion_mask))
     lengths = completion_mask.sum(1)
     if not lengths.any():  # all masked out: one padding token keeps the graph, with a gradient of zero
         lengths[0] = 1
@@ -193,13 +197,14 @@ def shared_scores(
             chosen = chosen.sort().values
             owners.choose(chosen)
         which = group[chosen]
-        tokens = torch.cat([ids[which, -1:], completion_ids[chosen, : length - 1]], 1)
-        seen = torch.cat([mask[which], completion_mask[chosen, : length - 1]], 1)
-        labels = completion_ids[chosen, :length].masked_fill(completion_mask[chosen, :length] == 0, -100)
+        size = max(length, least)
+        tokens = torch.cat([ids[which, -1:], wide[chosen, : size - 1]], 1)
+        seen = torch.cat([mask[which], real[chosen, : size - 1]], 1)
+        labels = wide[chosen, :size].masked_fill(real[chosen, :size] == 0, -100)
         out = head(labels=labels, **inputs(model, tokens, seen, select(cache, which)))
         at = (chosen[:, None], torch.arange(length, device=tokens.device)[None, :])
-        log_probs = log_probs.index_put(at, out.log_probs.float())
-        entropy = entropy.index_put(at, out.entropy.float())
+        log_probs = log_probs.index_put(at, out.log_probs[:, :length].float())
+        entropy = entropy.index_put(at, out.entropy[:, :length].float())
     return Scored(log_probs, entropy)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from steer.compat import with_cache
 from steer.config import SITES
 from steer.errors import SteerError
 from steer.hooks import hooked, watch
@@ -118,7 +119,7 @@ class Reader:
         """
         assert self._vectors is not None
         with self._vectors.disabled():
-            return self._capture({"input_ids": ids, "past_key_values": cache, "use_cache": True})
+            return self._capture({"input_ids": ids, **with_cache(self.backbone, cache)})
 
     def _capture(self, inputs: dict[str, Any]) -> Tensor:
         """(rows, columns, width) in float32, from a pass that ends at the site."""

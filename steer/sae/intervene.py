@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from steer.compat import with_cache
 from steer.errors import SteerError
 from steer.hooks import hook, hooked
 from steer.sae.activations import Reader
@@ -87,7 +88,7 @@ def answer_without(
         for _ in range(length):
             base.append(reader.base(ids, caches[0]))
             with changed(model, reader.layer, reader.site, ablate):
-                logits = model(input_ids=ids, past_key_values=caches[1], use_cache=True).logits
+                logits = model(input_ids=ids, **with_cache(model, caches[1])).logits
             ids = logits[:, -1:].argmax(-1)
             for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
                 if not answers[row] or answers[row][-1] not in eos:

@@ -154,6 +154,25 @@ def test_scores_are_those_of_naive_passes(kind: str, share: bool) -> None:
         assert (got.log_probs[i, len(row) :] == 0).all() and (got.entropy[i, len(row) :] == 0).all()
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_next", "lfm2", "mamba2", "falcon_h1", "deepseek_v32"])
+def test_gradients_flow_through_the_state_of_a_shared_prompt(model_type: str) -> None:
+    """Completions of one token too, after which a model would write over the state that it read."""
+    model = ready(model_type)
+    vectors = steered(model)
+    assert fast_paths(model).scorer is None
+    prompts = [PROMPTS[i] for i in (2, 0, 0, 2)]
+    prompt_ids, prompt_mask = pad_left(prompts, torch.device("cpu"))
+    ids = torch.tensor([[8, 0, 0], [50, 51, 52], [53, 0, 0], [54, 55, 0]])
+    batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": ids}
+    batch["completion_mask"] = (ids > 0).long()
+    found = []
+    for share in (True, False):
+        scores = model(score_group=True, share=share, common=False, **batch).log_probs
+        weights = torch.arange(1.0, 13.0).view(4, 3)
+        found.append(torch.cat(torch.autograd.grad((scores * weights).sum(), vectors.parameters())))
+    assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
+
+
 # ---- what training does with it
 
 
