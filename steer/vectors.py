@@ -29,6 +29,7 @@ from steer.kinds import AdaptiveVector, SharedDirections, SharedVector, Steering
 from steer.probe import verify
 from steer.prompt_watch import PromptWatch
 from steer.quantization import check_quantization, keep_gradients
+from steer.saving import warn_when_saved
 from steer.sharded import fill, gathered, shape, whole
 from steer.sites import Decoder, Site, find_decoder, find_down_projections, find_steered
 
@@ -238,6 +239,7 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
         vectors._handles.append(PromptWatch(model, vectors._state))
     vectors._was_trainable = trainable
     model.__dict__["steering_vectors"] = vectors
+    warn_when_saved(model)
     return vectors
 
 
@@ -287,6 +289,7 @@ def detach(model: nn.Module) -> None:
     for name in vectors._was_trainable:
         model.get_parameter(name).requires_grad_(True)
     del model.__dict__["steering_vectors"]
+    model.__dict__.pop("save_pretrained", None)  # `warn_when_saved`
 
 
 def load(

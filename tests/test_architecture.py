@@ -16,7 +16,7 @@ FLOORS = [
     "errors names stats threads versions extras recipe_files arguments files outputs hub pages "
     "sharded compat",
     "prompt config",
-    "hooks sites kinds prompt_watch tasks",
+    "hooks sites kinds prompt_watch saving tasks",
     "final_norm identity probe artifact_scores card weights quantization models base_adapter stop_tokens",
     "artifact_file artifact_tensors artifact",
     "vectors vector_sets",

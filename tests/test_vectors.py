@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -190,6 +191,24 @@ def test_a_deep_copy_steers_by_itself(tiny_llama):
 
 
 # --- hidden states
+
+
+def test_save_pretrained_warns_while_vectors_are_there(tiny_llama, tmp_path):
+    vectors = fill(steer.attach(tiny_llama))
+    with pytest.warns(UserWarning, match=r"vectors\.save.*steer\.detach.*steer export"):
+        copy.deepcopy(tiny_llama).save_pretrained(tmp_path / "steered")
+    with pytest.warns(UserWarning, match="steering vectors"):
+        tiny_llama.save_pretrained(tmp_path / "steered")
+    vectors.save(tmp_path / "vectors")
+    expected = logits(tiny_llama, tokens())
+    steer.detach(tiny_llama)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_llama.save_pretrained(tmp_path / "base")
+    again = type(tiny_llama).from_pretrained(tmp_path / "base").eval()
+    steer.load(tmp_path / "vectors", again)
+    assert torch.equal(logits(again, tokens()), expected)
+
 
 
 @pytest.mark.parametrize("first", ["capture", "attach"])

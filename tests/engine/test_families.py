@@ -19,7 +19,7 @@ from torch import nn
 from evals.architectures import tiny
 from steer import SteerError, attach, detach, engine
 from steer.artifact import Artifact
-from steer.engine.plugin import check_stream, find_layers
+from steer.engine.plugin import UNLIKE, check_stream, find_layers
 
 
 class Family(NamedTuple):
@@ -128,4 +128,12 @@ def test_a_residual_stream_that_vllm_scales_is_refused() -> None:
     config.dtype = torch.float16
     with pytest.raises(SteerError, match=r"cannot steer Linear in float16, .*--dtype bfloat16") as error:
         check_stream(layer, {0: layer}, config)
+    message(error)
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_a_model_that_vllm_computes_otherwise_is_refused(kind: str) -> None:
+    config = SimpleNamespace(hf_text_config=SimpleNamespace(model_type=kind), dtype=torch.bfloat16)
+    with pytest.raises(SteerError, match=rf"cannot steer Linear \({kind}\): .*use_vllm=false") as error:
+        check_stream(nn.Linear(2, 2), {}, config)
     message(error)
