@@ -19,7 +19,7 @@ def warn_when_saved(model: nn.Module) -> None:
 def _save(save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     warnings.warn(
         "this model has steering vectors, and save_pretrained writes them as parameters that from_pretrained "
-        "drops: save them with `vectors.save(folder)`; call steer.detach(model) first to save the base model; "
+        "drops: save them with `vectors.save(folder)`; call steer.detach(model) to save the base model; "
         "`steer export ARTIFACT --to checkpoint --out FOLDER` writes a model that has both",
         stacklevel=2,
     )
