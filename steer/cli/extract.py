@@ -23,7 +23,7 @@ HELP = {
         "from a file of positive and negative texts or chats",
         "JSON lines with 'positive' and 'negative': texts, or chats as lists of messages. With a 'prompt' "
         "they are texts that follow it. A line may have one side alone.",
-        "steer extract pairs pairs.jsonl --model smollm2-135m-instruct --layers 12 --share 0.5 --out brief",
+        "steer extract pairs pairs.jsonl --model smollm2-135m-instruct --layers 12 --share 0.3 --out brief",
     ),
     "answers": (
         "from the right and wrong answers of a run",
@@ -34,7 +34,7 @@ HELP = {
     "sae": (
         "from a feature of a sparse autoencoder",
         "The feature's row of the decoder, at the layer and site that the SAE was trained on.",
-        "steer extract sae runs/sae-demo/topk --feature 17 --share 0.5 --out feature",
+        "steer extract sae runs/sae-demo/topk --feature 17 --share 0.3 --out feature",
     ),
     "token": (
         "from a token: the direction that raises its logit",
@@ -87,7 +87,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "--share",
             type=finite,
             default=0.1,
-            help="length of each vector, as a share of the mean length of the residual stream (default: 0.1)",
+            help="length of all vectors together, as a share of the residual stream's mean length; each of n "
+            "layers gets share / n (default: 0.1)",
         )
         one.add_argument("--batch-size", type=count, default=16, help="texts in a forward pass (default: 16)")
         one.add_argument("--out", required=True, help="folder of the artifact")

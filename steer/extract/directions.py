@@ -1,8 +1,9 @@
 """
 Directions in the residual stream, and the length that vectors along them are given.
 
-A direction has no natural strength. Every vector that is made here has a stated share of the mean length of
-the residual stream at its layer, measured over the tokens that the direction was read from (at a site that is
+A direction has no natural strength, and vectors in several layers add up. The vectors that are made here have
+together a stated share of the mean length of the residual stream: in n layers each has share / n of that at
+its layer, measured over the tokens that the direction was read from (at a site that is
 no stream, such as attn_out: of the stream after the layer).
 """
 
@@ -158,12 +159,12 @@ def scaled(
     directions: Mapping[int, Tensor], norms: Mapping[int, float], share: float = SHARE
 ) -> dict[int, Tensor]:
     """
-    Each direction at `share` times the mean length of its layer's residual stream.
+    Each of n directions at `share` / n times the mean length of its layer's residual stream.
 
     Args:
         directions: (hidden_size,) by layer.
         norms: mean length of the residual stream, by layer.
-        share: such as 0.1 for a tenth.
+        share: of all vectors together, such as 0.1 for a tenth.
 
     Returns:
         (hidden_size,) in float32 by layer.
@@ -178,5 +179,5 @@ def scaled(
         length = direction.norm().item()
         if not length:
             raise SteerError(f"layer {layer}: the direction is zero; give another, or other layers")
-        made[layer] = (direction * (share * norms[layer] / length)).float()
+        made[layer] = (direction * (share / len(directions) * norms[layer] / length)).float()
     return made

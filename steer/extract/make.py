@@ -51,7 +51,8 @@ def from_contrast(
         layers: as in `SteeringConfig.layers`.
         site: where the activations are read, and the vectors stand.
         tokens: which tokens are read, a key of `TOKENS`.
-        share: length of each vector, as a share of the mean length of the residual stream (`directions`).
+        share: length of all vectors together, as a share of the mean length of the residual stream; each of n
+            has share / n of it at its layer.
         positions: which tokens the vectors steer, a key of `steer.config.POSITIONS`.
         batch_size: texts in a forward pass.
         label: of the progress bar; None for none.
@@ -148,7 +149,8 @@ def _artifact(
     positions: str,
     prompt: Any,
 ) -> Artifact:
-    length = f"{share:g} of the mean length of the residual stream at the layer"
+    each = share / len(vectors)
+    length = f"{each:.3g} of the mean length of the residual stream at the layer, in all layers {share:g}"
     provenance = {
         "extract": {**told, "site": f"{site}, {SITES[site]}", "length": length},
         "versions": versions("steer", "torch", "transformers"),

@@ -71,7 +71,7 @@ def test_mean_difference_is_that_of_plain_passes(tiny_model: Any, tiny_tokenizer
         norms.append(torch.cat(parts, 1).norm(dim=2).mean(1))
     for layer in range(3):
         direction = means[0][layer] - means[1][layer]
-        length = 0.3 * (norms[0][layer] + norms[1][layer]) / 2
+        length = 0.1 * (norms[0][layer] + norms[1][layer]) / 2
         assert relative(found[layer], direction / direction.norm() * length) < NEAR
         assert found[layer].norm() == pytest.approx(length.item(), rel=1e-5)
 
@@ -174,7 +174,12 @@ def test_what_the_artifact_says_of_itself(tiny_llama: Any, tiny_tokenizer: Any, 
     told = back.config.provenance["extract"]
     assert told["from"] == "two texts" and told["pairs"] == 2 and told["positive texts"] == 3
     card = (tmp_path / "v" / "README.md").read_text()
-    for part in ("two texts", "principal component", "0.1 of the mean length", "the last token of each text"):
+    for part in (
+        "two texts",
+        "principal component",
+        "0.05 of the mean length",
+        "the last token of each text",
+    ):
         assert part in card
     assert "reinforcement-learning" not in card
     vectors = steer.load(tmp_path / "v", tiny_llama, tokenizer=tiny_tokenizer)
@@ -241,7 +246,7 @@ def test_a_mean_difference_moves_a_real_model(smollm2: PreTrainedModel) -> None:
 
     about = ("The meal was", "My day has been", "The garden looks", "This hotel is")
     sides = [[row(f"{text} {word}") for text in about for word in words] for words in (PLUS, MINUS)]
-    made = from_contrast(smollm2, tokenizer, Contrast(*sides), layers="12-18", share=0.2)
+    made = from_contrast(smollm2, tokenizer, Contrast(*sides), layers="12-18", share=1.4)
 
     prompts = ["I watched the film. It was", "The concert yesterday was", "Her new book is"]
     # words in none of the texts above
