@@ -210,7 +210,6 @@ def test_save_pretrained_warns_while_vectors_are_there(tiny_llama, tmp_path):
     assert torch.equal(logits(again, tokens()), expected)
 
 
-
 @pytest.mark.parametrize("first", ["capture", "attach"])
 @pytest.mark.parametrize("layer", [0, 1])  # after the last layer hidden_states holds the final norm's output
 def test_hidden_states_show_the_steered_stream(tiny_model, first, layer):
