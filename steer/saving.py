@@ -12,8 +12,9 @@ from torch import nn
 
 def warn_when_saved(model: nn.Module) -> None:
     """Let `model.save_pretrained` warn, until the entry "save_pretrained" leaves the model's `__dict__`."""
-    if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = partial(_save, model.save_pretrained)
+    save: Any = getattr(model, "save_pretrained", None)
+    if save is not None:
+        model.__dict__["save_pretrained"] = partial(_save, save)
 
 
 def _save(save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
