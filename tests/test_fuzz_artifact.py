@@ -34,7 +34,7 @@ LINES = 150_000
 
 CASES: dict[str, dict[str, Any]] = {
     "constant": {
-        "provenance": {"recipe": "test", "results": [{"pass@1": 0.5}]},
+        "provenance": {"recipe": "test", "parts": [{"pass@1": 0.5}]},
         "base_model_name_or_path": "org/tiny",
     },
     "some layers": {"layers": "0,last", "dtype": "bfloat16", "scale": -0.5, "site": "mlp_out"},

@@ -46,7 +46,7 @@ def test_nothing_asks_for_the_version_of_a_distribution_named_steer(folder: str)
         str(path)
         for path in (ROOT / folder).rglob("*.py")
         if re.search(r"importlib.*\bversion\b", path.read_text())
-        and path.name not in ("versions.py", "serve.py")
+        and path.name not in ("versions.py", "serve.py", "export_readers.py")  # of other distributions
     ]
     assert asking == []
 

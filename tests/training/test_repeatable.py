@@ -15,7 +15,7 @@ import yaml
 from helpers.launching import LAUNCHERS, ROOT, environment, launcher
 from transformers import DynamicCache
 
-from steer.generation import scoring
+from steer.generation import caches
 
 KILLS = 10
 
@@ -41,7 +41,7 @@ def test_the_gradient_of_repeated_prompts_is_the_same_each_time(two_threads) -> 
         leaves = [keys.clone().requires_grad_(), values.clone().requires_grad_()]
         cache = DynamicCache()
         cache.update(*leaves, 0)
-        layer = scoring._select(cache, rows).layers[0]
+        layer = caches.select(cache, rows).layers[0]
         torch.autograd.backward([layer.keys, layer.values], list(weights))
         gradients = [leaf.grad for leaf in leaves]
         first = first or gradients
