@@ -9,7 +9,7 @@ activations are held for some rows at a time, and samples do not depend on how m
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import ceil
@@ -25,13 +25,13 @@ from trl.trainer.grpo_trainer import RewardFunc
 from steer import compat
 from steer.errors import SteerError
 from steer.generation import cpu
-from steer.generation.decoding import inputs
 from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.generation.scoring import Scored, add_group_scoring
 from steer.generation.verify import fast_attention, fast_paths, no_router_loss
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.prompts import prompt_ids
 from steer.tasks.rewards import guard
+from steer.training.batches import check_padding, check_text, loss_mask, placed, rows_of
 from steer.training.callbacks import ProgressBar, Seconds
 from steer.training.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
 from steer.training.loading import already_loaded
@@ -74,7 +74,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
                 f"the data set has {len(data)} problems, a step takes {wanted}; give more problems, or lower "
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )
-        _check_text(data)
+        check_text(data)
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         functions = [f if isinstance(f, (nn.Module, str)) else guard(f) for f in functions]
         here = args.generation_batch_size // args.world_size
@@ -158,7 +158,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
         if special or not self.args.fast_sampler:
             base = self.accelerator.unwrap_model(self.model)
             if not (self.use_vllm or self.use_transformers_continuous_batching):
-                _check_padding(base, [len(ids) for ids in prompt_ids])
+                check_padding(base, [len(ids) for ids in prompt_ids])
             with fast_attention(base):
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         sampling = Sampling(
@@ -231,7 +231,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
             batch = self._generate_and_score_completions(generation_batch)
             size = self.args.per_device_train_batch_size
             self._buffered_inputs = [
-                _rows(batch, slice(i, i + size)) for i in range(0, len(batch["prompt_ids"]), size)
+                rows_of(batch, slice(i, i + size)) for i in range(0, len(batch["prompt_ids"]), size)
             ]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
@@ -283,7 +283,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
         recomputes = compat.recomputes_activations(base)
         with nullcontext() if recomputes else fast_attention(base):
             if others or kwargs.get("compute_aux_loss"):  # images, a router's loss: trl's own way
-                _check_padding(base, attention_mask[:, :prompt].sum(1).tolist())
+                check_padding(base, attention_mask[:, :prompt].sum(1).tolist())
                 if reason := fast_paths(base).head or (not others and no_router_loss(base)):
                     raise SteerError(
                         f"{type(base).__name__}: {reason}, and images and a router's loss are computed by "
@@ -291,7 +291,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
                     )
                 with self.scoring(prompt):
                     return super()._get_per_token_logps_and_entropies(
-                        model if others else partial(_placed, base, model),
+                        model if others else partial(placed, base, model),
                         input_ids,
                         attention_mask,
                         logits_to_keep,
@@ -337,7 +337,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
             # trl gathers numbers row by row: every process keeps as many rows as the one that needs most.
             count = max(1, int(self.accelerator.gather(active.sum()).max()))
             if count < len(active):
-                kept = _rows(inputs, active.int().argsort(descending=True, stable=True)[:count])
+                kept = rows_of(inputs, active.int().argsort(descending=True, stable=True)[:count])
         *earlier, last = self._parts(kept)
         done = torch.zeros((), device=self.accelerator.device)
         for part in earlier:  # their graphs are gone before the next one's is made
@@ -355,7 +355,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
         if not (self.model.training and self.args.update_rows and self._one_by_one()) or in_step:
             return [inputs]
         size = ceil(count / ceil(count / self.args.update_rows))
-        return [_rows(inputs, slice(i, i + size)) for i in range(0, count, size)]
+        return [rows_of(inputs, slice(i, i + size)) for i in range(0, count, size)]
 
     def _share(self, part: dict[str, Any], whole: dict[str, Any]) -> float | torch.Tensor:
         """
@@ -391,41 +391,3 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
 
 
 _PLAIN_ARGUMENTS = ("batch_size", "compute_entropy", "compute_aux_loss")
-
-
-def _placed(base: Any, model: Any, **batch: Any) -> Any:
-    """`model`'s forward pass with the positions that trl does not pass, which count no padding."""
-    return model(**inputs(base, batch.pop("input_ids"), batch.pop("attention_mask")), **batch)
-
-
-def _check_padding(model: Any, lengths: Sequence[int]) -> None:
-    """SteerError where padding prompts of these lengths on the left would change what `model` says."""
-    reason = fast_paths(model).padding
-    if reason and len(set(lengths)) > 1:
-        raise SteerError(
-            f"{type(model).__name__}: {reason}, and these prompts are of unequal length ({min(lengths)} to "
-            f"{max(lengths)} tokens); use steer's own sampler and scorer, which pad on the right: leave "
-            "fast_sampler on, and generation_kwargs, repetition_penalty, tools, images and router losses out"
-        )
-
-
-def _check_text(data: Any) -> None:
-    """SteerError for problems with images."""
-    image_columns = {"image", "images"} & set(getattr(data, "column_names", None) or [])
-    if image_columns:
-        raise SteerError(
-            f"the data set has the column {min(image_columns)!r}, and vectors are trained on text alone; "
-            "remove the column, or train on problems without images"
-        )
-
-
-def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
-    """(rows, tokens), 1 at the completion tokens that count in the loss."""
-    return batch["completion_mask"] * batch.get("tool_mask", 1)
-
-
-def _rows(batch: dict[str, Any], rows: slice | torch.Tensor) -> dict[str, Any]:
-    """Those rows of every per-row tensor; scalars (the token count of the whole batch) stay."""
-    size = len(batch["prompt_ids"])
-    per_row = (torch.is_tensor(v) and v.dim() > 0 and len(v) == size for v in batch.values())
-    return {k: v[rows] if cut else v for (k, v), cut in zip(batch.items(), per_row, strict=True)}

@@ -24,9 +24,10 @@ from steer.config import SteeringConfig
 from steer.engine.logprobs import logprobs_mode
 from steer.errors import SteerError
 from steer.identity import tokenizer_checksum
+from steer.training.batches import loss_mask
 from steer.training.callbacks import VectorLog
 from steer.training.config import SteeringGRPOConfig
-from steer.training.group_trainer import GroupGRPOTrainer, loss_mask
+from steer.training.group_trainer import GroupGRPOTrainer
 from steer.training.loading import load_policy
 from steer.training.loss import importance_weights, limited_shares
 from steer.training.mismatch import MismatchCheck
