@@ -115,7 +115,7 @@ def test_a_model_of_several_streams_is_refused_by_name(tmp_path: Path) -> None:
     ) as error:
         engine.push(llm, {0: torch.ones(128)})
     message(error)
-    del llm
+    del llm, error  # its traceback holds the engine, which would end in the middle of another test
     gc.collect()
 
 
