@@ -55,7 +55,8 @@ def windows(
 
 class Reader:
     """
-    Reads the activations of `model` at `site` of `layer`: (kept tokens, width) in float32 on `device`.
+    Reads the activations of `model` at `site` of `layer`: (kept tokens, width) in float32 on `device`. At
+    resid_mid that is the stream itself: what the layer is given, plus what its attention adds.
 
     what: "as_is" (steered where the model has vectors), "base" (its vectors off), or "difference" (steered
     minus base, what DiffSAE is trained on). Raises SteerError for a layer or site that the model does not
@@ -77,6 +78,7 @@ class Reader:
         self.model, self.backbone, self.width = model, decoder.backbone, decoder.hidden_size
         self.layer, self.site, self.what = layer % decoder.num_hidden_layers, site, what
         self._site = find_sites(decoder, [self.layer], site)[0]
+        self._before = find_sites(decoder, [self.layer], "resid_pre")[0] if site == "resid_mid" else None
         self._vectors = attached(model) if what != "as_is" else None
 
     def describe(self) -> dict[str, Any]:
@@ -123,16 +125,18 @@ class Reader:
 
     def _capture(self, inputs: dict[str, Any]) -> Tensor:
         """(rows, columns, width) in float32, from a pass that ends at the site."""
+        given: list[Tensor] = []
         taken: list[Tensor] = []
 
         def take(hidden: Tensor) -> None:
-            taken.append(hidden.float())
+            taken.append((given[0] + hidden if given else hidden).float())
             raise _Stop
 
         was_training = self.model.training
         self.model.eval()
+        before = [watch(given.append, self._before)] if self._before else []
         try:
-            with hooked(watch(take, self._site)), suppress(_Stop):
+            with hooked(*before, watch(take, self._site)), suppress(_Stop):
                 self.backbone(**{"use_cache": False, **inputs})
         finally:
             self.model.train(was_training)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from steer.compat import with_cache
 from steer.errors import SteerError
-from steer.hooks import hook, hooked
+from steer.hooks import hook, hooked, watch
 from steer.sae.activations import Reader
 from steer.sae.model import SAE
 from steer.sites import find_decoder, find_sites
@@ -25,8 +25,20 @@ def changed(
 ) -> Iterator[None]:
     """Inside, the activations (rows, columns, hidden_size) at the site become what `change` makes of them."""
     decoder = find_decoder(model)
-    place = find_sites(decoder, [layer % decoder.num_hidden_layers], site)[0]
-    with hooked(hook(change, place, first=False)):
+    layers = [layer % decoder.num_hidden_layers]
+    place = find_sites(decoder, layers, site)[0]
+    if site != "resid_mid":
+        with hooked(hook(change, place, first=False)):
+            yield
+        return
+    given: list[Tensor] = []  # the stream to which the module adds its output
+
+    def change_stream(added: Tensor) -> Tensor:
+        stream = given.pop() + added
+        return added + (change(stream) - stream)
+
+    before = find_sites(decoder, layers, "resid_pre")[0]
+    with hooked(watch(given.append, before), hook(change_stream, place, first=False)):
         yield
 
 

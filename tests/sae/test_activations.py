@@ -10,8 +10,10 @@ from helpers.steering import fill, layers_of, message
 
 import steer
 from steer.errors import SteerError
+from steer.hooks import hooked
 from steer.sae.activations import ActivationStream, Reader, Window, read_all, windows
 from steer.sae.cache import CachedActivations, write_cache
+from steer.sae.intervene import changed, shifted
 from steer.sae.texts import Texts
 
 TEXTS = [f"{a} plus {b} is {a + b}, and {a} times {b} is {a * b}." for a in range(4) for b in range(6)]
@@ -75,6 +77,32 @@ def test_every_site_is_read_where_vectors_stand(site, tiny_llama, tiny_tokenizer
     after = read_all(Reader(tiny_llama, 1, site), some)
     expected = next(iter(vectors.effective().values())).expand_as(before)
     torch.testing.assert_close(after - before, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_between_attention_and_mlp_the_stream_is_read_and_changed(tiny_llama, tiny_tokenizer):
+    """What the norm before the MLP is given: not the output of the attention, which is added to it."""
+    one = plain_windows(tiny_tokenizer)[:1]
+    streams: list[torch.Tensor] = []
+
+    def read() -> None:
+        norm = tiny_llama.model.layers[1].post_attention_layernorm
+        with hooked(norm.register_forward_pre_hook(lambda module, args: streams.append(args[0][0]))):
+            tiny_llama(torch.tensor([one[0].ids]))
+
+    with torch.no_grad():
+        read()
+        found = read_all(Reader(tiny_llama, 1, "resid_mid"), one)
+        torch.testing.assert_close(found, streams[0][torch.tensor(one[0].keep)], rtol=1e-4, atol=1e-5)
+        direction = torch.linspace(-2, 2, 32)
+        streams.clear()
+        read()
+        with shifted(tiny_llama, 1, direction, "resid_mid"):
+            read()
+        with changed(tiny_llama, 1, "resid_mid", lambda stream: 0.5 * stream):
+            read()
+    base, moved, halved = streams
+    torch.testing.assert_close(moved - base, direction.expand_as(base), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(halved, 0.5 * base, rtol=1e-4, atol=1e-5)
 
 
 def test_base_and_difference_of_a_steered_model(tiny_llama, tiny_tokenizer):
