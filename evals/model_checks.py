@@ -11,7 +11,6 @@ from __future__ import annotations
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,32 +22,18 @@ import steer
 from evals import model_exports
 from evals import model_oracle as oracle
 from evals.architectures import tiny
+from evals.model_outcomes import TOLERANCE, Outcome, Wrong, far, same
 from evals.model_training import scored, updated
 from steer import SteerError, SteeringConfig, SteeringVectors
 from steer.artifact import Artifact
+from steer.errors import one_line
 from steer.generation import cpu
 from steer.generation.decoding import pad_left
 from steer.generation.sampler import Sampling, rollout
 from steer.generation.verify import fast_paths
 
-# Relative to the largest logit or gradient. float32 sums in another order give 1e-6 to 1e-5; a wrong
-# position, mask or vector 1e-3 or more.
-TOLERANCE = 1e-4
 ROW = torch.tensor([5, 17, 40, 9, 33, 61, 22, 8, 70, 12, 45, 3])
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-STATES = ("works", "plain path", "refused", "not built", "wrong", "crash")
-
-
-class Wrong(Exception):
-    """A result that differs from the oracle's."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one check: one of `STATES`, and why where it is not "works"."""
-
-    state: str
-    why: str = ""
 
 
 Check = Callable[[str], Outcome | None]
@@ -59,7 +44,7 @@ def check(model_type: str) -> dict[str, Outcome]:
     try:
         tiny(model_type)
     except Exception as error:  # whatever transformers raises: the model is not there to be checked
-        return dict.fromkeys(CHECKS, Outcome("not built", f"{type(error).__name__}: {_line(error)}"))
+        return dict.fromkeys(CHECKS, Outcome("not built", f"{type(error).__name__}: {one_line(error)}"))
     return {name: _outcome(run, model_type) for name, run in CHECKS.items()}
 
 
@@ -67,9 +52,9 @@ def _outcome(run: Check, model_type: str) -> Outcome:
     try:
         return run(model_type) or Outcome("works")
     except SteerError as error:
-        return Outcome("refused", _line(error))
+        return Outcome("refused", one_line(error))
     except Wrong as error:
-        return Outcome("wrong", _line(error))
+        return Outcome("wrong", one_line(error))
     except Exception:  # what a user would see as a traceback is what this table looks for
         return Outcome("crash", traceback.format_exc())
 
@@ -135,7 +120,7 @@ def _site(model_type: str, site: str) -> None:
     blocks, s = _blocks(vectors), [p.detach().clone() for p in vectors.parameters()]
     for layer in range(vectors.num_hidden_layers):
         vectors.set_tensors({n: s[i] * (i == layer) for i, n in enumerate(vectors.named_parameters())})
-        if _far(oracle.logits(model, ROW), base) < TOLERANCE:
+        if far(oracle.logits(model, ROW), base) < TOLERANCE:
             raise Wrong(f"the vector of layer {layer} changes nothing")
     steer.detach(model)
     if site == "resid_mid":
@@ -147,7 +132,7 @@ def _site(model_type: str, site: str) -> None:
         raise Wrong(f"{site} is steered, but not every layer has one such module")
     with oracle.added(modules, s, before=site == "resid_pre"):
         expected = oracle.logits(model, ROW)
-    _same(steered, expected, f"logits steered at {site}")
+    same(steered, expected, f"logits steered at {site}")
 
 
 def _moves_mid_stream(model_type: str, s: list[torch.Tensor]) -> None:
@@ -164,7 +149,7 @@ def _moves_mid_stream(model_type: str, s: list[torch.Tensor]) -> None:
             vectors.set_tensors({n: s[i] * (i == layer) for i, n in enumerate(vectors.named_parameters())})
             oracle.logits(model, ROW)
             vectors.set_tensors({n: torch.zeros_like(t) for n, t in vectors.tensors().items()})
-        _same(
+        same(
             seen[1] - seen[0], s[layer].expand_as(seen[0]), f"movement of the middle stream of layer {layer}"
         )
 
@@ -185,8 +170,8 @@ def _adaptive(model_type: str) -> None:
         change = torch.outer(write, read)  # W x + (a . x) b = (W + b a^T) x
         weight: Any = down.weight
         weight += change if weight.shape == change.shape else change.T
-    _same(steered, oracle.logits(model, ROW), "logits of adaptive vectors")
-    if _far(steered, base) < TOLERANCE:
+    same(steered, oracle.logits(model, ROW), "logits of adaptive vectors")
+    if far(steered, base) < TOLERANCE:
         raise Wrong("adaptive vectors change nothing")
 
 
@@ -201,7 +186,7 @@ def _shared(model_type: str) -> None:
     steer.detach(model)
     blocks = _blocks(_attached(model, zero=True))
     with oracle.added(blocks, s):
-        _same(steered, oracle.logits(model, ROW), "logits of shared vectors")
+        same(steered, oracle.logits(model, ROW), "logits of shared vectors")
 
 
 # ---- positions, files
@@ -230,7 +215,7 @@ def _positions(model_type: str) -> None:
             steered = oracle.logits(model, ROW)
         steer.detach(model)
         with oracle.added(blocks, s, only=columns(n)):
-            _same(steered, oracle.logits(model, ROW), f"logits with positions={positions}")
+            same(steered, oracle.logits(model, ROW), f"logits with positions={positions}")
 
 
 @torch.no_grad()
@@ -254,11 +239,11 @@ def _generating(model_type: str) -> Outcome | None:
             expected, same_ids = _generate(model, prompts)
         if ids != same_ids:
             raise Wrong(f"generate() with positions={positions} writes {ids}, expected {same_ids}")
-        _same(steered, expected, f"logits of generate() with positions={positions}")
+        same(steered, expected, f"logits of generate() with positions={positions}")
         for row, prompt in enumerate(prompts):
             with oracle.added(blocks, s, only=columns(len(prompt))):
                 passed = oracle.logits(model, torch.tensor([*prompt, *ids[row]]))[len(prompt) - 1 : -1]
-            whole &= _far(expected[row], passed) <= TOLERANCE
+            whole &= far(expected[row], passed) <= TOLERANCE
     if not whole:
         return Outcome(
             "works", "transformers' generate() of a padded batch differs from whole passes over its rows"
@@ -305,8 +290,8 @@ def _exported(model_type: str, through: Callable[..., torch.Tensor]) -> None:
     steer.detach(model)
     with tempfile.TemporaryDirectory() as folder:
         got = through(made, model, ROW, Path(folder))
-    _same(got, steered, "logits of the exported vectors")
-    if _far(steered, base) < TOLERANCE:
+    same(got, steered, "logits of the exported vectors")
+    if far(steered, base) < TOLERANCE:
         raise Wrong("vectors change nothing")
 
 
@@ -327,7 +312,7 @@ def _sampling(model_type: str) -> Outcome | None:
         chosen = scores.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
         if len(ids) != NEW or (scores.amax(-1) - chosen).max() > TOLERANCE:
             raise Wrong(f"sampled {ids}, the most likely are {oracle.greedy(model, prompt, NEW)}")
-        _same(torch.tensor(logps), chosen, "log-probabilities of sampled tokens")
+        same(torch.tensor(logps), chosen, "log-probabilities of sampled tokens")
     return _plainly(model, "attention", "sampler")
 
 
@@ -339,7 +324,7 @@ def _scoring(model_type: str) -> Outcome | None:
     with torch.no_grad():
         for values, prompt, completion in zip(got, PROMPTS, completions, strict=True):
             expected = oracle.log_probs(model, prompt, completion)
-            _same(values[: len(completion)], expected, "log-probabilities of completions")
+            same(values[: len(completion)], expected, "log-probabilities of completions")
     return _plainly(model, "attention", "scorer", "head")
 
 
@@ -358,7 +343,7 @@ def _update(model_type: str) -> Outcome | None:
             loss = loss - row.advantage * oracle.log_probs(model, row.prompt, row.completion).sum() / tokens
         expected = torch.autograd.grad(loss, vectors.parameters())
         what = "the update on the plain path" if plainly else "the update"
-        _same(torch.cat(moved), torch.cat(expected), what)
+        same(torch.cat(moved), torch.cat(expected), what)
         if not torch.cat(expected).abs().max() > 0:
             raise Wrong("the gradient is zero")
     return _plainly(model, "attention", "sampler", "scorer", "head")
@@ -368,23 +353,6 @@ def _plainly(model: PreTrainedModel, *paths: str) -> Outcome | None:
     """Why some of these fast paths are not taken on `model`; None where all are."""
     reasons = dict.fromkeys(reason for path in paths if (reason := getattr(fast_paths(model), path)))
     return Outcome("plain path", "; ".join(reasons)) if reasons else None
-
-
-def _far(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value expected."""
-    if not torch.isfinite(actual).all():
-        return float("inf")
-    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-
-
-def _same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    far = _far(actual, expected)
-    if not far <= TOLERANCE:
-        raise Wrong(f"{what} differ from the oracle's by {far:.2g} of the largest")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 CHECKS: dict[str, Check] = {

@@ -24,7 +24,8 @@ import transformers
 from pebble import ProcessExpired, ProcessPool
 
 from evals.architectures import causal_lm_types
-from evals.model_checks import CHECKS, STATES, Outcome, check
+from evals.model_checks import CHECKS, check
+from evals.model_outcomes import STATES, Outcome
 
 # A model takes about five seconds; one that takes a hundred times as long hangs.
 SECONDS = 500

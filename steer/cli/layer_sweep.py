@@ -34,6 +34,7 @@ from steer.tasks.prompts import formatter, question
 from steer.tasks.rewards import MathGrader
 from steer.training import recipe
 from steer.training.arguments import PopulationArguments
+from steer.training.problems import fitting, problems
 from steer.training.run_settings import RunSettings
 from steer.training.sweep import grid
 from steer.training.sweep.run import Study, claim_sweep_dir, train_members
@@ -68,11 +69,11 @@ def _train_population(folder: Path, settings: RunSettings, arguments: Sequence[s
         cast(nn.Module, model).to(training.device)
     everyone = grid.members(settings, find_decoder(model).num_hidden_layers, arguments)
     now = grid.chosen(everyone, asked.only)
-    train, held_out = recipe.problems(run)
+    train, held_out = problems(run)
     prompts = settings.prompt
     format_problem = formatter(prompts, tokenizer)
     train = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
-    train = recipe.fitting(train, held_out, format_problem, tokenizer, model, training.max_completion_length)
+    train = fitting(train, held_out, format_problem, tokenizer, model, training.max_completion_length)
     validation: list[dict[str, Any]] = []
     if run.validate_every:
         train, validation = split(train, run.validation or SHARE)

@@ -40,6 +40,7 @@ from steer.training import run as runs
 from steer.training.arguments import PopulationArguments, SweepArguments
 from steer.training.config import SteeringGRPOConfig
 from steer.training.dry_run import dry_run
+from steer.training.problems import problems
 from steer.training.rate_search import choose
 from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
             )
         return train_population(settings, arguments)
     chosen = vectors(settings)
-    train, held_out = recipe.problems(settings.run)
+    train, held_out = problems(settings.run)
     if settings.run.dry_run:
         return dry_run(settings, chosen, train, held_out)
     if rates and rates.lr_sweep:

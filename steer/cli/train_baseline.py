@@ -31,6 +31,7 @@ from steer.training.arguments import SweepArguments
 from steer.training.baselines import Baseline, BaselineGRPOTrainer, readable
 from steer.training.config import SteeringGRPOConfig
 from steer.training.dry_run import dry_run
+from steer.training.problems import problems
 from steer.training.rate_search import choose
 from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     if settings.steering != SteeringArguments():
         log.info("no vectors are trained here: %s plays no part", settings.steering)
     chosen = trained(settings)
-    train, held_out = recipe.problems(settings.run)
+    train, held_out = problems(settings.run)
     if settings.run.dry_run:
         return dry_run(settings, chosen, train, held_out)
     if rates and rates.lr_sweep:

@@ -119,7 +119,7 @@ class Comparison:
 
     def training_problems(self) -> Dataset:
         """The training problems that the runs share, as a data set."""
-        from steer.training.recipe import problems
+        from steer.training.problems import problems
         from steer.training.run import RunConfig
 
         known = {f.name for f in fields(RunConfig)}

@@ -18,7 +18,8 @@ from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
 from steer.training.config import SteeringGRPOConfig
 from steer.training.estimate import memory, shape_of
-from steer.training.recipe import Recipe, fitting
+from steer.training.problems import fitting
+from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
 from steer.training.validation import SHARE, split
 

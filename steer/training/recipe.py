@@ -21,24 +21,23 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch.distributed import DistBackendError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from steer.errors import SteerError, print_any_text
 from steer.evaluation.heldout import Answered, constant, score, ways
 from steer.files import held, read_json, replace_file
-from steer.models import check_context, context_length
+from steer.models import context_length
 from steer.prompt import PromptSpec
 from steer.sharded import shape
-from steer.tasks.columns import parse_columns
-from steer.tasks.data import has_own_columns, load_problems
 from steer.tasks.elicited import UNTRAINED, choose
-from steer.tasks.prompts import Question, formatter, question
+from steer.tasks.prompts import formatter, question
 from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
 from steer.training import init
 from steer.training import run as runs
 from steer.training.group_trainer import GroupGRPOTrainer
+from steer.training.problems import Problems, fitting
 from steer.training.resuming import newest_checkpoint
 from steer.training.run import RunConfig
 from steer.training.run_settings import RunSettings
@@ -48,8 +47,6 @@ from steer.training.validation import SHARE, Validation, answer_together, split
 from steer.versions import versions
 
 log = logging.getLogger("steer")
-
-Problems = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -132,84 +129,6 @@ def begin(settings: RunSettings) -> None:
     log.info("reward: %s", " + ".join(f"{weight:g} x {name}" for weight, name in weighted))
     if run.examples < 0:
         raise SteerError(f"examples is {run.examples}; expected the number of worked examples, 0 for none")
-
-
-def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
-    """Training problems as a data set, and held-out ones as a list (None when there are none)."""
-    with PartialState().main_process_first():
-        train = load_problems(
-            run.train_data,
-            run.train_split,
-            limit=run.train_limit,
-            levels=run.levels,
-            max_chars=run.max_problem_chars,
-            exclude=run.exclude,
-            arithmetic=run.arithmetic(run.generated_problems),
-            columns=parse_columns(run.columns),
-        )
-        source = run.eval_data or ("arithmetic" if run.train_data == "arithmetic" else "none")
-        if source == "none":
-            return train, None
-        split = "heldout" if source == "arithmetic" else run.eval_split
-        columns = run.eval_columns or (run.columns if has_own_columns(source) else None)
-        held_out = load_problems(
-            source,
-            split,
-            limit=run.eval_limit,
-            arithmetic=run.arithmetic(run.eval_limit),
-            columns=parse_columns(columns),
-        )
-    kept = {" ".join(text.split()) for text in held_out["problem"]}
-    unseen = train.filter(lambda row: " ".join(row["problem"].split()) not in kept)
-    if len(unseen) < len(train):
-        log.info(
-            "%d training problems are among the held-out ones and were dropped", len(train) - len(unseen)
-        )
-    if not len(unseen):
-        raise SteerError(
-            f"every problem of {run.train_data} is held out too; train and test on different files"
-        )
-    return unseen, held_out.to_list()
-
-
-def fitting(
-    train: Dataset,
-    held_out: Problems | None,
-    format_problem: Callable[[Question], str],
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    answer: int,
-) -> Dataset:
-    """
-    The training problems whose `prompt` leaves room for `answer` tokens in the model's context; how many are
-    left out is logged. SteerError when none fits, and for a held-out problem that does not fit.
-    """
-
-    def tokens(texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-
-    context = context_length(model.config)
-    if context is None:
-        return train
-    if held_out:
-        longest = max(tokens([format_problem(question(row)) for row in held_out]))
-        check_context(model.config, longest, answer, "--max_completion_length", "held-out problems: ")
-    lengths = tokens(train["prompt"])
-    kept = [i for i, length in enumerate(lengths) if length + answer <= context]
-    if not kept:
-        check_context(model.config, min(lengths), answer, "--max_completion_length", "training problems: ")
-    if len(kept) == len(lengths):
-        return train
-    log.warning(
-        "%d of %d training problems are left out: their prompts, of up to %d tokens, and answers of "
-        "max_completion_length=%d do not fit the context of %d tokens",
-        len(lengths) - len(kept),
-        len(lengths),
-        max(lengths),
-        answer,
-        context,
-    )
-    return train.select(kept)
 
 
 # ---- the run

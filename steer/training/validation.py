@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from steer.training.group_trainer import GroupGRPOTrainer
+    from steer.training.problems import Problems
 
 log = logging.getLogger("steer")
 
@@ -36,7 +37,6 @@ VALIDATION_FILE = "validation.json"
 # Share of the training problems that a run validates on where nothing is said.
 SHARE = 0.1
 
-Problems = Sequence[dict[str, Any]]
 # One entry for each validation: `step` and the fields of `steer.evaluation.heldout.Score` that are plotted.
 History = list[dict[str, Any]]
 

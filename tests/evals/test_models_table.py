@@ -9,7 +9,8 @@ from helpers.paths import ROOT
 
 from evals import models_table
 from evals.architectures import causal_lm_types
-from evals.model_checks import CHECKS, Outcome, check
+from evals.model_checks import CHECKS, check
+from evals.model_outcomes import Outcome
 from steer import SteerError
 from steer.kinds import SteeringState, SteeringVector
 
