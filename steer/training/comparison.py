@@ -66,18 +66,23 @@ class Comparison:
             words += [option, str(self.shared[name])] if self.shared.get(name) else []
         return words
 
+    def base_settings(self) -> dict[str, Any]:
+        """The settings that name the base model."""
+        names = ("model", "model_revision", "base_adapter")
+        return {name: self.shared[name] for name in names if self.shared.get(name)}
+
     # ---- controls that train nothing
 
     def untrained(self) -> None:
         """The base, greedily and at temperature 1, and with forced openings."""
-        asked = {"evaluation": self.asked(), "prefixes": self.plan.prefixes}
+        asked = {"evaluation": self.asked(), "base": self.base_settings(), "prefixes": self.plan.prefixes}
         if not self.done("base", asked):
             prefixes = ["--prefixes", *self.plan.prefixes] if self.plan.prefixes else []
             self.evaluate("base", [*self.base(), "--examples", "0", *prefixes], asked)
 
     def longer(self) -> None:
         """The base with more room for its answers."""
-        asked = {"evaluation": self.asked(), "longer": self.plan.longer}
+        asked = {"evaluation": self.asked(), "base": self.base_settings(), "longer": self.plan.longer}
         if not self.done("base-longer", asked):
             name = ["--name", f"base, {self.plan.longer} tokens", "--max-new-tokens", str(self.plan.longer)]
             name += ["--examples", "0"]
@@ -85,7 +90,7 @@ class Comparison:
 
     def elicited(self) -> None:
         """The base with worked examples in its prompts, out of the training problems, and a longer limit."""
-        asked = {"evaluation": self.asked(), "examples": self.plan.examples}
+        asked = {"evaluation": self.asked(), "base": self.base_settings(), "examples": self.plan.examples}
         if self.done("elicited", asked):
             return
         file = self.work / "training.jsonl"
@@ -95,7 +100,12 @@ class Comparison:
 
     def system_prompt(self) -> None:
         """The candidate that is best on problems split off the training set, on the held-out ones."""
-        asked = {"evaluation": self.asked(), "systems": self.plan.systems, "sweep": self.plan.sweep}
+        asked = {
+            "evaluation": self.asked(),
+            "base": self.base_settings(),
+            "systems": self.plan.systems,
+            "sweep": self.plan.sweep,
+        }
         if self.done("system-prompt", asked):
             return
         from steer.training.rate_search import SHARE
@@ -241,7 +251,16 @@ class Comparison:
     def done(self, job: str, asked: dict[str, Any]) -> bool:
         file = self.runs / f"{job}.json"
         if file.exists():
-            _check(file, read_packed(file)["about"], asked)
+            packed = read_packed(file)
+            about, rest = packed["about"], {k: v for k, v in asked.items() if k != "base"}
+            if "base" in asked and about["hash"] == _hash(rest):  # older: the evaluation says which base
+                told = {
+                    "model": packed["settings"]["model"],
+                    "model_revision": packed["settings"]["revision"],
+                }
+                known = {**rest, "base": {name: value for name, value in told.items() if value}}
+                about = {"hash": _hash(known), "asked": known}
+            _check(file, about, asked)
         return file.exists()
 
     def call(self, words: list[str]) -> None:

@@ -185,6 +185,26 @@ def test_results_of_other_settings_are_not_taken_for_these(plan, calls, place):
         Comparison(changed).untrained()
 
 
+def test_a_result_of_another_base_is_not_taken_for_this_one(plan, calls, place, tmp_path):
+    original = replace(read_plan(str(plan)), examples=0, prefixes=(), out=str(tmp_path))
+    Comparison(original).untrained()
+    for change in ({"base_adapter": "adapter"}, {"model_revision": "v2"}, {"model": "another"}):
+        changed = Comparison(replace(original, settings=change))
+        with pytest.raises(SteerError, match=r"base\.json was made with other settings than these: \w+ was "):
+            changed.untrained()
+
+
+@pytest.mark.parametrize("job", ["untrained", "longer", "elicited", "system_prompt"])
+def test_results_that_do_not_name_their_base_are_known_by_their_evaluation(job, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Comparison, "evaluate", None)  # nothing is made
+    plan = read_plan("compare-tiny")
+    getattr(Comparison(plan), job)()
+    for change in ({"base_adapter": "adapter"}, {"model_revision": "v2"}, {"model": "another"}):
+        with pytest.raises(SteerError, match="was made with other settings than these"):
+            getattr(Comparison(replace(plan, settings={**plan.settings, **change})), job)()
+
+
 def test_the_best_system_prompt_is_chosen_on_validation_problems(
     plan, place, calls, build_tiny, tiny_tokenizer
 ):
