@@ -5,6 +5,7 @@ hidden states where it stands, and changes nothing until it is trained.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from math import sqrt
@@ -46,6 +47,9 @@ def _per_thread(name: str) -> Any:
     return property(read, write)
 
 
+_NUMBERS = itertools.count()
+
+
 class SteeringState:
     """
     What all vectors of one model share: the scale, and for each thread whether they are on, the columns of
@@ -62,6 +66,7 @@ class SteeringState:
         self.scale = scale
         self._own = _Own()
         self._last_enabled, self._last_prompt_length, self._last_mask = True, None, None
+        self._number = next(_NUMBERS)  # its count on a cache is kept by it, also on a copy of the cache
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.positions, self.scale)
@@ -70,7 +75,7 @@ class SteeringState:
         """
         Set `mask` for a pass over `tokens` new columns after those in the cache `past` (None without one).
         """
-        seen = _count(past, tokens)
+        seen = self.count(tokens, past)
         if seen is None:
             raise SteerError(
                 f"positions={self.positions!r}: the {type(past).__name__} that the model keeps between "
@@ -90,6 +95,26 @@ class SteeringState:
             "first_completion": column == length,
         }
         self.mask = rule[self.positions].unsqueeze(-1)
+
+    def count(self, tokens: int, past: Any) -> int | None:
+        """
+        How many columns the cache `past` holds, before a pass over `tokens` more; None where nothing tells.
+        A cache of recurrent states alone does not count them: it keeps what each state of vectors has
+        counted, so this is called once before every pass, also where the vectors are off.
+        """
+        if past is None:
+            return 0
+        if not hasattr(past, "get_seq_length"):
+            return None
+        try:
+            # Zero too where the first layer is recurrent and its entry stays empty: RecurrentGemma.
+            return int(past.get_seq_length()) or max((_length(layer) for layer in past.layers), default=0)
+        except ValueError:  # no layer of attention
+            counts: dict[int, int] = getattr(past, "steering_seen", {})
+            seen = counts.get(self._number) if past.has_previous_state() else 0
+            if seen is not None:  # a new dict: copies of the cache share the one before
+                past.steering_seen = {**counts, self._number: seen + tokens}
+            return seen
 
     def _prompt_on(self, past: Cache | None, seen: int, tokens: int) -> int:
         """
@@ -113,25 +138,6 @@ class SteeringState:
         """`hidden` (batch, tokens, hidden_size) plus `change` (broadcast to it) at the steered tokens."""
         steered = hidden + change
         return steered if self.mask is None else torch.where(self.mask.to(hidden.device), steered, hidden)
-
-
-def _count(past: Any, tokens: int) -> int | None:
-    """
-    How many columns the cache `past` holds, before a pass over `tokens` more; None where nothing tells. A
-    cache of recurrent states alone does not count them: what these passes add is kept on it.
-    """
-    if past is None:
-        return 0
-    if not hasattr(past, "get_seq_length"):
-        return None
-    try:
-        # Zero too where the first layer is recurrent and its entry stays empty: RecurrentGemma.
-        return int(past.get_seq_length()) or max((_length(layer) for layer in past.layers), default=0)
-    except ValueError:  # no layer of attention
-        seen = getattr(past, "steering_seen", None) if past.has_previous_state() else 0
-        if seen is not None:
-            past.steering_seen = seen + tokens
-        return seen
 
 
 def _length(layer: Any) -> int:

@@ -56,11 +56,14 @@ def _generate(state: SteeringState, generate: Any, *args: Any, **kwargs: Any) ->
 
 
 def _place(state: SteeringState, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
-    if not state.enabled:  # the base model needs no prompt length
-        return
     tokens = args[0] if args else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     others = (kwargs[name] for name in ("state", "mems") if kwargs.get(name) is not None)
     past = cache_in(kwargs)
-    state.place(tokens.shape[1], past if past is not None else next(others, None), tokens.device)
+    if past is None:
+        past = next(others, None)
+    if state.enabled:
+        state.place(tokens.shape[1], past, tokens.device)
+    else:  # the base model needs no prompt length
+        state.count(tokens.shape[1], past)

@@ -86,6 +86,32 @@ def test_copies_and_populations_tell_too(tiny_llama) -> None:
     assert "generate" not in tiny_llama.__dict__
 
 
+def test_sets_count_the_tokens_of_recurrent_states_each_for_itself() -> None:
+    model = tiny("mamba2")
+    population = Population(model)
+    sets = [population.add(name, SteeringConfig(positions="first_completion")) for name in ("one", "two")]
+    cache = DynamicCache(config=model.config)
+    with population.prompt_length(4):
+        logits(model, PROMPT[:, :4], cache_params=cache)
+        copied = copy.copy(cache)
+        for of in (cache, copied):  # what the one counts is nothing to the other
+            for column in (4, 5):
+                logits(model, PROMPT[:, column : column + 1], cache_params=of)
+                assert [vectors._state.mask.item() for vectors in sets] == [column == 4] * 2
+
+
+def test_passes_with_the_vectors_off_count_too() -> None:
+    model = tiny("mamba2")
+    vectors = steer.attach(model, SteeringConfig(positions="first_completion"))
+    cache = DynamicCache(config=model.config)
+    with vectors.prompt_length(5):
+        logits(model, PROMPT[:, :4], cache_params=cache)
+        with vectors.disabled():
+            logits(model, PROMPT[:, 4:5], cache_params=cache)
+        logits(model, PROMPT[:, 5:6], cache_params=cache)
+        assert vectors._state.mask.item()
+
+
 def test_what_a_caller_tells_comes_first(tiny_llama) -> None:
     vectors = fill(steer.attach(tiny_llama, SteeringConfig(positions="completion")))
     with vectors.prompt_length(4):
