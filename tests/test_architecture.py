@@ -17,7 +17,8 @@ FLOORS = [
     "sharded compat",
     "prompt config",
     "hooks sites kinds prompt_watch saving tasks",
-    "final_norm identity probe artifact_scores card weights quantization models base_adapter stop_tokens",
+    "final_norm identity probe places artifact_scores card weights quantization models base_adapter "
+    "stop_tokens",
     "artifact_file artifact_tensors artifact",
     "vectors vector_sets",
     "generation engine export transfer",

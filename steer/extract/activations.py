@@ -16,6 +16,7 @@ from steer.errors import SteerError
 from steer.extract.rows import Row
 from steer.hooks import hooked, watch
 from steer.models import context_length
+from steer.places import find_places
 from steer.sites import find_decoder, find_sites, input_device
 
 TOKENS = {
@@ -87,7 +88,7 @@ def read_activations(
     empty = [row for row in rows if not row.ids[chosen(row, tokens)]]
     if empty:
         what = (
-            f"needs texts with completions, {len(empty)} of {len(rows)} are prompts alone"
+            f"needs texts with completions, {len(empty)} of {len(rows)} are prompts alone; leave those out"
             if tokens == "completion"
             else f"leaves no token of {len(empty)} of {len(rows)} texts; give longer texts"
         )
@@ -101,11 +102,8 @@ def read_activations(
     texts = torch.zeros(len(rows), *shape) if keep_texts else None
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # little padding
     device = input_device(model)
-    given: dict[int, Tensor] = {}  # by layer, the stream that it reads
 
     def use(batch: Sequence[int], layer: int, hidden: Tensor) -> None:
-        if site == "resid_mid":
-            hidden = given.pop(layer) + hidden
         for place, index in enumerate(batch):
             states = hidden[place, chosen(rows[index], tokens)].double().cpu()
             total[at[layer]] += states.sum(0)
@@ -117,9 +115,8 @@ def read_activations(
             states = hidden[place, chosen(rows[index], tokens)].double()
             length[at[layer]] += states.norm(dim=1).sum().cpu()
 
-    sites = find_sites(decoder, layers, site)
-    before = find_sites(decoder, layers, "resid_pre")
-    streams = before if site == "resid_pre" else find_sites(decoder, layers, "resid_post")
+    places = find_places(model, layers, site)
+    streams = find_sites(decoder, layers, "resid_pre" if site == "resid_pre" else "resid_post")
     vectors = model.__dict__.get("steering_vectors")
     was_training = model.training
     model.eval()
@@ -132,9 +129,7 @@ def read_activations(
                 batch = order[start : start + batch_size]
                 handles = []
                 for i, layer in enumerate(layers):
-                    if site == "resid_mid":
-                        handles.append(watch(partial(given.__setitem__, layer), before[i]))
-                    handles.append(watch(partial(use, batch, layer), sites[i]))
+                    handles += places[i].watch(partial(use, batch, layer))
                     handles.append(watch(partial(measure, batch, layer), streams[i]))
                 width = max(len(rows[i].ids) for i in batch)
                 ids = torch.zeros(len(batch), width, dtype=torch.long)

@@ -60,9 +60,9 @@ def mean_difference(
     subject: Subject, wanted: Sequence[Row], unwanted: Sequence[Row], label: str | None = None
 ) -> dict[str, torch.Tensor]:
     """
-    Each layer's direction is the base model's mean stream at the completion tokens of `wanted` minus that of
-    `unwanted` (such as the steered and the base model's answers), at the trained vector's length: what could
-    be had from activations alone, the paper's baseline.
+    Each layer's direction is the base model's mean activation, at the vectors' site and the completion tokens
+    of `wanted`, minus that of `unwanted` (such as the steered and the base model's answers), at the trained
+    vector's length: what could be had from activations alone, the paper's baseline.
     """
     if subject.vectors.config.kind == "shared":
         raise SteerError("shared vectors hold no free direction a layer; use the random control")
@@ -71,6 +71,7 @@ def mean_difference(
             subject.model,
             rows,
             subject.layers,
+            site=subject.vectors.config.site,
             tokens="completion",
             batch_size=subject.batch_size,
             label=label,

@@ -19,8 +19,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from steer.compat import with_cache
 from steer.config import SITES
 from steer.errors import SteerError
-from steer.hooks import hooked, watch
-from steer.sites import find_decoder, find_sites, input_device
+from steer.hooks import hooked
+from steer.places import find_places
+from steer.sites import find_decoder, input_device
 from steer.vectors import attached
 
 # Tokens of one forward pass, padding included.
@@ -77,14 +78,15 @@ class Reader:
             raise SteerError(f"what={what!r} is unknown; choose one of as_is, base, difference")
         self.model, self.backbone, self.width = model, decoder.backbone, decoder.hidden_size
         self.layer, self.site, self.what = layer % decoder.num_hidden_layers, site, what
-        self._site = find_sites(decoder, [self.layer], site)[0]
-        self._before = find_sites(decoder, [self.layer], "resid_pre")[0] if site == "resid_mid" else None
+        self.place = find_places(model, [self.layer], site)[0]
         self._vectors = attached(model) if what != "as_is" else None
 
     def describe(self) -> dict[str, Any]:
         """What an SAE records of its source."""
         name = getattr(self.model.config, "name_or_path", "") or None
-        return {"model": name, "layer": self.layer, "site": self.site, "what": self.what}
+        source = {"model": name, "layer": self.layer, "site": self.site, "what": self.what}
+        # Caches of 0.1.0 hold what the attention adds there, and are not taken for the stream.
+        return {**source, "reads": "stream"} if self.site == "resid_mid" else source
 
     @torch.no_grad()
     def read(self, batch: Sequence[Window]) -> Tensor:
@@ -125,18 +127,16 @@ class Reader:
 
     def _capture(self, inputs: dict[str, Any]) -> Tensor:
         """(rows, columns, width) in float32, from a pass that ends at the site."""
-        given: list[Tensor] = []
         taken: list[Tensor] = []
 
         def take(hidden: Tensor) -> None:
-            taken.append((given[0] + hidden if given else hidden).float())
+            taken.append(hidden.float())
             raise _Stop
 
         was_training = self.model.training
         self.model.eval()
-        before = [watch(given.append, self._before)] if self._before else []
         try:
-            with hooked(*before, watch(take, self._site)), suppress(_Stop):
+            with hooked(*self.place.watch(take)), suppress(_Stop):
                 self.backbone(**{"use_cache": False, **inputs})
         finally:
             self.model.train(was_training)

@@ -13,10 +13,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from steer.compat import with_cache
 from steer.errors import SteerError
-from steer.hooks import hook, hooked, watch
+from steer.hooks import hooked
+from steer.places import find_places
 from steer.sae.activations import Reader
 from steer.sae.model import SAE
-from steer.sites import find_decoder, find_sites
+from steer.sites import find_decoder
 
 
 @contextmanager
@@ -25,20 +26,8 @@ def changed(
 ) -> Iterator[None]:
     """Inside, the activations (rows, columns, hidden_size) at the site become what `change` makes of them."""
     decoder = find_decoder(model)
-    layers = [layer % decoder.num_hidden_layers]
-    place = find_sites(decoder, layers, site)[0]
-    if site != "resid_mid":
-        with hooked(hook(change, place, first=False)):
-            yield
-        return
-    given: list[Tensor] = []  # the stream to which the module adds its output
-
-    def change_stream(added: Tensor) -> Tensor:
-        stream = given.pop() + added
-        return added + (change(stream) - stream)
-
-    before = find_sites(decoder, layers, "resid_pre")[0]
-    with hooked(watch(given.append, before), hook(change_stream, place, first=False)):
+    place = find_places(model, [layer % decoder.num_hidden_layers], site)[0]
+    with hooked(*place.change(change)):
         yield
 
 
@@ -99,7 +88,7 @@ def answer_without(
         caches = DynamicCache(), DynamicCache()
         for _ in range(length):
             base.append(reader.base(ids, caches[0]))
-            with changed(model, reader.layer, reader.site, ablate):
+            with hooked(*reader.place.change(ablate)):
                 logits = model(input_ids=ids, **with_cache(model, caches[1])).logits
             ids = logits[:, -1:].argmax(-1)
             for row, token in zip(rows, ids[:, 0].tolist(), strict=True):

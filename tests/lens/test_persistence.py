@@ -117,6 +117,26 @@ def test_the_mean_difference_is_that_of_the_streams(tiny_llama, tiny_tokenizer) 
     assert "needs texts with completions" in message(error)
 
 
+@torch.no_grad()
+def test_the_mean_difference_is_read_where_the_vectors_stand(tiny_llama, tiny_tokenizer) -> None:
+    subject = subject_of(tiny_llama, tiny_tokenizer, layers="1", site="mlp_out")
+    sides = [texts(seed=1), texts(seed=2)]
+    made = mean_difference(subject, *sides)["model.layers.1.steering.vector"]
+    outputs: list[torch.Tensor] = []
+    layers_of(subject.model)[1].mlp.register_forward_hook(lambda m, a, out: outputs.append(out[0]))
+    means = []
+    for rows in sides:
+        outputs.clear()
+        with subject.vectors.disabled():
+            for row in rows:
+                subject.model(torch.tensor([row.ids]))
+        read = [out[row.prompt :] for out, row in zip(outputs, rows, strict=True)]
+        means.append(torch.cat(read).mean(0))
+    direction = means[0] - means[1]
+    expected = direction / direction.norm() * made.norm()
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_shuffling_moves_every_direction(tiny_llama, tiny_tokenizer) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer)
     own = subject.vectors.effective()

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from helpers.steering import fill, layers_of, message
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import steer
 from steer.errors import SteerError
@@ -103,6 +104,18 @@ def test_between_attention_and_mlp_the_stream_is_read_and_changed(tiny_llama, ti
     base, moved, halved = streams
     torch.testing.assert_close(moved - base, direction.expand_as(base), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(halved, 0.5 * base, rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_that_is_scaled_before_it_is_added_is_refused():
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = GraniteConfig(
+        vocab_size=99, intermediate_size=48, residual_multiplier=0.22, pad_token_id=0, **shape
+    )
+    granite = GraniteForCausalLM(config).eval()
+    with pytest.raises(SteerError, match=r"site='resid_mid' does not work on this model.*0\.22"):
+        Reader(granite, 1, "resid_mid")
+    with pytest.raises(SteerError, match="resid_mid"), shifted(granite, 1, torch.ones(32), "resid_mid"):
+        pass
 
 
 def test_base_and_difference_of_a_steered_model(tiny_llama, tiny_tokenizer):

@@ -1,0 +1,73 @@
+"""
+The activations of a site, read and changed. No module returns the stream between attention and MLP: it
+is what the layer is given, plus what the module at `resid_mid` adds to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from steer.hooks import Site, hook, watch
+from steer.probe import verify
+from steer.sites import find_decoder, find_sites
+
+
+@dataclass(frozen=True)
+class Place:
+    """
+    Where the activations of a site are, in one layer.
+
+    Args:
+        site: the module whose input or output they are.
+        before: at resid_mid, where the stream is to which that output is added.
+    """
+
+    site: Site
+    before: Site | None = None
+
+    def watch(self, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
+        """Call `seen` with the activations (batch, tokens, hidden_size), as steering leaves them."""
+        if self.before is None:
+            return [watch(seen, self.site)]
+        given: list[Tensor] = []
+        return [
+            watch(given.append, self.before),
+            watch(lambda added: seen(given.pop() + added), self.site),
+        ]
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+        """Replace the activations by what `change` makes of them, after steering."""
+        if self.before is None:
+            return [hook(change, self.site, first=False)]
+        given: list[Tensor] = []
+
+        def changed(added: Tensor) -> Tensor:
+            stream = given.pop() + added
+            return added + (change(stream) - stream)
+
+        return [watch(given.append, self.before), hook(changed, self.site, first=False)]
+
+
+def find_places(model: Any, layers: Sequence[int], site: str) -> list[Place]:
+    """
+    The activations at `site` in each of `layers`.
+
+    Raises:
+        SteerError: the architecture has no such place; at resid_mid also where the layer does not add the
+            module's output to the stream as it is (Granite scales it).
+    """
+    decoder = find_decoder(model)
+    sites = find_sites(decoder, list(layers), site)
+    if site != "resid_mid":
+        return [Place(place) for place in sites]
+    vectors = model.__dict__.get("steering_vectors")
+    with vectors.disabled() if vectors is not None else nullcontext():
+        verify(decoder, layers, "constant", site, sites)
+    before = find_sites(decoder, list(layers), "resid_pre")
+    return [Place(place, stream) for place, stream in zip(sites, before, strict=True)]
