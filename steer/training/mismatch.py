@@ -34,7 +34,7 @@ def mismatch(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) ->
         `mean` and `max` of the absolute difference, in nats per token, and `kl`, the estimate
         mean(exp(d) - 1 - d), d = trainer - engine, of KL(engine || trainer) (Schulman's k3).
     """
-    difference = (trainer - engine)[mask.bool() & ~engine.isnan()].float()
+    difference = _differences(trainer, engine, mask)
     if not difference.numel():
         return {"mean": 0.0, "max": 0.0, "kl": 0.0}
     kl = torch.expm1(difference) - difference
@@ -43,6 +43,21 @@ def mismatch(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) ->
         "max": difference.abs().max().item(),
         "kl": kl.mean().item(),
     }
+
+
+def distance(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) -> tuple[float, int]:
+    """
+    The sum of the absolute differences, in nats, and the number of tokens that it is of.
+
+    Args and tokens that are left out are those of `mismatch`. The sum is NaN where the trainer's are.
+    """
+    difference = _differences(trainer, engine, mask).abs()
+    return difference.sum().item(), difference.numel()
+
+
+def _differences(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(tokens,): those that count and that the engine gave a log-probability for."""
+    return (trainer - engine)[mask.bool() & ~engine.isnan()].float()
 
 
 def check_mismatch(mean: float, update: int, args: SteeringGRPOConfig, member: str = "") -> None:
@@ -77,11 +92,10 @@ class MismatchCheck(TrainerCallback):
 
     def add(self, trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
         """`mismatch` of a part of the update, which counts for the check."""
-        metrics = mismatch(trainer, engine, mask)
-        tokens = (mask.bool() & ~engine.isnan()).sum().item()
-        self.total += metrics["mean"] * tokens
+        total, tokens = distance(trainer, engine, mask)
+        self.total += total
         self.tokens += tokens
-        return metrics
+        return mismatch(trainer, engine, mask)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

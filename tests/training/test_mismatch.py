@@ -13,7 +13,7 @@ from helpers.steering import message
 from helpers.training import config
 
 from steer import SteerError
-from steer.training.mismatch import MismatchCheck, check_mismatch, mismatch
+from steer.training.mismatch import MismatchCheck, check_mismatch, distance, mismatch
 
 TRAINER = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 5.0]])
 ENGINE = torch.tensor([[-1.5, -2.0, -9.0], [float("nan"), -0.5, 7.0]])
@@ -26,6 +26,8 @@ def test_mismatch() -> None:
     assert found["mean"] == pytest.approx(1 / 3)
     assert found["max"] == 0.5
     assert found["kl"] == pytest.approx((d.exp() - 1 - d).mean().item())
+    assert distance(TRAINER, ENGINE, MASK) == (1.0, 3)
+    assert math.isnan(distance(TRAINER * math.nan, ENGINE, MASK)[0])
     assert mismatch(TRAINER, ENGINE, MASK * 0) == {"mean": 0.0, "max": 0.0, "kl": 0.0}
 
 

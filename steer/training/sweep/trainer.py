@@ -13,7 +13,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from math import isfinite
+from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ from steer.identity import tokenizer_checksum
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.prompts import prompt_ids
 from steer.training.loss import importance_weights, token_losses
-from steer.training.mismatch import check_mismatch
+from steer.training.mismatch import check_mismatch, distance
 from steer.training.sweep.batch import Batch, judge
 from steer.training.sweep.member import Member, agreed, check_model, check_supported
 from steer.vector_sets import BASE, Population
@@ -263,7 +263,9 @@ class PopulationTrainer:
         if drawn and drawn[0] is not None:  # by an engine whose log-probabilities compare with these
             told = torch.stack([_fit(torch.tensor(logps), logp.shape[1]) for logps in drawn])
             told = told.to(logp.device)
-            totals["engine/mean"] += ((logp.detach() - told) * seen).abs().nansum().item()
+            apart, compared = distance(logp.detach(), told, seen)
+            totals["engine/mean"] += apart
+            totals["engine/tokens"] += compared
             if args.vllm_importance_sampling_correction:
                 weights, limited = importance_weights(logp.detach(), told, seen, args)
                 totals["engine/limited_tokens"] += limited.sum().item()
@@ -296,13 +298,15 @@ class PopulationTrainer:
     def _apply(self, batch: Batch) -> None:
         """Clip and step, and write the log. A number that is not finite stops the member where it was."""
         member, args = batch.member, batch.member.args
-        if "engine/mean" in batch.totals:
-            apart = batch.totals["engine/mean"] / max(batch.totals["tokens"], 1)
-            check_mismatch(apart, member.step + 1, args, member.name)
         parameters = member.vectors.parameters()
         limit = args.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
         log = member.metrics
+        if "engine/mean" in batch.totals:
+            apart = batch.totals["engine/mean"] / max(batch.totals["engine/tokens"], 1)
+            log["engine/mean"] = [apart]
+            if isfinite(norm) or not isnan(apart):  # else the member has diverged, which ends it alone
+                check_mismatch(apart, member.step + 1, args, member.name)
         rate = member.scheduler.get_last_lr()[0]
         before = member.vectors.tensors()
         if isfinite(norm):
@@ -318,7 +322,7 @@ class PopulationTrainer:
         member.optimizer.zero_grad()
         member.step += 1
         totals = batch.totals
-        for name in ("entropy", "kl", "engine/mean", "engine/limited_tokens", "engine/limited_sequences"):
+        for name in ("entropy", "kl", "engine/limited_tokens", "engine/limited_sequences"):
             if name in totals:
                 of = totals["rows" if name.endswith("sequences") else "tokens"]
                 log[name] = [totals[name] / max(of, 1)]

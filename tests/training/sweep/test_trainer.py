@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import steer
 from steer import SteerError, SteeringConfig
 from steer.generation import scoring
+from steer.generation.completion import Completion
 from steer.tasks.rewards import RandomReward
 from steer.training.config import SteeringGRPOConfig
 from steer.training.sweep.member import IDLE, OWN, SHARED, Member, check_supported, read_states
@@ -396,3 +398,54 @@ def test_members_must_share_what_is_shared(build_tiny, tiny_tokenizer, tmp_path:
     (tmp_path / "state-0.pt").write_bytes(b"no state")
     with pytest.raises(SteerError, match="no state of a population"):
         read_states(tmp_path)
+
+
+class _Engine:
+    """Samples four tokens a row; the engine tells the log-probability of the first two of them."""
+
+    def sync(self, sets: Any) -> int:
+        return 0
+
+    def sample(self, names: list[str], prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
+        return [
+            Completion([80 + row % 3, 81, 82, 83], False, [-0.5, -0.7, math.nan, math.nan])
+            for row in range(len(prompts))
+        ]
+
+
+@pytest.mark.parametrize("trainer_logp", [0.0, math.nan])
+def test_an_engine_is_judged_by_the_tokens_that_it_tells(
+    build_tiny, tiny_tokenizer, tmp_path, monkeypatch, trainer_logp
+) -> None:
+    own = {"vllm_mismatch_warn": None, "vllm_mismatch_stop": 0.65}
+    together = population(
+        build_tiny("llama"), tiny_tokenizer, tmp_path, {"one": ({"layers": "1"}, own, target_share)}
+    )
+    together.engine = _Engine()
+    scored = torch.full((8, 4), trainer_logp)
+    monkeypatch.setattr(together, "_score", lambda *args: (scored[: len(args[0])], scored[: len(args[0])]))
+    if math.isnan(trainer_logp):
+        with pytest.raises(SteerError, match="one, update 1: the engine's log-probabilities are nan "):
+            together.update(together.members)
+    else:
+        together.update(together.members)
+        assert together.members[0].log[-1]["engine/mean"] == pytest.approx(0.6)
+
+
+def test_a_member_that_diverges_beside_an_engine_ends_alone(
+    build_tiny, tiny_tokenizer, tmp_path, monkeypatch
+) -> None:
+    own = {"vllm_mismatch_stop": 100.0, "vllm_importance_sampling_correction": False}
+    specs = {"one": ({"layers": "1"}, own, parity), "two": ({"layers": "1"}, own, parity)}
+    together = population(build_tiny("llama"), tiny_tokenizer, tmp_path, specs)
+    together.engine = _Engine()
+    score, broken = together._score, together._number["two"]
+
+    def diverged(owner: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        logp, entropy = score(owner, inputs)
+        return logp * torch.where(owner == broken, math.nan, 1.0)[:, None], entropy
+
+    monkeypatch.setattr(together, "_score", diverged)
+    together.update(together.members)
+    stopped = {member.name: member.stopped for member in together.members}
+    assert stopped["one"] is None and stopped["two"].startswith("diverged: the gradient of update 1")
