@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from steer.config import SteeringConfig
 from steer.errors import SteerError, one_line
 from steer.identity import MERGED
 from steer.models import load_model, load_tokenizer, model_source
@@ -72,6 +73,36 @@ def base_source(
     if not adapter:
         return name, revision
     return merged_base(name, adapter, revision, trust_remote_code), None
+
+
+def artifact_base(
+    config: SteeringConfig,
+    name: str | None = None,
+    revision: str | None = None,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    fix: str = "give --model",
+) -> tuple[str, str | None]:
+    """
+    The name and the revision to load the base model of an artifact by, with its adapter merged into it.
+
+    Args:
+        config: the artifact's.
+        name: another model, which has neither the revision nor the adapter that the artifact records.
+        revision: another revision.
+        adapter: another adapter.
+        trust_remote_code: as in transformers.
+        fix: what to do about an artifact that names no model, for the message.
+
+    Raises:
+        SteerError: neither `name` nor the artifact names a model, and as `merged_base`.
+    """
+    if not name:
+        name = config.base_model_name_or_path
+        revision, adapter = revision or config.base_revision, adapter or config.base_adapter
+    if not name:
+        raise SteerError(f"the artifact does not name its base model; {fix}")
+    return base_source(name, adapter, revision, trust_remote_code)
 
 
 def adapter_checksum(folder: Path) -> str:

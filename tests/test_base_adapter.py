@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import steer
 from steer import SteerError, SteeringConfig, artifact
-from steer.base_adapter import merged_base
-from steer.identity import base_checksum
+from steer.base_adapter import artifact_base, merged_base
+from steer.cli import main
+from steer.identity import base_checksum, describe
+from steer.lens.inputs import read_subject
 from steer.models import load_model, load_tokenizer
 from steer.training.run import RunConfig
+from steer.transfer.move import transfer
 
 
 @pytest.fixture
@@ -104,3 +108,68 @@ def test_quantization_needs_its_library(places: tuple[str, str], monkeypatch: py
             load_model(places[0], **{option: True})
     with pytest.raises(SteerError, match="give one of them"):
         load_model(places[0], load_in_4bit=True, load_in_8bit=True)
+
+
+def steered_artifact(base: str, adapter: str, folder: Path) -> torch.Tensor:
+    """Vectors for the base with its adapter, saved to `folder`; returns the logits with them."""
+    model = load_model(merged_base(base, adapter))
+    vectors = fill(steer.attach(model, SteeringConfig(kind="adaptive", layers="1")))
+    vectors.save(folder)
+    return logits(model, tokens())
+
+
+def test_a_checkpoint_has_the_adapter_that_the_artifact_records(
+    places: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = places
+    expected = steered_artifact(base, adapter, tmp_path / "vectors")
+    words = ["export", str(tmp_path / "vectors"), "--to"]
+    assert main([*words, "checkpoint", "--out", str(tmp_path / "whole")]) == 0
+    assert "warning:" not in capsys.readouterr().err
+    whole = load_model(str(tmp_path / "whole"))
+    assert torch.allclose(logits(whole, tokens()), expected, atol=1e-4)
+    assert describe(whole)["base_adapter"] is None, "it is the base no more"
+    # another model has no adapter unless told
+    assert main([*words, "checkpoint", "--out", str(tmp_path / "plain"), "--model", base]) == 0
+    assert "other weights" in capsys.readouterr().err
+    assert not torch.allclose(logits(load_model(str(tmp_path / "plain")), tokens()), expected, atol=1e-2)
+    both = ["--model", base, "--base-adapter", adapter]
+    assert main([*words, "checkpoint", "--out", str(tmp_path / "both"), *both]) == 0
+    assert torch.allclose(logits(load_model(str(tmp_path / "both")), tokens()), expected, atol=1e-4)
+    assert main([*words, "peft", "--out", str(tmp_path / "peft")]) == 0
+    assert "merged into it, and the exported adapter names the model alone" in capsys.readouterr().err
+    assert main([*words, "gguf-model", "--out", str(tmp_path / "gguf")]) == 1
+    assert f"which {base} lacks; give --model" in capsys.readouterr().err
+
+
+def test_lens_and_transfer_read_the_base_with_the_adapter(
+    places: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = places
+    expected = steered_artifact(base, adapter, tmp_path / "vectors")
+    options = {"model": None, "revision": None, "base_adapter": None, "trust_remote_code": False}
+    args = argparse.Namespace(artifact=tmp_path / "vectors", dtype="auto", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        subject = read_subject(args)
+    assert torch.allclose(logits(subject.vectors.model, tokens()), expected, atol=1e-4)
+    moved, out = ["transfer", str(tmp_path / "vectors"), "--to", base], str(tmp_path / "moved")
+    assert main([*moved, "--method", "direct", "--accept-poor-map", "--out", out]) == 0
+    made = transfer(tmp_path / "vectors", None, load_model(base), method="direct", force=True)
+    assert not [note for note in made.report.notes if "other weights" in note]
+    printed = capsys.readouterr()
+    assert "other weights" not in printed.out + printed.err
+
+
+def test_what_is_given_wins_over_what_the_artifact_records(places: tuple[str, str], tmp_path: Path) -> None:
+    base, adapter = places
+    config = SteeringConfig(base_model_name_or_path="org/model", base_revision="v1")
+    assert artifact_base(config) == ("org/model", "v1")
+    assert artifact_base(config, None, "v2") == ("org/model", "v2")
+    assert artifact_base(config, "org/other") == ("org/other", None)
+    config = SteeringConfig(base_model_name_or_path=base, base_adapter=str(tmp_path / "moved"))
+    assert artifact_base(config, adapter=adapter) == (merged_base(base, adapter), None)
+    with pytest.raises(SteerError, match="holds no adapter"):
+        artifact_base(config)
+    with pytest.raises(SteerError, match="does not name its base model; give the donor"):
+        artifact_base(SteeringConfig(), fix="give the donor")

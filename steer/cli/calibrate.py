@@ -38,23 +38,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     import steer
-    from steer.base_adapter import base_source
-    from steer.errors import SteerError
+    from steer.base_adapter import artifact_base
     from steer.evaluation.side_effects import NeutralText, calibrate
     from steer.models import load_model, load_tokenizer
 
     if args.out:
         check_output(args.out, args.replace, args.artifact, folder=True)
     saved = steer.read(args.artifact)
-    config = saved.config
-    name = args.model or config.base_model_name_or_path
-    if not name:
-        raise SteerError(f"{args.artifact} does not say which model it is for; give --model")
-    revision, adapter = args.revision, args.base_adapter
-    if not args.model:
-        revision, adapter = revision or config.base_revision, adapter or config.base_adapter
     trust = args.trust_remote_code
-    source, revision = base_source(name, adapter, revision, trust)
+    source, revision = artifact_base(saved.config, args.model, args.revision, args.base_adapter, trust)
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust)
     model = load_model(source, dtype=args.dtype, revision=revision, trust_remote_code=trust)
     text = NeutralText(steer.load(saved, model, tokenizer=tokenizer), tokenizer)

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer.arguments import add_trust, count, finite
+from steer.arguments import add_base_options, add_trust, count, finite
 from steer.errors import SteerError, one_line, shown
 from steer.outputs import add_force, check_output, output
 
@@ -58,8 +58,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="base model: its weights for --to checkpoint, its .gguf file for --to gguf-model, its name for "
         "--to peft; default: the artifact's",
     )
-    export.add_argument("--revision", help="revision of a hub model that --to checkpoint reads")
-    add_trust(export)
+    add_base_options(export)
     export.add_argument("--layers", metavar="A-B", help="export these layers only, e.g. 1-29")
     export.add_argument("--scale", type=finite, help="factor on the vectors; default: as saved")
     export.add_argument(
@@ -156,6 +155,11 @@ def _export(args: argparse.Namespace) -> None:
     base = args.model or source.config.base_model_name_or_path or ""
     if args.to in MODELS and not base:
         raise SteerError("the artifact does not name its base model; give --model")
+    if args.to == "gguf-model" and not args.model and (adapter := source.config.base_adapter):
+        raise SteerError(
+            f"the vectors are for {base} with adapter {adapter} merged into it, which {base} lacks; give "
+            "--model the .gguf file of the merged model"
+        )
     with output(out, args.replace, args.artifact, folder=args.to in FOLDERS):
         if args.to == "peft":
             peft.write(source, out, args.model)
@@ -164,7 +168,8 @@ def _export(args: argparse.Namespace) -> None:
         elif args.to == "lm-eval":
             lm_eval.write(source, out)
         elif args.to == "checkpoint":
-            checkpoint.write(source, base, out, args.revision, args.trust_remote_code)
+            of = (args.revision, args.trust_remote_code, args.base_adapter)
+            checkpoint.write(source, args.model, out, *of)
         elif args.to == "gguf-model":
             gguf_model.write(source, gguf_path(base), out)
         else:
@@ -184,9 +189,9 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.model and args.to not in (*MODELS, "peft"):
         named = f"{', '.join(MODELS)} and peft"
         raise SteerError(f"--model is for --to {named}; --to {args.to} names no model")
-    if args.to != "checkpoint" and (args.revision or args.trust_remote_code):
-        option = "--revision" if args.revision else "--trust-remote-code"
-        raise SteerError(f"{option} is for --to checkpoint; --to {args.to} loads no model from the hub")
+    for option in ("--revision", "--trust-remote-code", "--base-adapter"):
+        if args.to != "checkpoint" and getattr(args, option[2:].replace("-", "_")):
+            raise SteerError(f"{option} is for --to checkpoint; --to {args.to} loads no model's weights")
     if args.block_0 and args.to != "gguf":
         raise SteerError(f"--block-0 is for --to gguf; --to {args.to} holds the vector of block 0")
 
@@ -251,19 +256,22 @@ def _format(path: Path) -> str:
 
 def _transfer(args: argparse.Namespace) -> None:
     from steer import artifact
+    from steer.base_adapter import artifact_base
     from steer.models import load_model, load_tokenizer
     from steer.transfer.move import transfer
 
     source = artifact.read(args.artifact)
     check_output(args.out, args.replace, args.artifact, folder=True)
-    donor = args.donor or source.config.base_model_name_or_path
     trust = args.trust_remote_code
     recipient = load_model(args.to, dtype=args.dtype, revision=args.revision, trust_remote_code=trust)
     tokenizer = load_tokenizer(args.to, revision=args.revision, trust_remote_code=trust)
-    given = args.from_revision or (None if args.donor else source.config.base_revision)
+    giver: Any = None  # not needed by a copy between models of one shape
+    if args.donor or source.config.base_model_name_or_path:
+        name, given = artifact_base(source.config, args.donor, args.from_revision, trust_remote_code=trust)
+        giver = load_model(name, dtype=args.dtype, revision=given, trust_remote_code=trust)
     made, report = transfer(
         source,
-        load_model(donor, dtype=args.dtype, revision=given, trust_remote_code=trust) if donor else None,
+        giver,
         recipient,
         method=args.method,
         layers_by=args.layers_by,

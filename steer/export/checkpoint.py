@@ -23,9 +23,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steer.artifact import Artifact
+from steer.base_adapter import artifact_base
 from steer.errors import SteerError
 from steer.export.architecture import bias_place, check_everywhere, check_same_logits
 from steer.export.transformers4 import add_names
+from steer.identity import MERGED
 from steer.models import load_model, load_tokenizer
 from steer.sites import Decoder, find_decoder, find_down_projections
 from steer.vectors import detach, load
@@ -41,17 +43,19 @@ _NO_LLAMA = {
 
 def write(
     artifact: Artifact,
-    model_name: str,
+    model_name: str | None,
     folder: str | os.PathLike[str],
     revision: str | None = None,
     trust_remote_code: bool = False,
+    base_adapter: str | None = None,
 ) -> Path:
     """
     Write the model `model_name` with the vectors in it to `folder`, which must be new or empty: weights in
     the dtype they are saved in, config, generation config and tokenizer; whole or not at all. Returns it.
 
-    `revision` is that of a hub model, by default the one that the artifact names with its base. A model that
-    comes with code of its own is loaded with `trust_remote_code` only.
+    A `model_name` of None is the artifact's base, of its revision and with its adapter merged into it where
+    no other `revision` or `base_adapter` is given. A model that comes with code of its own is loaded with
+    `trust_remote_code` only.
 
     Raises SteerError when the vectors do not fit the model, when they are no bias of a matrix, or when the
     architecture cannot hold the bias. Warns, with the size of the error, when merging rounds adaptive
@@ -65,8 +69,7 @@ def write(
     made = artifact.config
     check_everywhere(made, "a plain checkpoint")
     place = bias_place(made, "a plain checkpoint") if made.kind != "adaptive" else None
-    if revision is None and model_name == made.base_model_name_or_path:
-        revision = made.base_revision
+    model_name, revision = artifact_base(made, model_name, revision, base_adapter, trust_remote_code)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model: Any = load_model(model_name, dtype="auto", **common)
     if getattr(model, "quantization_method", None) is not None:
@@ -81,6 +84,7 @@ def write(
     with vectors.disabled():
         base = _logits(model)
     detach(model)
+    vars(model.config).pop(MERGED, None)  # with the vectors in it, it is that base no more
     decoder = find_decoder(model)
     if place is None:
         config = _merge(artifact, decoder, model)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,12 @@ def write(artifact: Artifact, folder: str | os.PathLike[str], base: str | None =
             tensors[f"{name}.beft_bias"] = vector.reshape(1, -1).contiguous()
         layers = list(vectors)
     adapter = _adapter_config(config, artifact.decoder, layers, place, base)
+    if config.base_adapter and not base:
+        warnings.warn(
+            f"the vectors are for {config.base_model_name_or_path} with adapter {config.base_adapter} merged "
+            "into it, and the exported adapter names the model alone; give the merged model (--model)",
+            stacklevel=2,
+        )
     try:
         told = json.dumps(for_export(config, artifact.tensors).to_dict())
         metadata = {"format": "pt", "steering_config": told}

@@ -9,7 +9,7 @@ from typing import Any
 
 import steer
 from steer import artifact
-from steer.base_adapter import base_source
+from steer.base_adapter import artifact_base
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.lens.conditions import BASE, steered
@@ -29,12 +29,8 @@ Records = list[dict[str, Any]]
 def read_subject(args: argparse.Namespace) -> Subject:
     """The model with the artifact in it, asked as in its training unless told otherwise."""
     source = artifact.read(args.artifact)
-    name = args.model or source.config.base_model_name_or_path
-    if not name:
-        raise SteerError("the artifact does not name its base model; give --model")
     trust = args.trust_remote_code
-    revision = args.revision or (None if args.model else source.config.base_revision)
-    name, revision = base_source(name, args.base_adapter, revision, trust)
+    name, revision = artifact_base(source.config, args.model, args.revision, args.base_adapter, trust)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust)
     model = load_model(name, dtype=args.dtype, revision=revision, trust_remote_code=trust)
     vectors = steer.load(source, model, tokenizer=tokenizer)

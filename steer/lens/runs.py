@@ -14,6 +14,7 @@ from typing import Any
 
 import steer
 from steer import artifact
+from steer.base_adapter import artifact_base
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.lens.composition import SCALES, as_trained, leave_one_out, likelihoods, scale_sweep
@@ -279,11 +280,10 @@ def transfer(args: argparse.Namespace) -> None:
         if not name:
             raise SteerError(f"{source} does not name its base model, which the matrix needs")
         prompt = read_prompt(args, source, read)
-        options = {
-            "revision": read.config.base_revision,
-            "trust_remote_code": args.trust_remote_code,
-        }
-        model, tokenizer = load_model(name, dtype="float32", **options), load_tokenizer(name, **options)
+        trust = args.trust_remote_code
+        base, revision = artifact_base(read.config, trust_remote_code=trust)
+        model = load_model(base, dtype="float32", revision=revision, trust_remote_code=trust)
+        tokenizer = load_tokenizer(base, revision=revision, trust_remote_code=trust)
         entries.append(Entry(name, model, tokenizer, read, prompt))
     problems = read_problems(args, entries[0].artifact.config.provenance)
     with MathGrader() as grader:

@@ -21,6 +21,7 @@ from steer import artifact as artifacts
 from steer.artifact import Artifact, from_vectors
 from steer.artifact_scores import without_scores
 from steer.artifact_tensors import expected_names
+from steer.base_adapter import artifact_base
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.identity import base_checksum, describe, tokenizer_checksum
@@ -175,10 +176,8 @@ def _tokenizer(model: PreTrainedModel, trust: bool) -> PreTrainedTokenizerBase:
 def _named(source: Artifact, trust: bool) -> PreTrainedModel:
     from steer.models import load_model
 
-    config = source.config
-    if not config.base_model_name_or_path:
-        raise SteerError("the artifact does not name the model it was trained in; give the donor")
-    return load_model(config.base_model_name_or_path, revision=config.base_revision, trust_remote_code=trust)
+    name, revision = artifact_base(source.config, trust_remote_code=trust, fix="give the donor")
+    return load_model(name, revision=revision, trust_remote_code=trust)
 
 
 def _same_shape(config: SteeringConfig, model: PreTrainedModel) -> bool:

@@ -395,7 +395,7 @@ def test_other_mistakes_are_named(build_tiny, give, tmp_path) -> None:
         ((source, other, donor, {}), "not the donor's"),
         ((source, donor, other, {"method": "direct"}), "32 and 48"),
         ((tmp_path / "nothing", donor, other, {}), "no steering vectors"),
-        ((source, None, other, {}), "does not name the model"),
+        ((source, None, other, {}), "does not name its base model"),
     ):
         with pytest.raises(SteerError) as error:
             transfer(*wrong[:3], texts=TEXTS, **wrong[3], **give)
