@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.steering import SOME, fill, message, relative
-from helpers.training import config, make_trainer, parity, target_share
+from helpers.training import config, make_trainer, parity, problems, target_share
 from helpers.vision import FAMILIES, IMAGE, tiny_seeing, tiny_vision
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -23,6 +23,8 @@ from steer.cli import main
 from steer.export import checkpoint, peft
 from steer.models import load_model, skeleton
 from steer.sites import find_decoder
+from steer.training.sweep.member import Member
+from steer.training.sweep.trainer import PopulationTrainer
 
 
 def text_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -256,6 +258,9 @@ def test_vllm_is_refused(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
         make_trainer(model, tiny_tokenizer, config(tmp_path, use_vllm=True), target_share)
     message(error)
     assert "steering_vectors" not in model.__dict__
+    member = Member("one", [target_share], config(tmp_path, use_vllm=True), SteeringConfig())
+    with pytest.raises(SteerError, match="gemma3 is a vision-language model, which the engine does not"):
+        PopulationTrainer(model, [member], problems(), tiny_tokenizer)
 
 
 def test_generate_answers_a_text_prompt(

@@ -168,7 +168,7 @@ class VllmEngine:
             "revision": revision,
             "dtype": dtype,
             "max_model_len": max_len,
-            "enforce_eager": enforce_eager(tokens),
+            "enforce_eager": enforce_eager(tokens, (engine_args or {}).get("enforce_eager")),
         }
         if adapters:
             ranks = {variant.name: adapter_rank(variant.path) for variant in adapters}

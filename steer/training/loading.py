@@ -59,6 +59,16 @@ def load_policy(
     return load_model(model, **options)
 
 
+def check_engine(model: PreTrainedModel) -> None:
+    """SteerError for a model whose vectors vLLM does not apply."""
+    config: Any = model.config
+    if getattr(config, "vision_config", None) is not None:
+        raise SteerError(
+            f"{config.model_type} is a vision-language model, which the engine does not steer; set "
+            "use_vllm=false"
+        )
+
+
 @contextmanager
 def already_loaded(args: SteeringGRPOConfig, reward_funcs: Sequence[Any]) -> Iterator[None]:
     """

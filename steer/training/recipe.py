@@ -109,7 +109,9 @@ def begin(settings: RunSettings) -> None:
             "another one; set use_vllm=false"
         )
     population = settings.population is not None and settings.population.asked
-    if training.use_vllm and training.vllm_mode == "colocate" and run.model_revision and not population:
+    # with an adapter vLLM loads the folder of the merged weights, which has no revisions
+    named = run.model_revision and not run.base_adapter
+    if training.use_vllm and training.vllm_mode == "colocate" and named and not population:
         raise SteerError(
             f"model_revision={run.model_revision!r} with use_vllm: trl starts vLLM with the main revision, "
             "which would sample from another model; download the revision and give its folder as the model"

@@ -28,9 +28,9 @@ from steer.training.batches import loss_mask
 from steer.training.callbacks import VectorLog
 from steer.training.config import SteeringGRPOConfig
 from steer.training.group_trainer import GroupGRPOTrainer
-from steer.training.loading import load_policy
+from steer.training.loading import check_engine, load_policy
 from steer.training.loss import importance_weights, limited_shares
-from steer.training.mismatch import MismatchCheck
+from steer.training.mismatch import MismatchCheck, mismatch
 from steer.vectors import SteeringVectors, attach, attached, detach
 
 log = logging.getLogger(__name__)
@@ -103,12 +103,7 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
         """Inside, `use_vllm` means an engine that is sent the vectors alone."""
         if not args.use_vllm:
             return nullcontext()
-        config: Any = self.vectors.model.config
-        if getattr(config, "vision_config", None) is not None:
-            raise SteerError(
-                f"{config.model_type} is a vision-language model, which the engine does not steer; set "
-                "use_vllm=false"
-            )
+        check_engine(self.vectors.model)
         from steer.engine.rollout import vector_rollouts
 
         return vector_rollouts(self.vectors, args)
@@ -119,16 +114,18 @@ class SteeringGRPOTrainer(GroupGRPOTrainer):
             from steer.engine.rollout import VectorGeneration
 
             engine = cast(VectorGeneration, self.vllm_generation)
+            training = self.model.training
             metrics: dict[str, float] = {"sync_seconds": engine.sync_seconds, "sync_bytes": engine.sync_bytes}
             if engine.logprobs_mode is not None:
                 mask, sampled = loss_mask(inputs), inputs["sampling_per_token_logps"]
                 weighed = inputs.get("old_per_token_logps", self._scored)  # as when they were sampled
-                metrics |= self.mismatch_check.add(weighed, sampled, mask)
+                compare = self.mismatch_check.add if training else mismatch
+                metrics |= compare(weighed, sampled, mask)
                 if self.vllm_importance_sampling_correction:
                     _, limited = importance_weights(weighed, sampled, mask, self.args)
                     metrics |= limited_shares(limited, mask)
             for name, value in metrics.items():
-                self._metrics["train"][f"engine/{name}"].append(value)
+                self._metrics["train" if training else "eval"][f"engine/{name}"].append(value)
         return loss
 
     # ---- optimizer, checkpoints

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from helpers.steering import message
-from helpers.training import config
+from helpers.training import config, make_trainer
 
 from steer import SteerError
+from steer.training.group_trainer import GroupGRPOTrainer
 from steer.training.mismatch import MismatchCheck, check_mismatch, distance, mismatch
 
 TRAINER = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 5.0]])
@@ -62,3 +64,19 @@ def test_an_update_is_judged_by_all_of_its_tokens(tmp_path: Path) -> None:
     check.add(TRAINER, ENGINE, MASK)
     with pytest.raises(SteerError, match=r"update 5: the engine's log-probabilities are 0\.333 "):
         check.on_pre_optimizer_step(args, state, None)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_evaluation_does_not_count_for_the_update(
+    build_tiny: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    trainer = make_trainer(build_tiny("llama"), tiny_tokenizer, config(tmp_path))
+    monkeypatch.setattr(GroupGRPOTrainer, "_loss", lambda *args: torch.zeros(()))
+    trainer.use_vllm = True
+    trainer.vllm_generation = SimpleNamespace(sync_seconds=0.0, sync_bytes=0, logprobs_mode="raw_logprobs")
+    trainer._scored = TRAINER
+    trainer.model.train(mode == "train")
+    inputs = {"completion_mask": MASK, "sampling_per_token_logps": ENGINE}
+    trainer._loss(trainer.model, inputs)
+    assert trainer.mismatch_check.tokens == (3 if mode == "train" else 0)
+    assert trainer._metrics[mode]["engine/mean"] == [pytest.approx(1 / 3)]

@@ -18,6 +18,7 @@ from steer.errors import SteerError
 from steer.training.arguments import PopulationArguments
 from steer.training.config import SteeringGRPOConfig
 from steer.training.neutral import CONTINUED, WATCHING, differences
+from steer.training.recipe import begin
 from steer.training.run import RUN_FILE, RunConfig, claim_output_dir
 from steer.training.run_settings import RunSettings
 from steer.training.sweep import grid
@@ -156,3 +157,11 @@ def test_a_misspelt_setting_of_a_config_file(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("num_generation: 8\n")
     with pytest.raises(SteerError, match="unknown setting num_generation; did you mean num_generations"):
         RunSettings.parse("grpo_steer", arguments=["--config", str(tmp_path / "run.yaml")])
+
+
+def test_a_revision_with_vllm_is_refused_unless_an_adapter_is_merged(tmp_path: Path) -> None:
+    words = ["--config", "demo", "--output_dir", str(tmp_path), "--use_vllm", "true"]
+    words += ["--vllm_mode", "colocate", "--model_revision", "v2"]
+    with pytest.raises(SteerError, match="model_revision='v2' with use_vllm"):
+        begin(RunSettings.parse("grpo_steer", None, words))
+    begin(RunSettings.parse("grpo_steer", None, [*words, "--base_adapter", str(tmp_path)]))

@@ -25,6 +25,7 @@ from steer.tasks.rewards import RewardFunction, guard
 from steer.training.callbacks import VectorLog
 from steer.training.config import SteeringGRPOConfig
 from steer.training.init import start
+from steer.training.loading import check_engine
 from steer.training.loss import LOSSES
 from steer.training.steering_trainer import make_optimizer
 from steer.vectors import SteeringVectors
@@ -183,7 +184,12 @@ def _reward(function: Any) -> RewardFunction:
 
 
 def check_model(model: PreTrainedModel, args: SteeringGRPOConfig) -> None:
-    """SteerError for a model that a run alone trains with a term or noise that a population does not have."""
+    """
+    SteerError for a model that the engine does not steer, where one is used, and for one that a run alone
+    trains with a term or noise that a population does not have.
+    """
+    if args.use_vllm:
+        check_engine(model)
     if compat.recomputes_activations(model):
         raise SteerError("a population cannot be trained with gradient checkpointing; switch it off")
     config = model.config.get_text_config()
