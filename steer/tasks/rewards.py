@@ -39,7 +39,7 @@ REWARDS = {
     "format": r"1 when the text ends in its one and only \boxed answer, 0 otherwise",
     "length_penalty": "0 up to target_tokens, then linear to -1 at max_tokens (give both)",
     "majority": "1 when the boxed answer equals the most frequent one of its prompt's samples, 0 otherwise; "
-    "needs no reference answers",
+    "reads no reference answers (records still have an `answer`)",
     "random": "1 or 0 by a coin, whatever the text: a control",
 }
 

@@ -125,7 +125,8 @@ class SteeringGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Start vLLM without compiling. Default: where a run on a CPU is too short for compiling "
-            "to pay, fewer than 200,000 sampled tokens."
+            "to pay, fewer than 200,000 sampled tokens. Without max_steps their number is not known, and "
+            "vLLM compiles."
         },
     )
     vllm_mismatch_warn: float | None = field(
@@ -237,7 +238,7 @@ class SteeringGRPOConfig(GRPOConfig):
 
     def _odd_groups(self) -> str:
         """That the samples of a generation are no whole groups, in the settings that a user gives."""
-        size, group = self.generation_batch_size or 0, self.num_generations or 0
+        size, group = self.generation_batch_size, self.num_generations
         parts = {
             "per_device_train_batch_size": self.per_device_train_batch_size,
             "processes": self.world_size,
@@ -266,7 +267,7 @@ class SteeringGRPOConfig(GRPOConfig):
 
     def sampled_tokens(self) -> int | None:
         """The most tokens that a process samples in all; None where the number of updates is not set."""
-        if self.max_steps < 1 or self.max_completion_length is None:
+        if self.max_steps < 1:
             return None
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return self.max_steps * rows * self.max_completion_length // self.num_iterations

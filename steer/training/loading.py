@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from steer.errors import SteerError
@@ -59,7 +60,7 @@ def load_policy(
     return load_model(model, **options)
 
 
-def check_engine(model: PreTrainedModel) -> None:
+def check_engine(model: nn.Module) -> None:
     """SteerError for a model whose vectors vLLM does not apply."""
     config: Any = model.config
     if getattr(config, "vision_config", None) is not None:

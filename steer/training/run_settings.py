@@ -217,7 +217,9 @@ def _check_finite(part: Any) -> None:
         value = getattr(part, field.name, None)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
-                raise SteerError(f"{field.name}={value!r} is no finite number")
+                raise SteerError(
+                    f"{field.name}={value!r} is no finite number; give a finite number, or leave it out"
+                )
 
 
 def _with_config_file(arguments: Sequence[str]) -> list[str]:

@@ -158,7 +158,9 @@ def check_ranges(args: GRPOConfig) -> None:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             if not math.isfinite(number):
-                raise SteerError(f"{f.name}={value!r} is no finite number")
+                raise SteerError(
+                    f"{f.name}={value!r} is no finite number; give a finite number, or leave it out"
+                )
             if f.name in RANGES and not RANGES[f.name].holds(number):
                 hint = f": {HINTS[f.name]}" if f.name in HINTS else ""
                 raise SteerError(f"{f.name}={value!r} is out of range; give a value {RANGES[f.name]}{hint}")

@@ -79,7 +79,7 @@ def judge(
     mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
     if args.mask_truncated_completions:
         mask = mask & ended[:, None]
-    group = args.num_generations or 1
+    group = args.num_generations
     advantages = group_advantages(rewards, group, args)
     every = args.beta != 0 or not args.skip_zero_advantage
     spread = nanstd(rewards) if args.scale_rewards == "batch" else nanstd(rewards.view(-1, group), dim=1)

@@ -103,7 +103,7 @@ class Member:
         # A member's whole batch is on its process, however many there are.
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         group = args.num_generations
-        if not group or rows % group:
+        if rows % group:
             raise SteerError(
                 f"an update of a member has {rows} samples (per_device_train_batch_size x "
                 f"gradient_accumulation_steps), which is no multiple of num_generations={group}"
@@ -144,7 +144,7 @@ class Member:
                 self.problems, generator=torch.Generator().manual_seed(self.args.seed + epoch)
             )
         chosen = order[turn * self.prompts_a_step : (turn + 1) * self.prompts_a_step]
-        return chosen.repeat_interleave(self.args.num_generations or 1).tolist()
+        return chosen.repeat_interleave(self.args.num_generations).tolist()
 
     def state(self) -> dict[str, Any]:
         """All that the coming updates depend on, in types that `torch.load` reads without executing any."""
