@@ -1,4 +1,4 @@
-"""`steer calibrate`: the scale at which vectors disturb neutral text as much as one allows."""
+"""`steer calibrate`: the scale at which vectors disturb neutral text as much as you allow."""
 
 from __future__ import annotations
 

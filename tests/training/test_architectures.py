@@ -49,7 +49,6 @@ def test_the_reward_rises(
         },
         **{"num_generations": 8, "per_device_train_batch_size": 16, "max_completion_length": 6},
         **{"max_steps": 20, "learning_rate": 0.4, "logging_steps": 1, "report_to": "none", "save_steps": 20},
-        "use_cpu": True,
     }
     Path("config.yaml").write_text(yaml.safe_dump(settings))
     run_here(ROOT / "recipes" / "grpo_steer.py", "--config", "config.yaml")
