@@ -129,7 +129,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _pairs(args: argparse.Namespace) -> None:
     from steer.extract import read_contrast
 
-    model, tokenizer = _load(args, args.model)
+    model, tokenizer = _load(args, args.model, args.file)
     contrast = read_contrast(args.file, tokenizer, args.chat_template_kwargs)
     _contrast(args, model, tokenizer, contrast, args.file)
 
@@ -140,12 +140,12 @@ def _answers(args: argparse.Namespace) -> None:
     from steer.extract.completions import read_completions, run_model, run_settings
 
     if args.model:
-        model, tokenizer = _load(args, args.model)
+        model, tokenizer = _load(args, args.model, args.run_folder)
     else:
         of = run_model(run_settings(Path(args.run_folder)))
         args.revision = args.revision or of["revision"]
         args.base_adapter = args.base_adapter or of["base_adapter"]
-        model, tokenizer = _load(args, of["model"])
+        model, tokenizer = _load(args, of["model"], args.run_folder)
     contrast = read_completions(args.run_folder, tokenizer, args.stage, args.variant)
     _contrast(args, model, tokenizer, contrast, args.run_folder)
 
@@ -177,14 +177,15 @@ def _sae(args: argparse.Namespace) -> None:
     from steer.sae import load_sae
     from steer.sites import find_decoder
 
-    name = args.model or (load_sae(args.folder).cfg.source or {}).get("model")
+    sae = load_sae(args.folder)
+    name = args.model or (sae.cfg.source or {}).get("model")
     if not name:
         raise SteerError(f"{args.folder} does not say which model it is of; give --model")
-    model, tokenizer = _load(args, name)
+    model, tokenizer = _load(args, name, args.folder)
     layers = None
     if args.layers is not None:
         layers = SteeringConfig(layers=args.layers).resolve_layers(find_decoder(model).num_hidden_layers)
-    direction, layer, site, source = sae_direction(args.folder, args.feature, model, layers, args.site)
+    direction, layer, site, source = sae_direction(args.folder, args.feature, model, layers, args.site, sae)
     made = from_direction(
         model, tokenizer, direction, source,
         layers=str(layer), site=site, share=args.share, positions=args.positions, batch_size=args.batch_size,
@@ -205,11 +206,11 @@ def _token(args: argparse.Namespace) -> None:
     _write(args, made, "", f"token {args.token!r}")
 
 
-def _load(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
+def _load(args: argparse.Namespace, name: str, *sources: str) -> tuple[Any, Any]:
     from steer.base_adapter import base_source
     from steer.models import load_model, load_tokenizer
 
-    check_output(args.out, args.replace, folder=True)
+    check_output(args.out, args.replace, *sources, folder=True)
     trust = args.trust_remote_code
     source, revision = base_source(name, args.base_adapter, args.revision, trust)
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from steer.errors import SteerError, shown
 from steer.extract.activations import Activations
 from steer.final_norm import onto_stream
 from steer.weights import public_name
+
+if TYPE_CHECKING:
+    from steer.sae import SAE
 
 METHODS = {
     "mean": "the mean of the positive texts minus that of the negative ones",
@@ -106,6 +109,7 @@ def sae_direction(
     model: PreTrainedModel,
     layers: Sequence[int] | None = None,
     site: str | None = None,
+    sae: SAE | None = None,
 ) -> tuple[Tensor, int, str, dict[str, Any]]:
     """
     What a feature of a sparse autoencoder writes: its row of the decoder.
@@ -116,6 +120,7 @@ def sae_direction(
         model: the base model.
         layers: the layer, for an SAE that does not say which it was trained on.
         site: likewise; default resid_post.
+        sae: the SAE, if it is loaded already.
 
     Returns:
         The direction (hidden_size,) in float64, the layer, the site, and what the card says of the source.
@@ -126,7 +131,7 @@ def sae_direction(
     from steer.sae import load_sae
     from steer.sites import find_decoder
 
-    sae, decoder = load_sae(folder), find_decoder(model)
+    sae, decoder = sae or load_sae(folder), find_decoder(model)
     source: Mapping[str, Any] = sae.cfg.source or {}
     here, there = getattr(model.config, "name_or_path", None), source.get("model")
     if here and there and public_name(here) != public_name(there):

@@ -276,6 +276,17 @@ def test_the_command_makes_artifacts(here: Path, capsys: pytest.CaptureFixture[s
     assert main(["extract", "sae", "sae", "--feature", "0", "--model", "model", "--out", "f"]) == 0
 
 
+def test_a_source_is_not_replaced(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steer.models.load_model", lambda *args, **options: pytest.fail("work was begun"))
+    asked = ["--model", "model", "--force", "--out"]
+    assert main(["extract", "sae", "sae", "--feature", "0", *asked, "sae"]) == 1
+    assert "sae is what the command reads" in capsys.readouterr().err
+    assert main(["extract", "pairs", "pairs.jsonl", *asked, "pairs.jsonl"]) == 1
+    assert "pairs.jsonl is what the command reads" in capsys.readouterr().err
+
+
 def test_answers_of_a_run_need_no_model(trained: Path, tmp_path: Path) -> None:
     asked = ["extract", "answers", str(trained), "--stage", "before", "--tokens", "completion"]
     assert main([*asked, "--out", str(tmp_path / "v")]) == 0
