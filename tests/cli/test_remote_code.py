@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers.dynamic_module_utils
+from helpers.commands import every_command
 from helpers.steering import fill
 from helpers.training import model_folder, write_problems
 
@@ -38,6 +39,9 @@ COMMANDS = {
     "lens": "lens logit vectors --model model",
     "lens shift": "lens shift vectors --data sums.jsonl --problems 2 --max-new-tokens 2",
     "lens transfer": "lens transfer vectors vectors --data sums.jsonl --problems 2 --max-new-tokens 2",
+    "calibrate": "calibrate vectors --target-kl 1e-6",
+    "extract pairs": "extract pairs pairs.jsonl --model model --out pairs",
+    "extract token": "extract token 7 --model model --out token",
     "export": "export vectors --to checkpoint --out whole",
     "import": "import rows.npz --model model --confirm-model --out imported",
     "transfer": "transfer vectors --to model --out moved --method direct --no-rescale",
@@ -64,6 +68,7 @@ def place(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pyt
     np.savez(tmp_path / "rows.npz", vectors=np.ones((3, 32), dtype=np.float32))
     write_problems(tmp_path / "sums.jsonl", range(10, 14), modulus=10)
     (tmp_path / "texts.txt").write_text("\n".join(f"{n} plus {n + 1} makes {2 * n + 1}" for n in range(40)))
+    (tmp_path / "pairs.jsonl").write_text('{"positive": "1+1=", "negative": "2+2="}\n' * 2)
     (tmp_path / "sae.yaml").write_text(
         "saes: {topk: {d_sae: 64, k: 4}}\ntexts: [texts.txt]\noutput_dir: sae\nmodel: model\nlayer: 1\n"
         "tokens: 64\nbatch_size: 32\nblock: 64\n"
@@ -93,6 +98,17 @@ def test_a_model_with_code_of_its_own(
     assert not (place / "modules").exists(), "nothing of it was made ready to be imported"
     trusted = [*words, "trust_remote_code=true" if name == "sae train" else "--trust_remote_code"]
     assert main(trusted) == 0
+
+
+def test_every_program_that_takes_the_flag_is_tried() -> None:
+    """By its first word: the commands of `lens`, and of `extract`, load their models in one place."""
+    taking = {
+        words[0]
+        for words, parser in every_command()
+        if "--trust-remote-code" in parser._option_string_actions
+    }
+    assert {"calibrate", "extract", "lens"} <= taking
+    assert taking - {"serve"} <= {line.split()[0] for line in COMMANDS.values()}
 
 
 def test_the_server_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
