@@ -85,12 +85,16 @@ def _gain(model: nn.Module) -> tuple[torch.Tensor, bool] | None:
     if norm is None:
         return None
     hidden_size = find_decoder(model).hidden_size
-    signs = torch.ones(hidden_size)
+    parameter = next(norm.parameters(), None)
+    device = torch.device("cpu") if parameter is None or parameter.device.type == "mps" else parameter.device
+    signs = torch.ones(hidden_size, device=device)
     signs[1::2] = -1
     # Large, so that the norm's epsilon is nothing beside it; an odd size is made to have mean zero too.
     probe = 1e4 * (signs - signs.mean()).double()
     # In float64, where the module keeps it: bfloat16 would round the probe's unit length.
-    wide = deepcopy(norm).cpu().double()  # GPUs of Apple have no float64
+    # On the CPU only for GPUs of Apple, which have no float64: hooks of accelerate (device_map) on the norm
+    # would move the probe to the device of the model.
+    wide = deepcopy(norm).to(device).double()
     response = (wide(probe) - wide(-probe)) / 2  # a bias cancels
     scale = response / (probe / probe.square().mean().sqrt())
     offset = wide(probe + 1e4) - wide(probe)

@@ -12,6 +12,7 @@ from helpers.steering import fill
 from helpers.training import SPREAD, model_folder, same
 
 import steer
+from steer.final_norm import find_final_norm, through_final_norm
 from steer.models import load_model
 
 pytestmark = on_gpu
@@ -86,3 +87,13 @@ def test_layers_whose_weights_are_kept_off_the_gpu(build_tiny, tiny_tokenizer, t
     placed = load_model(str(folder), device_map=where)
     fill(steer.attach(placed))
     torch.testing.assert_close(logits(placed, DEVICE), logits(plain, "cpu"), atol=1e-3, rtol=1e-3)
+
+
+def test_the_gain_of_a_norm_that_accelerate_keeps_on_its_device(build_tiny) -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    rows = torch.randn(2, 32)
+    expected = through_final_norm(build_tiny("llama"), rows)
+    model = build_tiny("llama").to(DEVICE)
+    add_hook_to_module(find_final_norm(model), AlignDevicesHook(torch.device(DEVICE), io_same_device=True))
+    torch.testing.assert_close(through_final_norm(model, rows), expected)
