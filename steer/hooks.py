@@ -108,11 +108,12 @@ def hook(vector: Steer, site: Site, first: bool = True) -> RemovableHandle:
     return site.module.register_forward_hook(partial(steer, vector), prepend=first)
 
 
-def watch(seen: Callable[[torch.Tensor], None], site: Site) -> RemovableHandle:
+def watch(seen: Callable[[torch.Tensor], None], site: Site, hidden_size: int) -> RemovableHandle:
     """
     Call `seen` with the hidden states at `site`, as steering leaves them. Returns the handle. A pass raises
-    SteerError where they are not (batch, tokens, width).
+    SteerError where they are not (batch, tokens, hidden_size).
     """
+    seen = partial(_see_stream, seen, site.module, hidden_size)
     if site.on_input:
         return site.module.register_forward_pre_hook(partial(_see_input, seen), with_kwargs=True)
     return site.module.register_forward_hook(partial(_see_output, seen))
@@ -147,17 +148,27 @@ def _steer_input(vector: Steer, module: nn.Module, args: tuple, kwargs: dict) ->
 
 
 def _see_output(seen: Callable[[torch.Tensor], None], module: nn.Module, args: tuple, output: Any) -> None:
-    seen(_one_stream(module, hidden_out(output)))
+    seen(hidden_out(output))
 
 
 def _see_input(seen: Callable[[torch.Tensor], None], module: nn.Module, args: tuple, kwargs: dict) -> None:
-    seen(_one_stream(module, hidden_in(args, kwargs)))
+    seen(hidden_in(args, kwargs))
 
 
-def _one_stream(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    if hidden.dim() != 3:
+def _see_stream(
+    seen: Callable[[torch.Tensor], None], module: nn.Module, hidden_size: int, hidden: torch.Tensor
+) -> None:
+    seen(one_stream(hidden, module, hidden_size))
+
+
+def one_stream(hidden: torch.Tensor, module: nn.Module, hidden_size: int) -> torch.Tensor:
+    """
+    `hidden`, the hidden states of `module`; SteerError where they are not (batch, tokens, hidden_size), as
+    where a model has several residual streams.
+    """
+    if hidden.dim() != 3 or hidden.shape[2] != hidden_size:
         raise SteerError(
             f"the hidden states of a {type(module).__name__} have the shape {tuple(hidden.shape)}, expected "
-            "(batch, tokens, hidden size): what reads activations needs a model with one residual stream"
+            f"(batch, tokens, {hidden_size}): what reads activations needs a model with one residual stream"
         )
     return hidden

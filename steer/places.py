@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from steer.hooks import Site, hook, watch
+from steer.hooks import Site, hook, one_stream, watch
 from steer.probe import verify
 from steer.sites import find_decoder, find_sites
 
@@ -25,33 +25,40 @@ class Place:
 
     Args:
         site: the module whose input or output they are.
+        hidden_size: their width; a pass raises SteerError where they are not one stream of it.
         before: at resid_mid, where the stream is to which that output is added.
     """
 
     site: Site
+    hidden_size: int
     before: Site | None = None
 
     def watch(self, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
         """Call `seen` with the activations (batch, tokens, hidden_size), as steering leaves them."""
         if self.before is None:
-            return [watch(seen, self.site)]
+            return [watch(seen, self.site, self.hidden_size)]
         given: list[Tensor] = []
         return [
-            watch(given.append, self.before),
-            watch(lambda added: seen(given.pop() + added), self.site),
+            watch(given.append, self.before, self.hidden_size),
+            watch(lambda added: seen(given.pop() + added), self.site, self.hidden_size),
         ]
 
     def change(self, change: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
         """Replace the activations by what `change` makes of them, after steering."""
         if self.before is None:
-            return [hook(change, self.site, first=False)]
+
+            def change_one(hidden: Tensor) -> Tensor:
+                return change(one_stream(hidden, self.site.module, self.hidden_size))
+
+            return [hook(change_one, self.site, first=False)]
         given: list[Tensor] = []
 
         def changed(added: Tensor) -> Tensor:
             stream = given.pop() + added
             return added + (change(stream) - stream)
 
-        return [watch(given.append, self.before), hook(changed, self.site, first=False)]
+        before = watch(given.append, self.before, self.hidden_size)
+        return [before, hook(changed, self.site, first=False)]
 
 
 def find_places(model: Any, layers: Sequence[int], site: str) -> list[Place]:
@@ -65,9 +72,10 @@ def find_places(model: Any, layers: Sequence[int], site: str) -> list[Place]:
     decoder = find_decoder(model)
     sites = find_sites(decoder, list(layers), site)
     if site != "resid_mid":
-        return [Place(place) for place in sites]
+        return [Place(place, decoder.hidden_size) for place in sites]
     vectors = model.__dict__.get("steering_vectors")
     with vectors.disabled() if vectors is not None else nullcontext():
         verify(decoder, layers, "constant", site, sites)
     before = find_sites(decoder, list(layers), "resid_pre")
-    return [Place(place, stream) for place, stream in zip(sites, before, strict=True)]
+    pairs = zip(sites, before, strict=True)
+    return [Place(place, decoder.hidden_size, stream) for place, stream in pairs]

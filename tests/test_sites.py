@@ -11,8 +11,11 @@ from transformers import PreTrainedModel
 import steer
 from evals.architectures import tiny
 from steer import SteerError, SteeringConfig
-from steer.hooks import Site, Streams, watch
-from steer.sites import find_decoder, find_sites, find_steered
+from steer.extract.activations import read_activations
+from steer.extract.rows import Row
+from steer.hooks import Streams
+from steer.sae.intervene import shifted
+from steer.sites import find_decoder, find_steered
 from steer.vector_sets import Population
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -167,11 +170,18 @@ def test_sets_of_vectors_steer_their_own_rows(model_type: str) -> None:
     assert torch.equal(model(IDS).logits, base)
 
 
-def test_reading_activations_of_several_streams_is_refused() -> None:
-    model = tiny("deepseek_v4")
-    (site,) = find_sites(find_decoder(model), [1], "resid_post")
-    assert isinstance(site, Site)
-    handle = watch(lambda hidden: None, site)
-    with pytest.raises(SteerError, match=r"shape \(2, 4, 4, 32\).*one residual stream"):
+@pytest.mark.parametrize(
+    ("model_type", "shape"), [("deepseek_v4", "2, 4, 4, 32"), ("qwen4_exp_text", "2, 4, 128")]
+)
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
+def test_activations_of_several_streams_are_neither_read_nor_changed(
+    model_type: str, shape: str, site: str
+) -> None:
+    model = tiny(model_type)
+    rows = [Row(tuple(ids), 0) for ids in IDS.tolist()]
+    refused = rf"shape \({shape}\), expected \(batch, tokens, 32\).*one residual stream"
+    with pytest.raises(SteerError, match=refused):
+        read_activations(model, rows, [1], site)
+    with shifted(model, 1, torch.ones(32), site), pytest.raises(SteerError, match=refused):
         model(IDS)
-    handle.remove()
+    model(IDS)  # no hook is left

@@ -130,7 +130,7 @@ def read_activations(
                 handles = []
                 for i, layer in enumerate(layers):
                     handles += places[i].watch(partial(use, batch, layer))
-                    handles.append(watch(partial(measure, batch, layer), streams[i]))
+                    handles.append(watch(partial(measure, batch, layer), streams[i], decoder.hidden_size))
                 width = max(len(rows[i].ids) for i in batch)
                 ids = torch.zeros(len(batch), width, dtype=torch.long)
                 mask = torch.zeros_like(ids)

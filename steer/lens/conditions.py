@@ -232,6 +232,6 @@ def watch(
     hidden_size), the layer's vector included: own hooks, which always run after those of the vectors.
     """
 
-    blocks = subject.decoder.layers
-    with hooked(*(hooks.watch(partial(seen, layer), Site(blocks[layer])) for layer in layers)):
+    blocks, size = subject.decoder.layers, subject.decoder.hidden_size
+    with hooked(*(hooks.watch(partial(seen, layer), Site(blocks[layer]), size) for layer in layers)):
         yield

@@ -197,12 +197,12 @@ def _streams(
     places = find_sites(side.decoder, list(layers), "resid_pre" if site == "resid_pre" else "resid_post")
     pairs = zip(layers, places, strict=True)
     vectors = side.model.__dict__.get("steering_vectors")
-    device = input_device(side.model)
+    device, size = input_device(side.model), side.decoder.hidden_size
     was_training = side.model.training
     side.model.eval()
     try:
         with (
-            hooked(*(watch(partial(keep, layer), place) for layer, place in pairs)),
+            hooked(*(watch(partial(keep, layer), place, size) for layer, place in pairs)),
             vectors.disabled() if vectors is not None else nullcontext(),
         ):
             side.decoder.backbone(tokens.to(device), attention_mask=mask.to(device), use_cache=False)
