@@ -179,7 +179,8 @@ def _settings(made: dict[str, Any]) -> str:
 def relevant(part: str, values: dict[str, Any]) -> dict[str, Any]:
     """
     The settings of a part of the provenance that had a part in the run: without those that were not set, and
-    without those of generated problems and of held-out ones where there were none.
+    of "run" without those that are off, and those of generated problems and of held-out ones where there were
+    none. The other parts record what differs from its default, which may be False.
     """
     idle: set[str] = set()
     if part == "run":
@@ -191,7 +192,8 @@ def relevant(part: str, values: dict[str, Any]) -> dict[str, Any]:
             if source == "arithmetic" or str(source).endswith((".jsonl", ".parquet")):
                 idle.add(name)
     unset: tuple[Any, ...] = (None, [], "")
-    return {k: v for k, v in values.items() if v not in unset and v is not False and k not in idle}
+    off = {k for k, v in values.items() if part == "run" and v is False}
+    return {k: v for k, v in values.items() if v not in unset and k not in idle | off}
 
 
 def _use(config: SteeringConfig, decoder: str, name: str) -> str:

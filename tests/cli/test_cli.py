@@ -40,7 +40,7 @@ def test_info_and_card_leave_out_what_played_no_part(steered, capsys):
     made = {
         "run": {"train_data": "mine.jsonl", "train_split": "train", "eval_data": "none", "eval_limit": 200}
         | {"operators": "+-", "digits": 2, "load_in_4bit": False, "rewards": ["correct"], "levels": None},
-        "training": {"beta": 0.0, "max_steps": 2},
+        "training": {"beta": 0.0, "max_steps": 2, "gradient_checkpointing": False, "seed": None},
         "results": {},
     }
     found = artifact.read(steered[1])
@@ -49,8 +49,9 @@ def test_info_and_card_leave_out_what_played_no_part(steered, capsys):
     assert main(["info", str(steered[1])]) == 0
     out = capsys.readouterr().out
     assert "run         train_data=mine.jsonl, eval_data=none, rewards=['correct']\n" in out
-    assert "training    beta=0.0, max_steps=2\n" in out and "results" not in out
+    assert "training    beta=0.0, max_steps=2, gradient_checkpointing=False\n" in out and "results" not in out
     text = (steered[1] / CARD_FILE).read_text()
+    assert "- gradient_checkpointing: False" in text
     assert "- rewards: ['correct']" in text and "digits" not in text and "eval_limit" not in text
     made["run"] |= {"train_data": "arithmetic", "eval_data": None}
     made["results"] = {"after": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "problems": 10}}
