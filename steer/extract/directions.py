@@ -175,10 +175,8 @@ def scaled(
         (hidden_size,) in float32 by layer.
 
     Raises:
-        SteerError: a share that is no number above 0, and a direction without length.
+        SteerError: a direction without length.
     """
-    if not 0 < share < float("inf"):
-        raise SteerError(f"share={share!r} is not a number above 0; 0.1 is a tenth of the stream's length")
     made = {}
     for layer, direction in directions.items():
         length = direction.norm().item()

@@ -61,11 +61,12 @@ def from_contrast(
         The artifact; its provenance has `extract`, which says all of this.
 
     Raises:
-        SteerError: an unknown method, layer or site; texts that do not differ; PCA without pairs.
+        SteerError: an unknown method, layer or site; a share that is no number above 0; texts that do not
+            differ; PCA without pairs.
     """
     if method not in METHODS:
         raise SteerError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
-    chosen = _layers(model, layers, site, positions)
+    chosen = _layers(model, layers, site, positions, share)
     pca = method == "pca"
     if pca and not contrast.pairs:
         raise SteerError(
@@ -122,9 +123,10 @@ def from_direction(
         model, tokenizer, layers, site, share, positions, batch_size: as in `from_contrast`.
 
     Raises:
-        SteerError: an unknown layer or site, and a direction without length.
+        SteerError: an unknown layer or site, a share that is no number above 0, and a direction without
+            length.
     """
-    chosen = _layers(model, layers, site, positions)
+    chosen = _layers(model, layers, site, positions, share)
     context = context_length(model.config)
     cut = [ids[:context] for ids in tokenizer(prose(), verbose=False)["input_ids"]]
     rows = [Row(tuple(ids), len(ids)) for ids in cut]
@@ -134,7 +136,10 @@ def from_direction(
     return _artifact(model, tokenizer, vectors, source, share, site, positions, None)
 
 
-def _layers(model: PreTrainedModel, layers: str, site: str, positions: str) -> list[int]:
+def _layers(model: PreTrainedModel, layers: str, site: str, positions: str, share: float) -> list[int]:
+    """The layers that are asked for; SteerError for settings that cannot work, before any forward pass."""
+    if not 0 < share < float("inf"):
+        raise SteerError(f"share={share!r} is not a number above 0; 0.1 is a tenth of the stream's length")
     config = SteeringConfig(layers=layers, site=site, positions=positions)  # refuses what is unknown
     return config.resolve_layers(find_decoder(model).num_hidden_layers)
 

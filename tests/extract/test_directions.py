@@ -206,6 +206,16 @@ def test_what_cannot_work_is_refused(
     assert expected in message(error)
 
 
+def test_a_share_is_checked_before_any_forward_pass(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    passes: list[Any] = []
+    tiny_llama.model.register_forward_pre_hook(lambda module, args: passes.append(args))
+    with pytest.raises(SteerError, match="not a number above 0"):
+        from_contrast(tiny_llama, tiny_tokenizer, Contrast(texts(seed=1), texts(seed=2)), share=-1)
+    with pytest.raises(SteerError, match="not a number above 0"):
+        from_direction(tiny_llama, tiny_tokenizer, torch.ones(32), {"from": "ones"}, share=float("inf"))
+    assert not passes
+
+
 def test_texts_that_give_no_direction_are_refused(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     for method in ("mean", "pca"):
         same = Contrast(texts(seed=1), texts(seed=1), [(0, 0), (1, 1)])
