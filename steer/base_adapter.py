@@ -18,7 +18,7 @@ from filelock import FileLock
 from steer.config import SteeringConfig
 from steer.errors import SteerError, one_line
 from steer.identity import MERGED
-from steer.models import load_model, load_tokenizer, model_source
+from steer.models import load_model, load_tokenizer, model_source, skeleton
 from steer.quantization import quantization_method
 from steer.weights import cache_dir
 
@@ -125,12 +125,12 @@ def _merge(
     except ImportError as error:
         raise SteerError("base_adapter needs peft; pip install peft") from error
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = load_model(name, **options)
-    if method := quantization_method(model.config):
+    if method := quantization_method(skeleton(name, **options).config):  # before all weights are loaded
         raise SteerError(
             f"base_adapter: {name!r} is quantised ({method}); merging would round its weights again: give "
             "the model that is not quantised, and load_in_4bit or load_in_8bit beside base_adapter"
         )
+    model = load_model(name, **options)
     try:
         merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
     except Exception as error:  # peft raises many kinds: other shapes, methods that do not merge

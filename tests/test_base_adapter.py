@@ -101,6 +101,16 @@ def test_what_cannot_be_merged_is_one_line(places: tuple[str, str], tmp_path: Pa
     assert not [p for p in (tmp_path / "cache" / "merged").iterdir() if p.is_dir()], "nothing half made"
 
 
+def test_a_quantised_base_is_refused_before_its_weights_are_loaded(
+    places: tuple[str, str], tmp_path: Path, build_tiny
+) -> None:
+    config = build_tiny("llama").config
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path / "config alone")
+    with pytest.raises(SteerError, match=r"is quantised \(bitsandbytes\)"):
+        merged_base(str(tmp_path / "config alone"), places[1])
+
+
 def test_quantization_needs_its_library(places: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for option in ("load_in_4bit", "load_in_8bit"):

@@ -28,7 +28,8 @@ from steer.errors import SteerError
 from steer.export.architecture import bias_place, check_everywhere, check_same_logits
 from steer.export.transformers4 import add_names
 from steer.identity import MERGED
-from steer.models import load_model, load_tokenizer
+from steer.models import load_model, load_tokenizer, skeleton
+from steer.quantization import quantization_method
 from steer.sites import Decoder, find_decoder, find_down_projections
 from steer.vectors import detach, load
 
@@ -71,14 +72,15 @@ def write(
     place = bias_place(made, "a plain checkpoint") if made.kind != "adaptive" else None
     model_name, revision = artifact_base(made, model_name, revision, base_adapter, trust_remote_code)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model: Any = load_model(model_name, dtype="auto", **common)
-    if getattr(model, "quantization_method", None) is not None:
+    config = skeleton(model_name, **common).config  # before all weights are loaded
+    if quantization_method(config) is not None:
         raise SteerError(f"{model_name} is quantised; write the checkpoint from its unquantised weights")
-    if getattr(model.config, "vision_config", None) is not None:
+    if getattr(config, "vision_config", None) is not None:
         raise SteerError(
             f"{model_name} is a vision-language model, and plain checkpoints hold text models; export "
             "a PEFT adapter, or use steer.load"
         )
+    model: Any = load_model(model_name, dtype="auto", **common)
     vectors = load(artifact, model)  # refuses vectors of another shape, warns of other weights
     steered = _logits(model)
     with vectors.disabled():

@@ -316,3 +316,14 @@ def test_vllm_alone_generates_what_we_do(build_tiny, tmp_path, case):
     assert chosen == ours[:, ids.shape[1] :].tolist()
     assert torch.tensor(values) == pytest.approx(picked, abs=1e-4)  # float32, another attention kernel
     assert not torch.equal(base, ours)
+
+
+def test_a_quantised_model_is_refused_before_its_weights_are_loaded(
+    build_tiny: Build, tmp_path: Path
+) -> None:
+    model = build_tiny("llama")
+    made = random_artifact(model)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    model.config.save_pretrained(tmp_path / "config alone")
+    with pytest.raises(SteerError, match="is quantised; write the checkpoint from its unquantised weights"):
+        checkpoint.write(made, str(tmp_path / "config alone"), tmp_path / "out")
