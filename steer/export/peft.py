@@ -130,10 +130,15 @@ def read(folder: str | os.PathLike[str], model: nn.Module) -> Artifact:
     known = layer_names(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
     own = [known.mlp] if adapter["peft_type"] == "LORA" else [known.mlp, known.attention]
     wanted = [place for place in own if place is not None]
+    if not wanted:
+        raise SteerError(
+            f"{folder}: a LoRA, which would be adaptive vectors on the MLP's last matrix, but the MLP of "
+            "this model is a mixture of experts without one last matrix: no adaptive vectors can be imported"
+        )
     if len(places) != 1 or not places <= set(wanted):
         raise SteerError(
             f"{folder}: the adapter stands at {shown(sorted(places))}; steering vectors stand at "
-            f"{' or at '.join(wanted) or 'no matrix of this model'}, not at both"
+            f"{' or at '.join(wanted)}, not at both"
         )
     if adapter["peft_type"] == "LORA":
         made = _adaptive(parts, float(adapter["lora_alpha"]), model, folder)

@@ -283,6 +283,14 @@ def test_adapters_that_are_no_steering_vectors_are_refused(build_tiny, tmp_path,
     assert all(word in message(error) for word in words)
 
 
+def test_a_lora_of_a_mixture_of_experts_is_refused(build_tiny, tmp_path):
+    model = build_tiny("qwen3_moe")
+    get_peft_model(model, LoraConfig(r=1, target_modules=["o_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(SteerError, match="mixture of experts without one last matrix") as error:
+        peft.read(tmp_path, build_tiny("qwen3_moe"))
+    assert "no adaptive vectors can be imported" in message(error)
+
+
 # --- what cannot be written
 
 
