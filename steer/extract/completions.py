@@ -25,7 +25,6 @@ from steer.tasks.data import has_own_columns, load_problems
 from steer.tasks.prompts import Question, format_prompt, prompt_ids, question
 
 STAGES = ("before", "longer", "elicited", "after", "training")
-RUN_FILE = "run.json"
 
 
 class Answer(NamedTuple):
@@ -84,14 +83,14 @@ def read_completions(
 def run_settings(folder: Path) -> dict[str, Any]:
     """`run.json` of a run of `steer train`, `steer sweep` (also from a member's folder) or `steer eval`."""
     home = folder.parent.parent if folder.parent.name == "members" else folder
-    path = home / RUN_FILE
+    path = home / store.RUN_FILE
     if not path.is_file():
-        raise SteerError(f"no run in {folder}: there is no {RUN_FILE}; give the folder of a run")
+        raise SteerError(f"no run in {folder}: there is no {store.RUN_FILE}; give the folder of a run")
     settings = read_json(path)
-    known = isinstance(settings, dict) and (
-        {"variants", "benchmarks"} <= set(settings) or {"run", "training"} <= set(settings)
-    )
-    if not known:
+    parts = set(settings) if isinstance(settings, dict) else set()
+    if "variants" in parts:
+        return store.read_settings(home)
+    if not {"run", "training"} <= parts:
         raise SteerError(f"{path} is of no run of `steer train` or `steer eval`; give the folder of one")
     return settings
 

@@ -198,10 +198,15 @@ def test_runs_that_give_no_contrast(trained: Path, evaluated: Path, tmp_path: Pa
     (tmp_path / "run.json").write_text((trained / "run.json").read_text())
     samples = [{**s, "correct": False} for s in read_json(trained / "samples_before.json")]
     (tmp_path / "samples_after.json").write_text(json.dumps(samples))
+    for name, settings in (("cut", {"variants": {}, "benchmarks": {}}), ("other", {"run": {}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(settings))
     for folder, options, expected in (
         (tmp_path, {}, "0 answers are right and 12 wrong"),
         (tmp_path, {"stage": "training"}, "no tables of completions"),
         (tmp_path / "nothing", {}, "no run.json"),
+        (tmp_path / "cut", {}, "it is not what `steer eval` writes"),
+        (tmp_path / "other", {}, "is of no run of `steer train` or `steer eval`"),
         (evaluated / "run", {"variant": "lora"}, "no variant 'lora'; it has base"),
     ):
         with pytest.raises(SteerError) as error:
