@@ -110,7 +110,7 @@ class SteeringArguments:
             or not isinstance(self.scale, (int, float))
             or not abs(self.scale) <= sys.float_info.max  # whole numbers may be larger than any float
         ):
-            raise SteerError(f"scale={shown(self.scale)} is not a finite number")
+            raise SteerError(f"scale={shown(self.scale)} is not a finite number; give one such as 1.0")
         self.scale = float(self.scale)
         _check_count("rank", self.rank, None)
         if self.kind == "adaptive" and self.site != "resid_post":

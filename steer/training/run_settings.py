@@ -218,7 +218,7 @@ def _check_finite(part: Any) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise SteerError(
-                    f"{field.name}={value!r} is no finite number; give a finite number, or leave it out"
+                    f"{field.name}={value!r} is not a finite number; give a finite number, or leave it out"
                 )
 
 

@@ -159,7 +159,7 @@ def check_ranges(args: GRPOConfig) -> None:
                 continue
             if not math.isfinite(number):
                 raise SteerError(
-                    f"{f.name}={value!r} is no finite number; give a finite number, or leave it out"
+                    f"{f.name}={value!r} is not a finite number; give a finite number, or leave it out"
                 )
             if f.name in RANGES and not RANGES[f.name].holds(number):
                 hint = f": {HINTS[f.name]}" if f.name in HINTS else ""

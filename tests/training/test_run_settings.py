@@ -170,7 +170,5 @@ def test_a_revision_with_vllm_is_refused_unless_an_adapter_is_merged(tmp_path: P
 @pytest.mark.parametrize("setting", ["scale", "learning_rate"])
 def test_a_number_that_is_not_finite_is_refused_with_a_fix(tmp_path: Path, setting: str) -> None:
     words = ["--config", "demo", "--output_dir", str(tmp_path), f"--{setting}", "nan"]
-    with pytest.raises(
-        SteerError, match=f"^{setting}=nan is no finite number; give a finite number, or leave"
-    ):
+    with pytest.raises(SteerError, match=f"^{setting}=nan is not a finite number; give "):
         RunSettings.parse("grpo_steer", None, words)

@@ -72,8 +72,8 @@ def test_the_defaults_are_in_range_and_nothing_is_idle() -> None:
     ("changes", "named"),
     [
         ({"temperature": 0.0}, "temperature=0.0.*above 0: at 0 all samples"),
-        ({"temperature": math.nan}, "temperature=nan is no finite"),
-        ({"learning_rate": math.inf}, "learning_rate=inf is no finite"),
+        ({"temperature": math.nan}, "temperature=nan is not a finite"),
+        ({"learning_rate": math.inf}, "learning_rate=inf is not a finite"),
         ({"num_generations": 0}, "num_generations=0.*from 2"),
         ({"save_steps": math.inf}, "save_steps"),
         ({"top_p": 1.5}, "top_p=1.5.*above 0 to 1"),
