@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN_ENV := TOKENIZERS_PARALLELISM=false
+# Compiled modules are kept even where PYTHONDONTWRITEBYTECODE is set: each process would compile torch and transformers.
+RUN_ENV := TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
 .PHONY: demo control test lint models all-tests vllm engine-test gpu-wheels gpu-check wheel wheel-test docs interop \
 	exports clean
