@@ -42,7 +42,7 @@ def with_scores(config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> 
     made = config.provenance or {}
     if not any(made.get(name) for name in SCORES if name != MEASURED):
         return config
-    now = _checksum(config, tensors)
+    now = vectors_checksum(config, tensors)
     if made.get(MEASURED, now) == now:
         return replace(config, provenance={**made, MEASURED: now})
     log.warning(
@@ -66,7 +66,7 @@ def without_scores(made: Mapping[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in made.items() if name not in SCORES}
 
 
-def _checksum(config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> str:
+def vectors_checksum(config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> str:
     """16 hex digits of all that decides what the vectors add."""
     import torch
 

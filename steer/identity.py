@@ -70,6 +70,11 @@ def base_checksum(model: nn.Module) -> str | None:
         return digest.hexdigest()[:16]
 
 
+def has_other_weights(model: nn.Module, recorded: str | None) -> bool:
+    """Whether a file records another base checksum than the model's; False where one of them is unknown."""
+    return recorded is not None and (own := base_checksum(model)) is not None and own != recorded
+
+
 def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits from the vocabulary: which text each token id stands for."""
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())

@@ -24,7 +24,7 @@ from steer.artifact_tensors import directions_name, renamed
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hook
-from steer.identity import base_checksum, describe, tokenizer_checksum
+from steer.identity import describe, has_other_weights, tokenizer_checksum
 from steer.kinds import AdaptiveVector, SharedDirections, SharedVector, SteeringState, SteeringVector
 from steer.probe import verify
 from steer.prompt_watch import PromptWatch
@@ -345,14 +345,11 @@ def check_fits(saved: artifact.Artifact, model: nn.Module, name: str, tokenizer:
     if config.base_adapter:
         names[0] += f" with adapter {config.base_adapter} merged into it (--base-adapter)"
     tell = f"{name}: made for {names[0]}; this model ({names[1]}) has the same shape"
-    if _differ(config.base_checksum, base_checksum(model)):
+    if has_other_weights(model, config.base_checksum):
         warnings.warn(f"{tell} but other weights: measure what they do here", stacklevel=3)
-    if tokenizer is not None and _differ(config.tokenizer_checksum, tokenizer_checksum(tokenizer)):
+    vocabulary = config.tokenizer_checksum
+    if tokenizer is not None and vocabulary is not None and tokenizer_checksum(tokenizer) != vocabulary:
         warnings.warn(f"{tell} but another vocabulary: measure what they do here", stacklevel=3)
-
-
-def _differ(one: str | None, other: str | None) -> bool:
-    return one is not None and other is not None and one != other
 
 
 def _make(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steer.errors import SteerError, shown
 from steer.extract.activations import Activations
 from steer.final_norm import onto_stream
+from steer.identity import describe
 from steer.weights import public_name
 
 if TYPE_CHECKING:
@@ -129,11 +130,12 @@ def sae_direction(
         SteerError: an SAE of another model, layer, site or width; a feature that it does not have; no layer.
     """
     from steer.sae import load_sae
+    from steer.sae.activations import check_base
     from steer.sites import find_decoder
 
     sae, decoder = sae or load_sae(folder), find_decoder(model)
     source: Mapping[str, Any] = sae.cfg.source or {}
-    here, there = getattr(model.config, "name_or_path", None), source.get("model")
+    here, there = describe(model)["base_model_name_or_path"], source.get("model")
     if here and there and public_name(here) != public_name(there):
         raise SteerError(
             f"{folder} is an SAE of {there}, the model is {here}; give the model it was trained on"
@@ -142,6 +144,7 @@ def sae_direction(
         raise SteerError(
             f"{folder} is an SAE of width {sae.cfg.d_in}, the model's hidden size is {decoder.hidden_size}"
         )
+    check_base(source, model, str(folder))
     if not 0 <= feature < sae.cfg.d_sae:
         raise SteerError(f"{folder} has features 0 to {sae.cfg.d_sae - 1}, not {feature}")
     known = source.get("layer")

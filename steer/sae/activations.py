@@ -8,7 +8,8 @@ without computing what came before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from steer.artifact_scores import vectors_checksum
 from steer.compat import with_cache
 from steer.config import SITES
 from steer.errors import SteerError
 from steer.hooks import hooked
+from steer.identity import describe, has_other_weights
 from steer.places import find_places
 from steer.sites import find_decoder, input_device
 from steer.vectors import attached
@@ -82,9 +85,16 @@ class Reader:
         self._vectors = attached(model) if what != "as_is" else None
 
     def describe(self) -> dict[str, Any]:
-        """What an SAE records of its source."""
-        name = getattr(self.model.config, "name_or_path", "") or None
-        source = {"model": name, "layer": self.layer, "site": self.site, "what": self.what}
+        """
+        What an SAE records of its source: the base model, the layer and the site, and the checksum of the
+        vectors that change what is read.
+        """
+        base = describe(self.model)
+        source: dict[str, Any] = {"model": base["base_model_name_or_path"]}
+        source |= {name: base[name] for name in ("base_revision", "base_adapter", "base_checksum")}
+        if self.what != "base" and (vectors := self.model.__dict__.get("steering_vectors")):
+            source["vectors"] = vectors_checksum(vectors.config, vectors.tensors())
+        source |= {"layer": self.layer, "site": self.site, "what": self.what}
         # Caches of 0.1.0 hold what the attention adds there, and are not taken for the stream.
         return {**source, "reads": "stream"} if self.site == "resid_mid" else source
 
@@ -141,6 +151,20 @@ class Reader:
         finally:
             self.model.train(was_training)
         return taken[0]
+
+
+def check_base(source: Mapping[str, Any] | None, model: PreTrainedModel, name: str = "the SAE") -> None:
+    """Warn where `model` has other weights than the base model that an SAE records as its source."""
+    source = source or {}
+    if has_other_weights(model, source.get("base_checksum")):
+        adapter = source.get("base_adapter")
+        merged = f" with adapter {adapter} merged into it (--base-adapter)" if adapter else ""
+        warnings.warn(
+            f"{name}: trained on {source.get('model') or 'an unnamed model'}{merged}; this model "
+            f"({model.config.name_or_path or 'an unnamed model'}) has the same shape but other weights: "
+            "evaluate the SAE on it first",
+            stacklevel=3,
+        )
 
 
 class _Stop(Exception):

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from steer.errors import SteerError
-from steer.sae.activations import Window
+from steer.sae.activations import Window, check_base
 from steer.sae.intervene import changed
 from steer.sae.model import SAE, Active
 from steer.sae.sparse import Selection
@@ -140,6 +140,7 @@ def loss_recovered(
     decoder = find_decoder(model)
     if decoder.hidden_size != sae.cfg.d_in:
         raise SteerError(f"the SAE has d_in={sae.cfg.d_in}, the model hidden_size={decoder.hidden_size}")
+    check_base(sae.cfg.source, model)
     state: dict[str, Any] = {}
 
     def change(hidden: Tensor) -> Tensor:

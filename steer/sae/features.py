@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError
 from steer.final_norm import through_final_norm
-from steer.sae.activations import Reader, Window, read_all
+from steer.sae.activations import Reader, Window, check_base, read_all
 from steer.sae.model import SAE
 from steer.stats import benjamini_hochberg, difference_interval
 
@@ -100,6 +100,7 @@ def analyse(
     `read_completions` gives for them, where that is at hand. Raises SteerError unless there are right and
     wrong completions, with tokens.
     """
+    check_base(sae.cfg.source, reader.model)
     completions = [c for c in completions if c.ids]
     correct = torch.tensor([c.correct for c in completions], dtype=torch.bool)
     if not correct.any() or correct.all():

@@ -113,6 +113,8 @@ def card(config: SAEConfig, name: str = PLACE) -> str:
     base = source.get("model")
     rows = {
         "base model": base and f"`{base}`",
+        "base revision": source.get("base_revision") and f"`{source['base_revision']}`",
+        "base adapter": source.get("base_adapter") and f"`{source['base_adapter']}`, merged",
         "activations": "site" in source and f"`{source['site']}` of layer {source.get('layer')}",
         "size": f"{config.d_sae:,} features for activations of {config.d_in:,} numbers",
         "variant": f"{config.encoder} encoder, {config.activation}, k={config.k}",

@@ -24,7 +24,7 @@ from steer.artifact_tensors import expected_names
 from steer.base_adapter import artifact_base
 from steer.config import SteeringConfig
 from steer.errors import SteerError
-from steer.identity import base_checksum, describe, tokenizer_checksum
+from steer.identity import describe, has_other_weights, tokenizer_checksum
 from steer.sites import find_decoder, find_down_projections, find_sites
 from steer.transfer.activations import Side, read_texts
 from steer.transfer.fit import Fitted, fit, match_by_cka
@@ -113,7 +113,7 @@ def transfer(
                 f"({config.model_type}, {config.num_hidden_layers} layers, hidden size "
                 f"{config.hidden_size}), not for {its_name}; give the model it was trained in"
             )
-        if None not in (own := {source.config.base_checksum, base_checksum(giver)}) and len(own) > 1:
+        if has_other_weights(giver, source.config.base_checksum):
             notes.append("the donor given has other weights than the model that the vectors were made for")
         sides = (
             Side(giver, find_decoder(giver), donor_tokenizer or _tokenizer(giver, trust_remote_code)),

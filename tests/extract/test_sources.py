@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from steer.cli import main
 from steer.evaluation import run as evals_run
 from steer.extract import read_completions, read_contrast, sae_direction
 from steer.files import read_json
+from steer.identity import base_checksum
 from steer.prompt import PromptSpec
 from steer.sae import SAE, SAEConfig
 from steer.tasks.prompts import format_prompt
@@ -234,6 +236,30 @@ def test_a_feature_of_an_sae(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: An
     torch.testing.assert_close(vector / vector.norm(), sae.W_dec[5].detach(), rtol=1e-5, atol=1e-6)
     # a feature's activation is a length in the stream, which the vector's own length is a share of
     assert made.config.provenance["extract"]["from"].startswith("feature 5 of the SAE")
+
+
+def test_an_sae_is_extracted_for_the_weights_that_it_was_trained_on(
+    tmp_path: Path, tiny_llama: Any, build_tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = make_sae(tmp_path / "sae", layer=1, base_checksum=base_checksum(tiny_llama))
+    with warnings.catch_warnings(action="error"):
+        sae_direction(tmp_path / "sae", 5, tiny_llama, sae=sae)
+    with pytest.warns(UserWarning, match=r"sae: trained on .*but other weights"):
+        sae_direction(tmp_path / "sae", 5, build_tiny("llama", seed=1), sae=sae)
+
+    asked: list[Any] = []
+
+    def source(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return str(model_folder(tmp_path / "model", tiny_llama, tiny_tokenizer)), None
+
+    monkeypatch.setattr("steer.base_adapter.base_source", source)
+    make_sae(
+        tmp_path / "merged", model=str(tmp_path / "model"), layer=1, base_revision="v2", base_adapter="lora"
+    )
+    argv = ["extract", "sae", str(tmp_path / "merged"), "--feature", "5", "--out", str(tmp_path / "v")]
+    assert main(argv) == 0
+    assert asked == [(str(tmp_path / "model"), "lora", "v2", False)]
 
 
 def test_saes_that_do_not_fit(tmp_path: Path, tiny_llama: Any) -> None:

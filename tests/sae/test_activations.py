@@ -12,6 +12,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 import steer
 from steer.errors import SteerError
 from steer.hooks import hooked
+from steer.identity import MERGED, base_checksum
 from steer.sae.activations import ActivationStream, Reader, Window, read_all, windows
 from steer.sae.cache import CachedActivations, write_cache
 from steer.sae.intervene import changed, shifted
@@ -128,6 +129,24 @@ def test_base_and_difference_of_a_steered_model(tiny_llama, tiny_tokenizer):
     assert (steered - base).norm() > 1
 
 
+def test_the_source_names_the_base_model_and_the_vectors(tiny_llama, build_tiny):
+    tiny_llama.config.name_or_path = "mine"
+    plain = Reader(tiny_llama, 2).describe()
+    assert plain["model"] == "mine" and plain["base_checksum"] == base_checksum(tiny_llama)
+    assert Reader(build_tiny("llama", seed=1), 2).describe()["base_checksum"] != plain["base_checksum"]
+    vectors = fill(steer.attach(tiny_llama))
+    first = Reader(tiny_llama, 2).describe()
+    assert first == {**plain, "vectors": first["vectors"]}
+    assert Reader(tiny_llama, 2, what="base").describe() == {**plain, "what": "base"}
+    vectors.set_tensors({name: 2 * tensor for name, tensor in vectors.tensors().items()})
+    assert Reader(tiny_llama, 2).describe()["vectors"] != first["vectors"]
+    merged = {"base": "hub/base", "revision": "v2", "adapter": "lora", "checksum": "0"}
+    setattr(tiny_llama.config, MERGED, merged)
+    found = Reader(tiny_llama, 2).describe()
+    assert [found[name] for name in ("model", "base_revision", "base_adapter")] == ["hub/base", "v2", "lora"]
+    assert found["base_checksum"] != plain["base_checksum"]
+
+
 def test_the_model_is_left_as_it_was(tiny_llama, tiny_tokenizer):
     tiny_llama.train()
     read_all(Reader(tiny_llama, 1), plain_windows(tiny_tokenizer)[:2])
@@ -240,6 +259,18 @@ def test_a_cache_stops_at_the_tokens_asked_for(stream, tmp_path):
     with pytest.raises(SteerError) as error:
         write_cache(stream(), tmp_path, tokens=444)
     assert "another asked: 233, now 444" in message(error)
+
+
+def test_a_cache_of_other_weights_or_vectors_is_not_reused(tiny_llama, build_tiny, tiny_tokenizer, tmp_path):
+    def store(model):
+        return write_cache(ActivationStream(Reader(model, 1), TEXTS, tiny_tokenizer, 16), tmp_path, tokens=8)
+
+    store(tiny_llama)
+    steered = build_tiny("llama")
+    fill(steer.attach(steered))
+    for other in (build_tiny("llama", seed=1), steered):
+        with pytest.raises(SteerError, match="another source"):
+            store(other)
 
 
 def test_bad_caches_are_refused(stream, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from helpers.steering import message
@@ -9,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from steer.errors import SteerError
 from steer.sae import SAE, SAEConfig
-from steer.sae.activations import Window
+from steer.sae.activations import Reader, Window
 from steer.sae.evaluate import loss_recovered, nearest_cosines, quality, reconstruct
 from steer.sae.letters import Words, absorption
 
@@ -114,6 +116,15 @@ def test_loss_recovered_refuses_another_width(tiny_llama):
     with pytest.raises(SteerError) as error:
         loss_recovered(SAE(SAEConfig(33, 64, 6)), tiny_llama, windows(), 1)
     assert "d_in=33, the model hidden_size=32" in message(error)
+
+
+def test_other_weights_than_those_trained_on_are_told(tiny_llama, build_tiny):
+    source = {**Reader(tiny_llama, 1).describe(), "model": "base", "base_adapter": "lora"}
+    sae = SAE(SAEConfig(32, 64, 6, source=source), seed=1)
+    with warnings.catch_warnings(action="error"):
+        loss_recovered(sae, tiny_llama, windows(), 1)
+    with pytest.warns(UserWarning, match=r"trained on base with adapter lora .*but other weights"):
+        loss_recovered(sae, build_tiny("llama", seed=1), windows(), 1)
 
 
 def test_nearest_cosines():
