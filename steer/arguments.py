@@ -13,9 +13,14 @@ from typing import Any
 
 class Help(argparse.RawDescriptionHelpFormatter):
     """
-    Help with the default of every option that takes a value, unless its text names one already. Keeps the
-    line breaks of the description, and takes help texts as they are: '%' formats nothing.
+    Help with the default of every option that takes a value, unless its text names one already. Descriptions
+    and examples with line breaks or an indent are kept as they are, others are wrapped. '%' formats nothing.
     """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text or text.startswith(" "):
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if not action.help or action.help is argparse.SUPPRESS:

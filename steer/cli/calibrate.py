@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict, replace
 
-from steer.arguments import add_base_options, finite
+from steer.arguments import Help, add_base_options, finite
 from steer.outputs import add_force, check_output, output
 
 ABOUT = """\
@@ -21,7 +21,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="find the scale at which vectors disturb neutral text as much as you allow",
         description=ABOUT,
         epilog="    steer calibrate cheerful --target-kl 0.05 --out cheerful-0.05",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("artifact", help="folder, .safetensors file or hub id")
     aim = parser.add_mutually_exclusive_group(required=True)

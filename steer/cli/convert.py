@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer.arguments import add_base_options, add_trust, count, finite
+from steer.arguments import Help, add_base_options, add_trust, count, finite
 from steer.errors import SteerError, one_line, shown
 from steer.outputs import add_force, check_output, output
 
@@ -47,7 +47,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser(
         "export",
         help="write an artifact in another tool's format",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         description="Formats:\n" + "\n".join(f"  {k:11} {text}" for k, (text, _) in TARGETS.items()),
     )
     export.add_argument("artifact", help="folder, .safetensors file or hub id")
@@ -74,7 +74,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     load = commands.add_parser(
         "import",
         help="make an artifact of another tool's file",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         description="Formats:\n" + "\n".join(f"  {k:11} {text}" for k, text in SOURCES.items()),
     )
     load.add_argument("source", help="file or folder")
@@ -95,7 +95,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     load.add_argument("--json", action="store_true", help="print JSON")
     load.set_defaults(run=_import)
 
-    transfer = commands.add_parser("transfer", help="bring vectors into another model")
+    transfer = commands.add_parser("transfer", help="bring vectors into another model", formatter_class=Help)
     transfer.add_argument("artifact", help="folder, .safetensors file or hub id")
     transfer.add_argument("--to", required=True, metavar="MODEL", help="the recipient: hub id, folder, ...")
     transfer.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from steer.arguments import add_base_options, count, finite, json_object, text, whole
+from steer.arguments import Help, add_base_options, count, finite, json_object, text, whole
 from steer.config import POSITIONS, SITES
 from steer.outputs import add_force, check_output, output
 
@@ -46,17 +46,16 @@ HELP = {
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add `extract` and its sources. Nothing heavy is imported before one runs."""
-    raw = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser(
         "extract", help="make vectors without training: from texts, answers, an SAE, a token",
-        description=ABOUT, formatter_class=raw,
+        description=ABOUT, formatter_class=Help,
     )  # fmt: skip
     sources = parser.add_subparsers(required=True, metavar="SOURCE")
 
     def source(name: str, given: str, about: str, layers: str | None, run: Any) -> argparse.ArgumentParser:
         short, long, example = HELP[name]
         one = sources.add_parser(
-            name, help=short, description=long, epilog=f"    {example}", formatter_class=raw
+            name, help=short, description=long, epilog=f"    {example}", formatter_class=Help
         )
         one.add_argument(given, type=text, help=about)
         told = {"pairs": True, "token": True}.get(name, False)
@@ -67,30 +66,28 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             + ("" if told else "; default: the one that it is of"),
         )
         add_base_options(one)
-        one.add_argument("--dtype", default="auto", help="precision of the base model (default: auto)")
+        one.add_argument("--dtype", default="auto", help="precision of the base model")
         one.add_argument(
             "--layers",
             default=layers,
             help="layers that get a vector: all, last, an index, a range 4-20, a comma list "
-            + (f"(default: {layers})" if layers else "(default: the SAE's)"),
+            + ("" if layers else "(default: the SAE's)"),
         )
         one.add_argument(
             "--site",
             choices=SITES,
             default=None if name == "sae" else "resid_post",
-            help="where in the layer (default: " + ("the SAE's)" if name == "sae" else "resid_post)"),
+            help="where in the layer" + (" (default: the SAE's)" if name == "sae" else ""),
         )
-        one.add_argument(
-            "--positions", choices=POSITIONS, default="all", help="which tokens are steered (default: all)"
-        )
+        one.add_argument("--positions", choices=POSITIONS, default="all", help="which tokens are steered")
         one.add_argument(
             "--share",
             type=finite,
             default=0.1,
             help="length of all vectors together, as a share of the residual stream's mean length; each of n "
-            "layers gets share / n (default: 0.1)",
+            "layers gets share / n",
         )
-        one.add_argument("--batch-size", type=count, default=16, help="texts in a forward pass (default: 16)")
+        one.add_argument("--batch-size", type=count, default=16, help="texts in a forward pass")
         one.add_argument("--out", required=True, help="folder of the artifact")
         add_force(one)
         one.set_defaults(run=run)
@@ -108,18 +105,18 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--stage",
         choices=("before", "longer", "elicited", "after", "training"),
         default="after",
-        help="of `steer train`: whose answers; training = those of the updates (default: after)",
+        help="of `steer train`: whose answers; training = those of the updates",
     )
-    answers.add_argument("--variant", default="base", help="of `steer eval`: whose answers (default: base)")
+    answers.add_argument("--variant", default="base", help="of `steer eval`: whose answers")
     for one in (pairs, answers):
         one.add_argument(
             "--method", choices=("mean", "pca"), default="mean", help="mean difference, or first principal "
-            "component of the differences of paired texts (default: mean)",
+            "component of the differences of paired texts",
         )  # fmt: skip
         one.add_argument(
             "--tokens", choices=("last", "all", "completion"), default="last",
             help="tokens whose activations are read: the last of each text, all but the first, or those "
-            "after the prompt (default: last)",
+            "after the prompt",
         )  # fmt: skip
     sae = source("sae", "folder", "folder of an SAE, in any format of `steer sae`", None, _sae)
     sae.add_argument("--feature", type=whole, required=True, help="index of the feature")
@@ -178,16 +175,20 @@ def _sae(args: argparse.Namespace) -> None:
     from steer.sites import find_decoder
 
     sae = load_sae(args.folder)
-    name = args.model or (sae.cfg.source or {}).get("model")
+    source: dict[str, Any] = sae.cfg.source or {}
+    name = args.model or source.get("model")
+    if not args.model:
+        args.revision = args.revision or source.get("base_revision")
+        args.base_adapter = args.base_adapter or source.get("base_adapter")
     if not name:
         raise SteerError(f"{args.folder} does not say which model it is of; give --model")
     model, tokenizer = _load(args, name, args.folder)
     layers = None
     if args.layers is not None:
         layers = SteeringConfig(layers=args.layers).resolve_layers(find_decoder(model).num_hidden_layers)
-    direction, layer, site, source = sae_direction(args.folder, args.feature, model, layers, args.site, sae)
+    direction, layer, site, told = sae_direction(args.folder, args.feature, model, layers, args.site, sae)
     made = from_direction(
-        model, tokenizer, direction, source,
+        model, tokenizer, direction, told,
         layers=str(layer), site=site, share=args.share, positions=args.positions, batch_size=args.batch_size,
     )  # fmt: skip
     _write(args, made, args.folder, f"feature {args.feature} of {args.folder}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 
-from steer.arguments import add_base_options, add_prompt_arguments, count, finite, text
+from steer.arguments import Help, add_base_options, add_prompt_arguments, count, finite, text
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser(
-        "generate", help="answer a prompt with and without the vectors, side by side"
+        "generate", help="answer a prompt with and without the vectors, side by side", formatter_class=Help
     )
     generate.add_argument("model", help="hub id, local folder, .gguf file or the name of bundled weights")
     generate.add_argument("--vectors", required=True, help="folder, .safetensors file or hub id")

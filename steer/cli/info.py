@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steer import artifact
+from steer.arguments import Help
 from steer.artifact import Artifact
 from steer.artifact_scores import MEASURED
 from steer.card import is_score, relevant
@@ -32,7 +33,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     diff.set_defaults(run=_diff)
 
     card = commands.add_parser(
-        "card", help="write an artifact's model card again, with the scores of controls"
+        "card", help="write an artifact's model card again, with the scores of controls", formatter_class=Help
     )
     card.add_argument("artifact", help="folder")
     card.add_argument(

@@ -9,6 +9,7 @@ import argparse
 from typing import Any
 
 from steer.arguments import (
+    Help,
     add_base_options,
     add_prompt_arguments,
     add_trust,
@@ -109,13 +110,12 @@ HELP = {
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add `lens` and its commands to the `steer` parser. Nothing heavy is imported before one runs."""
-    raw = argparse.RawDescriptionHelpFormatter
     lens = commands.add_parser(
         "lens",
         help="what vectors do: logit lens, token shift, path patching, ... report",
         description=ABOUT,
         epilog=CLOSING,
-        formatter_class=raw,
+        formatter_class=Help,
     )
     kinds = lens.add_subparsers(required=True, metavar="ANALYSIS")
 
@@ -211,19 +211,10 @@ def _parser(kinds: Any, name: str) -> argparse.ArgumentParser:
         help=about,
         description=description,
         epilog=f"example:\n    {example}",
-        formatter_class=_Help,
+        formatter_class=Help,
     )
     parser.set_defaults(run=_run, analysis=name)
     return parser
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions are wrapped, examples are left as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith("example:"):
-            return super()._fill_text(text, width, indent)
-        return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
 
 def _command(

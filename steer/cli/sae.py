@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from steer.arguments import Help
 from steer.cli.programs import PROGRAMS
 from steer.outputs import add_force, output
 
@@ -18,13 +19,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     info = actions.add_parser("info", help="what a folder holds: format, shape, cost, source")
     info.add_argument("folder", help="folder of an SAE: steer, saelens, sparsify or dictionary_learning")
     info.set_defaults(run=_info)
-    convert = actions.add_parser("convert", help="write an SAE in another format")
+    convert = actions.add_parser("convert", help="write an SAE in another format", formatter_class=Help)
     convert.add_argument("folder", help="folder of an SAE, in any of the formats")
     convert.add_argument("target", help="folder to write")
     convert.add_argument(
         "--format",
         default="saelens",
-        help="steer, saelens, sparsify or dictionary_learning (default: saelens)",
+        help="steer, saelens, sparsify or dictionary_learning",
     )
     add_force(convert)
     convert.set_defaults(run=_convert)

@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-from steer.arguments import add_base_options
+from steer.arguments import Help, add_base_options
 from steer.errors import SteerError
 from steer.extras import require
 
@@ -20,6 +20,7 @@ _VECTORS = re.compile(r"((?P<name>[A-Za-z0-9][\w.-]*)=)?(?P<artifact>.+?)(@(?P<s
 def add_commands(commands: argparse._SubParsersAction) -> None:
     serve = commands.add_parser(
         "serve",
+        formatter_class=Help,
         help="serve a model with vectors, chosen by each request, over OpenAI's HTTP API (vLLM)",
         description="Starts `vllm serve MODEL`; options that are not listed here go to it (--port, --dtype, "
         "--tensor-parallel-size, ...). A request names its vectors in `model`: `math`, or `math@0.5` for "

@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from steer.arguments import Help
 from steer.errors import SteerError
 from steer.evaluation.collect import Collection, Row, collect
 from steer.evaluation.store import GREEDY
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="steer browse",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("runs", nargs="+", help="folders that `steer eval` wrote")
     parser.add_argument("--methods", nargs="+", help="whose answers to show (default: all)")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from steer import artifact
+from steer.arguments import Help
 from steer.errors import SteerError
 from steer.evaluation import scores
 from steer.evaluation.plots import COLOURS
@@ -348,9 +349,7 @@ def compose_pairs(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("folder", type=Path, help="folder of a run of `steer sweep`")
     parser.add_argument("--title", help="of the table and the plot (default: as it was)")
     args = parser.parse_args()

@@ -253,6 +253,14 @@ def wrong(name: str, values: Iterator[tuple[argparse.Action, str]], capsys: Any)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_default(name: str) -> None:
+    parser = COMMANDS[name][1]
+    optional = [a for a in parser._actions if a.option_strings and a.nargs != 0 and not a.required]
+    told = parser.format_help()
+    assert len(re.findall(r"\bdefault:", told)) >= len([a for a in optional if a.help != argparse.SUPPRESS])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_arguments_that_work(name: str, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, line = call(words(name), capsys)
     assert (code, line) == (1, f"error: {REFUSE[name]}") if name in REFUSE else code == 0, line
