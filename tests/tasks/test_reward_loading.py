@@ -130,9 +130,10 @@ def test_a_wrong_number_of_rewards_names_the_function(place: Path) -> None:
 
 
 def test_processes_that_a_reward_starts_find_its_file(place: Path) -> None:
+    before = set(multiprocessing.active_children())  # workers of graders in other tests
     (function,) = load("own_rewards.py:parallel")
     assert call(function, ["abc"]) == [3.0]
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_the_length_penalty_has_a_name() -> None:
