@@ -10,6 +10,7 @@ from typing import Any
 from steer.artifact_scores import SCORES
 from steer.config import SteeringConfig
 from steer.hub import is_hub_id
+from steer.tasks.data import heldout_source
 from steer.tasks.elicited import STAGES, stages
 from steer.weights import public_name
 
@@ -185,9 +186,9 @@ def relevant(part: str, values: dict[str, Any]) -> dict[str, Any]:
     idle: set[str] = set()
     if part == "run":
         train = values.get("train_data")
-        held_out = values.get("eval_data") or ("arithmetic" if train == "arithmetic" else "none")
+        held_out = heldout_source(train, values.get("eval_data"))
         idle |= set() if "arithmetic" in (train, held_out) else _GENERATED
-        idle |= _HELD_OUT if held_out == "none" else set()
+        idle |= _HELD_OUT if held_out is None else set()
         for name, source in (("train_split", train), ("eval_split", held_out)):
             if source == "arithmetic" or str(source).endswith((".jsonl", ".parquet")):
                 idle.add(name)

@@ -21,7 +21,7 @@ from steer.extract.rows import Row
 from steer.files import read_json
 from steer.prompt import PromptSpec
 from steer.tasks.columns import parse_columns
-from steer.tasks.data import has_own_columns, load_problems
+from steer.tasks.data import has_own_columns, heldout_source, load_problems
 from steer.tasks.prompts import Question, format_prompt, prompt_ids, question
 
 STAGES = ("before", "longer", "elicited", "after", "training")
@@ -156,8 +156,8 @@ def _answered(
 
 def _questions(run: Mapping[str, Any]) -> dict[str, Question]:
     """What held-out problems of the user's own data ask, by their text: some are chats."""
-    source = run.get("eval_data") or run["train_data"]
-    if source == "none" or not has_own_columns(source):
+    source = heldout_source(run["train_data"], run.get("eval_data"))
+    if source is None or not has_own_columns(source):
         return {}
     own = run.get("eval_columns") or run.get("columns")
     problems = load_problems(source, run.get("eval_split", "test"), columns=parse_columns(own)).to_list()

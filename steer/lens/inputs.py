@@ -19,7 +19,7 @@ from steer.lens.subject import Row, Subject
 from steer.models import load_model, load_tokenizer
 from steer.prompt import PromptSpec, recorded
 from steer.tasks.arithmetic import Arithmetic
-from steer.tasks.data import load_problems
+from steer.tasks.data import heldout_source, load_problems
 from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import DEFAULT_PROMPT, choose_prompt
 
@@ -55,7 +55,7 @@ def answer_limit(args: argparse.Namespace, trained_vectors: artifact.Artifact) -
 def read_problems(args: argparse.Namespace, provenance: dict[str, Any] | None) -> Records:
     """`args.problems` problems; those of generated arithmetic are of the kind the vectors were trained on."""
     run = recorded(provenance, "run")
-    source = args.data or run.get("eval_data") or run.get("train_data")
+    source = args.data or heldout_source(run.get("train_data"), run.get("eval_data")) or run.get("train_data")
     if not source:
         raise SteerError("the artifact does not say what it was trained on; give --data, such as gsm8k")
     arithmetic = None

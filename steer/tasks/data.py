@@ -70,6 +70,15 @@ def has_own_columns(source: str) -> bool:
     return source != "arithmetic" and source not in _KNOWN
 
 
+def heldout_source(train_data: str | None, eval_data: str | None) -> str | None:
+    """
+    The source of a run's held-out problems by its settings: `eval_data`, or where that is not set those that
+    generated arithmetic keeps out of training. None when there are none.
+    """
+    source = eval_data or ("arithmetic" if train_data == "arithmetic" else "none")
+    return None if source == "none" else source
+
+
 def load_problems(
     source: str,
     split: str = "train",

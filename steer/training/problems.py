@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steer.errors import SteerError
 from steer.models import check_context, context_length
 from steer.tasks.columns import parse_columns
-from steer.tasks.data import has_own_columns, load_problems
+from steer.tasks.data import has_own_columns, heldout_source, load_problems
 from steer.tasks.prompts import Question, question
 from steer.training.run import RunConfig
 
@@ -35,8 +35,8 @@ def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
             arithmetic=run.arithmetic(run.generated_problems),
             columns=parse_columns(run.columns),
         )
-        source = run.eval_data or ("arithmetic" if run.train_data == "arithmetic" else "none")
-        if source == "none":
+        source = heldout_source(run.train_data, run.eval_data)
+        if source is None:
             return train, None
         split = "heldout" if source == "arithmetic" else run.eval_split
         columns = run.eval_columns or (run.columns if has_own_columns(source) else None)

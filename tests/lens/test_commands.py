@@ -17,6 +17,7 @@ from steer import SteerError
 from steer.artifact import write
 from steer.cli.lens import add_commands
 from steer.lens.findings import RULES
+from steer.lens.inputs import read_problems
 
 RUN = {
     "template": "plain",
@@ -143,3 +144,9 @@ def test_help_teaches_and_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert "steer lens patch my-vectors --layers 28 --solve" in done.stdout
+
+
+def test_a_run_without_held_out_problems_is_read_on_its_training_data() -> None:
+    run = {**RUN, "eval_data": "none"}
+    args = argparse.Namespace(data=None, problems=2, split="test")
+    assert len(read_problems(args, {"run": run})) == 2

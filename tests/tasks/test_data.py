@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SteerError
-from steer.tasks.data import load_problems
+from steer.tasks.data import heldout_source, load_problems
 
 REAL = SHARED / "data"
 
@@ -295,3 +295,21 @@ def test_golds_stay_as_the_file_writes_them(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(f'{{"problem": "p{i}", "answer": {g}}}\n' for i, g in enumerate(golds)))
     assert load_problems(str(path))["answer"] == [gold.strip('"') for gold in golds]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "expected"),
+    [
+        ("arithmetic", None, "arithmetic"),
+        ("arithmetic", "gsm8k", "gsm8k"),
+        ("arithmetic", "none", None),
+        ("mine.jsonl", None, None),
+        ("mine.jsonl", "none", None),
+        ("mine.jsonl", "arithmetic", "arithmetic"),
+        (None, None, None),
+    ],
+)
+def test_the_source_of_held_out_problems(
+    train: str | None, held_out: str | None, expected: str | None
+) -> None:
+    assert heldout_source(train, held_out) == expected
