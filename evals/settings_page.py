@@ -25,6 +25,7 @@ from steer.training.arguments import PopulationArguments, SweepArguments
 from steer.training.baselines import Baseline
 from steer.training.config import SteeringGRPOConfig
 from steer.training.run import RunConfig
+from steer.training.trainer_config import SteeringTrainerConfig
 
 TRL = "https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig"
 # What the text of a table cell may not hold as it is.
@@ -49,7 +50,8 @@ YAML file or the name of one of steer's, and `--launcher NAME` (see [Several mac
 def render() -> str:
     """The whole page, as Markdown."""
     inherited = {f.name: f for f in fields(GRPOConfig)}
-    named = [f for f in fields(SteeringGRPOConfig) if f.name in SteeringGRPOConfig.__annotations__]
+    own_names = {*SteeringTrainerConfig.__annotations__, *SteeringGRPOConfig.__annotations__}
+    named = [f for f in fields(SteeringGRPOConfig) if f.name in own_names]
     own = [f for f in named if f.name not in inherited]
     changed = [f for f in named if f.name in inherited and default(f) != default(inherited[f.name])]
     parts = [

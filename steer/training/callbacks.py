@@ -7,11 +7,29 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from steer.sharded import whole
 from steer.training.config import SteeringGRPOConfig
 from steer.vectors import SteeringVectors
+
+
+def watch(trainer: Trainer) -> None:
+    """Give a trainer of trl one progress line in place of transformers' output, and times in its log."""
+    for former in (PrinterCallback, ProgressCallback, ProgressBar, Seconds):
+        trainer.remove_callback(former)
+    if (metrics := getattr(trainer, "_metrics", None)) is not None:
+        trainer.add_callback(Seconds(metrics["train"]))
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(ProgressBar())
 
 
 class VectorLog(TrainerCallback):
@@ -75,7 +93,10 @@ class Seconds(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One line: updates done and to go, reward, accuracy, generated tokens per second."""
+    """
+    One line: updates done and to go, reward, accuracy and generated tokens per second; of supervised training
+    the loss and the accuracy on its tokens.
+    """
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -97,9 +118,16 @@ class ProgressBar(TrainerCallback):
         **kwargs: object,
     ) -> None:
         now = time.perf_counter()
-        if self.bar is None or not logs or logs.get("reward") is None:
+        if self.bar is None or not logs:
             return
         steps = state.global_step - self.bar.n
+        if logs.get("reward") is None:
+            if logs.get("loss") is not None:
+                found = {"loss": logs["loss"], "token accuracy": logs.get("mean_token_accuracy")}
+                texts = {name: f"{value:.3f}" for name, value in found.items() if value is not None}
+                self.bar.set_postfix(texts, refresh=False)
+                self.bar.update(steps)
+            return
         shown = {"reward": f"{logs['reward']:.2f}"}
         if logs.get("accuracy") is not None:
             shown["accuracy"] = f"{logs['accuracy']:.2f}"

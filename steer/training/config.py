@@ -5,15 +5,15 @@ have.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl import GRPOConfig
 
 from steer.engine.logprobs import logprobs_mode
 from steer.errors import SteerError
-from steer.training.settings import check, check_ranges
+from steer.training.settings import IGNORED_BY_GRPO
+from steer.training.trainer_config import SteeringTrainerConfig
 
 ADVANTAGES = ("loo", "group")
 # The losses of trl by what they average over; `skip_zero_advantage` must know it of every one.
@@ -21,25 +21,15 @@ ROW_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 BATCH_TOKEN_LOSSES = ("bnpo",)
 STEP_TOKEN_LOSSES = ("dapo", "cispo", "vespo")
 LOSSES = ROW_LOSSES + BATCH_TOKEN_LOSSES + STEP_TOKEN_LOSSES
-# Settings that are mappings, and what one is like.
-_MAPPINGS = {
-    "chat_template_kwargs": "variables of the chat template, such as {enable_thinking: false}",
-    "generation_kwargs": "arguments of the sampler, such as {presence_penalty: 1.0}",
-    "lr_scheduler_kwargs": "arguments of the scheduler, such as {num_cycles: 1}",
-    "gradient_checkpointing_kwargs": "arguments of checkpointing, such as {use_reentrant: false}",
-}
 # Keys that `generation_kwargs` would take, for which there is a setting that the scores follow too.
 _SAMPLING = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
     **dict.fromkeys(("max_new_tokens", "max_tokens"), "max_completion_length"),
 }
-_RATE = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_PART = re.compile(rf"(\d+)(?:-(\d+))?:({_RATE})")
-_GEOMETRIC = re.compile(rf"geometric:({_RATE}):({_RATE})")
 
 
 @dataclass
-class SteeringGRPOConfig(GRPOConfig):
+class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[misc]  # bf16 is never None
     """
     All of trl's `GRPOConfig`. The defaults follow "Small Vectors, Big Effects" (arXiv 2509.06608):
     leave-one-out baseline, no division by the standard deviation, no KL term, one update a batch, token-level
@@ -48,19 +38,8 @@ class SteeringGRPOConfig(GRPOConfig):
     """
 
     _argument_group_name = "training"
+    ignored: ClassVar = IGNORED_BY_GRPO
 
-    learning_rate: float = field(
-        default=1e-3, metadata={"help": "Learning rate of every vector that `lr_by_layer` does not name."}
-    )
-    lr_by_layer: str | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rates of single layers: '0:0.003,3-7:0.007', or 'geometric:FIRST:LAST' "
-            "for equal ratios "
-            "from the first steered layer to the last. Late layers want rates up to 30 times those of "
-            "early ones."
-        },
-    )
     advantage: str = field(
         default="loo",
         metadata={
@@ -111,16 +90,6 @@ class SteeringGRPOConfig(GRPOConfig):
     per_device_train_batch_size: int = field(
         default=16, metadata={"help": "Samples in one forward and backward pass on each device."}
     )
-    max_grad_norm: float = field(
-        default=2.0, metadata={"help": "Clip the norm of all gradients together; 0 is off."}
-    )
-    lr_scheduler_type: str = field(
-        default="constant_with_warmup", metadata={"help": "Schedule of the learning rate."}
-    )
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Warm-up steps, or a share of all steps when below 1."}
-    )
-    logging_steps: float = field(default=1, metadata={"help": "Log every this many updates."})
     vllm_enforce_eager: bool | None = field(
         default=None,
         metadata={
@@ -140,25 +109,6 @@ class SteeringGRPOConfig(GRPOConfig):
         default=0.2,
         metadata={"help": "Stop the run where they are this far apart. null: never."},
     )
-    router_aux_loss_coef: float | None = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the load-balancing loss of a mixture of experts, whose router is frozen here; "
-            "null in a config: the model's own weight, as in trl."
-        },
-    )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "Recompute activations in the backward pass: less memory, more time."},
-    )
-    bf16: bool = field(
-        default=False,
-        metadata={"help": "Autocast to bfloat16. Not needed when the base model is loaded in bfloat16."},
-    )
-    disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bar."})
-    save_steps: float = field(default=10, metadata={"help": "Write a checkpoint every this many updates."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
-
     if TYPE_CHECKING:  # trl's `__post_init__` fills these in and reads JSON
         output_dir: str = field(default="trainer_output")
         generation_batch_size: int = field(default=1)
@@ -169,26 +119,18 @@ class SteeringGRPOConfig(GRPOConfig):
         model_init_kwargs: dict[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        self._name_checkpointing()
         try:
             super().__post_init__()
         except ValueError as error:
             if "divisible by num_generations" not in str(error):
                 raise
             raise SteerError(self._odd_groups()) from error
-        check(self)
         if self.loss_type not in LOSSES:
             raise SteerError(f"loss_type={self.loss_type!r} is unknown; choose one of {', '.join(LOSSES)}")
         if self.advantage not in ADVANTAGES:
             raise SteerError(
                 f"advantage={self.advantage!r} is unknown; choose one of {', '.join(ADVANTAGES)}"
             )
-        for name, example in _MAPPINGS.items():
-            if not isinstance(value := getattr(self, name), (dict, type(None))):
-                raise SteerError(
-                    f"{name}={value!r} is no mapping; give {example} (on the command line as JSON)"
-                )
         if self.advantage == "loo" and self.scale_rewards != "none":
             raise SteerError(
                 "advantage=loo does not divide by a standard deviation, but "
@@ -218,23 +160,6 @@ class SteeringGRPOConfig(GRPOConfig):
                 "vectors off; "
                 "set sync_ref_model=false"
             )
-        if self.lr_by_layer is not None:
-            self.lr_by_layer = str(self.lr_by_layer).replace(" ", "")
-            if geometric := _GEOMETRIC.fullmatch(self.lr_by_layer):
-                if not float(geometric[1]) or not float(geometric[2]):
-                    raise SteerError(
-                        f"lr_by_layer={self.lr_by_layer!r} starts or ends at zero, which has no ratio; "
-                        "give rates above zero"
-                    )
-            else:
-                for part in self.lr_by_layer.split(","):
-                    match = _PART.fullmatch(part)
-                    if not match or int(match[2] or match[1]) < int(match[1]):
-                        raise SteerError(
-                            f"lr_by_layer={self.lr_by_layer!r} is not readable at {part!r}; write "
-                            "'0:0.003,3-7:0.007' "
-                            "or 'geometric:0.003:0.1'"
-                        )
 
     def _odd_groups(self) -> str:
         """That the samples of a generation are no whole groups, in the settings that a user gives."""
@@ -255,43 +180,9 @@ class SteeringGRPOConfig(GRPOConfig):
             f"prompt; set {fix}per_device_train_batch_size={more}"
         )
 
-    def _name_checkpointing(self) -> None:
-        """
-        Give gradient checkpointing the name that later versions of transformers have for it too: they warn of
-        the old one, also where it is set by a default.
-        """
-        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-            new = old.replace("gradient", "activation")
-            if hasattr(self, new) and getattr(self, new) is None:
-                setattr(self, new, getattr(self, old))
-
     def sampled_tokens(self) -> int | None:
         """The most tokens that a process samples in all; None where the number of updates is not set."""
         if self.max_steps < 1:
             return None
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return self.max_steps * rows * self.max_completion_length // self.num_iterations
-
-    def layer_rates(self, layers: list[int], num_hidden_layers: int) -> dict[int | None, float]:
-        """
-        The learning rate of each of `layers`, by layer. One table may serve runs of single layers: a layer
-        of the model that is not steered may be named, one that the model (of `num_hidden_layers`) lacks
-        raises SteerError.
-        """
-        rates: dict[int | None, float] = dict.fromkeys(layers, self.learning_rate)
-        if self.lr_by_layer is None:
-            return rates
-        if geometric := _GEOMETRIC.fullmatch(self.lr_by_layer):
-            first, last = float(geometric[1]), float(geometric[2])
-            steps = max(len(layers) - 1, 1)
-            return {layer: first * (last / first) ** (i / steps) for i, layer in enumerate(layers)}
-        for part in self.lr_by_layer.split(","):
-            match = _PART.fullmatch(part)
-            assert match
-            for layer in range(int(match[1]), int(match[2] or match[1]) + 1):
-                if layer >= num_hidden_layers:
-                    raise SteerError(
-                        f"lr_by_layer names layer {layer}; the model has layers 0 to {num_hidden_layers - 1}"
-                    )
-                rates[layer] = float(match[3])
-        return {layer: rates[layer] for layer in layers}

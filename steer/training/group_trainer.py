@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel
 from trl.models import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import RewardFunc
 
@@ -32,7 +32,7 @@ from steer.stop_tokens import stop_token_ids
 from steer.tasks.prompts import prompt_ids
 from steer.tasks.rewards import guard
 from steer.training.batches import check_padding, check_text, loss_mask, placed, rows_of
-from steer.training.callbacks import ProgressBar, Seconds
+from steer.training.callbacks import watch
 from steer.training.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
 from steer.training.loading import already_loaded
 from steer.training.loss import group_advantages, importance_weights, total_rewards
@@ -99,11 +99,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
         self._set_stop_tokens()
         self.model_accepts_loss_kwargs: bool = False
         add_group_scoring(self.model, self.temperature)
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(Seconds(self._metrics["train"]))
-        if not args.disable_tqdm:
-            self.add_callback(ProgressBar())
+        watch(self)
 
     # ---- what is trained
 
@@ -117,12 +113,6 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
         prompts.
         """
         return nullcontext()
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the model is in shards: every process must run as many forward passes as the others."""
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     # ---- sampling
 
@@ -385,9 +375,6 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
         return (
             not self._entropy_bonus_enabled and not self.aux_loss_enabled and self.top_entropy_quantile == 1.0
         )
-
-    def create_model_card(self, *args: object, **kwargs: object) -> None:
-        """Nothing: trl's card tells its reader to load a whole model, which is not there."""
 
 
 _PLAIN_ARGUMENTS = ("batch_size", "compute_entropy", "compute_aux_loss")

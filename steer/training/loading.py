@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from steer.errors import SteerError
 from steer.models import load_model, load_tokenizer
 from steer.training import settings
-from steer.training.config import SteeringGRPOConfig
+from steer.training.trainer_config import SteeringTrainerConfig
 
 _OPTIONS = [name for name, p in inspect.signature(load_model).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
 
 def load_policy(
-    model: PreTrainedModel | str, args: SteeringGRPOConfig, kwargs: dict[str, Any], dtype: str = "auto"
+    model: PreTrainedModel | str, args: SteeringTrainerConfig, kwargs: dict[str, Any], dtype: str = "auto"
 ) -> PreTrainedModel:
     """
     The model that is trained.
@@ -71,7 +71,7 @@ def check_engine(model: nn.Module) -> None:
 
 
 @contextmanager
-def already_loaded(args: SteeringGRPOConfig, reward_funcs: Sequence[Any]) -> Iterator[None]:
+def already_loaded(args: SteeringTrainerConfig, reward_funcs: Sequence[Any]) -> Iterator[None]:
     """
     Inside, trl is not told of `model_init_kwargs`: it would warn that they are ignored. Reward models that
     are given by name are loaded with them, as in trl.

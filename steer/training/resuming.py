@@ -1,6 +1,6 @@
 """
-`ResumableGRPOTrainer`: trl's GRPOTrainer that resumes after a stop at any moment as if there had been none:
-with the same problems in the same order, the samples that were still to be used, and no step too many.
+Trainers that resume after a stop at any moment as if there had been none: with the same problems in the same
+order, the samples that were still to be used, and no step too many.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
@@ -18,7 +18,60 @@ from trl import GRPOTrainer
 from steer.errors import SteerError
 from steer.training.config import SteeringGRPOConfig
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # a mixin: it stands before a trainer of trl
+
 ROLLOUT_FILE = "rollouts.pt"
+
+
+class ResumableMixin(Trainer):
+    """
+    What every trainer of a run has, whichever of trl's it is: whole checkpoints, written in an order that
+    tells which are whole, and a resumed run that ends where the unbroken one does.
+    """
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is in shards: every process must run as many forward passes as the others."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # it had been stopped after its last update, or a callback knows that it had ended early
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_pending(self, folder: Path) -> None:
+        """Write what the coming updates depend on beside the optimizer; `folder` is the checkpoint's."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # What is pending is written first: the last file, trainer_state.json, marks a checkpoint whole.
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save_pending(folder)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            # torch's archive writer reports a full disk as a RuntimeError of its own
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            reason = getattr(error, "strerror", None) or "the disk did not take it all"
+            raise SteerError(
+                f"cannot write {folder}: {reason}; make room and start again, the run goes on from the "
+                "checkpoint before"
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # trainer_state.json comes next and marks the checkpoint whole, for every process
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
+        """Nothing: trl's card tells its reader to load a whole model, which is not there."""
 
 
 class _Shuffle(Sampler):
@@ -40,8 +93,8 @@ class _Shuffle(Sampler):
         return iter(self.sampler)
 
 
-class ResumableGRPOTrainer(GRPOTrainer):
-    """trl's trainer, with checkpoints that hold all that the coming updates depend on."""
+class ResumableGRPOTrainer(ResumableMixin, GRPOTrainer):
+    """trl's GRPOTrainer, with checkpoints that hold the samples that are still to be used."""
 
     args: SteeringGRPOConfig
     _buffered_inputs: list[dict[str, Any]] | None  # type: ignore[assignment]  # trl's is inferred from None
@@ -49,40 +102,14 @@ class ResumableGRPOTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return _Shuffle(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # it had been stopped after its last update, or a callback knows that it had ended early
-        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # The samples still to be used belong to the state when a generation feeds more than one update. They
-        # are written first: the last file of a checkpoint, trainer_state.json, marks it whole.
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+    def _save_pending(self, folder: Path) -> None:
+        # samples are still to be used when a generation feeds more than one update
         cycle = self.args.steps_per_generation * self.num_iterations
         pending = self._buffered_inputs if self._step % cycle else None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(
-                {"step": self._step, "buffer": pending},
-                folder / f"{self.accelerator.process_index}-{ROLLOUT_FILE}",
-            )
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            # torch's archive writer reports a full disk as a RuntimeError of its own
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
-            reason = getattr(error, "strerror", None) or "the disk did not take it all"
-            raise SteerError(
-                f"cannot write {folder}: {reason}; make room and start again, the run goes on from the "
-                "checkpoint before"
-            ) from error
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # trainer_state.json comes next and marks the checkpoint whole, for every process
-        self.accelerator.wait_for_everyone()
+        torch.save(
+            {"step": self._step, "buffer": pending},
+            folder / f"{self.accelerator.process_index}-{ROLLOUT_FILE}",
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -9,7 +9,7 @@ the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from steer.errors import SteerError, one_line, shown
 
 if TYPE_CHECKING:
-    from trl import GRPOConfig
+    from transformers import TrainingArguments
 
 
 class Range(NamedTuple):
@@ -72,14 +72,25 @@ HINTS = {
 _ORDER = "the order of the problems is decided by `seed` and `shuffle_dataset` alone"
 # By name: why a value other than the default would be ignored, or what it would break without a word.
 IGNORED: dict[str, str] = {
+    "optim_target_modules": "it chooses weight matrices, and none is trained",
+    "use_liger_kernel": "its kernels were not checked beside the vectors' hooks",
+    "liger_kernel_config": "use_liger_kernel is refused",
+}
+# The same of GRPO, of supervised training and of DPO alone.
+IGNORED_BY_GRPO: dict[str, str] = {
     "data_seed": _ORDER,
     "train_sampling_strategy": _ORDER,
     "length_column_name": _ORDER,
     "label_smoothing_factor": "policy gradients have no labels to smooth",
-    "optim_target_modules": "it chooses weight matrices, and none is trained",
-    "use_liger_kernel": "its kernels were not checked beside the vectors' hooks",
-    "liger_kernel_config": "use_liger_kernel is refused",
     "remove_unused_columns": "reward functions would not be given the answers of the problems",
+}
+_ATTEND = "texts in one row would attend to each other where attention is not FlashAttention"
+IGNORED_BY_SFT: dict[str, str] = {
+    "chat_template_path": "it may add tokens to the base model, which is frozen; set the tokenizer's "
+    "chat_template",
+    "packing": _ATTEND,
+    "eval_packing": _ATTEND,
+    "padding_free": _ATTEND,
 }
 LOADING: dict[str, str] = {
     "model_init_kwargs": "the model is loaded before the trainer sees it; load it as it should be, or "
@@ -150,7 +161,7 @@ SWITCHES = (
 )  # fmt: skip
 
 
-def check_ranges(args: GRPOConfig) -> None:
+def check_ranges(args: TrainingArguments) -> None:
     """Refuse a number that is NaN, infinite or out of its range, before anything computes with it."""
     for f in fields(args):
         value = getattr(args, f.name)
@@ -165,7 +176,7 @@ def check_ranges(args: GRPOConfig) -> None:
                 hint = f": {HINTS[f.name]}" if f.name in HINTS else ""
                 raise SteerError(f"{f.name}={value!r} is out of range; give a value {RANGES[f.name]}{hint}")
     for name in ("num_generations", "max_completion_length"):
-        if getattr(args, name) is None:
+        if getattr(args, name, 1) is None:
             raise SteerError(f"{name} is null; give a number {RANGES[name]}")
     if args.max_steps == 0:
         raise SteerError("max_steps=0 trains for num_train_epochs; give a number from 1, or leave it out")
@@ -182,33 +193,32 @@ def refusals() -> Iterator[None]:
         raise SteerError(one_line(error)) from error
 
 
-def check(args: GRPOConfig) -> None:
-    """Refuse a setting that no trainer of `steer` reads."""
-    _refuse(args, IGNORED)
+def check(args: TrainingArguments, ignored: Mapping[str, str]) -> None:
+    """Refuse a setting that no trainer of `steer` reads, and those in `ignored`, which this one does not."""
+    _refuse(args, {**IGNORED, **ignored})
 
 
-def check_loaded(args: GRPOConfig) -> None:
+def check_loaded(args: TrainingArguments) -> None:
     """Refuse settings that say how to load a model, beside one that is loaded."""
     _refuse(args, LOADING)
 
 
-def check_recipe(args: GRPOConfig) -> None:
+def check_recipe(args: TrainingArguments) -> None:
     """Refuse a setting that a recipe does not read."""
     _refuse(args, IGNORED_BY_RECIPES)
 
 
-def idle(args: GRPOConfig) -> dict[str, str]:
+def idle(args: TrainingArguments) -> dict[str, str]:
     """By name, the settings that were changed and play no part, with the reason."""
     return {
         name: switch.why
-        for switch in SWITCHES
-        if not switch.on(args)
         for name in changed(args)
-        if name.startswith(switch.names)
+        for switch in SWITCHES
+        if name.startswith(switch.names) and not switch.on(args)
     }
 
 
-def changed(args: GRPOConfig) -> list[str]:
+def changed(args: TrainingArguments) -> list[str]:
     """The names of the settings that are not at the default of their dataclass."""
 
     def default(f: Any) -> Any:
@@ -217,7 +227,7 @@ def changed(args: GRPOConfig) -> list[str]:
     return [f.name for f in fields(args) if getattr(args, f.name) != default(f)]
 
 
-def _refuse(args: GRPOConfig, reasons: dict[str, str]) -> None:
+def _refuse(args: TrainingArguments, reasons: Mapping[str, str]) -> None:
     different = set(changed(args))
     for name, why in reasons.items():
         if name in different:

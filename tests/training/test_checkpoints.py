@@ -145,7 +145,7 @@ def test_push_to_hub_sends_the_artifact_alone(run, tmp_path: Path, monkeypatch) 
     def repo(self: SteeringGRPOTrainer, token: str | None = None) -> None:
         self.hub_model_id = "someone/vectors"
 
-    monkeypatch.setattr("steer.training.steering_trainer.HfApi", Api)
+    monkeypatch.setattr("steer.training.steering_mixin.HfApi", Api)
     monkeypatch.setattr(SteeringGRPOTrainer, "init_hf_repo", repo)
     trainer = run(push_to_hub=True, save_strategy="steps", save_steps=1, max_steps=2)
     assert [Path(call["folder_path"]).name for call in sent] == ["checkpoint-1", "checkpoint-2"]

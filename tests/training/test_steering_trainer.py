@@ -360,3 +360,16 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(run, tiny_tokenizer) -
     trainer = run(train=False)
     ids, _, _ = trainer._tokenize_prompts(["<s>1+1=", "<s>2"])
     assert [row[0] for row in ids] == [1, 1] and all(row.count(1) == 1 for row in ids)
+
+
+def test_a_model_with_nothing_to_train_or_more_than_vectors_is_refused(tiny_llama, tiny_tokenizer, tmp_path):
+    held = steer.attach(tiny_llama)
+    for parameter in held.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(SteerError, match="no vector requires a gradient"):
+        make_trainer(tiny_llama, tiny_tokenizer, config(tmp_path))
+    for parameter in held.parameters():
+        parameter.requires_grad_(True)
+    tiny_llama.lm_head.requires_grad_(True)
+    with pytest.raises(SteerError, match=r"1 parameters of the base model require a gradient \(lm_head"):
+        make_trainer(tiny_llama, tiny_tokenizer, config(tmp_path))

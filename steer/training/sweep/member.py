@@ -27,7 +27,7 @@ from steer.training.config import SteeringGRPOConfig
 from steer.training.init import start
 from steer.training.loading import check_engine
 from steer.training.loss import LOSSES
-from steer.training.steering_trainer import make_optimizer
+from steer.training.steering_mixin import make_optimizer
 from steer.vectors import SteeringVectors
 
 # What members may differ in, and what all of them share: everything of `SteeringGRPOConfig` that a population
