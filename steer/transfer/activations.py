@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError
 from steer.files import json_lines, read_text
-from steer.hooks import hooked, watch
-from steer.sites import Decoder, find_sites, input_device
+from steer.hooks import hooked
+from steer.places import Place, find_places
+from steer.sites import Decoder, input_device
 from steer.tasks.arithmetic import Arithmetic
 
 # The longest piece of a text that is read at once, in characters, and where a piece is cut in tokens.
@@ -139,8 +140,12 @@ def paired(
 ) -> Iterator[Pairs]:
     """
     Paired streams of both base models (their vectors off), one batch of texts at a time. A token whose norm
-    is more than `OUTLIER` times the batch's median, at any layer asked for, is left out.
+    is more than `OUTLIER` times the batch's median, at any layer asked for, is left out. At `attn_out` and
+    `mlp_out` the stream after the layer is read.
     """
+    read = site if site in ("resid_pre", "resid_mid") else "resid_post"  # outputs of modules join this stream
+    places = find_places(donor.model, donor_layers, read)
+    other_places = find_places(recipient.model, recipient_layers, read)
     rows = [piece for text in texts for piece in pieces(text)]
     for start in tqdm(range(0, len(rows), BATCH), desc=label, unit="batch", leave=False):
         batch = rows[start : start + BATCH]
@@ -151,8 +156,8 @@ def paired(
             continue
         row, i, j = torch.tensor(matches).T
         pairs = Pairs(
-            _streams(donor, ids, donor_layers, site, (row, i)),
-            _streams(recipient, other_ids, recipient_layers, site, (row, j)),
+            _streams(donor, ids, donor_layers, places, (row, i)),
+            _streams(recipient, other_ids, recipient_layers, other_places, (row, j)),
         )
         keep = torch.ones(len(pairs), dtype=torch.bool)
         for stream in (*pairs.donor.values(), *pairs.recipient.values()):
@@ -178,10 +183,10 @@ def _streams(
     side: Side,
     ids: Sequence[list[int]],
     layers: Sequence[int],
-    site: str,
+    places: Sequence[Place],
     where: tuple[torch.Tensor, torch.Tensor],
 ) -> dict[int, torch.Tensor]:
-    """The stream before (`resid_pre`) or after the layers, at the tokens `where` = (rows, columns)."""
+    """The streams at `places`, one a layer, at the tokens `where` = (rows, columns)."""
     longest = max(map(len, ids))
     tokens = torch.zeros(len(ids), longest, dtype=torch.long)  # padded on the right: no token sees it
     mask = torch.zeros_like(tokens)
@@ -194,15 +199,14 @@ def _streams(
         rows, columns = (index.to(stream.device) for index in where)
         streams[layer] = stream[rows, columns].to("cpu", torch.float32)
 
-    places = find_sites(side.decoder, list(layers), "resid_pre" if site == "resid_pre" else "resid_post")
     pairs = zip(layers, places, strict=True)
     vectors = side.model.__dict__.get("steering_vectors")
-    device, size = input_device(side.model), side.decoder.hidden_size
+    device = input_device(side.model)
     was_training = side.model.training
     side.model.eval()
     try:
         with (
-            hooked(*(watch(partial(keep, layer), place, size) for layer, place in pairs)),
+            hooked(*(handle for layer, place in pairs for handle in place.watch(partial(keep, layer)))),
             vectors.disabled() if vectors is not None else nullcontext(),
         ):
             side.decoder.backbone(tokens.to(device), attention_mask=mask.to(device), use_cache=False)

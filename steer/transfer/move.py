@@ -242,10 +242,6 @@ def _build(
 ) -> tuple[Artifact, list[str]]:
     """The artifact for the recipient, and what its user should know."""
     config, notes = source.config, []
-    if config.site == "resid_mid" and fitted.r2:
-        notes.append(
-            "site resid_mid: the streams were measured after the layer, not between attention and MLP"
-        )
     in_place = fitted.method == "direct" and all(m.donor == m.recipient and m.share == 1 for m in moved)
     if config.kind != "constant" and in_place and _same_shape(config, target):
         return _same_kind(source, target, fitted), notes

@@ -274,6 +274,18 @@ def test_streams_are_those_of_the_base_model(tiny_model: Any, tiny_tokenizer: An
         assert all(set(b.donor) == {0, 1} and set(b.recipient) == {1} for b in batches)
 
 
+def test_between_attention_and_mlp_the_stream_there_is_read(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    whole = side(tiny_llama, tiny_tokenizer)
+    (found,) = paired(whole, whole, TEXTS[-1:], [1], [1], "resid_mid")
+    seen: list[torch.Tensor] = []
+    norm = layers_of(tiny_llama)[1].post_attention_layernorm
+    norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        tiny_llama(tiny_tokenizer(TEXTS[-1], return_tensors="pt")["input_ids"])
+    for streams in (found.donor, found.recipient):
+        torch.testing.assert_close(streams[1], seen[0][0, 1:], rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_of_massive_norm_are_left_out(build_tiny: Any, tiny_tokenizer: Any) -> None:
     model = build_tiny("llama")
     loud = tiny_tokenizer("q")["input_ids"][0]
