@@ -241,7 +241,8 @@ def _build(
     source: Artifact, target: PreTrainedModel, fitted: Fitted, moved: dict[Match, torch.Tensor]
 ) -> tuple[Artifact, list[str]]:
     """The artifact for the recipient, and what its user should know."""
-    config, notes = source.config, []
+    config = source.config
+    notes: list[str] = []
     in_place = fitted.method == "direct" and all(m.donor == m.recipient and m.share == 1 for m in moved)
     if config.kind != "constant" and in_place and _same_shape(config, target):
         return _same_kind(source, target, fitted), notes
