@@ -22,7 +22,7 @@ log = logging.getLogger("steer")
 
 MEASURED = "measured"
 # What provenance says of one set of vectors and of no other.
-SCORES = ("results", "controls", MEASURED)
+SCORES = ("results", "controls", "calibration", MEASURED)
 
 _PLACE = re.compile(r"(?:\d+\.)?steering\.\w+$", re.ASCII)
 

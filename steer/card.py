@@ -52,6 +52,7 @@ def card(config: SteeringConfig, decoder: str, numbers: int, size: int, name: st
         _summary(config, numbers, size),
         _origin(config, made),
         _scores(made),
+        _side_effects(made),
         _settings(made),
         _use(config, decoder, name),
     ]
@@ -143,6 +144,23 @@ def _scores(made: dict[str, Any]) -> str:
         )
     notes = "" if controls else "\n\nNo control run (random reward, format only) was recorded."
     return f"## Scores\n\n{text}\n\n" + "\n".join(lines) + notes
+
+
+def _side_effects(made: dict[str, Any]) -> str:
+    """The calibration curve that `steer calibrate` records: scale against KL and perplexity."""
+    found = _part(made, "calibration")
+    curve, names = found.get("curve"), ("scale", "kl", "perplexity")
+    rows = [row for row in curve if isinstance(row, dict)] if isinstance(curve, list) else []
+    rows = [row for row in rows if all(isinstance(row.get(name), (int, float)) for name in names)]
+    base = found.get("base perplexity")
+    if not rows or not isinstance(base, (int, float)):
+        return ""
+    lines = [f"| {row['scale']:.4g} | {row['kl']:.4g} | {row['perplexity']:.4g} |" for row in rows]
+    return (
+        f"## Side effects\n\nOn neutral text ({_line(found.get('tokens'))} tokens), where the base has a "
+        f"perplexity of {base:.4g}:\n\n"
+        "| scale | KL from the base, nats a token | perplexity |\n|---|---|---|\n" + "\n".join(lines)
+    )
 
 
 def _part(made: dict[str, Any], name: str) -> dict[str, Any]:

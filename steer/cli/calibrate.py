@@ -39,7 +39,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _calibrate(args: argparse.Namespace) -> None:
     import steer
     from steer.base_adapter import artifact_base
-    from steer.evaluation.side_effects import NeutralText, calibrate
+    from steer.evaluation.side_effects import NeutralText, calibrate, curve
     from steer.models import load_model, load_tokenizer
 
     if args.out:
@@ -53,7 +53,9 @@ def _calibrate(args: argparse.Namespace) -> None:
     before = text.measure()
     factor, effects = calibrate(text, args.target_kl, args.max_perplexity)
     made = factor * saved
+    by_scale = curve(text, factor)
     told = {**asdict(effects), "base perplexity": text.base_perplexity, "tokens": text.tokens}
+    told["curve"] = by_scale
     if args.out:
         known = {**(made.config.provenance or {}), "calibration": told}
         with output(args.out, args.replace, args.artifact, folder=True):
@@ -67,5 +69,8 @@ def _calibrate(args: argparse.Namespace) -> None:
         f"perplexity  {effects.perplexity:.4g} (at the saved scale {before.perplexity:.4g}, base "
         f"{text.base_perplexity:.4g}, {text.tokens} tokens)"
     )
+    print("\n     scale        KL  perplexity")
+    for row in by_scale:
+        print(f"{row['scale']:10.4g}{row['kl']:10.4g}{row['perplexity']:12.4g}")
     if args.out:
-        print(f"vectors     {args.out}")
+        print(f"\nvectors     {args.out}")

@@ -30,6 +30,12 @@ class Method:
     seeds: list[str] = field(default_factory=list)
     # seed -> benchmark -> problem id -> sample -> completion
     rows: dict[str, dict[str, dict[str, dict[int, Row]]]] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # side effects by seed
+
+    @property
+    def side_effects(self) -> list[dict[str, float]]:
+        """Those of each seed; empty where not all were measured."""
+        return [*self.measured.values()] if len(self.measured) == len(self.seeds) else []
 
 
 @dataclass
@@ -59,6 +65,12 @@ class Cell:
     def lenient(self) -> np.ndarray:
         """Share of right answers in whatever form they are given, (seeds, problems), over `read` samples."""
         return self.array("lenient")[:, :, : self.read].astype(float).mean(2)
+
+    @property
+    def loop(self) -> np.ndarray | None:
+        """Which answers end in a repetition, as `array`; None for runs that did not record it."""
+        found = self.array("loop")
+        return None if (found == None).any() else found.astype(bool)  # noqa: E711
 
     @property
     def untrained(self) -> bool:
@@ -158,6 +170,8 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
             method.conditions["benchmarks"] = {**settings["benchmarks"], **method.conditions["benchmarks"]}
             if seed not in method.seeds:
                 method.seeds.append(seed)
+            if effects := settings.get("side_effects", {}).get(name):
+                method.measured[seed] = effects
             names[name] = method.rows.setdefault(seed, {})
         for row in rows:
             place = names[row["variant"]].setdefault(row["benchmark"], {}).setdefault(row["problem"], {})

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from steer.arguments import Help
@@ -77,6 +78,11 @@ def _row(
         "truncated": float(cell.array("truncated").mean()),
         "unanswered": float((cell.array("how") == "no_answer").mean()),
     }
+    if (loop := cell.loop) is not None:
+        broken = loop | (cell.array("how") == "no_answer") | cell.array("truncated")
+        row |= {"loops": float(loop.mean()), "broken": float(broken.mean())}
+    if found := cell.method.side_effects:
+        row["side_effects"] = {name: fmean(one[name] for one in found) for name in found[0]}
     if not greedy:
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < samples] + [samples]
         flat = correct.reshape(seeds * problems, samples)

@@ -92,6 +92,11 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="variables of the chat template, e.g. '{\"enable_thinking\": false}' (default: as in training)",
     )
     asked("--limit", type=count, help="most problems of each benchmark: a seeded choice (default: all)")
+    asked(
+        "--side-effects",
+        action="store_true",
+        help="also measure vectors and adapters on neutral text: KL to the base and perplexity",
+    )
     asked("--seed", type=int, default=0, help="of the sampled answers (default: 0)")
     how = made.add_argument_group("how it runs").add_argument
     how("--out", type=text, required=True, help="folder of the run; the same command goes on with it")

@@ -13,7 +13,7 @@ from typing import Any
 
 from steer.errors import SteerError
 from steer.evaluation.regrade import NEEDED, regrade
-from steer.evaluation.store import COLUMNS, GREEDY, read_completions, read_problems, read_settings
+from steer.evaluation.store import COLUMNS, GREEDY, LATER, read_completions, read_problems, read_settings
 from steer.files import read_json, replace_file
 
 # Texts are most of a run; of the sampled answers these many are kept, as many as a page shows.
@@ -66,7 +66,7 @@ def _unpacked(path: str | Path, columns: Iterable[str]) -> Run:
     packed = read_packed(path)
     try:
         problems, rows = packed["problems"], packed["rows"]
-        kept = {"lenient": None, **packed["completions"]}
+        kept = {**dict.fromkeys(LATER), **packed["completions"]}
         whole = {n: c if isinstance(c, list) else [c] * rows for n, c in kept.items()}
         whole["problem"] = [problems[n]["id"] for n in whole["problem"]]
         chosen = {name: whole[name] for name in columns}

@@ -12,9 +12,11 @@ Ask a model and its variants the same problems, keep every answer, grade it, and
 
 Each problem is answered once greedily and `--samples` times at `--temperature`, and each answer is graded
 twice: boxed, and leniently. Beside the base stands the elicited base, asked with worked examples out of the
-training problems (`--examples`) and given more tokens: a gain over it is more than form. A run that was
-stopped goes on where it was when the same command is given again; more samples, benchmarks or variants can be
-added to it. With `--engine hf`, greedy answers are the same in every run on one machine.
+training problems (`--examples`) and given more tokens: a gain over it is more than form. `--side-effects`
+measures neutral text as well, which has nothing to do with the benchmarks: with several `--scales` the table
+shows accuracy and side effects by strength. A run that was stopped goes on where it was when the same command
+is given again; more samples, benchmarks or variants can be added to it. With `--engine hf`, greedy answers
+are the same in every run on one machine.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from steer.errors import SteerError, one_line, print_any_text
-from steer.evaluation import benchmarks, elicit, options, variants
+from steer.evaluation import benchmarks, elicit, options, variant_effects, variants
 from steer.evaluation.benchmarks import Benchmark, Problem
+from steer.evaluation.broken import loops
 from steer.evaluation.engines import (
     Decoding,
     Engine,
@@ -115,6 +118,8 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     base = _base(args, bones)
     compared = variants.collect(base, args.vectors, args.scales, args.adapter, args.prefixes, args.systems)
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
+    if args.side_effects:
+        variant_effects.check(compared, args.fine_tuned)
     prompts = _prompts(args, compared, chosen)
     texts = {name: loaded for name, (loaded, _) in problems.items()}
     context = context_length(bones.config)
@@ -156,10 +161,11 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     store = Store(args.out)
     try:
         done = store.open(settings, table)
+        engine = variant_effects.add(args, store, tokenizer, compared) if args.side_effects else None
         todo = [row for row in rows if row.key not in done]
         if todo:
             log.info("%d answers to give, %d are there already", len(todo), len(rows) - len(todo))
-            _sample(args, store, session, rows, todo, tokenizer, longest)
+            _sample(args, store, session, rows, todo, tokenizer, longest, engine)
         else:
             log.info("all %d answers are there already", len(rows))
     finally:
@@ -179,6 +185,7 @@ def _sample(
     todo: list[Row],
     tokenizer: Any,
     longest: int,
+    loaded: HfEngine | None,
 ) -> None:
     import torch
     from tqdm import tqdm
@@ -188,7 +195,7 @@ def _sample(
     stop = stop_token_ids(tokenizer, generation_config(args.model, args.revision))
     engine: Engine
     if args.engine == "hf":
-        engine = HfEngine(args.model, args.revision, args.dtype, args.trust_remote_code)
+        engine = loaded or HfEngine(args.model, args.revision, args.dtype, args.trust_remote_code)
     else:
         kinds = list(dict.fromkeys(row.variant for row in rows))
         more = {"trust_remote_code": args.trust_remote_code, **(args.engine_args or {})}
@@ -247,6 +254,7 @@ def _answer(
             "truncated": not completion.finished,
             "prompt_tokens": len(row.prompt),
             "lenient": free.correct,
+            "loop": loops(text),
         }
         for row, seed, text, verdict, free, completion in zip(
             batch, seeds, texts, verdicts, lenient, completions, strict=True

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.evaluation.prose import prose
 from steer.models import context_length
@@ -23,6 +24,8 @@ from steer.vectors import SteeringVectors
 TOLERANCE = 0.01
 # The scale is looked for from 2^-STEPS to 2^STEPS times the saved one.
 STEPS = 20
+# Parts of the scale that was found, at which the curve is measured.
+CURVE = (0.25, 0.5, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,64 @@ class SideEffects:
     perplexity: float
 
 
-class NeutralText:
+class BaseText:
     """
     The neutral text as the base model reads it.
+
+    Args:
+        model: without vectors, or with its vectors off.
+        tokenizer: of the model.
+        texts: other texts than the package's.
+
+    Raises:
+        SteerError: texts of one token.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None = None
+    ) -> None:
+        self.model, context = model, context_length(model.config)
+        ids = tokenizer(list(texts or prose()), verbose=False)["input_ids"]
+        self.ids = [row[:context] for row in ids if len(row) > 1]
+        if not self.ids:
+            raise SteerError("the texts have one token or none, and nothing to predict; give longer ones")
+        self.base = [self._log_probs(row) for row in self.ids]
+        losses = sum(self._loss(row, found) for row, found in zip(self.ids, self.base, strict=True))
+        self.tokens = sum(len(row) - 1 for row in self.ids)
+        self.perplexity = math.exp(losses / self.tokens)
+
+    def measure(self) -> SideEffects:
+        """The side effects of what is on the model now: vectors, an adapter."""
+        kl = loss = 0.0
+        for row, base in zip(self.ids, self.base, strict=True):
+            found = self._log_probs(row)
+            kl += (found.exp() * (found - base)).sum().item()
+            loss += self._loss(row, found)
+        perplexity = math.exp(min(loss / self.tokens, 700)) if math.isfinite(loss) else math.inf
+        return SideEffects(kl / self.tokens if math.isfinite(kl) else math.inf, perplexity)
+
+    @torch.no_grad()
+    def _log_probs(self, row: Sequence[int]) -> torch.Tensor:
+        """(tokens - 1, vocabulary) in float32."""
+        model = self.model
+        was_training = model.training
+        model.eval()
+        ids = torch.tensor([list(row)], device=model.device)
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            model.train(was_training)
+        return logits[0, :-1].float().log_softmax(-1)
+
+    @staticmethod
+    def _loss(row: Sequence[int], log_probs: torch.Tensor) -> float:
+        targets = torch.tensor(list(row[1:]), device=log_probs.device)
+        return -log_probs.gather(1, targets[:, None]).sum().item()
+
+
+class NeutralText:
+    """
+    The neutral text as a model with vectors reads it.
 
     Args:
         vectors: attached to the model; they are off while the base reads.
@@ -54,57 +112,30 @@ class NeutralText:
         tokenizer: PreTrainedTokenizerBase,
         texts: Sequence[str] | None = None,
     ):
-        if vectors.config.positions not in ("all", "completion"):
-            raise SteerError(
-                f"vectors with positions={vectors.config.positions} steer a prompt, and the neutral text has "
-                "none: side effects are measured of positions all and completion"
-            )
+        check_positions(vectors.config)
         self.vectors = vectors
-        model: Any = vectors.model
-        self.model, context = model, context_length(model.config)
-        ids = tokenizer(list(texts or prose()), verbose=False)["input_ids"]
-        self.ids = [row[:context] for row in ids if len(row) > 1]
-        if not self.ids:
-            raise SteerError("the texts have one token or none, and nothing to predict; give longer ones")
         with vectors.disabled():
-            self.base = [self._log_probs(row) for row in self.ids]
-        losses = sum(self._loss(row, found) for row, found in zip(self.ids, self.base, strict=True))
-        self.tokens = sum(len(row) - 1 for row in self.ids)
-        self.base_perplexity = math.exp(losses / self.tokens)
+            self._base = BaseText(vectors.model, tokenizer, texts)
+        self.tokens, self.base_perplexity = self._base.tokens, self._base.perplexity
 
     def measure(self, factor: float = 1.0) -> SideEffects:
         """The side effects of the vectors at `factor` times the scale that they have."""
         vectors, before = self.vectors, self.vectors.scale
-        kl = loss = 0.0
         vectors.scale = factor * before
         try:
-            for row, base in zip(self.ids, self.base, strict=True):
-                found = self._log_probs(row)
-                kl += (found.exp() * (found - base)).sum().item()
-                loss += self._loss(row, found)
+            with vectors.prompt_length(1):
+                return self._base.measure()
         finally:
             vectors.scale = before
-        perplexity = math.exp(min(loss / self.tokens, 700)) if math.isfinite(loss) else math.inf
-        return SideEffects(kl / self.tokens if math.isfinite(kl) else math.inf, perplexity)
 
-    @torch.no_grad()
-    def _log_probs(self, row: Sequence[int]) -> torch.Tensor:
-        """(tokens - 1, vocabulary) in float32."""
-        model = self.model
-        was_training = model.training
-        model.eval()
-        ids = torch.tensor([list(row)], device=model.device)
-        try:
-            with self.vectors.prompt_length(1):
-                logits = model(input_ids=ids, use_cache=False).logits
-        finally:
-            model.train(was_training)
-        return logits[0, :-1].float().log_softmax(-1)
 
-    @staticmethod
-    def _loss(row: Sequence[int], log_probs: torch.Tensor) -> float:
-        targets = torch.tensor(list(row[1:]), device=log_probs.device)
-        return -log_probs.gather(1, targets[:, None]).sum().item()
+def check_positions(config: SteeringConfig) -> None:
+    """SteerError for vectors that steer a prompt alone: the neutral text has none."""
+    if config.positions not in ("all", "completion"):
+        raise SteerError(
+            f"vectors with positions={config.positions} steer a prompt, and the neutral text has "
+            "none: side effects are measured of positions all and completion"
+        )
 
 
 def calibrate(
@@ -158,3 +189,14 @@ def calibrate(
         f"no scale found: the {name} jumps over {wanted:g} near {factor:g} times the scale; load the model "
         "in float32, or ask for another value"
     )
+
+
+def curve(text: NeutralText, factor: float) -> list[dict[str, float]]:
+    """
+    Side effects by scale, around `factor` times the scale that the vectors have.
+
+    Returns:
+        One row for each of `CURVE`: `scale`, `kl` in nats a token, `perplexity`.
+    """
+    scale = factor * text.vectors.scale
+    return [{"scale": part * scale, **asdict(text.measure(part * factor))} for part in CURVE]

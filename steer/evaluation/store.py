@@ -1,7 +1,8 @@
 """
 A run on disk, which a kill at any moment leaves whole:
 
-    run.json             what was asked: model, engine, seed, benchmarks, variants; versions of each session
+    run.json             what was asked: model, engine, seed, benchmarks, variants; versions of each session;
+                         the side effects of each variant, where they were measured
     problems.parquet     every problem with its benchmark, id and reference answer
     part-00000.parquet   completions, graded; one file a batch, so a stopped run loses one batch at most
     scores.json          the table, once the run is complete (`steer.evaluation.compare`)
@@ -39,7 +40,10 @@ COLUMNS = {
     "prompt_tokens": int,
     "seconds": float,  # the batch's time over its rows
     "lenient": bool,  # whether the answer is right in whatever form it is given; older runs lack the column
+    "loop": bool,  # whether the answer ends in a repetition (`steer.evaluation.broken`); older runs lack it
 }
+# Columns that the files of older runs lack: None there.
+LATER = ("lenient", "loop")
 # What decides which completions a row gets; the rest of a run may grow: variants, benchmarks, samples.
 FIXED = ("model", "revision", "engine", "dtype", "seed", "temperature", "top_p")
 
@@ -128,7 +132,7 @@ def read_completions(folder: str | Path, columns: Iterable[str] = tuple(COLUMNS)
     for path in _parts(Path(folder)):
         table = _read(path, None)
         for name, values in by_column.items():
-            missing = name == "lenient" and name not in table.column_names
+            missing = name in LATER and name not in table.column_names
             values.extend([None] * len(table) if missing else table[name].to_pylist())
     return by_column
 
@@ -182,8 +186,10 @@ def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> d
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise SteerError(f"{folder} holds another run: {'; '.join(changed[:3])}{more}; give another --out")
+    measured = {"side_effects": before["side_effects"]} if before.get("side_effects") else {}
     return {
         **now,
+        **measured,
         "variants": {**before["variants"], **now["variants"]},
         "benchmarks": {**before["benchmarks"], **now["benchmarks"]},
         "sessions": [*(s for s in before["sessions"] if s["completions"]), *now["sessions"]],

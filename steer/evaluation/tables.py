@@ -62,6 +62,11 @@ def cells(group: dict[str, dict[str, Any]]) -> dict[str, str]:
     shown["tokens"] = f"{last['tokens']:.0f}"
     shown["cut off"] = f"{last['truncated']:.1%}"
     shown["no answer"] = f"{last['unanswered']:.1%}"
+    if "broken" in last:
+        shown["in a loop"], shown["broken"] = f"{last['loops']:.1%}", f"{last['broken']:.1%}"
+    if effects := one.get("side_effects"):
+        shown["KL to the base"] = f"{effects['kl']:.4g}"
+        shown["perplexity"] = f"{effects['perplexity']:.4g} (base {effects['base_perplexity']:.4g})"
     return shown
 
 
@@ -78,7 +83,8 @@ def columns(lines: Sequence[dict[str, str]]) -> list[str]:
         order += [name, f"{name}, each seed", f"{name} against base", f"{name}, share of gain"]
         order += [f"{name}, lenient", f"{name} against elicited base"]
         order += [f"{name}, share of gain over elicited base"]
-    order += ["pass@k", "maj@k", "tokens", "cut off", "no answer"]
+    order += ["pass@k", "maj@k", "tokens", "cut off", "no answer", "in a loop", "broken"]
+    order += ["KL to the base", "perplexity"]
     return [head for head in order if any(head in line for line in lines)]
 
 

@@ -112,6 +112,14 @@ def test_the_command(
     assert made.config.scale == told["scale"] == pytest.approx(2 * told["factor"])
     assert told["kl"] == pytest.approx(0.05, rel=0.011)
     assert made.config.provenance["calibration"]["kl"] == told["kl"]
+    assert [row["scale"] / told["scale"] for row in told["curve"]] == pytest.approx([0.25, 0.5, 1, 1.5, 2])
+    kl = [row["kl"] for row in told["curve"]]
+    assert kl == sorted(kl) and kl[2] == told["kl"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for row in told["curve"]:
+        assert f"| {row['scale']:.4g} | {row['kl']:.4g} | {row['perplexity']:.4g} |" in card
+    assert "### calibration" not in card, "it is told once"
+    assert "calibration" not in (2 * made).config.provenance, "another scale has other side effects"
     assert main(asked) == 0
     assert "KL " in capsys.readouterr().out
     assert main([*asked[:-1], "1e9"]) == 1
