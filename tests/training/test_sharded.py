@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers.gpu import DEVICE, needs_cuda
-from helpers.launching import LAUNCHERS, ROOT, launcher, run_folder, started
+from helpers.launching import LAUNCHERS, ROOT, launcher, run_folder, run_here, started
 from helpers.training import far, same
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -22,6 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from steer import artifact
 
 STEPS = 4
+# A reference policy, vectors that share directions, and a position that prompts decide.
+KIND = ("--kind", "shared", "--rank", "2", "--beta", "0.1", "--positions", "completion")
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
 )
@@ -49,11 +51,15 @@ def base(
 def train(
     base: Path, folder: Path, config: str | None, *changes: str, processes: int = 2, device: str = "cpu"
 ) -> str:
-    """The recipe in one process, or in `processes` of the launcher `config`; what it said."""
-    words = [str(ROOT / "recipes" / "grpo_steer.py"), "--config", str(base / "config.yaml")]
-    words += ["--output_dir", str(folder), *changes]
+    """The recipe in one process, or in `processes` of the launcher `config`; what the processes said."""
+    script = ROOT / "recipes" / "grpo_steer.py"
+    words = ["--config", str(base / "config.yaml"), "--output_dir", str(folder), *changes]
+    if config is None and device == "cpu":
+        run_here(script, *words, "--use_cpu", "true")
+        return ""
+    words = [str(script), *words]
     if config is None:
-        done = started([sys.executable, *words, "--use_cpu", str(device == "cpu").lower()], base)
+        done = started([sys.executable, *words], base)
     else:
         launch = launcher(LAUNCHERS / f"{config}.yaml", "--num_processes", str(processes))
         launch += [str(ROOT / "tests" / "helpers" / "sharded_launch.py"), device]
@@ -62,14 +68,20 @@ def train(
     return done.stdout + done.stderr
 
 
+def sharded(base: Path, config: str) -> tuple[Path, str]:
+    """The folder of a run in two processes of the launcher `config`, trained once, and what it said."""
+    folder = base / config
+    log = base / f"{config}.log"
+    if not log.exists():
+        log.write_text(train(base, folder, config, *KIND))
+    return folder, log.read_text()
+
+
 @pytest.mark.parametrize(("config", "share"), CASES)
 def test_two_processes_become_what_one_becomes(base: Path, config: str, share: float) -> None:
-    """A reference policy, vectors that share directions, and a position that prompts decide are all in it."""
-    kind = ("--kind", "shared", "--rank", "2", "--beta", "0.1", "--positions", "completion")
     if not (base / "one").exists():
-        train(base, base / "one", None, *kind)
-    folder = base / config
-    said = train(base, folder, config, *kind)
+        train(base, base / "one", None, *KIND)
+    folder, said = sharded(base, config)
     assert [f"process {i} holds {share:.2f} of the model" in said for i in (0, 1)] == [True, True]
     got, expected = artifact.read(folder / "vectors"), artifact.read(base / "one" / "vectors")
     assert all(tensor.norm() > 0 for tensor in expected.tensors.values())
@@ -85,7 +97,7 @@ def test_a_checkpoint_holds_no_base_and_the_run_goes_on_from_it(
     base: Path, config: str, share: float, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
-    train(base, folder, config)
+    shutil.copytree(sharded(base, config)[0], folder)
     whole = artifact.read(folder / "vectors").tensors
     left = folder / f"checkpoint-{STEPS - 2}"
     weights = load_file(base / "model" / "model.safetensors")["model.embed_tokens.weight"]
@@ -95,7 +107,7 @@ def test_a_checkpoint_holds_no_base_and_the_run_goes_on_from_it(
     for name in (f"checkpoint-{STEPS}", "vectors"):
         shutil.rmtree(folder / name)
     (folder / "results.json").unlink()
-    said = train(base, folder, config)
+    said = train(base, folder, config, *KIND)
     assert f"going on from {left}" in said
     assert same(artifact.read(folder / "vectors").tensors, whole)
 
