@@ -24,7 +24,7 @@ control: $(VENV)/ready
 JOBS ?= 2
 
 test: $(VENV)/ready
-	$(RUN_ENV) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(RUN_ENV) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Every architecture of transformers, against docs/models.md: five minutes on two cores.
 models: $(VENV)/ready

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import string
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,16 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """
+    Files with few tests first. They take longest, and a process gets whole files (--dist loadfile): the last
+    one would run alone.
+    """
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: sizes[item.path])
 
 
 @pytest.fixture(scope="session")
