@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 
@@ -67,6 +68,19 @@ def text(given: str) -> str:
     except UnicodeEncodeError as error:
         raise argparse.ArgumentTypeError(f"{given!r} is not text in UTF-8") from error
     return given
+
+
+_VECTORS = re.compile(
+    r"((?P<name>[A-Za-z0-9][\w.-]*)=)?(?P<artifact>.*?)(@(?P<scale>-?\d+(\.\d+)?))?", re.DOTALL
+)
+
+
+def named_vectors(text: str) -> tuple[str, str, float]:
+    """`[NAME=]ARTIFACT[@SCALE]` as name, artifact and scale; the name is that of the artifact's folder."""
+    match = _VECTORS.fullmatch(text)
+    assert match, text
+    source = match["artifact"]
+    return match["name"] or Path(source).name, source, float(match["scale"] or 1.0)
 
 
 def add_base_options(parser: argparse._ActionsContainer) -> None:

@@ -170,11 +170,24 @@ class Artifact:
 
     def layers(self, first: int, last: int) -> Artifact:
         """The part that steers layers `first` to `last`, both included; negative ones count from the end."""
-        wanted = replace(self.config, layers=f"{first}-{last}").resolve_layers(self.num_hidden_layers)
+        return self.select(f"{first}-{last}", {"layers": [first, last]})
+
+    def select(self, layers: str, step: dict[str, Any] | None = None) -> Artifact:
+        """
+        The part that steers some of the layers.
+
+        Args:
+            layers: as in `SteeringConfig`; those that have no vector are left out.
+            step: what the provenance says of it.
+
+        Raises:
+            SteerError: the model has no such layer, or none of them has a vector.
+        """
+        wanted = replace(self.config, layers=layers).resolve_layers(self.num_hidden_layers)
         kept = [layer for layer in self._indices() if layer in wanted]
         if not kept:
-            raise SteerError(f"none of layers {first} to {last} is steered, only {shown(self.config.layers)}")
-        step = {"layers": [first, last]}
+            raise SteerError(f"none of layers {layers} is steered, only {shown(self.config.layers)}")
+        step = step or {"layers": layers}
         if self.config.kind == "shared" and self.config.rank > len(kept):  # fewer vectors than directions
             vectors = self.by_layer()
             return self._constant({layer: vectors[layer] for layer in kept}, step, self.config.dtype)

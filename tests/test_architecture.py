@@ -16,12 +16,12 @@ from helpers.paths import ROOT
 FLOORS = [
     "errors names stats threads versions extras recipe_files arguments files outputs hub pages "
     "sharded compat",
-    "prompt config",
+    "prompt config expression",
     "hooks sites kinds prompt_watch saving tasks",
     "final_norm identity probe places artifact_scores card weights quantization models base_adapter "
     "stop_tokens",
     "artifact_file artifact_tensors artifact",
-    "vectors vector_sets",
+    "vectors vector_sets mixture",
     "generation engine export transfer",
     "evaluation",
     "training",

@@ -5,16 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from pathlib import Path
 
-from steer.arguments import Help, add_base_options
-from steer.errors import SteerError
+from steer.arguments import Help, add_base_options, named_vectors
 from steer.extras import require
-
-_VECTORS = re.compile(r"((?P<name>[A-Za-z0-9][\w.-]*)=)?(?P<artifact>.+?)(@(?P<scale>-?\d+(\.\d+)?))?")
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -23,13 +18,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         formatter_class=Help,
         help="serve a model with vectors, chosen by each request, over OpenAI's HTTP API (vLLM)",
         description="Starts `vllm serve MODEL`; options that are not listed here go to it (--port, --dtype, "
-        "--tensor-parallel-size, ...). A request names its vectors in `model`: `math`, or `math@0.5` for "
-        "half. A chat of one question is put to a set as in its training. GET, POST and DELETE /v1/steering "
-        "list, add and remove sets while the server runs.",
+        "--tensor-parallel-size, ...). A request names its vectors in `model`: `math`, `math@0.5` for half, "
+        "`math@0.7+brief@-0.3` for a sum, `base` for none; or in `steering`, with layers and positions: "
+        '{"sets": [{"name": "math", "scale": 0.7, "layers": "4-12", "positions": "completion"}]}. '
+        "A chat of one question is put to a set as in its training. GET, POST and DELETE /v1/steering "
+        "list, add and remove sets while the server runs. The engine holds 14 sets and sums at once; "
+        "--additional-config '{\"steering_slots\": 32}' makes it 30.",
     )
     serve.add_argument("model", help="hub id, local folder or the name of bundled weights")
     serve.add_argument(
         "--vectors",
+        type=named_vectors,
         nargs="+",
         default=[],
         metavar="[NAME=]ARTIFACT[@SCALE]",
@@ -48,13 +47,12 @@ def _serve(args: argparse.Namespace) -> None:
     from steer.artifact import read_numpy
     from steer.base_adapter import base_source
     from steer.engine.chat import served_prompt
+    from steer.expression import check_names
     from steer.weights import BUNDLED, model_path
 
     require("serving", "vllm")
-    sets = [_parse(text) for text in args.vectors]
-    names = [name for name, _, _ in sets]
-    if len(set(names)) < len(names):
-        raise SteerError(f"two sets have one name ({', '.join(names)}); write NAME=ARTIFACT")
+    sets = args.vectors
+    check_names([name for name, _, _ in sets])
     for name, source, _ in sets:
         vectors = read_numpy(source)  # a damaged artifact is told now, not after the model has loaded
         _, line = served_prompt(vectors.config.prompt, args.template)
@@ -76,11 +74,3 @@ def _serve(args: argparse.Namespace) -> None:
     except PackageNotFoundError:  # the CPU build has another name, which vLLM's own command stumbles over
         command = ["vllm.entrypoints.openai.api_server", "--model", folder]
     os.execv(sys.executable, [sys.executable, "-m", *command, *own, *args.more])
-
-
-def _parse(text: str) -> tuple[str, str, float]:
-    match = _VECTORS.fullmatch(text)
-    if not match:
-        raise SteerError(f"--vectors {text!r} is not [NAME=]ARTIFACT[@SCALE]")
-    source = match["artifact"]
-    return match["name"] or Path(source).name, source, float(match["scale"] or 1.0)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import re
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
@@ -31,23 +30,36 @@ from steer.hooks import hidden_out, replace_out
 DEFAULT = "default"
 BASE_ROW, DEFAULT_ROW = 0, 1
 NAME = re.compile(r"[A-Za-z0-9][\w.:/@+-]{0,199}", re.ASCII)
-# A token position that no sequence reaches.
-FAR = 1 << 40
+# Factors are float32.
+LARGEST = torch.finfo(torch.float32).max
+# Whether a set with these positions (`steer.config.POSITIONS`) steers each of the four parts of a sequence:
+# the prompt but for its last token, that token, the first generated token, and the others.
+PARTS = {
+    "all": (True, True, True, True),
+    "prompt": (True, True, False, False),
+    "last_prompt": (False, True, False, False),
+    "completion": (False, False, True, True),
+    "first_completion": (False, False, True, False),
+}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one request asks for: the set's name (None: the base model) and a factor on its vectors."""
+    """
+    What one request asks for: a factor, and the sets that it multiplies, none for the base model. A token
+    gets the last of the sets that steers its position.
+    """
 
-    name: str | None = DEFAULT
+    names: tuple[str, ...] = (DEFAULT,)
     scale: float = 1.0
 
     @classmethod
     def of(cls, sampling_params: object) -> Choice:
         """
         From `sampling_params.extra_args["steering"]`: {"name": ..., "scale": ...}, or a name alone with the
-        factor in "steering_scale" (over HTTP values are flat). Without the key the default set, with a name
-        of None the base model. SteerError for anything else.
+        factor in "steering_scale" (over HTTP values are flat). A list of names is taken for a name. Without
+        the key the default set, with a name of None or an empty list the base model. SteerError for anything
+        else.
         """
         extra = getattr(sampling_params, "extra_args", None) or {}
         given = extra.get("steering", {})
@@ -55,13 +67,14 @@ class Choice:
             given = {"name": given, "scale": extra.get("steering_scale", 1.0)}
         unknown = set(given) - {"name", "scale"}
         name, scale = given.get("name", DEFAULT), given.get("scale", 1.0)
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and isfinite(scale)
-        if unknown or not number or not (name is None or isinstance(name, str)):
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and abs(scale) <= LARGEST
+        names = [] if name is None else name if isinstance(name, list) else [name]
+        if unknown or not number or not all(isinstance(one, str) for one in names):
             raise SteerError(
-                f"steering={given!r} is not understood: expected {{'name': a name or None, 'scale': a finite "
-                "number}, both optional"
+                f"steering={given!r} is not understood: expected {{'name': a name, a list of names or None, "
+                f"'scale': a number to {LARGEST:.2g}}}, both optional"
             )
-        return cls(name, float(scale))
+        return cls(tuple(names), float(scale))
 
 
 @dataclass(frozen=True)
@@ -71,17 +84,6 @@ class Entry:
     row: int
     version: int
     positions: str
-
-
-def interval(positions: str, prompt: int) -> tuple[int, int]:
-    """The token positions [first, end) that `positions` (see `steer.config`) means after `prompt` tokens."""
-    return {
-        "all": (0, FAR),
-        "prompt": (0, prompt),
-        "last_prompt": (prompt - 1, prompt),
-        "completion": (prompt, FAR),
-        "first_completion": (prompt, prompt + 1),
-    }[positions]
 
 
 class Steering(nn.Module):
@@ -251,22 +253,24 @@ class Bank:
                 self._uniform = True
             return
         self._uniform = False
-        whole, real = [], []
+        rows, real = [], []  # of each request: the length of its prompt, the row of each of PARTS; the factor
         for choice, prompt in (self.requests.get(request, (Choice(), 0)) for request in requests):
-            if choice.name is None:
-                whole.append((BASE_ROW, 0, 0))
-            else:
-                entry = self.entries[choice.name]  # the scheduler took no unknown name, removes none in use
-                whole.append((entry.row, *interval(entry.positions, prompt)))
+            parts = [BASE_ROW] * 4
+            for name in choice.names:
+                entry = self.entries[name]  # the scheduler took no unknown name, removes none in use
+                steered = PARTS[entry.positions]
+                parts = [entry.row if on else row for on, row in zip(steered, parts, strict=True)]
+            rows.append([prompt, *parts])
             real.append(choice.scale)
         device, count = self.slot.device, len(positions)
-        rows = torch.tensor(whole, dtype=torch.int64).to(device)
+        table = torch.tensor(rows, dtype=torch.int64).to(device)
         scale = torch.tensor(real, dtype=torch.float32).to(device)
         token = torch.arange(count, device=device)
         owner = torch.bucketize(token, starts[1 : len(requests)].to(torch.int64), right=True)
-        first, end = rows[owner, 1], rows[owner, 2]
-        self.slot[:count] = rows[owner, 0]
-        self.coefficient[:count] = scale[owner] * ((positions >= first) & (positions < end))
+        after = positions - table[owner, 0]  # from the first generated token on
+        part = (after + 2).clamp(0, 3)
+        self.slot[:count] = table[owner, 1 + part]
+        self.coefficient[:count] = scale[owner]
 
 
 def pack(vectors: dict[int, torch.Tensor]) -> str:

@@ -44,6 +44,38 @@ def served_prompt(trained: PromptSpec | None, template: str | None) -> tuple[Pro
     return chosen, f"a chat of one question is put with {chosen} ({why})"
 
 
+def agreed_prompt(prompts: Mapping[str, PromptSpec | None]) -> PromptSpec | None:
+    """
+    The prompt that a sum of sets is asked with.
+
+    Args:
+        prompts: of each set, by name; sets of None take any prompt.
+
+    Raises:
+        SteerError: two sets have different ones.
+    """
+    known = {name: prompt for name, prompt in prompts.items() if prompt is not None}
+    if not known:
+        return None
+    (first, one), *others = known.items()
+    for name, prompt in others:
+        if prompt != one:
+            raise SteerError(
+                f"{first} was trained with {one} and {name} with {prompt}: choose with "
+                f'"steering": {{"sets": [...], "prompt": "{first}"}}, or "none" for the chat as it is sent'
+            )
+    return one
+
+
+def is_question(request: Mapping[str, Any]) -> bool:
+    """Whether the body of a chat request is one question, without a system turn or an answer begun."""
+    turns = request.get("messages")
+    if not isinstance(turns, list) or len(turns) != 1 or request.get("continue_final_message"):
+        return False
+    (turn,) = turns
+    return isinstance(turn, dict) and turn.get("role") == "user" and isinstance(turn.get("content"), str)
+
+
 def put(request: Mapping[str, Any], prompt: PromptSpec, tokenizer: Any) -> dict[str, Any]:
     """
     A chat request whose one turn is a question, with that question put as `prompt` says. Other requests, with
@@ -58,12 +90,9 @@ def put(request: Mapping[str, Any], prompt: PromptSpec, tokenizer: Any) -> dict[
     Raises:
         SteerError: the chat template takes neither the turns nor the variables.
     """
-    turns = request.get("messages")
-    if not isinstance(turns, list) or len(turns) != 1 or request.get("continue_final_message"):
+    if not is_question(request):
         return dict(request)
-    (turn,) = turns
-    if not isinstance(turn, dict) or turn.get("role") != "user" or not isinstance(turn.get("content"), str):
-        return dict(request)
+    (turn,) = request["messages"]
     variables = {**(prompt.chat_template_kwargs or {}), **(request.get("chat_template_kwargs") or {})}
     asked, _ = chat_turns(turn["content"], tokenizer, replace(prompt, chat_template_kwargs=variables))
     changed: dict[str, Any] = {**request, "messages": asked}

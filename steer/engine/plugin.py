@@ -203,8 +203,9 @@ def _preprocess_add_request(original: Any) -> Any:
     @wraps(original)
     def preprocess_add_request(self: Any, request: Any) -> Any:
         choice = Choice.of(request.sampling_params)
-        if choice.name is not None and choice.scale:
-            stamp = f"steering:{choice.name}:{_versions(self).get(choice.name, 0)}:{choice.scale!r}"
+        if choice.names and choice.scale:
+            sets = "+".join(f"{name}:{_versions(self).get(name, 0)}" for name in choice.names)
+            stamp = f"steering:{sets}:{choice.scale!r}"
             request.cache_salt = f"{request.cache_salt}|{stamp}" if request.cache_salt else stamp
         return original(self, request)
 
@@ -240,8 +241,9 @@ def _add_request(original: Any) -> Any:
 
 def _check_name(core: Any, choice: Choice) -> None:
     known = _versions(core)
-    if choice.name is not None and choice.name != DEFAULT and choice.name not in known:
-        raise SteerError(f"no vectors named {choice.name!r}; the engine has {', '.join(known) or 'none'}")
+    for name in choice.names:
+        if name != DEFAULT and name not in known:
+            raise SteerError(f"no vectors named {name!r}; the engine has {', '.join(known) or 'none'}")
 
 
 def _versions(core: Any) -> dict[str, int]:
@@ -255,7 +257,7 @@ def _collective_rpc(original: Any) -> Any:
     ) -> list[Any]:
         if method == "steer_remove":
             running = self.scheduler.requests.values()
-            using = sum(Choice.of(request.sampling_params).name == args[0] for request in running)
+            using = sum(args[0] in Choice.of(request.sampling_params).names for request in running)
             if using and args[0] != DEFAULT:  # in whose place there are zeros then
                 return [{"error": f"{args[0]!r} is used by {using} unfinished requests: wait or abort them"}]
         answers = original(self, method, timeout, args, kwargs)

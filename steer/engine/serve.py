@@ -1,9 +1,10 @@
 """
 Vectors in vLLM's OpenAI-compatible server: each set is a model of its own name, as LoRA modules are.
 
-`steer serve` starts `vllm serve` with this endpoint plugin. A request whose `model` is the name of a set gets
-those vectors, `name@0.5` half of them, and the base model's own name the base model. A chat of one question
-is put to a set as in its training (`steer.engine.chat`). Sets come and go while the server runs:
+`steer serve` starts `vllm serve` with this endpoint plugin. The `model` of a request is an expression
+(`steer.expression`): `math` gets the vectors of that set, `math@0.7+brief@-0.3` a sum, `base` or the base
+model's own name none. With `steering` in the body each set has layers and positions too. A chat of one
+question is put to a set as in its training (`steer.engine.chat`). Sets come and go while the server runs:
 
     GET    /v1/steering                  the sets, with their artifacts and scales
     POST   /v1/steering                  {"name": "math", "artifact": "runs/math/vectors", "scale": 1.0}
@@ -15,20 +16,26 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
+from itertools import count
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from steer.artifact import read
+from steer.artifact import Artifact, read
 from steer.engine.bank import DEFAULT, pack
-from steer.engine.chat import put, served_prompt
+from steer.engine.chat import AS_SENT, agreed_prompt, is_question, put, served_prompt
 from steer.engine.client import NO_PLUGIN, steered_layers
+from steer.engine.mixes import Mixes
+from steer.engine.plugin import SLOTS
 from steer.engine.receipt import confirmed
-from steer.errors import SteerError
+from steer.errors import SteerError, shown
+from steer.expression import BASE, Term, check_name, from_json, parse
+from steer.mixture import chosen
 from steer.models import load_tokenizer
 from steer.prompt import PromptSpec
 
@@ -36,16 +43,26 @@ from steer.prompt import PromptSpec
 # set, and `template` as its option.
 VARIABLE = "STEER_SERVE"
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
-_SCALED = re.compile(r"(?P<name>.+)@(?P<scale>-?\d+(\.\d+)?)")
+_NUMBERS = count()
 
 
 @dataclass(frozen=True)
 class Served:
-    """A set of vectors: where it came from, and the factor it was pushed with."""
+    """A set of vectors: where it came from, the factor it was pushed with, and what was pushed."""
 
     artifact: str
     scale: float
+    vectors: Artifact
     prompt: PromptSpec | None = None  # how chats of one question are put; None for as they come
+    number: int = field(default_factory=lambda: next(_NUMBERS))  # no two sets have the same
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for: the terms of its sum, and the set whose prompt is used, where it is told."""
+
+    terms: tuple[Term, ...]
+    prompt: str | None = None
 
 
 class Vectors:
@@ -60,7 +77,8 @@ class Vectors:
         self.models: Any = None
         self.tokenizer: Any = None
         self.template: str | None = None
-        self.lock = asyncio.Lock()
+        self.slots = SLOTS
+        self.mixes = Mixes(self._push, self._forget, lambda: self.slots - 2 - len(self.sets))
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_middleware(_Choose, vectors=self)
@@ -71,6 +89,8 @@ class Vectors:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         self.engine, self.models = engine_client, state.openai_serving_models
+        extra = engine_client.vllm_config.additional_config
+        self.slots = extra.get("steering_slots", SLOTS) if isinstance(extra, dict) else SLOTS
         self.tokenizer = await asyncio.to_thread(
             load_tokenizer,
             args.tokenizer or args.model,
@@ -86,21 +106,31 @@ class Vectors:
 
     async def add(self, name: str, artifact: str, scale: float = 1.0) -> None:
         """Push the artifact under `name`, in place of what has it; SteerError when that cannot be."""
-        if self.models.is_base_model(name) or name == DEFAULT or "@" in name:
-            raise SteerError(f"{name!r} cannot name vectors: it is the base model's, reserved, or has an @")
+        check_name(name)
+        if self.models.is_base_model(name) or name == DEFAULT:
+            raise SteerError(f"{name!r} cannot name vectors: it is the base model's, or reserved")
         pushed = await asyncio.to_thread(read, artifact)
         pushed = replace(pushed, config=replace(pushed.config, scale=scale * pushed.config.scale))
         vectors, positions = steered_layers(pushed)
         prompt, _ = served_prompt(pushed.config.prompt, self.template)
-        async with self.lock:
-            answers = await self._call("steer_push", name, pack(vectors), positions)
-            confirmed(answers, name, vectors, positions)
-            self.sets[name] = Served(str(artifact), scale, prompt)
+        async with self.mixes.changed:
+            if name not in self.sets:
+                await self.mixes.free(1)
+            await self._push(name, vectors, positions)
+            self.sets[name] = Served(str(artifact), scale, pushed, prompt)
 
     async def remove(self, name: str) -> None:
-        async with self.lock:
-            await self._call("steer_remove", name)
+        async with self.mixes.changed:
+            await self._forget(name)
             self.sets.pop(name, None)
+            self.mixes.changed.notify_all()
+
+    async def _push(self, name: str, vectors: dict[int, Any], positions: str) -> None:
+        answers = await self._call("steer_push", name, pack(vectors), positions)
+        confirmed(answers, name, vectors, positions)
+
+    async def _forget(self, name: str) -> None:
+        await self._call("steer_remove", name)
 
     async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
         try:
@@ -112,21 +142,62 @@ class Vectors:
                 raise SteerError(answer["error"])
         return answers
 
-    def choose(self, model: str) -> tuple[str, float] | None:
+    # ---- requests
+
+    def choose(self, body: dict[str, Any]) -> Asked | None:
         """
-        The set that `model` names and the factor on it; None for the base model and for what else vLLM
-        serves. KeyError for a name that nobody has.
+        What the body of a request asks for; None for the base model under its own name and for what else
+        vLLM serves. SteerError for what cannot be, KeyError for a name that nobody has.
         """
-        bare = model
-        for path in self.models.base_model_paths:
-            bare = bare.removeprefix(f"{path.name}:")
-        match = _SCALED.fullmatch(bare)
-        for name, scale in ((bare, 1.0), *([(match["name"], float(match["scale"]))] if match else [])):
-            if name in self.sets:
-                return name, scale
-        if self.models.is_base_model(model) or model in self.models.lora_requests:
+        model, steering = body.get("model"), body.get("steering")
+        if not isinstance(model, str | None):  # vLLM says that it is none
             return None
-        raise KeyError(model)
+        others = model is not None and (
+            self.models.is_base_model(model) or model in self.models.lora_requests
+        )
+        if steering is not None:
+            if model not in (None, BASE) and not self.models.is_base_model(model):
+                raise SteerError(
+                    f"model={shown(model)} and steering both choose vectors: name the sets in steering, and "
+                    "the base model in model"
+                )
+            asked = Asked(*from_json(steering))
+        elif model is None or (others and model not in self.sets):
+            return None
+        else:
+            bare = model
+            for path in self.models.base_model_paths:
+                bare = bare.removeprefix(f"{path.name}:")
+            asked = Asked(parse(bare))
+        for term in asked.terms:
+            if term.name not in self.sets:
+                raise KeyError(term.name)
+        return asked
+
+    def prompt(self, asked: Asked) -> PromptSpec | None:
+        """The prompt of a chat of one question; None for as sent. SteerError where the sets disagree."""
+        if asked.prompt == AS_SENT and AS_SENT not in self.sets:
+            return None
+        if asked.prompt is not None:
+            return self.sets[asked.prompt].prompt
+        return agreed_prompt({term.name: self.sets[term.name].prompt for term in asked.terms})
+
+    @asynccontextmanager
+    async def held(self, asked: Asked) -> AsyncIterator[dict[str, Any]]:
+        """Inside, the engine holds what is asked for; the extra arguments of a request that gets it."""
+        sets = {term.name: self.sets[term.name] for term in asked.terms}
+        parts = await asyncio.to_thread(
+            chosen, asked.terms, {name: served.vectors for name, served in sets.items()}
+        )
+        terms = sorted((term for term in asked.terms if term.scale), key=lambda term: term.name)
+        if not parts:
+            yield {"steering": [], "steering_scale": 1.0}
+        elif len(terms) == 1 and terms[0] == Term(terms[0].name, terms[0].scale):
+            yield {"steering": terms[0].name, "steering_scale": terms[0].scale}
+        else:
+            key = tuple((term, sets[term.name].number) for term in terms)
+            async with self.mixes.use(key, parts) as names:
+                yield {"steering": names, "steering_scale": 1.0}
 
     def known(self) -> list[str]:
         names = [path.name for path in self.models.base_model_paths]
@@ -180,14 +251,14 @@ class Vectors:
 
 
 class _Choose:
-    """Turns the name of a set in a request's `model` into the base model's and the choice of the set."""
+    """Turns what a request asks for into the name of the base model and what the engine knows the sets by."""
 
     def __init__(self, app: Any, vectors: Vectors):
         self.app = app
         self.vectors = vectors
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
+        if not _may_steer(scope):
             await self.app(scope, receive, send)
             return
         body, gone = b"", False
@@ -199,41 +270,63 @@ class _Choose:
                 break
         if gone:
             return
-        try:
-            asked = json.loads(body)
-            chosen = self.vectors.choose(asked["model"])
-        except KeyError as error:
-            name = error.args[0]
-            if name != "model":  # without one, vLLM takes the base model
-                await _error(HTTPStatus.NOT_FOUND, self.vectors.missing(name))(scope, receive, send)
+        async with AsyncExitStack() as held:
+            try:
+                changed = await self._changed(scope["path"], body, held)
+            except KeyError as error:
+                await _error(HTTPStatus.NOT_FOUND, self.vectors.missing(error.args[0]))(scope, receive, send)
                 return
-            chosen = None
-        except (ValueError, TypeError, AttributeError):  # vLLM says what is wrong with it
-            chosen = None
-        if chosen is not None:
-            prompt = self.vectors.sets[chosen[0]].prompt
-            if prompt is not None and scope["path"].endswith("/v1/chat/completions"):
-                try:
-                    asked = await asyncio.to_thread(put, asked, prompt, self.vectors.tokenizer)
-                except SteerError as error:
-                    await _error(HTTPStatus.BAD_REQUEST, str(error))(scope, receive, send)
-                    return
-            extra = {"steering": chosen[0], "steering_scale": chosen[1]}
-            asked["model"] = self.vectors.models.base_model_paths[0].name
-            asked["vllm_xargs"] = {**(asked.get("vllm_xargs") or {}), **extra}
-            body = json.dumps(asked).encode()
-            headers = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
-            scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-        sent = False
+            except SteerError as error:
+                await _error(HTTPStatus.BAD_REQUEST, str(error))(scope, receive, send)
+                return
+            if changed is not None:
+                body = changed
+                headers = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
+                scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+            sent = False
 
-        async def replay() -> Any:
-            nonlocal sent
-            if sent:
-                return await receive()
-            sent = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            async def replay() -> Any:
+                nonlocal sent
+                if sent:
+                    return await receive()
+                sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, replay, send)
+            await self.app(scope, replay, send)
+
+    async def _changed(self, path: str, body: bytes, held: AsyncExitStack) -> bytes | None:
+        """The body that vLLM gets, while `held` is open; None for the one that was sent."""
+        try:
+            given = json.loads(body)
+        except ValueError:  # vLLM says what is wrong with it
+            return None
+        if not isinstance(given, dict):
+            return None
+        if not path.endswith(PATHS):
+            if given.get("steering") is not None:
+                raise SteerError(f"{path} takes no steering, only {', '.join(PATHS)} do")
+            return None
+        vectors = self.vectors
+        asked = vectors.choose(given)
+        if asked is None:
+            return None
+        given.pop("steering", None)
+        if path.endswith("/v1/chat/completions") and is_question(given):
+            prompt = vectors.prompt(asked)
+            if prompt is not None:
+                given = await asyncio.to_thread(put, given, prompt, vectors.tokenizer)
+        extra = await held.enter_async_context(vectors.held(asked))
+        given["model"] = vectors.models.base_model_paths[0].name
+        given["vllm_xargs"] = {**(given.get("vllm_xargs") or {}), **extra}
+        return json.dumps(given).encode()
+
+
+def _may_steer(scope: Any) -> bool:
+    """Whether it is a request that steering is for, or could be meant for."""
+    if scope["type"] != "http" or scope["method"] != "POST" or "/v1/steering" in scope["path"]:
+        return False
+    kind = next((value for key, value in scope["headers"] if key == b"content-type"), b"")
+    return scope["path"].endswith(PATHS) or b"json" in kind
 
 
 def _error(status: HTTPStatus, message: str) -> JSONResponse:

@@ -73,6 +73,49 @@ def test_generate_is_side_by_side_and_scale_zero_is_the_base(steered, capsys):
     assert base.removeprefix("base     ") == other.removeprefix("steered  ")
 
 
+def test_generate_adds_sets_up(steered, capsys):
+    model, vectors = (str(path) for path in steered)
+    common = ["generate", model, "--prompt", "1+1=", "--max-new-tokens", "8", "--json", "--vectors"]
+
+    def told(*words):
+        capsys.readouterr()
+        assert main([*common, *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    whole, half = told(vectors), told(f"{vectors}@0.5")
+    assert whole["scales"] == {"vectors": 1.0} and half["scales"] == {"vectors": 0.5}
+    two = (f"a={vectors}@0.75", f"b={vectors}")
+    found = told(*two, "--steering", "a@2+b@-0.5")
+    assert found == whole | {"scales": {"a": 1.5, "b": -0.5}}
+    assert told(*two)["scales"] == {"a": 0.75, "b": 1.0}
+    assert told(*two, "--steering", "b")["steered"] == whole["steered"] != whole["base"]
+    for nothing in ("base", "a@0+b@-0"):
+        found = told(*two, "--steering", nothing)
+        assert found["steered"] == found["base"] == whole["base"] and found["scales"] == {}
+    layers = {"sets": [{"name": "b", "layers": "0"}, {"name": "a", "scale": 0}]}
+    assert told(*two, "--steering", json.dumps(layers))["scales"] == {"b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--steering", "c"], "no vectors named 'c'; there are a, b"),
+        (["--steering", "a@"], "the scale '' of 'a' is not a finite number"),
+        (["--steering", ""], "names no sets"),
+        (["--steering", '{"sets": [{"name": "a", "layer": 1}]}'], "steering.sets[0].layer is not a field"),
+        (["--steering", '{"sets": '], "--steering is not JSON"),
+        (["--steering", '{"sets": [{"name": "a"}], "prompt": "none"}'], "give --template"),
+        (["--scale", "2"], "--scale is for one set alone"),
+    ],
+)
+def test_wrong_steering_is_one_line(steered, capsys, words, told):
+    model, vectors = (str(path) for path in steered)
+    common = ["generate", model, "--prompt", "1", "--vectors", f"a={vectors}", f"b={vectors}"]
+    assert main([*common, *words]) == 1
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
+
+
 def test_export_and_import_as_json(steered, tmp_path, capsys):
     model, folder = (str(path) for path in steered)
     out = str(tmp_path / "vectors.npz")

@@ -20,6 +20,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Options of other programs that the pages name in their text.
 FOREIGN = {
+    "--additional-config",
     "--help",
     "--index-url",
     "--logprobs-mode",

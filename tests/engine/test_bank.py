@@ -178,7 +178,17 @@ def test_wrong_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"nmae": "a"}, {"name": 3}, {"scale": "2"}, {"scale": float("nan")}, {"scale": True}, ["a"], 3]
+    "given",
+    [
+        {"nmae": "a"},
+        {"name": 3},
+        {"scale": "2"},
+        {"scale": float("nan")},
+        {"scale": True},
+        {"scale": 1e39},
+        [3],
+        3,
+    ],
 )
 def test_wrong_requests(given: Any) -> None:
     with pytest.raises(SteerError, match="is not understood"):
@@ -188,7 +198,7 @@ def test_wrong_requests(given: Any) -> None:
 def test_what_a_request_may_say() -> None:
     said = [None, {}, {"steering": {}}, {"steering": "a"}, {"steering": None}, {"steering": {"scale": 2}}]
     found = [Choice.of(SimpleNamespace(extra_args=extra)) for extra in said]
-    assert found == [Choice(), Choice(), Choice(), Choice("a"), Choice(None), Choice(DEFAULT, 2.0)]
+    assert found == [Choice(), Choice(), Choice(), Choice(("a",)), Choice(()), Choice((DEFAULT,), 2.0)]
     assert Choice.of(None) == Choice()  # a request that is not sampled from
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from helpers.steering import fill, message
-from helpers.vllm_engine import SHAPES, TOLERANCE, prompt, run, same, start
+from helpers.vllm_engine import SHAPES, TOLERANCE, expected, prompt, run, same, start
 from transformers import PreTrainedModel
 
 import steer
 from steer import SteerError, SteeringConfig, engine
 from steer.artifact import Artifact
 from steer.config import POSITIONS
+from steer.engine.mixes import summed
+from steer.expression import Term, parse
+from steer.mixture import chosen, mixed
 
 
 class Pair(NamedTuple):
@@ -101,6 +105,64 @@ def test_layers_sites_and_kinds(llama: Pair, config: dict[str, Any]) -> None:
     assert same(llama.model, sampled)
     with vectors.disabled():
         assert not same(llama.model, sampled)
+
+
+def test_sums_in_one_batch(llama: Pair) -> None:
+    sets = {}
+    for seed, (name, config) in enumerate(
+        {"one": {}, "two": {"positions": "completion"}, "three": {"positions": "last_prompt"}}.items()
+    ):
+        vectors = llama.attach(seed, **config)
+        sets[name] = Artifact(vectors.config, vectors.tensors())
+        steer.detach(llama.model)
+    sums = [
+        (),
+        parse("one@0.7+two@-0.3"),
+        parse("one+two+three"),
+        (Term("one", 1.0, "1"), Term("three", -1.0, "0-1", "all")),
+        parse("two@0.5"),
+    ]
+    asked, scores = [], []
+    prompts = [prompt(20 + i, i) for i in range(len(sums))]
+    for number, terms in enumerate(sums):
+        names = []
+        for positions, vectors in summed(list(chosen(terms, sets).values())):
+            names.append(f"mix+{number}.{len(names)}")
+            engine.push(llama.llm, vectors, names[-1], positions)
+        asked.append({"steering": {"name": names}})
+    together = run(llama.llm, prompts, asked)
+    for ids, terms, extra, sampled in zip(prompts, sums, asked, together, strict=True):
+        (alone,) = run(llama.llm, [ids], [extra])
+        assert alone.ids == sampled.ids
+        assert (alone.logps - sampled.logps).abs().max() < TOLERANCE
+        with mixed(llama.model, chosen(terms, sets)) as inside, ExitStack() as lengths:
+            for vectors in inside.values():
+                lengths.enter_context(vectors.prompt_length(sampled.prompt))
+            scores.append(expected(llama.model, sampled))
+        assert (scores[-1] - sampled.logps).abs().max() < TOLERANCE
+        assert not terms or not same(llama.model, sampled)
+
+
+def test_scale_0_is_the_base_whatever_the_set_was_before(llama: Pair) -> None:
+    vectors = llama.attach()
+    engine.push(llama.llm, Artifact(vectors.config, vectors.tensors()), name="one")
+    ids = prompt(70)  # two blocks of it are cached
+    (base,) = run(llama.llm, [ids], [engine.request(None)], scored=False)
+    for scale in (1.0, 0.0, -2.0, 0.0):
+        (sampled,) = run(llama.llm, [ids], [engine.request("one", scale)], scored=False)
+        assert torch.equal(sampled.logps, base.logps) == (scale == 0)
+        assert (sampled.cached > 0) == (scale == 0), "only the base model's prefix was read before"
+
+
+def test_prefixes_of_different_sums_are_kept_apart(llama: Pair) -> None:
+    for seed, name in enumerate(("one", "two")):
+        vectors = llama.attach(seed)
+        engine.push(llama.llm, Artifact(vectors.config, vectors.tensors()), name=name)
+        steer.detach(llama.model)
+    ids = prompt(70, 9)
+    for names in (["one"], ["two"], ["one", "two"], ["two", "one"]):
+        asked = {"steering": {"name": names}}
+        assert [run(llama.llm, [ids], [asked], scored=False)[0].cached > 0 for _ in range(2)] == [False, True]
 
 
 def test_several_sets_in_one_batch(llama: Pair) -> None:

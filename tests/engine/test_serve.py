@@ -23,8 +23,9 @@ import torch
 from helpers.training import SPREAD, model_folder
 
 import steer
-from steer import SteerError
-from steer.cli.serve import _parse
+from steer import SteerError, SteeringConfig
+from steer.arguments import named_vectors
+from steer.artifact import Artifact
 from steer.prompt import PromptSpec
 from steer.tasks.prompts import format_prompt
 
@@ -42,7 +43,7 @@ WIDTH = 128
     ],
 )
 def test_what_vectors_are_asked_for(text: str, expected: tuple[str, str, float]) -> None:
-    assert _parse(text) == expected
+    assert named_vectors(text) == expected
 
 
 @pytest.fixture
@@ -56,7 +57,25 @@ def plugin() -> Any:
     vectors.models = SimpleNamespace(
         base_model_paths=[base], is_base_model=lambda name: name == "base", lora_requests={"lora": None}
     )
-    vectors.sets = {"math": Served("runs/math", 1.0), "code": Served("runs/code", 0.5)}
+    base_config = {"hidden_size": 4, "num_hidden_layers": 3, "model_type": "llama", "layers": "0-1"}
+
+    def artifact(scale: float, value: float) -> Artifact:
+        tensors = {f"m.{i}.steering.vector": torch.full((4,), value) for i in (0, 1)}
+        return Artifact(SteeringConfig(scale=scale, **base_config), tensors)  # type: ignore[arg-type]
+
+    held: dict[str, Any] = {}
+
+    async def push(name: str, given: Any, positions: str) -> None:
+        held[name] = (given, positions)
+
+    async def forget(name: str) -> None:
+        del held[name]
+
+    vectors.mixes.push, vectors.mixes.remove = push, forget
+    vectors.sets = {
+        "math": Served("runs/math", 1.0, artifact(1.0, 1.0)),
+        "code": Served("runs/code", 0.5, artifact(0.5, 4.0)),
+    }
     seen: dict[str, Any] = {}
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
@@ -75,7 +94,8 @@ def plugin() -> Any:
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-length", b"1")]}
+        headers = [(b"content-length", b"1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
         asyncio.run(_Choose(inner, vectors)(scope, receive, send))
         answer = json.loads(sent[1]["body"]) | {"status": sent[0]["status"]} if sent else None
         if "body" in seen:
@@ -85,7 +105,7 @@ def plugin() -> Any:
             )
         return seen.get("body"), answer
 
-    ask.vectors = vectors  # type: ignore[attr-defined]
+    ask.vectors, ask.held = vectors, held  # type: ignore[attr-defined]
     return ask
 
 
@@ -103,6 +123,111 @@ def test_the_model_names_the_vectors(plugin: Any, model: str, name: str, scale: 
     assert answer is None
     wanted = {"other": 1, "steering": name, "steering_scale": scale}
     assert json.loads(body) == {"model": "base", "prompt": "é", "vllm_xargs": wanted}
+
+
+def test_a_sum_is_pushed_and_named(plugin: Any) -> None:
+    for model in ("math@2+code@-1", "base:code@-1+math@2"):
+        body, answer = plugin({"model": model, "prompt": "x"})
+        assert answer is None
+        xargs = json.loads(body)["vllm_xargs"]
+        assert xargs == {"steering": ["mix+0"], "steering_scale": 1.0}, "one sum, one set in the engine"
+    ((vectors, positions),) = plugin.held.values()
+    assert positions == "all" and vectors.keys() == {0, 1}
+    assert torch.equal(vectors[1], torch.zeros(4))  # 2 * 1 - 1 * 0.5 * 4
+
+
+def test_a_set_with_other_vectors_is_another_sum(plugin: Any) -> None:
+    plugin({"model": "math+code", "prompt": "x"})
+    other = replace(plugin.vectors.sets["code"])
+    plugin.vectors.sets["code"] = replace(other, number=other.number + 1000)
+    body, _ = plugin({"model": "math+code", "prompt": "x"})
+    assert json.loads(body)["vllm_xargs"]["steering"] == ["mix+1"]
+
+
+@pytest.mark.parametrize("model", ["math@0", "math@0+code@-0", "base:math@0.0"])
+def test_scale_0_is_the_base(plugin: Any, model: str) -> None:
+    body, answer = plugin({"model": model, "prompt": "x"})
+    assert answer is None and plugin.held == {}
+    assert json.loads(body)["vllm_xargs"] == {"steering": [], "steering_scale": 1.0}
+
+
+def test_base_is_a_name_of_the_base_model(plugin: Any) -> None:
+    plugin.vectors.models.base_model_paths[0].name = "llama"
+    plugin.vectors.models.is_base_model = lambda name: name == "llama"
+    body, _ = plugin({"model": "base", "prompt": "x"})
+    assert json.loads(body)["model"] == "llama" and json.loads(body)["vllm_xargs"]["steering"] == []
+
+
+@pytest.mark.parametrize("model", [{}, {"model": "base"}])
+def test_steering_gives_layers_and_positions(plugin: Any, model: dict[str, str]) -> None:
+    sets = [
+        {"name": "math", "layers": "1", "scale": 3, "positions": "completion"},
+        {"name": "code", "positions": "prompt"},
+    ]
+    body, answer = plugin({**model, "steering": {"sets": sets}, "prompt": "x"})
+    assert answer is None
+    wanted = {"steering": ["mix+0", "mix+1"], "steering_scale": 1.0}
+    assert json.loads(body) == {"model": "base", "prompt": "x", "vllm_xargs": wanted}
+    found = {
+        positions: {i: v[0].item() for i, v in given.items()} for given, positions in plugin.held.values()
+    }
+    assert found == {"completion": {1: 3.0}, "prompt": {0: 2.0, 1: 2.0}}
+    body, _ = plugin({**model, "steering": {"sets": [{"name": "math", "scale": 0.5}]}, "prompt": "x"})
+    assert json.loads(body)["vllm_xargs"] == {"steering": "math", "steering_scale": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"model": ""}, "names no sets"),
+        ({"model": "math@"}, "the scale '' of 'math' is not a finite number"),
+        ({"model": "math@inf+code"}, "the scale 'inf' of 'math'"),
+        ({"model": "math+math@2"}, "names 'math' twice"),
+        ({"model": "math", "steering": {"sets": [{"name": "math"}]}}, "both choose vectors"),
+        ({"model": "lora", "steering": {"sets": [{"name": "math"}]}}, "both choose vectors"),
+        ({"steering": {"sets": [{"name": "math", "layer": 1}]}}, "steering.sets[0].layer is not a field"),
+        ({"steering": {"sets": [{"name": "math", "layers": "2"}]}}, "none of layers 2 is steered"),
+        ({"steering": {"sets": []}}, "steering.sets=[]"),
+        ({"steering": "math"}, "steering='math' is not an object"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_line(plugin: Any, body: dict[str, Any], words: str) -> None:
+    seen, answer = plugin({**body, "prompt": "x"})
+    assert seen is None and answer["status"] == 400 and plugin.held == {}
+    assert words in answer["error"]["message"] and "\n" not in answer["error"]["message"]
+
+
+def test_steering_of_an_unknown_set_gets_404(plugin: Any) -> None:
+    for body in ({"model": "math+maths@2"}, {"steering": {"sets": [{"name": "maths"}]}}):
+        seen, answer = plugin({**body, "prompt": "x"})
+        assert seen is None and answer["status"] == 404
+        assert "`maths` does not exist" in answer["error"]["message"]
+
+
+def test_other_routes_take_no_steering(plugin: Any) -> None:
+    body = {"model": "base", "steering": {"sets": [{"name": "math"}]}}
+    seen, answer = plugin(body, "/v1/chat/completions/batch")
+    assert seen is None and answer["status"] == 400 and "takes no steering" in answer["error"]["message"]
+    assert plugin({"model": "base"}, "/v1/chat/completions/batch")[1] is None
+
+
+def test_sets_with_different_prompts(plugin: Any, tiny_tokenizer: Any) -> None:
+    sets = plugin.vectors.sets
+    plugin.vectors.tokenizer = tiny_tokenizer
+    for name, system in (("math", "Be brief."), ("code", "Write code.")):
+        sets[name] = replace(sets[name], prompt=PromptSpec("boxed_short", system=system))
+    chat = {"model": "math+code", "messages": [{"role": "user", "content": "1+1?"}]}
+    seen, answer = plugin(chat, "/v1/chat/completions")
+    assert seen is None and answer["status"] == 400
+    assert '"prompt": "math"' in answer["error"]["message"]
+    steering = {"sets": [{"name": "math"}, {"name": "code"}]}
+    for prompt, first in (("math", "Be brief."), ("code", "Write code."), ("none", "1+1?")):
+        asked = {**chat, "model": "base", "steering": {**steering, "prompt": prompt}}
+        seen, answer = plugin(asked, "/v1/chat/completions")
+        assert answer is None and json.loads(seen)["messages"][0]["content"] == first
+    chat["messages"] = [{"role": "system", "content": "Hi"}, *chat["messages"]]
+    seen, _ = plugin(chat, "/v1/chat/completions")
+    assert json.loads(seen)["messages"] == chat["messages"]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +248,8 @@ def test_an_unknown_name_gets_404_and_the_list(plugin: Any) -> None:
 
 def test_a_chat_of_one_question_is_put_as_in_training(plugin: Any, tiny_tokenizer: Any) -> None:
     prompt = PromptSpec("boxed_short", system="Be brief.", examples=(("2+2?", "4"),))
-    from steer.engine.serve import Served
-
     plugin.vectors.tokenizer = tiny_tokenizer
-    plugin.vectors.sets["math"] = Served("runs/math", 1.0, prompt)
+    plugin.vectors.sets["math"] = replace(plugin.vectors.sets["math"], prompt=prompt)
     chat = {"model": "math", "messages": [{"role": "user", "content": "1+1?"}]}
     body, answer = plugin(chat, "/v1/chat/completions")
     assert answer is None
@@ -176,18 +299,22 @@ def served(build_tiny: Any, tiny_tokenizer: Any, tmp_path: Path) -> Iterator[tup
         str(64 << 20),
         "--served-model-name",
         "base",
+        "--additional-config",
+        '{"steering_slots": 7}',
     ]
     with (tmp_path / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=os.environ)
         try:
             url = f"http://127.0.0.1:{port}"
-            for _ in range(1200):
+            for _ in range(4000):  # 13 minutes: a machine at work takes 5
                 assert process.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
                 try:
                     urlopen(f"{url}/health", timeout=5)
                     break
                 except (URLError, OSError):
                     time.sleep(0.2)  # nothing tells when another program's server is up
+            else:
+                pytest.fail((tmp_path / "server.log").read_text()[-3000:])
             yield url, tmp_path
         finally:
             process.terminate()
@@ -230,6 +357,37 @@ def test_many_clients_with_mixed_vectors_get_what_each_gets_alone(
     same = [complete(url, name, [5, 6, 7, 8]) for name in names]
     assert len(set(same)) == 5, "the vectors make no difference: nothing was tested"
 
+    # sums, more of them than the engine has places for, each as an artifact that holds the sum
+    sums = [(0.1 * i, 1.0 - 0.2 * i) for i in range(1, 6)]
+    with ThreadPoolExecutor(16) as clients:
+        names = [f"one@{a!r}+two@{b!r}" for a, b in sums]
+        together = list(clients.map(lambda name: complete(url, name, [5, 6, 7, 8]), names * 4))
+    assert together[:5] * 4 == together and len(set(together[:5])) > 1
+    one, two = (steer.artifact.read(folder / name) for name in ("one", "two"))
+    for (a, b), found in list(zip(sums, together, strict=False))[::4]:
+        steer.artifact.write(folder / "sum", a * one + 0.7 * b * two)
+        assert call(f"{url}/v1/steering", {"name": "sum", "artifact": str(folder / "sum")})[0] == 200
+        assert complete(url, "sum", [5, 6, 7, 8]) == found
+        assert call(f"{url}/v1/steering/sum", method="DELETE")[0] == 200
+    assert complete(url, "one@0+two@0", [5, 6, 7, 8]) == same[0] == complete(url, "base", [5, 6, 7, 8])
+    body = {"prompt": [5, 6, 7, 8], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    half = {
+        **body,
+        "steering": {"sets": [{"name": "one", "scale": 0.5, "layers": "0-2", "positions": "all"}]},
+    }
+    assert call(f"{url}/v1/completions", half)[1]["choices"][0]["text"] == same[3]
+    three = {"sets": [{"name": "one", "positions": p} for p in ["all"]] + [{"name": "two", "layer": 3}]}
+    status, answer = call(f"{url}/v1/completions", {**body, "steering": three})
+    assert status == 400 and "steering.sets[1].layer is not a field" in answer["error"]["message"]
+    for _ in range(3):  # streams hold their place until they end
+        request = Request(
+            f"{url}/v1/completions",
+            json.dumps({**body, "model": names[0], "stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urlopen(request, timeout=300) as stream:
+            assert b"[DONE]" in stream.read()
+
     # a chat of one question is put as the vectors were trained
     two = steer.artifact.read(folder / "two")
     prompt = PromptSpec("boxed_short", "So")
@@ -265,6 +423,14 @@ def test_a_damaged_artifact_is_told_before_the_server_starts(tmp_path: Path, mon
     monkeypatch.setattr(serve, "require", lambda *_: None)
     (tmp_path / "steering.safetensors").write_bytes(b"nothing")
     with pytest.raises(SteerError, match="not a readable safetensors file"):
-        serve._serve(SimpleNamespace(vectors=[str(tmp_path)], template=None, model="m", more=[]))
+        serve._serve(_args(str(tmp_path)))
     with pytest.raises(SteerError, match="two sets have one name"):
-        serve._serve(SimpleNamespace(vectors=["a/x", "b/x"], template=None, model="m", more=[]))
+        serve._serve(_args("a/x", "b/x"))
+    with pytest.raises(SteerError, match=r"'a\+b' cannot name vectors.*NAME=ARTIFACT"):
+        serve._serve(_args("runs/a+b"))
+
+
+def _args(*vectors: str) -> Any:
+    return SimpleNamespace(
+        vectors=[named_vectors(text) for text in vectors], template=None, model="m", more=[]
+    )
