@@ -154,6 +154,22 @@ def smollm2() -> PreTrainedModel:
 
 
 @pytest.fixture
+def recipe(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
+    """`recipe(script, *words)`: a recipe run inside this process, to save the imports; what it said."""
+    from helpers.launching import run_here
+
+    def run(script: Path, *words: str) -> str:
+        caplog.clear()
+        capsys.readouterr()
+        with caplog.at_level("INFO"):
+            run_here(script, *words)
+        printed = capsys.readouterr()
+        return printed.out + printed.err + caplog.text
+
+    return run
+
+
+@pytest.fixture
 def run(build_tiny: Callable, tiny_tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     """`run(reward=..., steering=..., resume=..., **settings)`: the trainer of a tiny Llama, at its end."""
     from helpers.training import SPREAD, config, make_trainer, parity

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import yaml
 from helpers.paths import ROOT
 from helpers.training import SPREAD, model_folder, write_problems
@@ -74,13 +75,20 @@ def started(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]
 
 
 def run_here(script: Path, *words: str) -> None:
-    """A recipe run inside this process, to save the imports; SystemExit with its line where it is refused."""
-    with patch.object(sys, "argv", [str(script), *words]):
-        try:
+    """
+    A recipe run inside this process, to save the imports, on one thread as `started` ones are: sums in the
+    same order. SystemExit with its line where it is refused.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with patch.object(sys, "argv", [str(script), *words]):
             runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as end:
-            if end.code:
-                raise
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        torch.set_num_threads(threads)
 
 
 def launcher(config: Path, *options: str) -> list[str]:

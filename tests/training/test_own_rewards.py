@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.launching import LAUNCHERS, ROOT, launcher, run_folder, started
+from helpers.launching import LAUNCHERS, ROOT, launcher, run_folder, run_here, started
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 OWN = """
@@ -25,8 +25,14 @@ async def short(completions, **columns):
 
 @pytest.fixture
 def base(
-    tmp_path: Path, build_tiny: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path,
+    build_tiny: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    sys.modules.pop("own_reward", None)
     (tmp_path / "own_reward.py").write_text(OWN)
     rows = [{"question": f"{n}+1", "gold": [str((n + 1) % 10), "7"], "size": n} for n in range(40)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -52,8 +58,8 @@ def configured(base: Path, **changes: object) -> Path:
 def test_two_processes_find_a_file_and_an_edited_file_is_another_run(base: Path) -> None:
     rewards = [{"name": "own_reward.py:near", "modulus": 7}, "own_reward.py:short"]
     config = configured(base, rewards=rewards, per_device_train_batch_size=16)
-    words = [str(ROOT / "recipes" / "grpo_steer.py"), "--config", str(config)]
-    done = started([*launcher(LAUNCHERS / "cpu-2.yaml"), *words], base)
+    script, words = ROOT / "recipes" / "grpo_steer.py", ["--config", str(config)]
+    done = started([*launcher(LAUNCHERS / "cpu-2.yaml"), str(script), *words], base)
     assert done.returncode == 0, done.stdout + done.stderr
     state = json.loads((base / "whole" / "checkpoint-1" / "trainer_state.json").read_text())
     row = next(row for row in state["log_history"] if "reward" in row)
@@ -64,9 +70,8 @@ def test_two_processes_find_a_file_and_an_edited_file_is_another_run(base: Path)
     assert run["run"]["rewards"] == rewards
     assert set(run["source"]) == {"source of own_reward.py:near", "source of own_reward.py:short"}
     (base / "own_reward.py").write_text(OWN.replace("float(sum", "2 * float(sum"))
-    again = started([sys.executable, *words, "--per_device_train_batch_size", "32"], base)
-    assert again.returncode == 1
-    assert "holds another run: " in again.stderr and "source of own_reward.py:near was" in again.stderr
+    with pytest.raises(SystemExit, match=r"holds another run: .*source of own_reward.py:near was"):
+        run_here(script, *words, "--per_device_train_batch_size", "32")
 
 
 def test_a_member_of_a_population_has_rewards_of_its_own(base: Path) -> None:
@@ -76,9 +81,7 @@ def test_a_member_of_a_population_has_rewards_of_its_own(base: Path) -> None:
         "reward_weights": [2.0],
     }
     config = configured(base, population=[member, {"name": "base", "seed": 3}], winners=0)
-    words = [sys.executable, str(ROOT / "recipes" / "layer_sweep.py"), "--config", str(config)]
-    done = started(words, base)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_here(ROOT / "recipes" / "layer_sweep.py", "--config", str(config))
     log = json.loads((base / "whole" / "members" / "own" / "log.json").read_text())
     assert log[0]["reward"] == pytest.approx(2 * log[0]["rewards/near/mean"]) and log[0]["reward"] > 0
     kept = json.loads((base / "whole" / "population.json").read_text())

@@ -49,6 +49,12 @@ def command(base: Path, *changes: str) -> list[str]:
 
 
 @pytest.fixture
+def here(base: Path, recipe: Callable[..., str]) -> Callable[..., str]:
+    """The recipe run inside this process; what it said."""
+    return lambda *changes: recipe(RECIPE, "--config", str(base / "config.yaml"), *changes)
+
+
+@pytest.fixture
 def whole(base: Path) -> Path:
     """The folder of a run that was never stopped; its output is in `whole.log`."""
     if not (base / "whole.log").exists():
@@ -113,11 +119,10 @@ def test_the_printed_command_uses_the_vectors(whole: Path, base: Path) -> None:
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
-def test_a_finished_run_says_so_and_changes_nothing(whole: Path, base: Path) -> None:
+def test_a_finished_run_says_so_and_changes_nothing(whole: Path, here: Callable[..., str]) -> None:
     before = contents(whole)
-    done = started(command(base), base)
-    assert done.returncode == 0, done.stderr
-    assert "finished" in done.stdout + done.stderr and "steered" in done.stdout
+    said = here()
+    assert "finished" in said and "steered" in said
     after = contents(whole)
     assert {n for n in before if n != "training.png"} == {n for n in after if n != "training.png"}
     assert [n for n in before if n != "training.png" and before[n] != after[n]] == []
@@ -127,7 +132,9 @@ def test_a_finished_run_says_so_and_changes_nothing(whole: Path, base: Path) -> 
 # ---- killed, and on two processes
 
 
-def test_killed_between_steps_and_started_again_ends_with_the_same_vectors(whole: Path, base: Path) -> None:
+def test_killed_between_steps_and_started_again_ends_with_the_same_vectors(
+    whole: Path, base: Path, here: Callable[..., str]
+) -> None:
     folder = base / "killed"
     arguments = command(base, "--output_dir", str(folder))
     with (base / "killed.log").open("w") as log:
@@ -145,9 +152,7 @@ def test_killed_between_steps_and_started_again_ends_with_the_same_vectors(whole
     assert not (folder / "vectors").exists() and not (folder / f"checkpoint-{STEPS}").exists()
     left = last_checkpoint(folder)
     assert left is not None
-    done = started(arguments, base)
-    assert done.returncode == 0, done.stderr
-    assert f"going on from {left}" in done.stdout + done.stderr
+    assert f"going on from {left}" in here("--output_dir", str(folder))
     assert same(artifact.read(folder / "vectors").tensors, artifact.read(whole / "vectors").tensors)
     results = json.loads((folder / "results.json").read_text())
     assert results["steps"] == STEPS and "after" in results
@@ -155,7 +160,9 @@ def test_killed_between_steps_and_started_again_ends_with_the_same_vectors(whole
     assert (results["before"], results["after"]) == (expected["before"], expected["after"])
 
 
-def test_a_run_that_an_older_version_began_goes_on(whole: Path, base: Path, tmp_path: Path) -> None:
+def test_a_run_that_an_older_version_began_goes_on(
+    whole: Path, here: Callable[..., str], tmp_path: Path
+) -> None:
     """Stopped before its end, with a checkpoint of format 1 and settings under their old names."""
     folder = tmp_path / "out"
     shutil.copytree(whole, folder)
@@ -174,34 +181,32 @@ def test_a_run_that_an_older_version_began_goes_on(whole: Path, base: Path, tmp_
     assert settings["steering"]["depth"] is None
     (folder / "run.json").write_text(json.dumps(settings))
 
-    other = started(command(base, "--output_dir", str(folder), "--layers", "1"), base)
-    assert other.returncode == 1 and "layers was 'all', now '1'" in other.stderr
-    done = started(command(base, "--output_dir", str(folder)), base)
-    assert done.returncode == 0, done.stderr
-    assert f"going on from {left}" in done.stdout + done.stderr
+    with pytest.raises(SystemExit, match="layers was 'all', now '1'"):
+        here("--output_dir", str(folder), "--layers", "1")
+    assert f"going on from {left}" in here("--output_dir", str(folder))
     saved = artifact.read(folder / "vectors")
     assert same(saved.tensors, artifact.read(whole / "vectors").tensors)
 
 
-def test_stopped_after_its_last_update_it_trains_no_further(whole: Path, base: Path, tmp_path: Path) -> None:
+def test_stopped_after_its_last_update_it_trains_no_further(
+    whole: Path, here: Callable[..., str], tmp_path: Path
+) -> None:
     folder = tmp_path / "out"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "vectors")
     results = json.loads((folder / "results.json").read_text())
     del results["asked"], results["after"]
     (folder / "results.json").write_text(json.dumps(results))
-    done = started(command(base, "--output_dir", str(folder)), base)
-    assert done.returncode == 0, done.stdout + done.stderr
+    here("--output_dir", str(folder))
     assert json.loads((folder / "results.json").read_text())["steps"] == STEPS
     assert same(artifact.read(folder / "vectors").tensors, artifact.read(whole / "vectors").tensors)
 
 
-def test_a_run_goes_on_with_another_schedule(base: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_another_schedule(here: Callable[..., str], tmp_path: Path) -> None:
     """Two updates at the whole rate, then the way to zero; the next rate was already set at the stop."""
     out = tmp_path / "out"
     for more in (("--max_steps", "2"), ("--max_steps", "4", "--lr_scheduler_type", "linear")):
-        done = started(command(base, "--output_dir", str(out), "--warmup_steps", "0", *more), base)
-        assert done.returncode == 0, done.stdout + done.stderr
+        here("--output_dir", str(out), "--warmup_steps", "0", *more)
     assert json.loads((out / "run.json").read_text())["training"]["lr_scheduler_type"] == "linear"
     checkpoint = last_checkpoint(out)
     assert checkpoint is not None

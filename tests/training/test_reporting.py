@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pandas
 import pytest
-from helpers.launching import ROOT, run_folder, started
+from helpers.launching import ROOT, run_folder
 from helpers.training import SPREAD, config, make_trainer, problems
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trl.trainer import grpo_trainer
@@ -49,12 +48,10 @@ def test_completions_are_logged_as_tables(
     assert "train/reward" in board.Tags()["scalars"]
 
 
-def test_a_dry_run_says_what_would_be_trained(tmp_path: Path, build_tiny, tiny_tokenizer) -> None:
+def test_a_dry_run_says_what_would_be_trained(tmp_path: Path, build_tiny, tiny_tokenizer, recipe) -> None:
     base = run_folder(tmp_path, build_tiny, tiny_tokenizer, 4, max_steps=50, use_cpu=True)
-    words = [sys.executable, str(ROOT / "recipes" / "grpo_steer.py"), "--config", str(base / "config.yaml")]
-    done = started([*words, "--dry_run", "true", "--validate_every", "5", "--validation", "4"], base)
-    assert done.returncode == 0, done.stdout + done.stderr
-    text = done.stdout
+    words = ["--config", str(base / "config.yaml"), "--dry_run", "true", "--validate_every", "5"]
+    text = recipe(ROOT / "recipes" / "grpo_steer.py", *words, "--validation", "4")
     for part in ("96 parameters, at layers all", "4 held out", "1 x correct01, 0.25 x format"):
         assert part in text, text
     assert "4 prompts x 8 answers of up to 3 tokens: 96 tokens" in text

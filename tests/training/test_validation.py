@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
-from helpers.launching import ROOT, run_folder, run_here, started
+from helpers.launching import ROOT, run_folder, run_here
 from helpers.training import SPREAD, config, last_checkpoint, logged, make_trainer, problems, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -181,17 +180,15 @@ def base(
     return run_folder(tmp_path, build_tiny, tiny_tokenizer, 4, **given_settings)
 
 
-def launched(base: Path, recipe: str, *changes: str) -> str:
-    words = [sys.executable, str(ROOT / "recipes" / recipe), "--config", str(base / "config.yaml")]
-    done = started(
-        [*words, "--validate_every", "2", "--validation", "8", "--keep_best", "true", *changes], base
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def launched(base: Path, recipe: Callable[..., str]) -> Callable[..., str]:
+    words = ["--config", str(base / "config.yaml"), "--validate_every", "2", "--validation", "8"]
+    words += ["--keep_best", "true"]
+    return lambda name, *changes: recipe(ROOT / "recipes" / name, *words, *changes)
 
 
-def test_a_recipe_validates_and_says_so(base: Path) -> None:
-    text = launched(base, "grpo_steer.py")
+def test_a_recipe_validates_and_says_so(base: Path, launched: Callable[..., str]) -> None:
+    text = launched("grpo_steer.py")
     results = json.loads((base / "whole" / "results.json").read_text())
     found = results["validation"]
     assert [row["step"] for row in found["history"]] == [0, 2, 3] and found["problems"] >= 8
@@ -200,16 +197,16 @@ def test_a_recipe_validates_and_says_so(base: Path) -> None:
     assert same(artifact.read(base / "whole" / "vectors").tensors, kept)
 
 
-def test_the_choice_of_a_rate_comes_before_validation(base: Path) -> None:
-    launched(base, "grpo_steer.py", "--lr_sweep", "0.01", "0.05", "--max_steps", "2", "--eval_data", "none")
+def test_the_choice_of_a_rate_comes_before_validation(base: Path, launched: Callable[..., str]) -> None:
+    launched("grpo_steer.py", "--lr_sweep", "0.01", "0.05", "--max_steps", "2", "--eval_data", "none")
     tried = json.loads((base / "whole-sweep" / "sweep.json").read_text())["tried"]
     assert [row["learning_rate"] for row in tried] == [0.01, 0.05]
     results = json.loads((base / "whole" / "results.json").read_text())
     assert [row["step"] for row in results["validation"]["history"]] == [0, 2]
 
 
-def test_a_population_validates_each_member(base: Path) -> None:
-    launched(base, "layer_sweep.py", "--seeds", "1", "2", "--winners", "0")
+def test_a_population_validates_each_member(base: Path, launched: Callable[..., str]) -> None:
+    launched("layer_sweep.py", "--seeds", "1", "2", "--winners", "0")
     for name in ("seed-1", "seed-2"):
         folder = base / "whole" / "members" / name
         found = json.loads((folder / "results.json").read_text())["validation"]
@@ -217,7 +214,7 @@ def test_a_population_validates_each_member(base: Path) -> None:
         rows = json.loads((folder / "log.json").read_text())
         assert "validation/accuracy" not in rows[0]
         assert rows[1]["validation/accuracy"] == found["history"][1]["accuracy"]
-    alone = launched(base, "grpo_steer.py", "--seed", "2", "--output_dir", str(base / "alone"))
+    alone = launched("grpo_steer.py", "--seed", "2", "--output_dir", str(base / "alone"))
     assert "validated" in alone
     assert json.loads((base / "alone" / "results.json").read_text())["validation"] == found
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from helpers.launching import LAUNCHERS, ROOT, environment, launcher, run_folder, run_here, started
 from helpers.training import far, same
@@ -56,21 +55,16 @@ def command(base: Path, *changes: str) -> list[str]:
 @pytest.fixture
 def here(base: Path) -> Callable[..., str | None]:
     """
-    The recipe run inside this process, to save the imports, on one thread as `started` ones are: sums in the
-    same order. Gives the line it ends with, if it is refused.
+    The recipe run inside this process, to save the imports; the line that it ends with, if it is refused.
     """
 
     def run(*changes: str, script: Path = RECIPE, config: Path = base / "config.yaml") -> str | None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
             run_here(script, "--config", str(config), *changes)
         except SystemExit as end:
             line = str(end.code)
             assert line.startswith("error: ") and "\n" not in line, line
             return line
-        finally:
-            torch.set_num_threads(threads)
         return None
 
     return run
@@ -88,14 +82,12 @@ def vectors(folder: Path) -> dict[str, Any]:
     return {p.parent.name: artifact.read(p).tensors for p in sorted(folder.glob("members/*/vectors"))}
 
 
-def test_the_recipe_for_one_set_trains_a_population_too(base: Path, whole: Path) -> None:
-    told = [sys.executable, str(SOLO), "--config", str(base / "config.yaml"), "--only", "layer-2"]
-    done = started([*told, "--output_dir", str(base / "other")], base)
-    assert done.returncode == 0, done.stderr
+def test_the_recipe_for_one_set_trains_a_population_too(base: Path, whole: Path, here) -> None:
+    told = ["--only", "layer-2"]
+    assert here(*told, "--output_dir", str(base / "other"), script=SOLO) is None
     assert vectors(base / "other").keys() == {"layer-2"}
     assert far(vectors(base / "other")["layer-2"], vectors(whole)["layer-2"]) < 1e-4  # other rows beside it
-    refused = started([*told, "--lr_sweep", "1e-2"], base)
-    assert refused.returncode == 1 and "learning_rates" in refused.stderr
+    assert "learning_rates" in here(*told, "--lr_sweep", "1e-2", script=SOLO)
 
 
 def test_a_whole_run_leaves_everything_behind(whole: Path) -> None:
