@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import steer
 from steer import SteeringConfig, artifact
+from steer.cli import main as steer_command
 from steer.files import held
 
 RECIPE = ROOT / "recipes" / "grpo_steer.py"
@@ -113,10 +114,7 @@ def test_the_printed_command_uses_the_vectors(whole: Path, base: Path) -> None:
     assert tool.endswith("steer") and "--vectors" in arguments
     problems = [json.loads(row)["problem"] for row in (base / "heldout.jsonl").read_text().splitlines()]
     assert arguments[arguments.index("--prompt") + 1] in problems
-    # the installed script is one line around this call; here it runs from the checkout
-    code = "import sys; from steer.cli import main; sys.exit(main())"
-    done = started([sys.executable, "-c", code, *arguments], base)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert steer_command(arguments) == 0
 
 
 def test_a_finished_run_says_so_and_changes_nothing(whole: Path, here: Callable[..., str]) -> None:
@@ -433,12 +431,11 @@ def test_the_recipe_ends_with_status_1_and_no_traceback(base: Path, tmp_path: Pa
     assert len(errors) == 1 and done.stderr.rstrip().endswith(errors[0])
 
 
-def test_help_names_the_groups(base: Path) -> None:
-    done = started([sys.executable, str(RECIPE), "--help"], base)
-    assert done.returncode == 0
+def test_help_names_the_groups(recipe: Callable[..., str]) -> None:
+    said = recipe(RECIPE, "--help")
     for group in ("model, data and reward", "steering vectors", "training"):
-        assert f"{group}:" in done.stdout
-    assert "--lr_by_layer" in done.stdout and "%%" not in done.stdout
+        assert f"{group}:" in said
+    assert "--lr_by_layer" in said and "%%" not in said
 
 
 def test_the_shipped_configs_are_readable() -> None:
