@@ -130,6 +130,7 @@ APIS: tuple[Api, ...] = (
         "overrides it",
         (*_SELF, "prompt_ids", "images", "multimodal_fields", MORE),
     ),
+    Api(f"{_GRPO}._generate", _TRL, "calls it", (*_SELF, "prompts")),
     Api(f"{_GRPO}._generate_and_score_completions", _TRL, "overrides it", (*_SELF, "inputs")),
     Api(f"{_GRPO}._calculate_rewards", _TRL, "overrides it", (*_SELF, MORE)),
     Api(f"{_GRPO}._prepare_inputs", _TRL, "overrides it", (*_SELF, "generation_batch")),
@@ -168,6 +169,7 @@ APIS: tuple[Api, ...] = (
 # Attributes of a `trl.GRPOTrainer` that trl 1.16.0 sets when it is made, and steer's trainers read or set.
 TRAINER_ATTRIBUTES = (
     *("_buffered_inputs", "_dist", "_entropy_bonus_enabled", "_logs", "_metrics", "_step", "_tokenizer"),
+    "_pending_extra_logs",
     *("aux_loss_enabled", "beta", "eos_token_ids", "generation_config", "generation_kwargs", "loss_type"),
     *("model_accepts_loss_kwargs", "multi_objective_aggregation", "ref_model", "repetition_penalty"),
     *("reward_weights", "top_entropy_quantile", "use_transformers_continuous_batching", "use_vllm"),

@@ -79,6 +79,23 @@ class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[mis
             "help": "Leave rows whose advantage is zero out of the update, where that changes no gradient."
         },
     )
+    dynamic_sampling_rounds: int = field(
+        default=0,
+        metadata={
+            "help": "Dynamic sampling (DAPO, arXiv 2503.14476): replace groups whose samples all have the "
+            "same reward by groups of other problems, which are drawn and scored in up to this many more "
+            "rounds. Groups that are left then stay. 0: off."
+        },
+    )
+    pass_rate_floor: float = field(
+        default=1.0,
+        metadata={
+            "help": "Sample problems less often that are always or never solved: a problem whose running "
+            "pass rate is p keeps its place in an update with probability max(pass_rate_floor, "
+            "1 - p^n - (1 - p)^n), n = num_generations, and otherwise another one takes it. The first "
+            "reward function decides what passes. 1: off."
+        },
+    )
     scale_rewards: str = field(
         default="none",
         metadata={
@@ -185,4 +202,5 @@ class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[mis
         if self.max_steps < 1:
             return None
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        return self.max_steps * rows * self.max_completion_length // self.num_iterations
+        rounds = 1 + self.dynamic_sampling_rounds
+        return self.max_steps * rows * rounds * self.max_completion_length // self.num_iterations

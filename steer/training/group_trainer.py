@@ -36,14 +36,14 @@ from steer.training.callbacks import watch
 from steer.training.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
 from steer.training.loading import already_loaded
 from steer.training.loss import group_advantages, importance_weights, total_rewards
-from steer.training.resuming import ResumableGRPOTrainer
+from steer.training.sampling_trainer import SamplingGRPOTrainer
 
 
 class _Reference:
     """Stands in trl's code for a reference model: the policy's own model, scored inside `reference()`."""
 
 
-class GroupGRPOTrainer(ResumableGRPOTrainer):
+class GroupGRPOTrainer(SamplingGRPOTrainer):
     """
     Train a causal LM, or part of one, by group-based policy gradients (GRPO, arXiv 2402.03300; RLOO, arXiv
     2402.14740). What of `model` requires a gradient is trained; a subclass writes and reads it (`save_model`,
@@ -53,8 +53,6 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
     SteerError.
     """
 
-    model: PreTrainedModel
-    num_generations: int
     num_generations_eval: int
     max_completion_length: int
     optimizer: torch.optim.Optimizer | None
@@ -159,7 +157,7 @@ class GroupGRPOTrainer(ResumableGRPOTrainer):
             self.top_p,
             self.min_p,
         )
-        first = self.accelerator.process_index * len(prompt_ids)
+        first = self.first_row + self.accelerator.process_index * len(prompt_ids)
         rows = range(first, first + len(prompt_ids))
         training = self.model.training
         # Evaluation draws from streams of its own.

@@ -103,13 +103,16 @@ class ResumableGRPOTrainer(ResumableMixin, GRPOTrainer):
         return _Shuffle(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     def _save_pending(self, folder: Path) -> None:
+        torch.save(self._rollout_state(), folder / f"{self.accelerator.process_index}-{ROLLOUT_FILE}")
+
+    def _rollout_state(self) -> dict[str, Any]:
+        """What the coming rollouts depend on, in types that `torch.load` reads without executing any."""
         # samples are still to be used when a generation feeds more than one update
         cycle = self.args.steps_per_generation * self.num_iterations
-        pending = self._buffered_inputs if self._step % cycle else None
-        torch.save(
-            {"step": self._step, "buffer": pending},
-            folder / f"{self.accelerator.process_index}-{ROLLOUT_FILE}",
-        )
+        return {"step": self._step, "buffer": self._buffered_inputs if self._step % cycle else None}
+
+    def _set_rollout_state(self, state: dict[str, Any]) -> None:
+        self._step, self._buffered_inputs = state["step"], state["buffer"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -117,8 +120,7 @@ class ResumableGRPOTrainer(ResumableMixin, GRPOTrainer):
             return
         path = Path(checkpoint) / f"{self.accelerator.process_index}-{ROLLOUT_FILE}"
         if path.exists():
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            self._step, self._buffered_inputs = state["step"], state["buffer"]
+            self._set_rollout_state(torch.load(path, map_location=self.accelerator.device, weights_only=True))
 
 
 def newest_checkpoint(folder: str | os.PathLike[str], read: Callable[[Path], object]) -> Path | None:

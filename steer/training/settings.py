@@ -52,7 +52,7 @@ _WEIGHTS = ("learning_rate", "weight_decay", "max_grad_norm", "beta", "epsilon",
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("temperature", "num_train_epochs", "repetition_penalty", "adam_epsilon"), POSITIVE),
     **dict.fromkeys(_COUNTS, COUNT),
-    **dict.fromkeys((*_WEIGHTS, "top_k", "seed", "update_rows"), NOT_NEGATIVE),
+    **dict.fromkeys((*_WEIGHTS, "top_k", "seed", "update_rows", "dynamic_sampling_rounds"), NOT_NEGATIVE),
     **dict.fromkeys(("vllm_mismatch_warn", "vllm_mismatch_stop"), POSITIVE),
     "num_generations": Range(2),
     "warmup_steps": NOT_NEGATIVE,
@@ -61,11 +61,13 @@ RANGES: dict[str, Range] = {
     "top_p": Range(0, 1, open=True),
     "top_entropy_quantile": Range(0, 1, open=True),
     "min_p": Range(0, 1),
+    "pass_rate_floor": Range(0, 1, open=True),
     "adam_beta1": Range(0, 1 - 1e-9),
     "adam_beta2": Range(0, 1 - 1e-9),
 }
 HINTS = {
     "temperature": "at 0 all samples of a prompt are the same one, and no reward differs from another",
+    "pass_rate_floor": "at 0 a problem that was never solved once would never be tried again",
     "num_generations": "an advantage compares a sample with the others of its prompt",
 }
 

@@ -45,6 +45,19 @@ RESUMED = {
     "reference": {"beta": 0.5, "num_iterations": 2},
     # eight prompts, two a step: the checkpoints at 3 and 5 are in the first and the second pass over the data
     "second epoch": {"max_steps": 7, "save_steps": 5},
+    "dynamic sampling": {
+        "dynamic_sampling_rounds": 2,
+        "pass_rate_floor": 0.2,
+        "max_steps": 7,
+        "save_steps": 5,
+    },
+    "dynamic sampling in a cycle": {
+        "dynamic_sampling_rounds": 2,
+        "pass_rate_floor": 0.2,
+        "num_iterations": 2,
+        "steps_per_generation": 2,
+        "per_device_train_batch_size": 4,
+    },
     "at the end of an epoch": {"max_steps": 6, "save_steps": 4},
 }
 

@@ -42,7 +42,8 @@ def base(
     """A folder with everything a run needs: `model/`, `train.jsonl`, `heldout.jsonl` and `config.yaml`."""
     # YAML 1.1 reads an exponent without a point as text
     rate = {"learning_rate": "2e-2", "max_steps": STEPS, "use_cpu": True}
-    return run_folder(place, build_tiny, tiny_tokenizer, 6, **rate)
+    chosen = {"dynamic_sampling_rounds": 2, "pass_rate_floor": 0.2}
+    return run_folder(place, build_tiny, tiny_tokenizer, 6, **rate, **chosen)
 
 
 def command(base: Path, *changes: str) -> list[str]:

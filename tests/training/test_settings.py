@@ -27,7 +27,8 @@ HONOURED = """
     dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
     dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
     ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed delta disable_dropout
-    disable_tqdm do_train ds3_gather_for_generation enable_jit_checkpoint entropy_coef epsilon
+    disable_tqdm do_train ds3_gather_for_generation dynamic_sampling_rounds
+    enable_jit_checkpoint entropy_coef epsilon
     epsilon_high fast_sampler fp16 fsdp fsdp_config full_determinism generation_batch_size
     generation_kwargs gradient_accumulation_steps gradient_checkpointing hub_always_push hub_model_id
     hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip importance_sampling_level
@@ -37,7 +38,8 @@ HONOURED = """
     loss_type lr_by_layer lr_scheduler_kwargs lr_scheduler_type mask_truncated_completions
     max_completion_length max_grad_norm max_steps min_p multi_objective_aggregation neftune_noise_alpha
     num_completions_to_print num_generations num_iterations num_train_epochs off_policy_mask_threshold
-    optim optim_args output_dir pad_to_multiple_of parallelism_config per_device_train_batch_size
+    optim optim_args output_dir pad_to_multiple_of parallelism_config pass_rate_floor
+    per_device_train_batch_size
     project push_to_hub repetition_penalty report_to restore_callback_states_from_checkpoint
     reward_weights router_aux_loss_coef run_name save_on_each_node save_steps save_strategy
     save_total_limit scale_rewards seed share_prompts shuffle_dataset skip_memory_metrics

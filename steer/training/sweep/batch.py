@@ -30,31 +30,26 @@ class Batch:
     totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sums over its kept rows
 
 
-def judge(
+def score(
     member: Member,
     columns: dict[str, list],
-    prompts: list[list[int]],
     completions: list[Completion],
     tokenizer: PreTrainedTokenizerBase,
-    stop_tokens: Sequence[int],
-) -> Batch:
+) -> torch.Tensor:
     """
-    Score one member's samples. What is logged of them is left in `member.metrics`.
+    The rewards of some of a member's samples. What its reward functions log is left in `member.metrics`.
 
     Args:
         member: whose samples they are.
         columns: the columns of their problems, which the reward functions read.
-        prompts: token ids of the prompts, one for each sample.
-        completions: what was sampled after each.
+        completions: what was sampled.
         tokenizer: turns the completions into text.
-        stop_tokens: the ids that end a completion.
+
+    Returns:
+        (rows, functions): NaN where a function returned None.
     """
-    args, log = member.args, member.metrics
-    log.clear()
     ids = [one.ids for one in completions]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    ended = torch.tensor([row[-1] in (*stop_tokens, tokenizer.pad_token_id) for row in ids])
-    lengths = torch.tensor([float(len(row)) for row in ids])
     given = {k: v for k, v in columns.items() if k not in ("prompt", "completion", "completion_ids")}
     scored = torch.zeros(len(ids), len(member.reward_funcs))
     before = random.getstate()
@@ -66,15 +61,42 @@ def judge(
                 completions=texts,
                 completion_ids=ids,
                 trainer_state=TrainerState(global_step=member.step, max_steps=member.steps),
-                log_metric=lambda name, value: log[name].append(value),
+                log_metric=lambda name, value: member.metrics[name].append(value),
                 log_extra=lambda column, values: None,  # there is no table of completions
                 **given,
             )
             scored[:, i] = torch.tensor([torch.nan if v is None else v for v in values])
-            log[f"rewards/{reward.__name__}/mean"] = [torch.nanmean(scored[:, i]).item()]
         member.random = random.getstate()
     finally:
         random.setstate(before)
+    return scored
+
+
+def judge(
+    member: Member,
+    prompts: list[list[int]],
+    completions: list[Completion],
+    scored: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_tokens: Sequence[int],
+) -> Batch:
+    """
+    Advantages and weights of a member's samples. What is logged of them is left in `member.metrics`.
+
+    Args:
+        member: whose samples they are.
+        prompts: token ids of the prompts, one for each sample.
+        completions: what was sampled after each.
+        scored: (rows, functions), as `score` returns them.
+        tokenizer: read for its padding token.
+        stop_tokens: the ids that end a completion.
+    """
+    args, log = member.args, member.metrics
+    ids = [one.ids for one in completions]
+    ended = torch.tensor([row[-1] in (*stop_tokens, tokenizer.pad_token_id) for row in ids])
+    lengths = torch.tensor([float(len(row)) for row in ids])
+    for i, reward in enumerate(member.reward_funcs):
+        log[f"rewards/{reward.__name__}/mean"] = [torch.nanmean(scored[:, i]).item()]
     rewards = total_rewards(scored, member.reward_weights)
     mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
     if args.mask_truncated_completions:

@@ -24,6 +24,7 @@ from steer.errors import SteerError
 from steer.tasks.rewards import RewardFunction, guard
 from steer.training.callbacks import VectorLog
 from steer.training.config import SteeringGRPOConfig
+from steer.training.dynamic_sampling import PassRates, UpdateSamples
 from steer.training.init import start
 from steer.training.loading import check_engine
 from steer.training.loss import LOSSES
@@ -38,7 +39,8 @@ OWN = frozenset(
         "max_steps", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
         "max_grad_norm", "advantage", "scale_rewards", "loss_type", "beta", "reward_weights",
         "mask_truncated_completions", "shuffle_dataset", "skip_zero_advantage", "use_bias_correction_kl",
-        "importance_sampling_level", "epsilon", "epsilon_high", "delta",
+        "importance_sampling_level", "epsilon", "epsilon_high", "delta", "dynamic_sampling_rounds",
+        "pass_rate_floor",
     }
 )  # fmt: skip
 SHARED = frozenset(
@@ -116,6 +118,7 @@ class Member:
                 "problems, or lower per_device_train_batch_size or gradient_accumulation_steps"
             )
         self.problems = problems
+        self.pass_rates = PassRates(problems, args)
         epochs = ceil(args.num_train_epochs * self.steps_an_epoch)
         self.steps = args.max_steps if args.max_steps > 0 else epochs
         self.optimizer = make_optimizer(args, vectors, vectors.parameters())
@@ -135,16 +138,21 @@ class Member:
     def active(self) -> bool:
         return self.stopped is None and self.step < self.steps
 
-    def draw(self) -> list[int]:
-        """The problems of the coming update, each `num_generations` times: the order of trl's sampler."""
+    def draw(self) -> UpdateSamples:
+        """The groups of the coming update, still without samples: problems in the order of trl's sampler."""
         epoch, turn = divmod(self.step, self.steps_an_epoch)
         order = torch.arange(self.problems)
         if self.args.shuffle_dataset:
             order = torch.randperm(
                 self.problems, generator=torch.Generator().manual_seed(self.args.seed + epoch)
             )
-        chosen = order[turn * self.prompts_a_step : (turn + 1) * self.prompts_a_step]
-        return chosen.repeat_interleave(self.args.num_generations).tolist()
+        chosen = order[turn * self.prompts_a_step : (turn + 1) * self.prompts_a_step].tolist()
+        return UpdateSamples(self.args, self.pass_rates, chosen, self.rollout_step, self.reward_weights)
+
+    @property
+    def rollout_step(self) -> int:
+        """The micro-batches so far: what a run alone keys the random numbers of its samples by."""
+        return self.step * self.args.gradient_accumulation_steps
 
     def state(self) -> dict[str, Any]:
         """All that the coming updates depend on, in types that `torch.load` reads without executing any."""
@@ -154,6 +162,7 @@ class Member:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "random": self.random,
+            "pass_rates": self.pass_rates.rates,
             "step": self.step,
             "log": self.log,
             "stopped": self.stopped,
@@ -167,6 +176,7 @@ class Member:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.random = state["random"]
+        self.pass_rates.rates = state.get("pass_rates", self.pass_rates.rates)
         self.step, self.log, self.stopped = state["step"], state["log"], state["stopped"]
         self.history, self.best = state.get("history", []), state.get("best")
 

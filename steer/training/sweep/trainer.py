@@ -35,9 +35,10 @@ from steer.generation.verify import fast_attention, fast_paths
 from steer.identity import tokenizer_checksum
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.prompts import prompt_ids
+from steer.training.dynamic_sampling import UpdateSamples
 from steer.training.loss import importance_weights, token_losses
 from steer.training.mismatch import check_mismatch, distance
-from steer.training.sweep.batch import Batch, judge
+from steer.training.sweep.batch import Batch, judge, score
 from steer.training.sweep.member import Member, agreed, check_model, check_supported
 from steer.vector_sets import BASE, Population
 
@@ -140,35 +141,60 @@ class PopulationTrainer:
 
     def update(self, members: Sequence[Member]) -> int:
         """One update of each of `members`. Returns the number of tokens that were sampled."""
-        rows = [self.problems[member.draw()] for member in members]
-        prompts = [prompt_ids(self.tokenizer, columns["prompt"]) for columns in rows]
-        drawn = self._draw(members, prompts) if self.engine else self._sample(members, prompts)
-        batches = [
-            judge(*group, self.tokenizer, self.eos_token_ids)
-            for group in zip(members, rows, prompts, drawn, strict=True)
-        ]
+        draws = [(member, member.draw()) for member in members]
+        for member in members:
+            member.metrics.clear()
+        if self.engine is not None:
+            self.engine.sync({member.name: member.vectors for member in members})
+        tokens = 0
+        while wanting := [(m, draw, problems) for m, draw in draws if (problems := draw.wanted())]:
+            tokens += self._round(wanting)
+        batches = []
+        for member, draw in draws:
+            prompts, completions = ([row[i] for row in draw.rows] for i in (0, 1))
+            member.metrics.update({name: [value] for name, value in draw.metrics().items()})
+            batches.append(
+                judge(member, prompts, completions, draw.scores, self.tokenizer, self.eos_token_ids)
+            )
         self._gradients(batches)
         for batch in batches:
             self._apply(batch)
-        return sum(len(one.ids) for group in drawn for one in group)
+        return tokens
 
     # ---- samples
 
-    def _draw(self, members: Sequence[Member], prompts: Sequence[list[list[int]]]) -> list[list[Completion]]:
+    def _round(self, wanting: Sequence[tuple[Member, UpdateSamples, list[int]]]) -> int:
+        """Sample and score what each member wants next. Returns the number of tokens that were sampled."""
+        members = [member for member, _, _ in wanting]
+        group = self.args.num_generations
+        columns = [self.problems[[p for p in own for _ in range(group)]] for _, _, own in wanting]
+        prompts = [prompt_ids(self.tokenizer, own["prompt"]) for own in columns]
+        rows = [range(d.drawn, d.drawn + len(own)) for (_, d, _), own in zip(wanting, prompts, strict=True)]
+        sample = self._draw if self.engine else self._sample
+        drawn = sample(members, prompts, rows)
+        for i, (member, draw, _) in enumerate(wanting):
+            scored = score(member, columns[i], drawn[i], self.tokenizer)
+            draw.add(list(zip(prompts[i], drawn[i], strict=True)), scored)
+        return sum(len(one.ids) for group in drawn for one in group)
+
+    def _draw(
+        self, members: Sequence[Member], prompts: Sequence[list[list[int]]], rows: Sequence[range]
+    ) -> list[list[Completion]]:
+        """By the engine. `rows`: of each member, the numbers of its rows among those of the update."""
         assert self.engine is not None
-        self.engine.sync({member.name: member.vectors for member in members})
         names = [m.name for m, ids in zip(members, prompts, strict=True) for _ in ids]
         seeds = [
             int(np.random.SeedSequence([m.args.seed, m.step, row]).generate_state(1)[0])
-            for m, ids in zip(members, prompts, strict=True)
-            for row in range(len(ids))
+            for m, own in zip(members, rows, strict=True)
+            for row in own
         ]
         drawn = self.engine.sample(names, [row for own in prompts for row in own], seeds)
         return _grouped(drawn, [len(own) for own in prompts])
 
     def _sample(
-        self, members: Sequence[Member], prompts: Sequence[list[list[int]]]
+        self, members: Sequence[Member], prompts: Sequence[list[list[int]]], rows: Sequence[range]
     ) -> list[list[Completion]]:
+        """By the model itself. `rows`: of each member, the numbers of its rows among those of the update."""
         args = self.args
         sampling = Sampling(
             args.max_completion_length,
@@ -180,13 +206,8 @@ class PopulationTrainer:
         )
         noise = torch.cat(
             [
-                uniforms(
-                    range(len(ids)),
-                    sampling.max_new_tokens,
-                    member.args.seed,
-                    member.step * args.gradient_accumulation_steps,
-                )
-                for member, ids in zip(members, prompts, strict=True)
+                uniforms(own, sampling.max_new_tokens, member.args.seed, member.rollout_step)
+                for member, own in zip(members, rows, strict=True)
             ]
         )
         flat = [ids for own in prompts for ids in own]

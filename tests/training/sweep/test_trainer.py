@@ -42,6 +42,7 @@ MIXED: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "prompt": ({"positions": "prompt", "layers": "1"}, {"loss_type": "dr_grpo"}, parity),
     "random": ({"layers": "0"}, {"loss_type": "bnpo"}, RandomReward()),
     "kl": ({"layers": "1"}, {"beta": 0.1, "warmup_steps": 2}, parity),
+    "dynamic": ({"layers": "1"}, {"dynamic_sampling_rounds": 2, "pass_rate_floor": 0.1, "beta": 0.1}, parity),
     "batch": ({"layers": "2"}, {"advantage": "group", "scale_rewards": "batch", "weight_decay": 0.1}, parity),
 }
 COMMON = {"max_steps": 5, "per_device_train_batch_size": 8}
@@ -87,6 +88,10 @@ def test_every_member_equals_its_run_alone(build_tiny, tiny_tokenizer, tmp_path,
         for key in ("reward", "loss", "grad_norm", "learning_rate", "entropy", "completions/mean_length"):
             mine = [row[key] for row in member.log]
             assert mine == pytest.approx(logged(alone, key), rel=2e-3, abs=2e-5), (name, key)
+        counted = {key for key in member.log[0] if key.startswith(("dynamic_sampling/", "pass_rate/"))}
+        assert bool(counted) == (name == "dynamic")
+        for key in counted:
+            assert [row[key] for row in member.log] == logged(alone, key), (name, key)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
