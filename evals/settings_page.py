@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
-from trl import GRPOConfig
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from steer.arguments import shown_default, with_default
 from steer.cli import train_sae
@@ -21,13 +21,13 @@ from steer.evaluation import options
 from steer.files import replace_file
 from steer.sae import SAEConfig
 from steer.sae.trainer import TrainConfig
-from steer.training.arguments import PopulationArguments, SweepArguments
+from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
+from steer.training.arguments import AnswerArguments, PopulationArguments, SweepArguments
 from steer.training.baselines import Baseline
 from steer.training.config import SteeringGRPOConfig
 from steer.training.run import RunConfig
-from steer.training.trainer_config import SteeringTrainerConfig
 
-TRL = "https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig"
+TRL = "https://huggingface.co/docs/trl"
 # What the text of a table cell may not hold as it is.
 ESCAPED = {"&": "&amp;", "<": "&lt;", "|": "\\|"}
 INTRODUCTION = """\
@@ -44,37 +44,29 @@ are those of the config. `--print_config` prints all settings of a run as YAML, 
 
 Beside the settings below, `steer train`, `steer train-baseline` and `steer sweep` take `--config NAME`, a
 YAML file or the name of one of steer's, and `--launcher NAME` (see [Several machines](distributed.md)).
+`steer train` takes `--method NAME` too, which chooses how vectors are trained: `grpo` (the default), `sft` or
+`dpo`. A setting of another method is refused.
 """
 
 
 def render() -> str:
     """The whole page, as Markdown."""
-    inherited = {f.name: f for f in fields(GRPOConfig)}
-    own_names = {*SteeringTrainerConfig.__annotations__, *SteeringGRPOConfig.__annotations__}
-    named = [f for f in fields(SteeringGRPOConfig) if f.name in own_names]
-    own = [f for f in named if f.name not in inherited]
-    changed = [f for f in named if f.name in inherited and default(f) != default(inherited[f.name])]
     parts = [
         INTRODUCTION,
         "## Training: model, data and reward\n",
         table(RunConfig),
         "## Training: vectors\n\nOf `steer train` and `steer sweep`.\n",
         table(SteeringArguments),
-        "## Training: the trainer\n",
-        table(SteeringGRPOConfig, own),
-        f"All settings of trl's [`GRPOConfig`]({TRL}) are settings too. These have another default here:\n",
-        rows(
-            ["setting", "default", "in trl", "meaning"],
-            (
-                [
-                    code(f.name),
-                    code(default(f)),
-                    code(default(inherited[f.name])),
-                    escaped(f.metadata["help"]),
-                ]
-                for f in changed
-            ),
-        ),
+        "## Training: the trainer\n\nOf `--method grpo`, which is the default, and of `steer sweep` and"
+        " `steer train-baseline`.\n",
+        *trainer(SteeringGRPOConfig, GRPOConfig, "grpo_trainer"),
+        "## Training on given answers\n\nOf `--method sft` and `--method dpo`: see"
+        " [Supervised and preference training](training.md#supervised-and-preference-training).\n",
+        table(AnswerArguments),
+        "The trainer of `--method sft`:\n",
+        *trainer(SteeringSFTConfig, SFTConfig, "sft_trainer"),
+        "The trainer of `--method dpo`:\n",
+        *trainer(SteeringDPOConfig, DPOConfig, "dpo_trainer"),
         "## Choice of a learning rate\n\nOf `steer train` and `steer train-baseline`.\n",
         table(SweepArguments),
         "## Many sets of vectors at once\n\nOf `steer train` and `steer sweep`: see"
@@ -92,6 +84,34 @@ def render() -> str:
         of_parser(options.parser("")),
     ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def trainer(kind: type, of_trl: type, page: str) -> list[str]:
+    """The settings of a trainer that are steer's own, and those of trl with another default."""
+    inherited = {f.name: f for f in fields(of_trl)}
+    names = {name for base in kind.__mro__ if base.__module__.startswith("steer") for name in vars(base).get(
+        "__annotations__", {})}  # fmt: skip
+    named = [f for f in fields(kind) if f.name in names]
+    own = [f for f in named if f.name not in inherited]
+    changed = [f for f in named if f.name in inherited and default(f) != default(inherited[f.name])]
+    link = f"{TRL}/{page}#trl.{of_trl.__name__}"
+    return [
+        table(kind, own),
+        f"All settings of trl's [`{of_trl.__name__}`]({link}) are settings too. These have another default "
+        "here:\n",
+        rows(
+            ["setting", "default", "in trl", "meaning"],
+            (
+                [
+                    code(f.name),
+                    code(default(f)),
+                    code(default(inherited[f.name])),
+                    escaped(f.metadata["help"]),
+                ]
+                for f in changed
+            ),
+        ),
+    ]
 
 
 def table(owner: type, chosen: Iterable[Field] | None = None) -> str:

@@ -9,6 +9,16 @@ if TYPE_CHECKING:
     from steer.artifact import Artifact, mean, read
     from steer.config import SteeringConfig
     from steer.prompt import PromptSpec
+    from steer.training import (
+        SteeringDPOConfig,
+        SteeringDPOTrainer,
+        SteeringGRPOConfig,
+        SteeringGRPOTrainer,
+        SteeringSFTConfig,
+        SteeringSFTTrainer,
+        SteeringTrainerConfig,
+        SteeringTrainerMixin,
+    )
     from steer.vectors import SteeringVectors, attach, attached, detach, load
 
 __version__ = "0.2.0"
@@ -18,6 +28,14 @@ __all__ = [
     "PromptSpec",
     "SteerError",
     "SteeringConfig",
+    "SteeringDPOConfig",
+    "SteeringDPOTrainer",
+    "SteeringGRPOConfig",
+    "SteeringGRPOTrainer",
+    "SteeringSFTConfig",
+    "SteeringSFTTrainer",
+    "SteeringTrainerConfig",
+    "SteeringTrainerMixin",
     "SteeringVectors",
     "attach",
     "attached",
@@ -31,6 +49,13 @@ _HOMES = (
     {"SteeringConfig": "steer.config", "PromptSpec": "steer.prompt"}
     | dict.fromkeys(("SteeringVectors", "attach", "attached", "detach", "load"), "steer.vectors")
     | dict.fromkeys(("Artifact", "mean", "read"), "steer.artifact")
+    | dict.fromkeys(
+        (
+            *("SteeringGRPOConfig", "SteeringSFTConfig", "SteeringDPOConfig", "SteeringTrainerConfig"),
+            *("SteeringGRPOTrainer", "SteeringSFTTrainer", "SteeringDPOTrainer", "SteeringTrainerMixin"),
+        ),
+        "steer.training",
+    )
 )
 _PACKAGES = (
     "engine",

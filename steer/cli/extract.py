@@ -134,7 +134,8 @@ def _pairs(args: argparse.Namespace) -> None:
 def _answers(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from steer.extract.completions import read_completions, run_model, run_settings
+    from steer.evaluation.answers import run_model, run_settings
+    from steer.extract.completions import read_completions
 
     if args.model:
         model, tokenizer = _load(args, args.model, args.run_folder)

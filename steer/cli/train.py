@@ -1,7 +1,10 @@
 """
-Train steering vectors by reinforcement learning on math problems.
+Train steering vectors on math problems: by reinforcement learning, on given answers, or by preferences.
 
     steer train --config demo
+    steer train --config demo-sft
+    steer train --method sft --config demo-sft --train_data runs/demo --eval_data arithmetic
+    steer train --config demo-dpo
     steer train --config demo --max_steps 2 --output_dir runs/dry
     steer train --config demo --rewards random --reward_weights 1.0 --output_dir runs/control-random
     steer train --config demo --learning_rates 1e-3 3e-3 1e-2 --output_dir runs/rates
@@ -13,10 +16,12 @@ The config is a YAML file or the name of one of steer's. Without a launcher one 
 file of accelerate or the name of one of steer's, starts `accelerate launch`, as the last command does itself.
 Every setting of a config file can be overridden on the command line. `--init DIR` starts from an artifact,
 such as one of `steer extract`. `--lr_sweep` chooses the learning rate first, on problems split off the
-training set. A run that was stopped goes on where it was when it is started again with the same settings; a
-finished one says so. The output folder ends up with `vectors/` (the artifact), `results.json`,
-`training.png`, the graded answers and the checkpoints. With `population`, `each_layer`, `learning_rates` or
-`seeds` many sets of vectors are trained at once, as `steer sweep` does and explains.
+training set. `--method sft` trains on answers: solutions of problems, or the right answers that a run kept.
+`--method dpo` trains on pairs of a right and a wrong answer. A run that was stopped goes on where it was when
+it is started again with the same settings; a finished one says so. The output folder ends up with `vectors/`
+(the artifact), `results.json`, `training.png`, the graded answers and the checkpoints. With `population`,
+`each_layer`, `learning_rates` or `seeds` many sets of vectors are trained at once, as `steer sweep` does and
+explains.
 """
 
 from __future__ import annotations
@@ -30,20 +35,23 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
 
 from steer import artifact
 from steer.cli.layer_sweep import train_population
 from steer.errors import SteerError
 from steer.tasks.elicited import STAGES
-from steer.training import init, recipe
+from steer.training import answers, init, recipe
 from steer.training import run as runs
+from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
+from steer.training.answer_trainers import SteeringDPOTrainer, SteeringSFTTrainer
 from steer.training.arguments import PopulationArguments, SweepArguments
-from steer.training.config import SteeringGRPOConfig
 from steer.training.dry_run import dry_run
 from steer.training.problems import problems
 from steer.training.rate_search import choose
 from steer.training.recipe import Recipe
-from steer.training.run_settings import RunSettings
+from steer.training.run_settings import RunSettings, TrainingConfig
+from steer.training.steering_mixin import SteeringTrainerMixin
 from steer.training.steering_trainer import SteeringGRPOTrainer
 
 
@@ -59,10 +67,11 @@ def main(arguments: Sequence[str]) -> None:
             )
         return train_population(settings, arguments)
     chosen = vectors(settings)
-    train, held_out = problems(settings.run)
-    if settings.run.dry_run:
+    train: Dataset | None
+    train, held_out = problems(settings.run) if training.method == "grpo" else answers.load(settings)
+    if settings.run.dry_run and train is not None:
         return dry_run(settings, chosen, train, held_out)
-    if rates and rates.lr_sweep:
+    if rates and rates.lr_sweep and train is not None:
         training.learning_rate = choose(settings, rates, chosen, train)
         if rates.sweep_only:
             return
@@ -71,7 +80,8 @@ def main(arguments: Sequence[str]) -> None:
         folder = Path(training.output_dir)
         write_scores(folder)
         recipe.report(folder, settings.run, chosen)
-        problem = min((row["problem"] for row in islice(held_out or train, 8)), key=len)
+        first = islice(held_out or train or ({"problem": "What is 2 + 3?"},), 8)
+        problem = min((row["problem"] for row in first), key=len)
         print(f"\nUse them:\n  {use(settings, folder / 'vectors', problem)}\n")
 
 
@@ -95,15 +105,31 @@ def parse(arguments: Sequence[str]) -> RunSettings:
 def vectors(settings: RunSettings) -> Recipe:
     """What this recipe trains."""
 
-    def make(model: Any, rewards: Any, training: SteeringGRPOConfig, **data: Any) -> SteeringGRPOTrainer:
-        trainer = SteeringGRPOTrainer(model, rewards, training, settings.steering_config(), **data)
+    origin: dict[str, Any] = {}
+
+    def make(model: Any, rewards: Any, training: TrainingConfig, **data: Any) -> SteeringTrainerMixin:
+        steering = settings.steering_config()
+        trainer: SteeringTrainerMixin
+        if isinstance(training, SteeringSFTConfig):
+            trainer = SteeringSFTTrainer(model, training, steering, **data)
+        elif isinstance(training, SteeringDPOConfig):
+            trainer = SteeringDPOTrainer(model, training, steering, **data)
+        else:
+            trainer = SteeringGRPOTrainer(model, rewards, training, steering, **data)
         if source := settings.run.init:
             saved = init.read(source, settings.training.output_dir)
             init.start(trainer.vectors, saved, source, data["processing_class"])
-        trainer.vectors.config.provenance = replace(settings, training=training).provenance()
+        made = replace(settings, training=training).provenance()
+        trainer.vectors.config.provenance = {**made, "data": origin} if origin else made
         return trainer
 
-    return Recipe("steered", "vectors", make, artifact.read, settings.run.model_dtype)
+    def examples(train: Any, held_out: Any, tokenizer: Any, model: Any) -> Dataset:
+        rows, known = answers.examples(settings, train, held_out, tokenizer, model)
+        origin.update(known)
+        return rows
+
+    given = None if settings.training.method == "grpo" else examples
+    return Recipe("steered", "vectors", make, artifact.read, settings.run.model_dtype, given)
 
 
 def write_scores(folder: Path) -> None:

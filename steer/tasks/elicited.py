@@ -45,7 +45,7 @@ def choose(
     held_out = {_fold(text) for text in exclude}
     by_text = {_fold(record["problem"]): record for record in records}
     texts = sorted((text for text in by_text if text not in held_out), key=_place)
-    return tuple((by_text[text]["problem"], _worked(by_text[text])) for text in texts[:count])
+    return tuple((by_text[text]["problem"], worked_answer(by_text[text])) for text in texts[:count])
 
 
 def fitting(
@@ -116,7 +116,8 @@ def best_base(results: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     return max(scored, key=lambda row: row[1]["lenient"], default=None)
 
 
-def _worked(record: Mapping[str, Any]) -> str:
+def worked_answer(record: Mapping[str, Any]) -> str:
+    """The answer to a problem as the model should write it: its solution, and the boxed answer at the end."""
     boxed = rf"$\boxed{{{record['answer']}}}$"
     solution = re.sub(r"<<[^<>]*>>", "", str(record.get("solution") or "")).strip()  # GSM8K's calculator
     if not solution:

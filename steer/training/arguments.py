@@ -15,6 +15,32 @@ RIVALS = ("all", "layers")
 
 
 @dataclass
+class AnswerArguments:
+    """Which answers of a run are trained on (`--method sft` and `--method dpo`)."""
+
+    _argument_group_name = "answers of a run, where train_data names one"
+
+    stage: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of a run of `steer train`: whose answers. training (default) = those of its updates, "
+            "which it keeps with log_completions; before, longer, elicited, after = those to held-out "
+            "problems."
+        },
+    )
+    variant: str | None = field(
+        default=None, metadata={"help": "Of a run of `steer eval`: whose answers; default: base."}
+    )
+    min_reward: float | None = field(
+        default=None,
+        metadata={
+            "help": "Count an answer of stage training as right when its rewards together, with the run's "
+            "weights, are at least this. Default: when it is correct."
+        },
+    )
+
+
+@dataclass
 class SweepArguments:
     """A choice of the learning rate before the run."""
 

@@ -39,6 +39,7 @@ class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[mis
 
     _argument_group_name = "training"
     ignored: ClassVar = IGNORED_BY_GRPO
+    method: ClassVar = "grpo"
 
     advantage: str = field(
         default="loo",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
 from steer.training.config import SteeringGRPOConfig
 
 # By the beginning of their names: settings of logs, checkpoints, the hub, evaluation by trl (which no recipe
@@ -22,7 +23,12 @@ _WATCHING = (
 
 # They never change a result.
 WATCHING: frozenset[str] = frozenset(
-    {f.name for f in fields(SteeringGRPOConfig) if f.name.startswith(_WATCHING)}
+    {
+        f.name
+        for kind in (SteeringGRPOConfig, SteeringSFTConfig, SteeringDPOConfig)
+        for f in fields(kind)
+        if f.name.startswith(_WATCHING)
+    }
     | {"samples_shown", "dry_run"}
 )
 

@@ -35,18 +35,9 @@ def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
             arithmetic=run.arithmetic(run.generated_problems),
             columns=parse_columns(run.columns),
         )
-        source = heldout_source(run.train_data, run.eval_data)
-        if source is None:
-            return train, None
-        split = "heldout" if source == "arithmetic" else run.eval_split
-        columns = run.eval_columns or (run.columns if has_own_columns(source) else None)
-        held_out = load_problems(
-            source,
-            split,
-            limit=run.eval_limit,
-            arithmetic=run.arithmetic(run.eval_limit),
-            columns=parse_columns(columns),
-        )
+        held_out = _held_out(run)
+    if held_out is None:
+        return train, None
     kept = {" ".join(text.split()) for text in held_out["problem"]}
     unseen = train.filter(lambda row: " ".join(row["problem"].split()) not in kept)
     if len(unseen) < len(train):
@@ -58,6 +49,45 @@ def problems(run: RunConfig) -> tuple[Dataset, list[dict[str, Any]] | None]:
             f"every problem of {run.train_data} is held out too; train and test on different files"
         )
     return unseen, held_out.to_list()
+
+
+def held_out_problems(run: RunConfig) -> list[dict[str, Any]] | None:
+    """The held-out problems alone, of a run that is trained on no problems; None when there are none."""
+    with PartialState().main_process_first():
+        held_out = _held_out(run)
+    return None if held_out is None else held_out.to_list()
+
+
+def _held_out(run: RunConfig) -> Dataset | None:
+    source = heldout_source(run.train_data, run.eval_data)
+    if source is None:
+        return None
+    split = "heldout" if source == "arithmetic" else run.eval_split
+    columns = run.eval_columns or (run.columns if has_own_columns(source) else None)
+    return load_problems(
+        source,
+        split,
+        limit=run.eval_limit,
+        arithmetic=run.arithmetic(run.eval_limit),
+        columns=parse_columns(columns),
+    )
+
+
+def check_held_out(
+    held_out: Problems | None,
+    format_problem: Callable[[Question], str],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    answer: int,
+) -> None:
+    """SteerError where a held-out problem leaves no room for `answer` tokens in the model's context."""
+    if held_out and context_length(model.config) is not None:
+        longest = max(_tokens(tokenizer, [format_problem(question(row)) for row in held_out]))
+        check_context(model.config, longest, answer, "--max_completion_length", "held-out problems: ")
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
 def fitting(
@@ -73,16 +103,11 @@ def fitting(
     left out is logged. SteerError when none fits, and for a held-out problem that does not fit.
     """
 
-    def tokens(texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-
     context = context_length(model.config)
     if context is None:
         return train
-    if held_out:
-        longest = max(tokens([format_problem(question(row)) for row in held_out]))
-        check_context(model.config, longest, answer, "--max_completion_length", "held-out problems: ")
-    lengths = tokens(train["prompt"])
+    check_held_out(held_out, format_problem, tokenizer, model, answer)
+    lengths = _tokens(tokenizer, train["prompt"])
     kept = [i for i, length in enumerate(lengths) if length + answer <= context]
     if not kept:
         check_context(model.config, min(lengths), answer, "--max_completion_length", "training problems: ")

@@ -36,8 +36,7 @@ from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
 from steer.training import init
 from steer.training import run as runs
-from steer.training.group_trainer import GroupGRPOTrainer
-from steer.training.problems import Problems, fitting
+from steer.training.problems import Problems, check_held_out, fitting
 from steer.training.resuming import newest_checkpoint
 from steer.training.run import RunConfig
 from steer.training.run_settings import RunSettings
@@ -55,9 +54,12 @@ class Recipe:
 
     name: str  # of the trained model in tables
     artifact: str  # folder inside the run's that holds what was trained
-    make: Callable[..., GroupGRPOTrainer]  # (model, reward functions, training, data, tokenizer)
+    make: Callable[..., Any]  # (model, reward functions, training, data, tokenizer)
     readable: Callable[[Path], object]  # raises OSError or ValueError for a damaged checkpoint
     dtype: str  # precision the base is loaded in
+    # (problems, held-out problems, tokenizer, model): the rows of a trainer that is given answers; None for
+    # one that samples them, which is given prompts and rewards
+    examples: Callable[..., Dataset] | None = None
 
 
 # What torch's backends say when a process on the other side of a connection is gone.
@@ -103,6 +105,20 @@ def begin(settings: RunSettings) -> None:
     # trl reads it under its old name at each step
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     check_recipe(training)
+    for name, why in idle(training).items():
+        log.info("%s=%r plays no part: %s", name, getattr(training, name), why)
+    searching = settings.rates is not None and settings.rates.lr_sweep
+    if run.validation is not None and not (run.validate_every or searching):
+        log.info("validation=%r plays no part: set validate_every, or lr_sweep", run.validation)
+    if run.examples < 0:
+        raise SteerError(f"examples is {run.examples}; expected the number of worked examples, 0 for none")
+    if training.method == "grpo":
+        _check_sampling(settings)
+
+
+def _check_sampling(settings: RunSettings) -> None:
+    """What can be checked of a run that samples answers and rewards them."""
+    run, training = settings.run, settings.training
     if training.use_vllm and (run.load_in_4bit or run.load_in_8bit):
         raise SteerError(
             "load_in_4bit and load_in_8bit quantise the model that is trained, and vLLM would sample from "
@@ -116,11 +132,6 @@ def begin(settings: RunSettings) -> None:
             f"model_revision={run.model_revision!r} with use_vllm: trl starts vLLM with the main revision, "
             "which would sample from another model; download the revision and give its folder as the model"
         )
-    for name, why in idle(training).items():
-        log.info("%s=%r plays no part: %s", name, getattr(training, name), why)
-    searching = settings.rates is not None and settings.rates.lr_sweep
-    if run.validation is not None and not (run.validate_every or searching):
-        log.info("validation=%r plays no part: set validate_every, or lr_sweep", run.validation)
     names, weights = reward_names(run.rewards), training.reward_weights
     if weights is not None and len(weights) != len(names):
         raise SteerError(
@@ -129,8 +140,6 @@ def begin(settings: RunSettings) -> None:
         )
     weighted = zip(weights or [1.0] * len(names), names, strict=True)
     log.info("reward: %s", " + ".join(f"{weight:g} x {name}" for weight, name in weighted))
-    if run.examples < 0:
-        raise SteerError(f"examples is {run.examples}; expected the number of worked examples, 0 for none")
 
 
 # ---- the run
@@ -139,7 +148,7 @@ def begin(settings: RunSettings) -> None:
 def train_run(
     settings: RunSettings,
     recipe: Recipe,
-    train: Dataset,
+    train: Dataset | None,
     held_out: Problems | None,
     stages: Sequence[str] = (*UNTRAINED, "after"),
     samples: int = 0,
@@ -147,6 +156,7 @@ def train_run(
     """
     Carry out the run in its `output_dir`, or what is missing of it, and return its results.
 
+    `train` are the problems to train on; None where the recipe's answers are to problems of a run or a file.
     `held_out` problems are answered greedily in each of `stages`: "before", "longer" (a longer limit) and
     "elicited" (and worked examples) with the untrained model. With `samples` each is answered that often at
     temperature 1 instead. SteerError when the folder holds another run.
@@ -160,7 +170,7 @@ def _train_run(
     folder: Path,
     settings: RunSettings,
     recipe: Recipe,
-    train: Dataset,
+    train: Dataset | None,
     held_out: Problems | None,
     stages: Sequence[str],
     samples: int,
@@ -179,14 +189,21 @@ def _train_run(
 
     model, tokenizer = run.load(recipe.dtype, training.trust_remote_code)
     format_problem = formatter(settings.prompt, tokenizer)
-    data = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
-    data = fitting(data, held_out, format_problem, tokenizer, model, training.max_completion_length)
+    limit = training.max_completion_length
+    data: Any = train
     validation: Problems = []
+    if recipe.examples is None:
+        data = data.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
+        data = fitting(data, held_out, format_problem, tokenizer, model, limit)
     if run.validate_every:
         data, validation = split(data, run.validation or SHARE)
         log.info("%d problems to validate on, %d to train on", len(validation), len(data))
+    if recipe.examples is not None:
+        check_held_out(held_out, format_problem, tokenizer, model, limit)
+        data = recipe.examples(data, held_out, tokenizer, model)
     with MathGrader() as grader:
-        rewards = load_rewards(run.rewards, grader, set(data.column_names) - {"prompt"})
+        columns = set(data.column_names) - {"prompt"}
+        rewards = load_rewards(run.rewards, grader, columns) if recipe.examples is None else []
         with refusals():
             trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
         if run.init and state.is_main_process:
@@ -205,9 +222,8 @@ def _train_run(
 
         way: dict[str, tuple[PromptSpec, int]] = {}
         if held_out is not None:
-            examples = choose(train, run.examples, [row["problem"] for row in held_out])
+            examples = choose(train or (), run.examples, [row["problem"] for row in held_out])
             context = context_length(model.config)
-            limit = training.max_completion_length
             way = ways(settings.prompt, limit, examples, held_out, tokenizer, context)
 
         def evaluate(stage: str) -> None:
@@ -232,7 +248,7 @@ def _train_run(
 def _evaluate(
     folder: Path,
     stage: str,
-    trainer: GroupGRPOTrainer,
+    trainer: Any,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Problems,
     way: tuple[PromptSpec, int],
@@ -262,7 +278,7 @@ def _evaluate(
 
 
 def _train(
-    trainer: GroupGRPOTrainer,
+    trainer: Any,
     recipe: Recipe,
     folder: Path,
     asked: list[float],

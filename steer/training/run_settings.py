@@ -21,12 +21,14 @@ from trl import TrlParser
 from steer.arguments import Help
 from steer.base_adapter import adapter_checksum
 from steer.config import SteeringArguments, SteeringConfig
-from steer.errors import SteerError
+from steer.errors import SteerError, shown
 from steer.models import fast_dtype
 from steer.prompt import PromptSpec
 from steer.recipe_files import config_file
 from steer.tasks.reward_loading import source_checksums
 from steer.training import init
+from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
+from steer.training.arguments import AnswerArguments
 from steer.training.config import SteeringGRPOConfig
 from steer.training.neutral import WATCHING
 from steer.training.run import RUN_FILE, RunConfig
@@ -36,7 +38,18 @@ if TYPE_CHECKING:
     from steer.training.arguments import PopulationArguments, SweepArguments
     from steer.training.baselines import Baseline
 
-_COMMANDS = {"grpo_steer": "train", "grpo_baseline": "train-baseline", "layer_sweep": "sweep"}
+TrainingConfig = SteeringGRPOConfig | SteeringSFTConfig | SteeringDPOConfig
+# How vectors are trained: the settings of the trainer, and what `--help` says of it.
+METHODS: dict[str, tuple[type[TrainingConfig], str]] = {
+    "grpo": (SteeringGRPOConfig, "reinforcement learning from the model's own samples"),
+    "sft": (SteeringSFTConfig, "supervised learning from given answers"),
+    "dpo": (SteeringDPOConfig, "preferences between two answers"),
+}
+_OTHERS = {"grpo_baseline": "train-baseline", "layer_sweep": "sweep"}
+_COMMANDS = {
+    **{f"{method}_steer": "train" for method in METHODS},
+    **_OTHERS,
+}
 # Settings of training that provenance names even at their defaults.
 _ESSENTIAL = (
     *("learning_rate", "lr_by_layer", "advantage", "loss_type", "beta", "num_generations"),
@@ -53,24 +66,26 @@ class RunSettings:
         recipe: name of the recipe, such as `grpo_steer`.
         run: model, data and reward.
         steering: which vectors are trained, and where.
-        training: the trainer's settings.
+        training: the trainer's settings, those of `method`.
         baseline: what is trained instead of vectors; None where vectors are.
         rates: the choice of the learning rate before the run.
         population: the members of a population.
+        answers: which answers of a run are trained on, by the methods that train on given answers.
         member: name of the member that these settings are of; empty for a run that is none.
     """
 
     recipe: str
     run: RunConfig
     steering: SteeringArguments
-    training: SteeringGRPOConfig
+    training: Any  # a TrainingConfig
     baseline: Baseline | None = None
     rates: SweepArguments | None = None
     population: PopulationArguments | None = None
+    answers: AnswerArguments | None = None
     member: str = ""
 
     def __post_init__(self) -> None:
-        _default_training(self.training.use_cpu)
+        _default_training(cast(Any, type(self.training)), self.training.use_cpu)
 
     @classmethod
     def parse(
@@ -84,7 +99,8 @@ class RunSettings:
         The settings that a config file and a command line give.
 
         Args:
-            recipe: name of the recipe.
+            recipe: name of the recipe. Of `grpo_steer` they may choose another method, whose recipe it then
+                is.
             description: the text above the settings in `--help`.
             arguments: the words of the command line. `--config` is a file, or the name of a config that
                 comes with the package.
@@ -93,8 +109,12 @@ class RunSettings:
         Raises:
             SteerError: a setting that does not exist or cannot work, a config file that cannot be read.
         """
-        kinds = {"run": RunConfig, "steering": SteeringArguments, "training": SteeringGRPOConfig, **more}
-        parts = dict(zip(kinds, _read(tuple(kinds.values()), description, recipe, arguments), strict=True))
+        words = _with_config_file(arguments)
+        method = chosen_method(words) if recipe == "grpo_steer" else "grpo"
+        kinds = _kinds(method, more)
+        if method != "grpo":
+            recipe = f"{method}_steer"
+        parts = dict(zip(kinds, _read(kinds, description, recipe, words, more), strict=True))
         for part in parts.values():
             _check_finite(part)
         parts["run"].init = init.remembered(parts["run"].init, parts["training"].output_dir, RUN_FILE)
@@ -121,6 +141,8 @@ class RunSettings:
         trained = {"baseline": self.baseline} if self.baseline else {"steering": self.steering}
         parts = {"run": asdict(self.run), **{name: asdict(part) for name, part in trained.items()}}
         parts["training"] = {k: v for k, v in self.training.to_dict().items() if k != "max_steps"}
+        if self.answers is not None:
+            parts["answers"] = {"method": self.training.method, **asdict(self.answers)}
         kept = {part: {k: v for k, v in s.items() if k not in WATCHING} for part, s in parts.items()}
         sources = source_checksums(self.run.rewards)
         if self.run.base_adapter:
@@ -151,6 +173,7 @@ class RunSettings:
             started["init"] = init.describe(init.read(self.run.init, self.training.output_dir))
         return {
             "recipe": self.recipe,
+            "method": self.training.method,
             **member,
             **plain,
             **started,
@@ -163,21 +186,52 @@ class RunSettings:
             self,
             run=RunConfig(),
             steering=SteeringArguments(),
-            training=_default_training(self.training.use_cpu),
+            training=_default_training(cast(Any, type(self.training)), self.training.use_cpu),
             baseline=self.baseline and type(self.baseline)(),
+            answers=self.answers and AnswerArguments(),
         )
 
 
 @cache
-def _default_training(use_cpu: bool) -> SteeringGRPOConfig:
+def _default_training(kind: Any, use_cpu: bool) -> Any:
     """Made once, when settings are read: transformers resets the state of accelerate each time."""
-    return SteeringGRPOConfig(output_dir="unused", use_cpu=use_cpu)
+    return kind(output_dir="unused", use_cpu=use_cpu)
+
+
+def chosen_method(words: Sequence[str]) -> str:
+    """The `method` of a command line, or of its config file, whose path is among the words."""
+    method: Any = "grpo"
+    if "--config" in words[:-1]:
+        try:
+            given = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())
+            method = given.get("method", method) if isinstance(given, dict) else method
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
+            pass  # told when the settings are read
+    for at, word in enumerate(words):
+        if word == "--method":
+            method = words[at + 1] if at + 1 < len(words) else ""
+        elif word.startswith("--method="):
+            method = word.partition("=")[2]
+    if method not in METHODS:
+        raise SteerError(f"method={shown(method)} is unknown; choose one of {', '.join(METHODS)}")
+    return method
+
+
+def _kinds(method: str, more: dict[str, type]) -> dict[str, type]:
+    """The dataclasses of a run's settings; `more` are parts that GRPO alone has."""
+    own = more if method == "grpo" else {"answers": AnswerArguments}
+    return {"run": RunConfig, "steering": SteeringArguments, "training": METHODS[method][0], **own}
 
 
 def _read(
-    parts: Sequence[type], description: str | None, recipe: str, arguments: Sequence[str]
+    kinds: dict[str, type],
+    description: str | None,
+    recipe: str,
+    words: Sequence[str],
+    more: dict[str, type],
 ) -> tuple[Any, ...]:
-    """One object for each dataclass of `parts`."""
+    """One object for each dataclass of `kinds`. `more`: what GRPO has beside."""
+    parts = tuple(kinds.values())
     usage = f"steer {_COMMANDS[recipe]} --config NAME [--setting VALUE ...]"
     parser = _Parser(cast(list[Any], parts), description=description, usage=usage, formatter_class=Help)
     parser.add_argument(
@@ -189,12 +243,19 @@ def _read(
         action="store_true",
         help="print all settings as YAML, which --config reads, and exit",
     )
+    if _COMMANDS[recipe] == "train":
+        told = "; ".join(f"{name} = {about}" for name, (_, about) in METHODS.items())
+        own = recipe.partition("_")[0]
+        parser.add_argument(
+            "--method", metavar="NAME", default=own, help=f"how vectors are trained: {told} (--help shows "
+            "the settings of the one that is given)",
+        )  # fmt: skip
     try:
-        words = _with_config_file(arguments)
         parsed = parser.parse_args_and_config(words)
         if parser.given["print_config"]:
             if os.environ.get("RANK", "0") == "0":
-                print(_environment(words) + _as_yaml(parts, parser.given), end="")
+                method = "" if recipe in ("grpo_steer", *_OTHERS) else f"method: {parser.given['method']}\n\n"
+                print(_environment(words) + method + _as_yaml(parts, parser.given), end="")
             sys.exit(0)
         return parsed[: len(parts)]
     except OSError as error:
@@ -206,10 +267,22 @@ def _read(
         unknown = re.findall(r"'--([^'=]+)", message)
         if unknown and ("not used by" in message or message.startswith("Unknown arguments")):
             known = [field.name for part in parts for field in fields(part) if field.init]
+            if _COMMANDS[recipe] == "train" and (others := _methods_with(unknown[0], more)):
+                raise SteerError(
+                    f"{unknown[0]} is a setting of method={' and method='.join(others)}, and has no effect "
+                    f"with method={recipe.partition('_')[0]}; leave it out"
+                ) from error
             near = get_close_matches(unknown[0].replace("-", "_"), known, 1)
             hint = f"; did you mean {near[0]}?" if near else "; --help lists the settings"
             message = f"unknown setting {unknown[0]}{hint}"
         raise SteerError(message) from error
+
+
+def _methods_with(setting: str, more: dict[str, type]) -> list[str]:
+    """The methods that have a setting of this name."""
+    name = setting.replace("-", "_")
+    kinds = {method: _kinds(method, more).values() for method in METHODS}
+    return [m for m, parts in kinds.items() if any(f.name == name for part in parts for f in fields(part))]
 
 
 def _check_finite(part: Any) -> None:

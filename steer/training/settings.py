@@ -94,6 +94,10 @@ IGNORED_BY_SFT: dict[str, str] = {
     "eval_packing": _ATTEND,
     "padding_free": _ATTEND,
 }
+IGNORED_BY_DPO: dict[str, str] = {
+    "padding_free": "this version of trl pads all the same",
+    "label_smoothing_factor": "the loss of DPO has label_smoothing",
+}
 LOADING: dict[str, str] = {
     "model_init_kwargs": "the model is loaded before the trainer sees it; load it as it should be, or "
     "give the trainer its name",
@@ -101,6 +105,10 @@ LOADING: dict[str, str] = {
 _NO_EVALUATION = "a recipe evaluates by itself, before and after training, on --eval_data"
 _RESUMES = "a recipe goes on from the last checkpoint by itself"
 _LOADS = "a recipe loads the model by settings of its own, such as model_revision and model_dtype"
+_PREPARES = (
+    "a recipe makes the tokens itself: prompts as they are asked, answers with the token that ends them, and "
+    "nothing longer than max_length"
+)
 IGNORED_BY_RECIPES: dict[str, str] = {
     "model_init_kwargs": _LOADS,
     "eval_strategy": _NO_EVALUATION,
@@ -111,6 +119,9 @@ IGNORED_BY_RECIPES: dict[str, str] = {
     "resume_from_checkpoint": _RESUMES,
     "save_only_model": f"{_RESUMES}, and without the optimizer's state it would go on as another run",
     "max_tool_calling_iterations": "a recipe gives the model no tools",
+    **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "dataset_num_proc"), _PREPARES),
+    **dict.fromkeys(("truncation_mode", "eos_token", "assistant_only_loss"), _PREPARES),
+    "completion_only_loss": f"{_PREPARES}, and the loss is on the answers alone",
 }
 
 
@@ -149,6 +160,17 @@ SWITCHES = (
         ("transformers_continuous_batching_config",),
         lambda args: args.use_transformers_continuous_batching,
         "use_transformers_continuous_batching is false",
+    ),
+    Switch(
+        ("label_smoothing",),
+        lambda args: bool({"robust", "exo_pair", "aot", "aot_unpaired"} & set(args.loss_type)),
+        "no loss_type reads it",
+    ),
+    Switch(("discopop_",), lambda args: "discopop" in args.loss_type, "no loss_type is discopop"),
+    Switch(
+        ("f_alpha_divergence_coef",),
+        lambda args: args.f_divergence_type == "alpha_divergence",
+        "f_divergence_type is not alpha_divergence",
     ),
     Switch(("sample_rows",), lambda args: args.fast_sampler, "fast_sampler is false"),
     Switch(

@@ -72,14 +72,16 @@ def plot_training(
 ) -> None:
     """
     A PNG: reward, accuracy and validation accuracy by update, answer length and entropy by update, and the
-    norm of each layer's vector where vectors were trained.
+    norm of each layer's vector where vectors were trained. Where given answers were trained on, loss and
+    accuracies by update in place of rewards and lengths.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [row for row in history if row.get("reward") is not None]
+    given = not any(row.get("reward") is not None for row in history)  # answers, which none was sampled
+    steps = [row for row in history if row.get("loss" if given else "reward") is not None]
     last: dict[str, Any] = next(
         (row for row in reversed(steps) if any(k.startswith("layer/") for k in row)), {}
     )
@@ -89,11 +91,17 @@ def plot_training(
     panels = 3 if norms else 2
     figure, (top, middle, *rest) = pyplot.subplots(panels, 1, figsize=(7, 2.8 * panels), layout="constrained")
     figure.suptitle(title)
-    curves = (
+    sampled = (
         (top, "reward", "reward", "tab:blue"),
         (top, "accuracy", "accuracy of samples", "tab:green"),
         (middle, "completions/mean_length", "tokens in an answer", "tab:orange"),
     )
+    trained_on = (
+        (top, "mean_token_accuracy", "accuracy of tokens", "tab:blue"),
+        (top, "rewards/accuracies", "pairs in their order", "tab:green"),
+        (middle, "loss", "loss", "tab:orange"),
+    )
+    curves = trained_on if given else sampled
     for axes, key, label, colour in curves:
         points = [(row["step"], row[key]) for row in steps if row.get(key) is not None]
         if points:
@@ -110,7 +118,8 @@ def plot_training(
     for axes in (top, middle):
         axes.set_xlabel("update")
         axes.grid(alpha=0.3)
-        axes.legend(loc="best")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best")
     for bottom in rest:
         bottom.bar(list(norms), list(norms.values()), color="tab:gray")
         bottom.set_xlabel("layer")

@@ -28,7 +28,6 @@ from steer.tasks.grading import MathGrader
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from steer.training.group_trainer import GroupGRPOTrainer
     from steer.training.problems import Problems
 
 log = logging.getLogger("steer")
@@ -98,7 +97,7 @@ def summary(history: History, problems: int, kept: str, stopped: str | None = No
 
 
 def answer_together(
-    trainer: GroupGRPOTrainer,
+    trainer: Any,
     rows: Problems,
     format_problem: Callable[[Any], str],
     grader: MathGrader,
@@ -156,7 +155,7 @@ class Validation(TrainerCallback):
 
     def __init__(
         self,
-        trainer: GroupGRPOTrainer,
+        trainer: Any,
         problems: Problems,
         format_problem: Callable[[Any], str],
         grader: MathGrader,

@@ -35,7 +35,7 @@ RECIPES = ROOT / "recipes"
 OTHERS = ("sae-", "compare-", "layer-sweep-")  # of other recipes, with tests of their own
 CONFIGS = sorted(p for p in (RECIPES / "configs").glob("*.yaml") if not p.name.startswith(OTHERS))
 LAUNCHERS = sorted((RECIPES / "accelerate").glob("*.yaml"))
-SOURCES = {"arithmetic", "gsm8k", "math", "deepscaler", "math500", "none"}
+SOURCES = {"arithmetic", "gsm8k", "math", "deepscaler", "math500", "none", "runs/demo"}
 
 
 class Run(NamedTuple):
@@ -76,7 +76,7 @@ PUBLISHED = {
     "math-llama-3.1-8b": precursor("meta-llama/Llama-3.1-8B", 5e-4, 64, 2),
     "math-llama-3.1-8b-instruct": precursor("meta-llama/Llama-3.1-8B-Instruct", 1e-4, 16, 3),
 }
-OURS = {"demo", "gsm8k-qwen2.5-coder-1.5b"}
+OURS = {"demo", "demo-sft", "demo-dpo", "gsm8k-qwen2.5-coder-1.5b"}
 # other objectives: what is theirs, and a number that their updates log
 PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0, "scale_rewards": "batch"}, "cispo_clip_ratio"),
@@ -202,7 +202,7 @@ def test_published_numbers(name, parse):
     assert steering.layers == ("0" if name in SINGLE_LAYER else "all")
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c.stem != "demo"], ids=named)
+@pytest.mark.parametrize("config", [c for c in CONFIGS if not c.stem.startswith("demo")], ids=named)
 def test_header_gives_the_command_and_the_devices(config):
     devices = re.search(r"^ On (one|\d+) GPUs?", header(config), re.M)
     assert devices

@@ -15,6 +15,7 @@ from helpers.paths import ROOT
 
 from steer.cli import layer_sweep, train, train_baseline
 from steer.errors import SteerError
+from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
 from steer.training.arguments import PopulationArguments
 from steer.training.config import SteeringGRPOConfig
 from steer.training.neutral import CONTINUED, WATCHING, differences
@@ -25,6 +26,7 @@ from steer.training.sweep import grid
 from steer.training.sweep.member import IDLE, OWN, SHARED
 from steer.training.sweep.run import POPULATION_FILE, claim_sweep_dir
 
+PARTS = (RunConfig, SteeringGRPOConfig, SteeringSFTConfig, SteeringDPOConfig)
 # Folders of runs that version 0.1 began, with the command lines that began them.
 OLD = ROOT / "tests" / "data" / "runs"
 
@@ -101,7 +103,7 @@ def test_what_differs_is_named_and_what_is_new_is_at_its_default() -> None:
 
 
 def test_the_list_of_settings_that_change_no_result_names_settings() -> None:
-    names = {f.name for part in (RunConfig, SteeringGRPOConfig) for f in fields(part)}
+    names = {f.name for part in PARTS for f in fields(part)}
     assert names >= WATCHING | CONTINUED | IDLE | OWN | SHARED
     assert {"report_to", "save_steps", "logging_steps", "hub_token", "samples_shown"} <= WATCHING
     # by prefix only where nothing else begins so
