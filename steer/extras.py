@@ -14,7 +14,10 @@ _TRAIN = (
     *("latex2sympy2_extended", "sympy", "pebble", "scipy", "matplotlib"),
 )
 # Top-level modules by extra, as pyproject.toml declares them.
-MODULES = {"train": _TRAIN, "lens": _TRAIN, "sae": _TRAIN, "vllm": ("vllm", "fastapi", "requests")}
+MODULES = {
+    **{"train": _TRAIN, "lens": _TRAIN, "sae": _TRAIN},
+    **{"vllm": ("vllm", "fastapi", "requests"), "play": ("gradio",)},
+}
 
 
 def require(purpose: str, extra: str) -> None:

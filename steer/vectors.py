@@ -243,10 +243,12 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
     return vectors
 
 
-def build(model: nn.Module, config: SteeringConfig) -> tuple[SteeringVectors, list[Site]]:
+def build(
+    model: nn.Module, config: SteeringConfig, state: SteeringState | None = None
+) -> tuple[SteeringVectors, list[Site]]:
     """
     Fresh vectors for `model` that are not in it, and where each belongs, first layer first. SteerError for a
-    layer or site it does not have.
+    layer or site it does not have. `state` is what they share, by default that of `config`.
     """
     decoder = find_decoder(model)
     base: Any = model.config
@@ -256,7 +258,7 @@ def build(model: nn.Module, config: SteeringConfig) -> tuple[SteeringVectors, li
     names = ("base_model_name_or_path", "base_revision", "base_adapter", "base_checksum")
     known = {k: getattr(config, k) for k in names}
     config = replace(config, **{**describe(model), **{k: v for k, v in known.items() if v is not None}})
-    state = SteeringState(config.positions, config.scale)
+    state = state or SteeringState(config.positions, config.scale)
     shared, modules, places = _make(decoder, layers, config, state)
     named = {f"{decoder.name}.{i}.steering": module for i, module in zip(layers, modules, strict=True)}
     root = directions_name(decoder.name).rpartition(".")[0]

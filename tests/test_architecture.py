@@ -25,7 +25,7 @@ FLOORS = [
     "generation engine export transfer",
     "evaluation",
     "training",
-    "lens sae extract",
+    "lens sae extract play",
     "cli",
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names.split()}

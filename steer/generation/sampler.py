@@ -122,8 +122,8 @@ def _rollout(
     length = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
     open_ = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for t in range(sampling.max_new_tokens):
-        draw = noise[rows, t] if noise is not None else None
-        token, logp = _sample(logits, sampling.temperature, warpers, draw)
+        numbers = noise[rows, t] if noise is not None else None
+        token, logp = draw_token(logits, sampling.temperature, warpers, numbers)
         tokens[rows, t], logps[rows, t] = token, logp
         ended = torch.isin(token, eos) & open_[rows]
         length[rows[ended]] = t + 1
@@ -151,23 +151,23 @@ def _reader(model: PreTrainedModel, owners: Owners | None) -> Rows:
     return PlainRows(model, told.prompt_length if told else lambda columns: nullcontext())
 
 
-def _sample(
-    logits: torch.Tensor, temperature: float, warpers: LogitsProcessorList, draw: torch.Tensor | None
+def draw_token(
+    logits: torch.Tensor, temperature: float, warpers: LogitsProcessorList, noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     One token and its log-probability per row of `logits` (rows, vocabulary), by inversion of the
-    distribution.
+    distribution: with `noise`, (rows,) uniform numbers, where the temperature is not 0.
     """
     scores = logits.float()
     if temperature == 0:
         token = scores.argmax(-1)
         return token, torch.log_softmax(scores, -1).gather(1, token[:, None]).squeeze(1)
-    assert draw is not None, "sampling needs noise"
+    assert noise is not None, "sampling needs noise"
     scores = warpers(None, scores / temperature)  # type: ignore[arg-type]  # these read no token ids
     probs = torch.softmax(scores, -1)
     edges = probs.cumsum(-1)
     # right=True skips tokens of probability zero; scaling by the last edge absorbs the rounding of the sum
-    token = torch.searchsorted(edges, (draw[:, None] * edges[:, -1:]).contiguous(), right=True).clamp(
+    token = torch.searchsorted(edges, (noise[:, None] * edges[:, -1:]).contiguous(), right=True).clamp(
         max=edges.shape[1] - 1
     )
     return token.squeeze(1), probs.gather(1, token).log().squeeze(1)

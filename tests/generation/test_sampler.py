@@ -17,7 +17,7 @@ import steer
 from steer.errors import SteerError
 from steer.generation import cpu, sampler
 from steer.generation.decoding import pad_left
-from steer.generation.sampler import Sampling, _sample, uniforms
+from steer.generation.sampler import Sampling, draw_token, uniforms
 
 PROMPTS = [[5, 9, 33], [7], [11, 3, 4, 80, 21, 60, 9], [42, 42, 8, 17]]
 NEVER = 96  # no prompt holds it; as an end-of-sequence id it is used only where it is known not to be drawn
@@ -155,7 +155,7 @@ def test_frequencies_of_20000_draws_match_softmax() -> None:
     torch.manual_seed(0)
     logits, temperature, draws = torch.randn(40), 0.8, 20_000
     noise = uniforms(range(draws), 1, seed=0, step=0)[:, 0]
-    token, logp = _sample(logits.expand(draws, -1), temperature, LogitsProcessorList(), noise)
+    token, logp = draw_token(logits.expand(draws, -1), temperature, LogitsProcessorList(), noise)
     probs = torch.softmax(logits.double() / temperature, -1)
     expected = probs * draws
     counts = torch.bincount(token, minlength=40).double()
@@ -181,14 +181,14 @@ def test_tokens_of_probability_zero_are_never_drawn(filters: dict) -> None:
     largest = 1 - 2**-24  # the largest float32 below 1, and more than numpy ever draws
     edges = torch.tensor([0.0, 2**-149, 2**-24, 0.5, largest])
     for value in (*edges, *torch.rand(20)):
-        token, logp = _sample(logits, 1.0, warpers, value.expand(200).float())
+        token, logp = draw_token(logits, 1.0, warpers, value.expand(200).float())
         assert allowed.gather(1, token[:, None]).all(), value
         assert logp.isfinite().all()
 
 
 def test_bfloat16_logits_are_sampled_in_float32() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.bfloat16)
-    _, logp = _sample(logits, 1.0, LogitsProcessorList(), torch.tensor([0.99]))
+    _, logp = draw_token(logits, 1.0, LogitsProcessorList(), torch.tensor([0.99]))
     assert logp.dtype == torch.float32
     assert logp.item() == pytest.approx(
         torch.log_softmax(torch.tensor([0.0, 1.0, 2.0]), -1)[2].item(), abs=1e-6
