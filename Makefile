@@ -33,7 +33,7 @@ models: $(VENV)/ready
 all-tests: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu"
 
-# vLLM's CPU build, beside the rest. One of its needs wants numpy below 2.4, so that constraint is left out; the
+# vLLM's CPU build, beside the rest. One of its dependencies needs numpy below 2.4, so that constraint is left out; the
 # three packages that it brings for images and sound are built for CUDA and break the CPU build of torch. On a
 # machine with a GPU install `vllm` instead.
 vllm: $(VENV)/ready
@@ -108,7 +108,7 @@ TESTS_vllm = tests/engine tests/evaluation/test_vllm.py tests/export/test_checkp
 interop-transformers-4: .venv-interop/transformers-4/transformers
 	STEER_TRANSFORMERS_4=$(CURDIR)/.venv-interop/transformers-4 $(BIN)/python -m pytest -rs tests/export/test_transformers4.py
 
-# repeng wants numpy below 2 and steering-vectors transformers below 5; what the tests use of both works with newer ones.
+# repeng needs numpy below 2 and steering-vectors transformers below 5; what the tests use of both works with newer ones.
 interop-extract: .venv-interop/extract/ready
 	.venv-interop/extract/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		repeng==0.4.0 steering-vectors==0.12.2
@@ -122,7 +122,7 @@ exports: .venv-interop/lm-eval/ready .venv-interop/vllm/ready .venv-interop/tran
 interop-%: .venv-interop/%/ready
 	$(RUN_ENV) .venv-interop/$*/bin/python -m pytest -rs $(TESTS_$*)
 
-# vLLM wants an older numpy. The packages for images and sound that tools bring break the CPU build of torch.
+# vLLM needs an older numpy. The packages for images and sound that tools bring break the CPU build of torch.
 .venv-interop/%/ready: $(VENV)/ready
 	$(PYTHON) -m venv .venv-interop/$*
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
@@ -133,7 +133,7 @@ interop-%: .venv-interop/%/ready
 	.venv-interop/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# torch first and by itself: another order lets pip choose a newer build with gigabytes of CUDA.
+# torch first and alone: another order lets pip choose a newer build with gigabytes of CUDA.
 $(VENV)/ready: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'steer needs Python 3.11 or newer')"
 	$(PYTHON) -m venv $(VENV)

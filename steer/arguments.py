@@ -62,7 +62,7 @@ def count(text: str) -> int:
 
 
 def text(given: str) -> str:
-    """Text that a tokenizer reads: bytes that are no UTF-8 arrive as half surrogate pairs."""
+    """Text that a tokenizer reads: bytes that are not UTF-8 arrive as half surrogate pairs."""
     try:
         given.encode()
     except UnicodeEncodeError as error:

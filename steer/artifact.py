@@ -400,7 +400,7 @@ def _text(config: SteeringConfig, path: Path) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         reason = shown(str(error))
         raise SteerError(
-            f"cannot save vectors to {path}: their provenance is no plain JSON ({reason})"
+            f"cannot save vectors to {path}: their provenance is not plain JSON ({reason})"
         ) from error
     SteeringConfig.from_json(text, path)
     return text

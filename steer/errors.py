@@ -30,7 +30,7 @@ def one_line(error: Exception) -> str:
 def print_any_text() -> None:
     """
     Let `print` show what the terminal's encoding lacks as an escape, instead of failing: a path in other
-    letters on an ASCII terminal, a file name that is no UTF-8.
+    letters on an ASCII terminal, a file name that is not UTF-8.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -69,7 +69,7 @@ def parse(text: str) -> tuple[Term, ...]:
         text: such as `math@0.7+brief@-0.3`, `math` or `base`.
 
     Raises:
-        SteerError: it is empty, a name is missing or given twice, or a scale is no finite number.
+        SteerError: it is empty, a name is missing or given twice, or a scale is not a finite number.
     """
     if text.strip() == BASE:
         return ()

@@ -118,7 +118,7 @@ def parse_json(text: str | bytes, where: str | os.PathLike[str], literal_numbers
         return values
 
     def refuse(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no number in JSON")
+        raise ValueError(f"{name} is not a number in JSON")
 
     numbers: dict[str, Any] = {}
     if literal_numbers:

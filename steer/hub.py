@@ -10,7 +10,7 @@ from steer.errors import SteerError, one_line
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is written like a model on the hub, `org/model`, and is no folder or file here."""
+    """Whether `name` is written like a model on the hub, `org/model`, and is not a folder or file here."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -41,7 +41,7 @@ def fetch(repo_id: str, file: str, revision: str | None = None, token: str | Non
 
     try:
         return Path(hf_hub_download(repo_id, file, revision=revision, token=token))
-    except Exception as error:  # network, permissions, a name that is no id: classes of several packages
+    except Exception as error:  # network, permissions, a name that is not an id: classes of several packages
         raise SteerError(
             f"no folder {repo_id}, and the hub did not give {file} of that id ({one_line(error)})"
         ) from error
@@ -79,7 +79,9 @@ def push(
             api = HfApi(token=token)
             repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(api.upload_folder(repo_id=repo, folder_path=name, commit_message=commit_message))
-        except Exception as error:  # network, permissions, a name that is no id: classes of several packages
+        except (
+            Exception
+        ) as error:  # network, permissions, a name that is not an id: classes of several packages
             raise SteerError(
                 f"cannot push to {repo_id} ({one_line(error)}); give USER/NAME of yours and log in with "
                 "`hf auth login`, or pass token="

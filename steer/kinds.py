@@ -254,7 +254,7 @@ class SharedVector(_Precise):
         super().__init__()
         rank = len(shared.directions)
         self.mix = nn.Parameter(_kaiming(rank, rank, layer).to(device, dtype))
-        self._shared = [shared]  # in a list, so that it is no child: the directions are the model's, once
+        self._shared = [shared]  # in a list, so that it is not a child: the directions are the model's, once
         self.state = state
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -207,7 +207,7 @@ def _dtype(dtype: str | torch.dtype) -> Any:
 
 
 def _check_causal(name: str, source: str, common: dict[str, Any]) -> Any:
-    """The configuration of the model `name`; SteerError where it is no causal language model's."""
+    """The configuration of the model `name`; SteerError where it is not a causal language model's."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
     config = AutoConfig.from_pretrained(source, **common)
@@ -220,7 +220,9 @@ def _check_causal(name: str, source: str, common: dict[str, Any]) -> Any:
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or sees_images(config)
     if encoder or not known or getattr(config.get_text_config(), "is_encoder_decoder", False):
-        raise SteerError(f"model {name!r} ({kind}) is no causal language model: expected a decoder-only one")
+        raise SteerError(
+            f"model {name!r} ({kind}) is not a causal language model: expected a decoder-only one"
+        )
     return config
 
 

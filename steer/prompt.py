@@ -37,18 +37,18 @@ class PromptSpec:
     def __post_init__(self) -> None:
         for name in ("template", "prefix", "system"):
             if not isinstance(getattr(self, name), str):
-                raise SteerError(f"prompt: {name}={shown(getattr(self, name))} is no text")
+                raise SteerError(f"prompt: {name}={shown(getattr(self, name))} is not text")
         variables: Any = self.chat_template_kwargs
         if variables is not None and not (
             isinstance(variables, Mapping) and all(isinstance(name, str) for name in variables)
         ):
             raise SteerError(
-                f"prompt: chat_template_kwargs={shown(variables)} is no mapping from names to values"
+                f"prompt: chat_template_kwargs={shown(variables)} is not a mapping from names to values"
             )
         pairs: Any = self.examples
         if not isinstance(pairs, (list, tuple)) or not all(map(_is_example, pairs)):
             raise SteerError(
-                f"prompt: examples={shown(pairs)} is no list of pairs of texts, a problem and its answer"
+                f"prompt: examples={shown(pairs)} is not a list of pairs of texts, a problem and its answer"
             )
         # one form of what is equal
         object.__setattr__(self, "chat_template_kwargs", dict(variables) if variables else None)
@@ -70,8 +70,8 @@ class PromptSpec:
         The inverse of `to_dict`; a field that is left out is at its default.
 
         Raises:
-            SteerError: `values` is no mapping, has a field that is unknown (the nearest known one is named),
-                or one of another type.
+            SteerError: `values` is not a mapping, or has an unknown field (the nearest known one is named)
+                or of another type.
         """
         if not isinstance(values, Mapping):
             raise SteerError(f"prompt is {shown(values)}, expected an object such as {{'template': 'boxed'}}")

@@ -9,7 +9,7 @@ Several independent sets of vectors in one model: each row of a batch is steered
 
 Rows of a set stand together in a batch, in the order of the sets. A hook splits the batch, and every set's
 own vector changes its own rows, so each set computes, row by row, what it computes alone in the model. Rows
-of -1 come first and are the base model's. The sets are no submodules of the model: nothing of it is renamed,
+of -1 come first and are the base model's. The sets are not submodules of the model: nothing of it is renamed,
 and no graph reaches below the lowest layer that a row of the batch is steered at.
 """
 

@@ -136,7 +136,7 @@ def gguf_path(name: str) -> Path:
         if path.is_file() and path.suffix.lower() == ".gguf":
             return path
         raise SteerError(
-            f"{name!r} is no GGUF file: give a local .gguf file or the name of bundled weights "
+            f"{name!r} is not a GGUF file: give a local .gguf file or the name of bundled weights "
             f"({', '.join(BUNDLED)})"
         )
     kept = cache_dir() / "gguf" / f"{name}.gguf"

@@ -58,7 +58,7 @@ def begins_with_box(completions, **columns):
 args = SteeringGRPOConfig(
     "runs/notebook",
     max_steps=5,
-    learning_rate=0.4,  # of a single vector; all layers together want less
+    learning_rate=0.4,  # of a single vector; all layers together need less
     num_generations=8,
     per_device_train_batch_size=24,
     max_completion_length=8,

@@ -1,6 +1,6 @@
 """
 The commands with a command line of their own, such as `steer train`: their words go on to it as they are. The
-files of `recipes/` are doors to the same programs, for `accelerate launch`.
+files of `recipes/` call the same programs, for `accelerate launch`.
 """
 
 from __future__ import annotations

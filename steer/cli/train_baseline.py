@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
             return
     elif chosen.name == "full" and training.learning_rate > FULL_RATE:
         log.warning(
-            "learning_rate=%g is a rate for vectors; a full fine-tune wants about a thousandth (--lr_sweep)",
+            "learning_rate=%g is a rate for vectors; a full fine-tune needs about a thousandth (--lr_sweep)",
             training.learning_rate,
         )
     recipe.train_run(settings, chosen, train, held_out)

@@ -65,7 +65,9 @@ class RunConfig:
         default=False, metadata={"help": "Run the Python code that comes with the model."}
     )
     model_dtype: str = field(default="auto", metadata={"help": "Precision of the language model."})
-    vectors: str | None = field(default=None, metadata={"help": "Steering vectors that the model wears."})
+    vectors: str | None = field(
+        default=None, metadata={"help": "Steering vectors that are attached to the model."}
+    )
     what: str = field(
         default="as_is", metadata={"help": "as_is, base (vectors off) or difference (steered minus base)."}
     )

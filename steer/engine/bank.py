@@ -138,8 +138,8 @@ class Bank:
             layer.steering = self.vectors[index] = Steering(rows, hidden_size, self.slot, self.coefficient)
             layer.register_forward_hook(steer_output)
         self.entries = {DEFAULT: Entry(DEFAULT_ROW, 0, "all")}
-        self.requests: dict[str, tuple[Choice, int]] = {}  # by id: what it wants, the length of its prompt
-        self._particular: set[str] = set()  # those that want anything but the default set as it is
+        self.requests: dict[str, tuple[Choice, int]] = {}  # by id: its choice, the length of its prompt
+        self._particular: set[str] = set()  # those that choose anything but the default set as it is
         self._pushes = 0
         self._uniform = True  # every token gets the default set
 

@@ -150,7 +150,7 @@ def parse(text: str, **overrides: Any) -> Benchmark:
         if kind is None or not mark:
             known = ", ".join([*_SETTINGS, *generated])
             raise SteerError(
-                f"benchmark {text!r}: {setting!r} is no setting; write key=value with one of {known}"
+                f"benchmark {text!r}: {setting!r} is not a setting; write key=value with one of {known}"
             )
         try:
             number = kind(value)
@@ -184,8 +184,8 @@ def load(
 ) -> tuple[list[Problem], str]:
     """
     The problems, and a digest of the whole set before `limit` cut it. With `data_dir`, the named benchmarks
-    are read from their files there and the hub is not asked. `columns` are those of files that are no named
-    benchmark (`steer.tasks.columns`).
+    are read from their files there and the hub is not asked. `columns` are those of files without a name
+    here (`steer.tasks.columns`).
 
     Raises SteerError for a file that is missing or broken (with the line), a hub that does not answer, and a
     set whose answers have another form than this benchmark's.

@@ -106,7 +106,7 @@ def explain(graded: Graded) -> str:
             return "the other grader took one number out of a longer boxed answer"
     elif ours.correct and not graded.theirs:
         if graded.grader == "lm-eval strict":
-            return "no '#### answer' line, which lm-eval's strict match wants"
+            return "no '#### answer' line, which lm-eval's strict match needs"
         if graded.extracted is not None and not _within(graded.extracted, boxed or ""):
             return "the last number of the text is not the boxed one"
         if graded.extracted is not None:

@@ -74,14 +74,14 @@ def _unpacked(path: str | Path, columns: Iterable[str]) -> Run:
             raise ValueError(f"its columns do not all have {rows} rows")
         return packed["settings"], problems, chosen
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise SteerError(f"{path} is no packed run ({error!r}); pack it again") from error
+        raise SteerError(f"{path} is not a packed run ({error!r}); pack it again") from error
 
 
 def read_packed(path: str | Path) -> dict[str, Any]:
     """The whole content of a packed file; `about` is what `pack` was given."""
     packed = read_json(path)
     if not isinstance(packed, dict) or "completions" not in packed:
-        raise SteerError(f"{path} is no packed run of evals: it has no completions")
+        raise SteerError(f"{path} is not a packed run of evals: it has no completions")
     return packed
 
 

@@ -188,7 +188,7 @@ def adapter_rank(folder: str | Path) -> int:
             return 0
         return max([config["r"], *(config.get("rank_pattern") or {}).values()])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SteerError(f"{folder}/{ADAPTER_FILES[0]} is no adapter config ({error})") from error
+        raise SteerError(f"{folder}/{ADAPTER_FILES[0]} is not an adapter config ({error})") from error
 
 
 def _named(source: str) -> tuple[str, str]:

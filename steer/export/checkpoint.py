@@ -92,7 +92,9 @@ def write(
         config = _merge(artifact, decoder, model)
     else:
         config = _add_biases(artifact, place, decoder, model)
-    if place is not None or model.dtype == torch.float32:  # what rounding loses of a merge is told by itself
+    if (
+        place is not None or model.dtype == torch.float32
+    ):  # what rounding loses of a merge is reported separately
         check_same_logits(_logits(model), steered, base, "a plain checkpoint")
     try:
         _save(model, config, model_name, common, folder)

@@ -123,7 +123,7 @@ def _without_block_0(
 
 
 def _content(vectors: dict[int, torch.Tensor], config: SteeringConfig) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:  # the writer wants a path
+    with tempfile.TemporaryDirectory() as folder:  # the writer needs a path
         file = Path(folder) / "vectors.gguf"
         writer = gguf.GGUFWriter(file, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", config.model_type or "unknown")
@@ -224,7 +224,7 @@ def _fitting(vectors: dict[int, np.ndarray], model: nn.Module, path: Path) -> di
 def _restored(made: Artifact, text: Any, path: Path) -> Artifact:
     """`made` with the config that steer left in the file."""
     if not isinstance(text, str):
-        raise SteerError(f"{path}: {CONFIG_KEY} is no steering config but a {type(text).__name__}")
+        raise SteerError(f"{path}: {CONFIG_KEY} is not a steering config but a {type(text).__name__}")
     saved = SteeringConfig.from_json(text, path)
     layers = saved.resolve_layers(made.num_hidden_layers)
     config = made.config

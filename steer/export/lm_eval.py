@@ -108,7 +108,7 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> Artifact:
         ]
         if not candidates:
             raise SteerError(
-                f"{path}: hookpoint {shown(place)} is no site; expected one of {', '.join(sites)}"
+                f"{path}: hookpoint {shown(place)} is not a site; expected one of {', '.join(sites)}"
             )
         site = candidates[0]
     wide = torch.float64 in {vector.dtype for vector in vectors.values()}
@@ -122,7 +122,8 @@ def _parse(hookpoint: Any, stack: str, path: Path) -> tuple[int, str]:
     layer, _, place = hookpoint[len(stack) + 1 :].partition(".") if inside else ("", "", "")
     if not (layer.isascii() and layer.isdecimal()) or len(layer) > 5 or layer != str(int(layer)):
         raise SteerError(
-            f"{path}: hookpoint {shown(hookpoint)} is no layer of the model; expected names like '{stack}.12'"
+            f"{path}: hookpoint {shown(hookpoint)} is not a layer of the model; expected names like "
+            f"'{stack}.12'"
         )
     return int(layer), place
 
@@ -143,7 +144,7 @@ def _vector(info: Any, hidden_size: int, where: str) -> torch.Tensor:
             f"{where}: steering_vector is {shape}, expected ({hidden_size},) or (1, {hidden_size})"
         )
     if vector.dtype not in _DTYPES or vector.layout != torch.strided or vector.is_meta:
-        raise SteerError(f"{where}: steering_vector is no tensor of plain floats ({vector.dtype})")
+        raise SteerError(f"{where}: steering_vector is not a tensor of plain floats ({vector.dtype})")
     vector = vector.detach().flatten()
     return factor * (vector if vector.dtype == torch.float64 else vector.float())
 

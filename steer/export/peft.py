@@ -101,7 +101,7 @@ def write(artifact: Artifact, folder: str | os.PathLike[str], base: str | None =
     except (TypeError, ValueError, RecursionError) as error:
         reason = shown(str(error))
         raise SteerError(
-            f"cannot save an adapter to {folder}: its provenance is no plain JSON ({reason})"
+            f"cannot save an adapter to {folder}: its provenance is not plain JSON ({reason})"
         ) from error
     if folder.is_file():
         raise SteerError(f"cannot save an adapter to {folder}: it is a file; give a folder")

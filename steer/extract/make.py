@@ -61,7 +61,7 @@ def from_contrast(
         The artifact; its provenance has `extract`, which says all of this.
 
     Raises:
-        SteerError: an unknown method, layer or site; a share that is no number above 0; texts that do not
+        SteerError: an unknown method, layer or site; a share that is not a number above 0; texts that do not
             differ; PCA without pairs.
     """
     if method not in METHODS:
@@ -123,7 +123,7 @@ def from_direction(
         model, tokenizer, layers, site, share, positions, batch_size: as in `from_contrast`.
 
     Raises:
-        SteerError: an unknown layer or site, a share that is no number above 0, and a direction without
+        SteerError: an unknown layer or site, a share that is not a number above 0, and a direction without
             length.
     """
     chosen = _layers(model, layers, site, positions, share)

@@ -28,7 +28,7 @@ from steer.vector_sets import Owners
 
 # A batch holds completions down to this share of its longest; the rest is padding.
 FILL = 0.75
-# A common beginning is read by itself when that saves as many tokens: each pass costs something of its own.
+# A common beginning is read separately when that saves as many tokens: each pass costs something of its own.
 WORTH_A_PASS = 256
 
 # What the settings of a window are called in transformers' configurations.

@@ -61,7 +61,7 @@ class FastPaths:
 
     Attributes:
         attention: Grouped attention on the CPU (`steer.generation.cpu`); else the model's own.
-        padding: Prompts of unequal length padded on the left, as `generate()` and trl want them. Neither
+        padding: Prompts of unequal length padded on the left, as `generate()` and trl expect them. Neither
             sampling nor scoring needs it.
         sampler: A KV cache whose rows are repeated and dropped; else rows are read again for each token.
         scorer: A prompt is read once for its group; else every row is read whole.
@@ -212,7 +212,7 @@ class _Trial:
     # ---- what is computed
 
     def _truth(self, use_cache: bool) -> tuple[Any, Any]:
-        """Each row by itself: no padding, nothing before it."""
+        """Each row alone: no padding, nothing before it."""
         one, two = (torch.tensor([row], device=self.device) for row in self.rows)
         return self.model(one, use_cache=False), self.model(two, use_cache=use_cache)
 

@@ -41,7 +41,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """One record a member that has results, in the order of the population. SteerError when none has."""
     path = folder / POPULATION_FILE
     if not path.exists():
-        raise SteerError(f"{folder} holds no {POPULATION_FILE}: it is no run of `steer sweep`")
+        raise SteerError(f"{folder} holds no {POPULATION_FILE}: it is not a run of `steer sweep`")
     base = _right(folder / "samples_before.json")
     halving = folder / HALVING_FILE
     rungs = read_json(halving) if halving.exists() else {}

@@ -47,7 +47,7 @@ def check_format(path: str | os.PathLike[str]) -> Path:
     """`path` where its suffix is a format of figures; SteerError elsewhere."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
-        raise SteerError(f"{str(path)!r} is no name of a figure: it must end in {', '.join(FORMATS)}")
+        raise SteerError(f"{str(path)!r} is not the name of a figure: it must end in {', '.join(FORMATS)}")
     return path
 
 

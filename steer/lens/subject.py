@@ -104,7 +104,7 @@ class Subject:
         return fast_paths(self.model).padding if len({len(row.ids) for row in rows}) > 1 else None
 
     def token(self, index: int) -> str:
-        """The text of one token as a reader should see it; bytes that are no text come as \\x.. ."""
+        """The text of one token as a reader should see it; bytes that are not text come as \\x.. ."""
         return token_text(self.tokenizer, index)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:

@@ -344,7 +344,7 @@ class SAETrainer:
             asked, saes = state["asked"], state["saes"]
         except Exception as error:  # torch raises many kinds on a damaged file
             raise SteerError(
-                f"{path} is no checkpoint of this recipe ({type(error).__name__}); remove it or give "
+                f"{path} is not a checkpoint of this recipe ({type(error).__name__}); remove it or give "
                 f"another folder"
             ) from error
         changed = _difference(asked, self._asked())

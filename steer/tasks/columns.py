@@ -105,7 +105,7 @@ def known(row: Collection[str], wanted: str) -> str:
 
 def conversation(value: object, where: str) -> list[Message] | None:
     """
-    The messages of a conversational prompt; None where `value` is no list.
+    The messages of a conversational prompt; None where `value` is not a list.
 
     Raises:
         SteerError: no list of `{"role": ..., "content": ...}` whose last turn is the user's.

@@ -253,7 +253,7 @@ def _records(rows: Iterable[Any], source: str, columns: Mapping[str, str] | None
 def _required(name: str, given: Any, row: Record, where: str) -> str:
     if isinstance(given, float) and not math.isfinite(given):
         raise SteerError(
-            f"{where}: {name!r} is {given}, which is no number; correct the record or leave it out"
+            f"{where}: {name!r} is {given}, which is not a number; correct the record or leave it out"
         )
     value = _text(given)
     if value is None:

@@ -37,7 +37,7 @@ class Template(NamedTuple):
     instruction: str
     chat: bool  # whether the tokenizer's own chat template lays the turns out
     description: str
-    example: str = ""  # of a template that is no chat: a worked example, before the problem's own turn
+    example: str = ""  # of a template that is not a chat: a worked example, before the problem's own turn
 
 
 TEMPLATES: dict[str, Template] = {
@@ -101,7 +101,7 @@ def format_prompt(
 
     Raises:
         SteerError: an unknown template; a chat template asked of a tokenizer that has none; a system text or
-            `chat_template_kwargs` for a template that is no chat; a variable that the chat template never
+            `chat_template_kwargs` for a template that is not a chat; a variable that the chat template never
             reads; a chat template that fails, or whose text lacks the problem or the instruction.
     """
     prompt = prompt or DEFAULT_PROMPT
@@ -116,7 +116,7 @@ def format_prompt(
     if prompt.chat_template_kwargs and not chat:
         raise SteerError(
             f"chat_template_kwargs={shown(prompt.chat_template_kwargs)} are for the tokenizer's chat "
-            f"template, and prompt template {template!r} is no chat; leave them out, or use one of {chats}"
+            f"template, and prompt template {template!r} is not a chat; leave them out, or use one of {chats}"
         )
     text = (
         _plain_text(problem, chosen, prompt.examples)
@@ -143,7 +143,7 @@ def with_changes(
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PromptSpec:
     """
-    The prompt with what is given here; None keeps what there is. A template that is no chat leaves out the
+    The prompt with what is given here; None keeps what there is. A template that is not a chat leaves out the
     system text and the `chat_template_kwargs` of a chat.
     """
     changed = replace(

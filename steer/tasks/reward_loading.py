@@ -66,7 +66,7 @@ def _entry(given: Any) -> Entry:
             raise SteerError(f"reward {shown(given)} has no name; write '{{name: NAME, argument: value}}'")
         return dict(entry) if len(entry) > 1 else str(entry["name"])
     if not isinstance(entry, str) or not entry.strip():
-        raise SteerError(f"reward {shown(given)} is no name; give one of {', '.join(REWARDS)}, or {_FORM}")
+        raise SteerError(f"reward {shown(given)} is not a name; give one of {', '.join(REWARDS)}, or {_FORM}")
     return entry
 
 

@@ -112,7 +112,7 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
     `model_init_kwargs` says otherwise.
 
     A checkpoint holds what is trained (an adapter as peft saves it, or the whole model as safetensors) and
-    the optimizer's state. Full fine-tuning wants the model in float32: small updates are lost in bfloat16.
+    the optimizer's state. Full fine-tuning needs the model in float32: small updates are lost in bfloat16.
     """
 
     def __init__(

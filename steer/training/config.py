@@ -33,7 +33,7 @@ class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[mis
     """
     All of trl's `GRPOConfig`. The defaults follow "Small Vectors, Big Effects" (arXiv 2509.06608):
     leave-one-out baseline, no division by the standard deviation, no KL term, one update a batch, token-level
-    loss, gradient clip 2, constant learning rate after 3 % warm-up. Vectors want rates about a thousand times
+    loss, gradient clip 2, constant learning rate after 3 % warm-up. Vectors need rates about a thousand times
     those of a full fine-tune.
     """
 
@@ -180,7 +180,7 @@ class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[mis
             )
 
     def _odd_groups(self) -> str:
-        """That the samples of a generation are no whole groups, in the settings that a user gives."""
+        """That the samples of a generation are not whole groups, in the settings that a user gives."""
         size, group = self.generation_batch_size, self.num_generations
         parts = {
             "per_device_train_batch_size": self.per_device_train_batch_size,
@@ -194,7 +194,8 @@ class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[mis
         fix = f"num_generations={less}, or " if less else ""
         more = group * -(-self.per_device_train_batch_size // group)
         return (
-            f"{size} samples at once ({made}) are no multiple of num_generations={group}, the samples of a "
+            f"{size} samples at once ({made}) are not a multiple of num_generations={group}, the samples "
+            "of a "
             f"prompt; set {fix}per_device_train_batch_size={more}"
         )
 

@@ -78,7 +78,7 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
         here = args.generation_batch_size // args.world_size
         if here % args.num_generations and any(getattr(f, "whole_groups", False) for f in functions):
             raise SteerError(
-                f"a reward compares the samples of a prompt, and a process has {here} rows, which is no "
+                f"a reward compares the samples of a prompt, and a process has {here} rows, which is not a "
                 f"multiple of num_generations={args.num_generations}; change per_device_train_batch_size or "
                 "gradient_accumulation_steps"
             )

@@ -63,6 +63,6 @@ def differences(
         old = {**defaults.get(part, {}), **have[part]} if part in have else {}
         for name in sorted({*old, *new} - WATCHING - also - _FORMER):
             if old.get(name) != new.get(name):
-                now = f"now {new[name]!r}" if name in new else "and is no setting of this run"
+                now = f"now {new[name]!r}" if name in new else "and is not a setting of this run"
                 lines.append(f"{name} was {old.get(name)!r}, {now}")
     return lines

@@ -227,7 +227,7 @@ def claim_output_dir(
             if have != wanted:
                 replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
         elif held - {RUN_FILE}:
-            raise SteerError(f"{path} holds files that are no run of steer; give another --output_dir")
+            raise SteerError(f"{path} holds files that are not a run of steer; give another --output_dir")
         else:  # a run that stopped at a mistake in its settings has computed nothing yet
             replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
     except OSError as error:

@@ -102,8 +102,8 @@ LOADING: dict[str, str] = {
     "model_init_kwargs": "the model is loaded before the trainer sees it; load it as it should be, or "
     "give the trainer its name",
 }
-_NO_EVALUATION = "a recipe evaluates by itself, before and after training, on --eval_data"
-_RESUMES = "a recipe goes on from the last checkpoint by itself"
+_NO_EVALUATION = "a recipe evaluates on its own, before and after training, on --eval_data"
+_RESUMES = "a recipe resumes from the last checkpoint without being told"
 _LOADS = "a recipe loads the model by settings of its own, such as model_revision and model_dtype"
 _PREPARES = (
     "a recipe makes the tokens itself: prompts as they are asked, answers with the token that ends them, and "

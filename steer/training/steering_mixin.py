@@ -273,7 +273,7 @@ def _check_trained(model: nn.Module, vectors: SteeringVectors) -> None:
 
 
 def _check_reference(args: SteeringTrainerConfig, kwargs: dict[str, Any]) -> None:
-    """SteerError for settings that want another reference model than the base."""
+    """SteerError for settings that need another reference model than the base."""
     if kwargs.pop("ref_model", None) is not None:
         raise SteerError("the reference model is the same model with its vectors off; drop ref_model")
     for name, why in (

@@ -56,7 +56,7 @@ class SteeringTrainerConfig(TrainingArguments):
         metadata={
             "help": "Learning rates of single layers: '0:0.003,3-7:0.007', or 'geometric:FIRST:LAST' "
             "for equal ratios "
-            "from the first steered layer to the last. Late layers want rates up to 30 times those of "
+            "from the first steered layer to the last. Late layers need rates up to 30 times those of "
             "early ones."
         },
     )
@@ -101,7 +101,7 @@ class SteeringTrainerConfig(TrainingArguments):
         for name, example in _MAPPINGS.items():
             if not isinstance(value := getattr(self, name, None), (dict, type(None))):
                 raise SteerError(
-                    f"{name}={value!r} is no mapping; give {example} (on the command line as JSON)"
+                    f"{name}={value!r} is not a mapping; give {example} (on the command line as JSON)"
                 )
         if self.lr_by_layer is not None:
             self.lr_by_layer = str(self.lr_by_layer).replace(" ", "")

@@ -95,7 +95,7 @@ def fit(
     if have < needed or judged < MIN_HELD_OUT:
         raise SteerError(
             f"the text sample gives {have} paired tokens to fit on and {judged} to judge on; {method} from "
-            f"hidden size {shape[0]} to {shape[1]} wants at least {needed} and {MIN_HELD_OUT}: give more "
+            f"hidden size {shape[0]} to {shape[1]} needs at least {needed} and {MIN_HELD_OUT}: give more "
             "texts, or none for the built-in sample"
         )
     norms = {m: (fitting[m].x_norm, fitting[m].y_norm) for m in matches}

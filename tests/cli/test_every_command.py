@@ -111,7 +111,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_log() -> Iterator[None]:
-    """pytest keeps what is logged, and pytest-xdist cannot send a name that is no UTF-8."""
+    """pytest keeps what is logged, and pytest-xdist cannot send a name that is not UTF-8."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

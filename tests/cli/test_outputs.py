@@ -167,7 +167,7 @@ def test_outputs_of_the_lens_are_refused_before_the_model_is_loaded(
         (["report", "--figures", "figures", "--force"], "a folder of other files"),
         (["logit", "--plot", "figure.png"], "figure.png exists already: give another --plot, or --force"),
         (["logit", "--plot", "figures"], "figures is a folder, and a file is written; give another --plot"),
-        (["logit", "--plot", "figure.doc"], "'figure.doc' is no name of a figure: it must end in .png"),
+        (["logit", "--plot", "figure.doc"], "'figure.doc' is not the name of a figure: it must end in .png"),
         (["logit", "--plot", "page.html/figure.png"], "page.html is a file, not a folder"),
     ):
         assert main(["lens", argv[0], "vectors", "--model", "model", *argv[1:]]) == 1

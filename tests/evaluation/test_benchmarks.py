@@ -35,8 +35,8 @@ def test_settings_behind_colons_win_over_those_of_the_run():
     ("text", "expected"),
     [
         ("gsm9k", "unknown benchmark 'gsm9k'; expected one of gsm8k, math500"),
-        ("gsm8k:limit", "'limit' is no setting; write key=value"),
-        ("gsm8k:digits=2", "'digits=2' is no setting"),
+        ("gsm8k:limit", "'limit' is not a setting; write key=value"),
+        ("gsm8k:digits=2", "'digits=2' is not a setting"),
         ("gsm8k:limit=few", "limit='few' is not a whole number"),
         ("gsm8k:limit=0", "limit=0 is below 1"),
         ("gsm8k:samples=-1", "samples=-1 is below 0"),

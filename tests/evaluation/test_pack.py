@@ -64,9 +64,9 @@ def test_the_file_is_smaller_than_its_columns_written_out(run, packed):
     ("change", "expected"),
     [
         (lambda text: text[:-20], "is not JSON"),
-        (lambda text: "[]", "is no packed run of evals"),
-        (lambda text: text.replace('"rows": 96', '"rows": 95'), "is no packed run"),
-        (lambda text: text.replace('"id":"p3"', '"name":"p3"'), "is no packed run"),
+        (lambda text: "[]", "is not a packed run of evals"),
+        (lambda text: text.replace('"rows": 96', '"rows": 95'), "is not a packed run"),
+        (lambda text: text.replace('"id":"p3"', '"name":"p3"'), "is not a packed run"),
     ],
 )
 def test_a_damaged_file_is_named(packed, change, expected):

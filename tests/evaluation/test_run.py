@@ -284,7 +284,7 @@ def test_another_run_in_the_folder_is_refused(base, whole, tmp_path, capsys):
     fill(steer.attach(model), seed=8).save(other)
     assert "s: digest was" in refused(capsys, arguments(base, whole, "--vectors", f"s={other}"))
     (tmp_path / "file").write_text("")
-    assert "holds file, which is no run" in refused(capsys, arguments(base, tmp_path))
+    assert "holds file, which is not a run" in refused(capsys, arguments(base, tmp_path))
     assert len(rows(whole)) == 5 * 27
 
 

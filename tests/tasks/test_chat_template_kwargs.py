@@ -151,8 +151,8 @@ def test_a_population_has_them_too(base, tmp_path, monkeypatch, read) -> None:
     ("kwargs", "more", "named"),
     [
         ('{"qiet": true}', (), "'qiet'.*reads quiet"),
-        ("[1]", (), "chat_template_kwargs='\\[1\\]' is no mapping"),
-        (QUIET, ("--template", "plain"), "'plain' is no chat"),
+        ("[1]", (), "chat_template_kwargs='\\[1\\]' is not a mapping"),
+        (QUIET, ("--template", "plain"), "'plain' is not a chat"),
     ],
 )
 def test_what_cannot_work_is_one_line(base, tmp_path, monkeypatch, kwargs, more, named) -> None:

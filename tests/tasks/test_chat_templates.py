@@ -123,7 +123,7 @@ def test_chat_template_kwargs_that_the_template_never_reads_are_refused(name):
 
 @pytest.mark.parametrize("template", [name for name, t in TEMPLATES.items() if not t.chat])
 def test_chat_template_kwargs_for_a_plain_template_are_refused(template):
-    with pytest.raises(SteerError, match=f"{template!r} is no chat.*use one of boxed, boxed_short"):
+    with pytest.raises(SteerError, match=f"{template!r} is not a chat.*use one of boxed, boxed_short"):
         format_prompt(
             "1+1?", TOKENIZERS["qwen-3", False], template, chat_template_kwargs={"enable_thinking": False}
         )

@@ -227,8 +227,8 @@ def test_numbers_keep_the_text_that_the_file_has(tmp_path, suffix, number):
 @pytest.mark.parametrize(
     ("value", "named"),
     [
-        ("NaN", "NaN is no number"),
-        ("-Infinity", "-Infinity is no number"),
+        ("NaN", "NaN is not a number"),
+        ("-Infinity", "-Infinity is not a number"),
         (r'"\ud800"', "surrogate"),
         ("[" * 300 + "]" * 300, "nested"),
         ("[" * 100_000 + "]" * 100_000, "recursion|nested"),

@@ -54,4 +54,4 @@ def test_a_group_in_two_processes_is_refused(
     monkeypatch.setattr(SteeringGRPOConfig, "world_size", 2)
     with pytest.raises(SteerError) as error:
         make_trainer(tiny_llama, tiny_tokenizer, args, Majority(MathGrader()))
-    assert "a process has 4 rows, which is no multiple of num_generations=8" in message(error)
+    assert "a process has 4 rows, which is not a multiple of num_generations=8" in message(error)

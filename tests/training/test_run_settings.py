@@ -94,11 +94,11 @@ def test_a_population_begun_by_version_0_1_goes_on(tmp_path: Path) -> None:
 def test_what_differs_is_named_and_what_is_new_is_at_its_default() -> None:
     have = {"run": {"a": 1, "gone": None, "left": 2}, "steering": {"format_version": 1, "width": None}}
     wanted = {"run": {"a": 1, "new": 5}, "steering": {}}
-    assert differences(have, wanted, {"run": {"new": 5}}) == ["left was 2, and is no setting of this run"]
+    assert differences(have, wanted, {"run": {"new": 5}}) == ["left was 2, and is not a setting of this run"]
     assert differences(have, wanted, {"run": {"new": 4}})[1] == "new was 4, now 5"
     assert differences({}, {"run": {"a": 1}}, {"run": {"a": 1}}) == ["a was None, now 1"]
     assert differences({"baseline": {"method": "lora"}, "run": {}}, {"run": {}}, {}) == [
-        "method was 'lora', and is no setting of this run"
+        "method was 'lora', and is not a setting of this run"
     ]
 
 

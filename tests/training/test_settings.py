@@ -88,7 +88,7 @@ def test_the_defaults_are_in_range_and_nothing_is_idle() -> None:
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
-        ({"chat_template_kwargs": "[1]"}, "no mapping"),
+        ({"chat_template_kwargs": "[1]"}, "not a mapping"),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], named: str) -> None:
@@ -171,18 +171,20 @@ def test_checkpointing_is_known_of_a_model(build_tiny: Any) -> None:
     [
         (
             {"num_generations": 6},
-            r"16 samples at once (per_device_train_batch_size=16) are no multiple of num_generations=6, the "
+            r"16 samples at once (per_device_train_batch_size=16) are not a multiple of "
+            "num_generations=6, the "
             "samples of a prompt; set num_generations=4, or per_device_train_batch_size=18",
         ),
         (
             {"num_generations": 8, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2},
-            "10 samples at once (per_device_train_batch_size=5 x gradient_accumulation_steps=2) are no "
+            "10 samples at once (per_device_train_batch_size=5 x gradient_accumulation_steps=2) are not a "
             "multiple of num_generations=8, the samples of a prompt; set num_generations=5, or "
             "per_device_train_batch_size=8",
         ),
         (
             {"num_generations": 4, "per_device_train_batch_size": 1, "steps_per_generation": 3},
-            "3 samples at once (steps_per_generation=3) are no multiple of num_generations=4, the samples of "
+            "3 samples at once (steps_per_generation=3) are not a multiple of num_generations=4, the "
+            "samples of "
             "a prompt; set num_generations=3, or per_device_train_batch_size=4",
         ),
     ],

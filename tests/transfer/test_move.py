@@ -377,7 +377,7 @@ def test_resid_mid_is_mapped_and_needs_the_site(build_tiny, give) -> None:
         ({"ridge": float("nan")}, "penalty"),
         ({"texts": []}, "empty"),
         ({"texts": ["abc"]}, "0 paired tokens to fit on and 2 to judge on"),
-        ({"texts": TEXTS[:2]}, "wants at least 33 and 50"),
+        ({"texts": TEXTS[:2]}, "needs at least 33 and 50"),
     ],
 )
 def test_mistakes_are_named(build_tiny, give, options: dict[str, Any], words: str) -> None:

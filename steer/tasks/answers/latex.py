@@ -9,7 +9,7 @@ MAX_LAYERS = 40  # nested brackets; deeper is nonsense, and recursion would be t
 
 
 class Unreadable(Exception):
-    """The text is no answer: unbalanced, or nested too deeply. Never leaves the grading code."""
+    """The text is not an answer: unbalanced, or nested too deeply. Never leaves the grading code."""
 
 
 _SYMBOLS = {

@@ -86,7 +86,7 @@ _NO_NAMES = {
 def is_name(side: str) -> bool:
     r"""Whether a side of an equation names what is asked for: x, 2m+n, f(3), \angle ABC, "Area".
 
-    A side with one variable and numbers, such as x+1, says something else about it and is no name.
+    A side with one variable and numbers, such as x+1, says something else about it and is not a name.
     """
     if side.startswith('"') and not any(c.isdigit() for c in side):
         return harmless_lead(side.replace('"', "") + ":")

@@ -108,7 +108,7 @@ class Member:
         if rows % group:
             raise SteerError(
                 f"an update of a member has {rows} samples (per_device_train_batch_size x "
-                f"gradient_accumulation_steps), which is no multiple of num_generations={group}"
+                f"gradient_accumulation_steps), which is not a multiple of num_generations={group}"
             )
         self.prompts_a_step = rows // group
         self.steps_an_epoch = problems // self.prompts_a_step
