@@ -20,6 +20,7 @@ from trl.trainer import grpo_trainer
 from steer import compat, engine
 from steer.compat import APIS, ENGINE_ATTRIBUTES, MORE, TRAINER_ATTRIBUTES, Api, changed
 from steer.engine import compat as engine_compat
+from steer.training.answer_trainers import SteeringDPOTrainer, SteeringSFTTrainer
 from steer.training.baselines import BaselineGRPOTrainer
 from steer.training.steering_trainer import SteeringGRPOTrainer
 
@@ -72,7 +73,8 @@ def test_every_override_is_in_the_table() -> None:
 
     assert issubclass(VectorGeneration, VLLMGeneration)
     named = {api.name.rpartition(".")[2] for api in APIS}
-    for kind in (SteeringGRPOTrainer, BaselineGRPOTrainer, VectorGeneration):
+    trainers = (SteeringGRPOTrainer, SteeringSFTTrainer, SteeringDPOTrainer, BaselineGRPOTrainer)
+    for kind in (*trainers, VectorGeneration):
         assert overridden(kind) - {"_abc_impl", "_parameters"} <= named, kind
 
 

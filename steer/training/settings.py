@@ -91,12 +91,16 @@ IGNORED_BY_SFT: dict[str, str] = {
     "chat_template_path": "it may add tokens to the base model, which is frozen; set the tokenizer's "
     "chat_template",
     "packing": _ATTEND,
+    "packing_strategy": "packing is refused",
     "eval_packing": _ATTEND,
     "padding_free": _ATTEND,
 }
 IGNORED_BY_DPO: dict[str, str] = {
     "padding_free": "this version of trl pads all the same",
     "label_smoothing_factor": "the loss of DPO has label_smoothing",
+    "pad_token": "trl's DPOTrainer does not read it; set the tokenizer's pad_token",
+    "precompute_ref_log_probs": "the reference model is the base itself, and takes no memory of its own",
+    "precompute_ref_batch_size": "precompute_ref_log_probs is refused",
 }
 LOADING: dict[str, str] = {
     "model_init_kwargs": "the model is loaded before the trainer sees it; load it as it should be, or "
@@ -105,10 +109,6 @@ LOADING: dict[str, str] = {
 _NO_EVALUATION = "a recipe evaluates on its own, before and after training, on --eval_data"
 _RESUMES = "a recipe resumes from the last checkpoint without being told"
 _LOADS = "a recipe loads the model by settings of its own, such as model_revision and model_dtype"
-_PREPARES = (
-    "a recipe makes the tokens itself: prompts as they are asked, answers with the token that ends them, and "
-    "nothing longer than max_length"
-)
 IGNORED_BY_RECIPES: dict[str, str] = {
     "model_init_kwargs": _LOADS,
     "eval_strategy": _NO_EVALUATION,
@@ -119,6 +119,13 @@ IGNORED_BY_RECIPES: dict[str, str] = {
     "resume_from_checkpoint": _RESUMES,
     "save_only_model": f"{_RESUMES}, and without the optimizer's state it would go on as another run",
     "max_tool_calling_iterations": "a recipe gives the model no tools",
+}
+_PREPARES = (
+    "a recipe makes the tokens itself: prompts as they are asked, answers with the token that ends them, and "
+    "nothing longer than max_length"
+)
+# The same of a recipe that trains on given answers.
+IGNORED_BY_ANSWER_RECIPES: dict[str, str] = {
     **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "dataset_num_proc"), _PREPARES),
     **dict.fromkeys(("truncation_mode", "eos_token", "assistant_only_loss"), _PREPARES),
     "completion_only_loss": f"{_PREPARES}, and the loss is on the answers alone",
@@ -165,6 +172,11 @@ SWITCHES = (
         ("label_smoothing",),
         lambda args: bool({"robust", "exo_pair", "aot", "aot_unpaired"} & set(args.loss_type)),
         "no loss_type reads it",
+    ),
+    Switch(
+        ("length_column_name",),
+        lambda args: args.train_sampling_strategy in ("group_by_length", "batch_rebalance"),
+        "train_sampling_strategy does not go by length",
     ),
     Switch(("discopop_",), lambda args: "discopop" in args.loss_type, "no loss_type is discopop"),
     Switch(
@@ -229,7 +241,7 @@ def check_loaded(args: TrainingArguments) -> None:
 
 def check_recipe(args: TrainingArguments) -> None:
     """Refuse a setting that a recipe does not read."""
-    _refuse(args, IGNORED_BY_RECIPES)
+    _refuse(args, {**IGNORED_BY_RECIPES, **IGNORED_BY_ANSWER_RECIPES})
 
 
 def idle(args: TrainingArguments) -> dict[str, str]:

@@ -233,9 +233,10 @@ def test_no_second_model_is_made(run: Any, monkeypatch: pytest.MonkeyPatch, kind
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "second model": ("dpo", {"more": {"ref_model": torch.nn.Linear(1, 1)}}, "drop ref_model"),
     "moving reference": ("dpo", {"sync_ref_model": True}, "sync_ref_model=true cannot work"),
-    "reference before": ("dpo", {"precompute_ref_log_probs": True}, "precompute_ref_log_probs=true cannot"),
+    "reference before": ("dpo", {"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True has no"),
     "peft": ("sft", {"more": {"peft_config": object()}}, "drop peft_config"),
     "packing": ("sft", {"packing": True}, "packing=True has no effect"),
+    "padding": ("dpo", {"pad_token": "<pad>"}, "pad_token='<pad>' has no effect: trl's DPOTrainer does"),
     "template": ("sft", {"chat_template_path": "x"}, "it may add tokens to the base model"),
     "rate": ("kto", {"learning_rate": -1.0}, "learning_rate=-1.0 is out of range"),
     "rates": ("dpo", {"lr_by_layer": "0-x"}, "lr_by_layer='0-x' is not readable"),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from steer.compat import recomputes_activations
 from steer.errors import SteerError
 from steer.training import settings
+from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
 from steer.training.config import SteeringGRPOConfig
 
 # Honoured by transformers, trl or steer, or about logs, checkpoints and the hub. A name that is new in trl
@@ -57,12 +58,32 @@ def make(**changes: Any) -> SteeringGRPOConfig:
     return SteeringGRPOConfig(**{"output_dir": "unused", "use_cpu": True, "report_to": "none", **changes})
 
 
-def test_every_field_is_somewhere() -> None:
-    named = {*settings.IGNORED, *settings.IGNORED_BY_GRPO, *settings.IGNORED_BY_RECIPES}
+# What the trainers of given answers read beside these.
+GIVEN = "activation_offloading data_seed max_length remove_unused_columns train_sampling_strategy"
+KINDS: dict[Any, str] = {
+    SteeringGRPOConfig: "",
+    SteeringSFTConfig: f"{GIVEN} pad_token",
+    SteeringDPOConfig: f"{GIVEN} f_divergence_type ld_alpha loss_weights use_weighting",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_is_somewhere(kind: Any) -> None:
+    named = {*settings.IGNORED, *kind.ignored, *settings.IGNORED_BY_RECIPES}
+    named |= set(settings.IGNORED_BY_ANSWER_RECIPES)
     prefixes = tuple(name for switch in settings.SWITCHES for name in switch.names)
-    known = {f.name for f in fields(SteeringGRPOConfig)}
-    assert {name for name in known - named if not name.startswith(prefixes)} - LATER == set(HONOURED.split())
-    assert (named | set(settings.RANGES)) <= known
+    known = {f.name for f in fields(kind)}
+    rest = {name for name in known - named if not name.startswith(prefixes)} - LATER
+    honoured = {*HONOURED.split(), *KINDS[kind].split()}
+    assert rest <= honoured
+    if kind is SteeringGRPOConfig:
+        assert rest == honoured and set(settings.RANGES) <= known
+    assert set(kind.ignored) | set(KINDS[kind].split()) <= known
+
+
+def test_every_name_is_a_setting() -> None:
+    known = {f.name for kind in KINDS for f in fields(kind)}
+    assert {*settings.IGNORED, *settings.IGNORED_BY_RECIPES, *settings.IGNORED_BY_ANSWER_RECIPES} <= known
 
 
 def test_the_defaults_are_in_range_and_nothing_is_idle() -> None:
