@@ -21,9 +21,16 @@ from typing import TYPE_CHECKING, Any
 from steer import hub
 from steer.artifact_file import CONFIG_FILE, TENSOR_FILE, digest, read_file
 from steer.artifact_scores import with_scores, without_scores
-from steer.artifact_tensors import check_arrays, check_tensors, decoder_name, directions_name, expected_names
+from steer.artifact_tensors import (
+    check_arrays,
+    check_tensors,
+    decoder_name,
+    directions_name,
+    expected_names,
+    probe_name,
+)
 from steer.card import MARK, PLACE, card
-from steer.config import SteeringConfig, join_layers
+from steer.config import Condition, SteeringConfig, join_layers
 from steer.errors import SteerError, shown
 from steer.files import replace_files, with_metadata
 
@@ -131,8 +138,12 @@ class Artifact:
     def by_layer(self) -> dict[int, torch.Tensor]:
         """
         What each steered layer adds: (hidden_size,) by layer, `config.scale` folded in, in float32 or better.
-        SteerError for adaptive vectors, which add something else at every token.
+        SteerError for adaptive vectors, which add something else at every token, and for a condition.
         """
+        self.config.refuse_condition("no vectors of their own express this set")
+        return self._by_layer()
+
+    def _by_layer(self) -> dict[int, torch.Tensor]:
         if self.config.kind == "adaptive":
             raise SteerError(
                 "adaptive vectors add another amount at every token: no constant vector expresses them; "
@@ -150,6 +161,10 @@ class Artifact:
         Adaptive vectors by layer: (vector (hidden_size,), readout (inner,)), `config.scale` folded into the
         vector. The down-projection's output gets (x . readout) * vector for its input x.
         """
+        self.config.refuse_condition("no LoRA expresses this set")
+        return self._rank_one()
+
+    def _rank_one(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         assert self.config.kind == "adaptive", self.config.kind
         names = {layer: f"{self.decoder}.{layer}.steering" for layer in self._indices()}
         return {
@@ -163,9 +178,10 @@ class Artifact:
     def effective(self) -> dict[int, torch.Tensor]:
         """As `by_layer`; an adaptive vector is as long as the vector times its read-out."""
         if self.config.kind != "adaptive":
-            return self.by_layer()
+            return self._by_layer()
         return {
-            layer: vector * (readout @ readout) ** 0.5 for layer, (vector, readout) in self.rank_one().items()
+            layer: vector * (readout @ readout) ** 0.5
+            for layer, (vector, readout) in self._rank_one().items()
         }
 
     def layers(self, first: int, last: int) -> Artifact:
@@ -183,7 +199,7 @@ class Artifact:
         Raises:
             SteerError: the model has no such layer, or none of them has a vector.
         """
-        wanted = replace(self.config, layers=layers).resolve_layers(self.num_hidden_layers)
+        wanted = replace(self.config, layers=layers, condition=None).resolve_layers(self.num_hidden_layers)
         kept = [layer for layer in self._indices() if layer in wanted]
         if not kept:
             raise SteerError(f"none of layers {layers} is steered, only {shown(self.config.layers)}")
@@ -194,6 +210,27 @@ class Artifact:
         names = expected_names(replace(self.config, layers=join_layers(kept)), self.decoder)
         config = self._derived(step, layers=join_layers(kept))
         return Artifact(config, {name: self.tensors[name] for name in names})
+
+    def with_condition(self, condition: Condition, probe: Any, told: Mapping[str, Any]) -> Artifact:
+        """
+        The same vectors with a condition, in place of one that they have.
+
+        Args:
+            condition: the layer and the threshold.
+            probe: (hidden_size,), the direction with which the cosine is computed.
+            told: what the provenance says of it, plain JSON.
+
+        Raises:
+            SteerError: a layer of the vectors is not above that of the condition; a probe of another size,
+                or one without a direction.
+        """
+        import torch
+
+        probe = torch.as_tensor(probe).detach().cpu().to(getattr(torch, self.config.dtype))
+        config = self._derived({"condition": dict(told)}, condition=condition)
+        made = Artifact(config, {**self.tensors, probe_name(self.decoder): probe})
+        check(made, "the condition")
+        return made
 
     def __mul__(self, factor: float) -> Artifact:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):

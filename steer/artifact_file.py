@@ -24,7 +24,7 @@ TENSOR_FILE = "steering.safetensors"
 MAX_BYTES = 1 << 28
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_NAME = re.compile(r"[\w.]{1,200}\.(?:vector|readout|mix|directions)", re.ASCII)
+_NAME = re.compile(r"[\w.]{1,200}\.(?:vector|readout|mix|directions|probe)", re.ASCII)
 
 
 def read_file(

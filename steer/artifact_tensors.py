@@ -37,12 +37,19 @@ def expected_names(config: SteeringConfig, decoder: str) -> dict[str, tuple[int 
     }
     if config.kind == "shared":
         names[directions_name(decoder)] = (config.rank, config.hidden_size)
+    if config.condition is not None:
+        names[probe_name(decoder)] = (config.hidden_size,)
     return names
 
 
 def directions_name(decoder: str) -> str:
     """Where the shared directions live: beside the list of layers, in the module that runs them."""
     return f"{decoder.rpartition('.')[0]}.steering.directions".removeprefix(".")
+
+
+def probe_name(decoder: str) -> str:
+    """Where the probe of a condition lives, likewise."""
+    return f"{decoder.rpartition('.')[0]}.steering.probe".removeprefix(".")
 
 
 def renamed(tensors: Mapping[str, torch.Tensor], decoder: str) -> dict[str, torch.Tensor]:
@@ -53,9 +60,9 @@ def renamed(tensors: Mapping[str, torch.Tensor], decoder: str) -> dict[str, torc
     own = decoder_name(tensors)
     if own is None or own == decoder:
         return dict(tensors)
-    shared = directions_name(own)
+    beside = {directions_name(own): directions_name(decoder), probe_name(own): probe_name(decoder)}
     return {
-        directions_name(decoder) if name == shared else decoder + name.removeprefix(own): tensor
+        beside[name] if name in beside else decoder + name.removeprefix(own): tensor
         for name, tensor in tensors.items()
     }
 
@@ -99,6 +106,8 @@ def check_arrays(config: SteeringConfig, arrays: Mapping[str, np.ndarray], where
         array = arrays[name]
         if array.shape != shape and not (shape == (None,) and array.ndim == 1 and array.size):
             raise SteerError(f"{where}: {name} has shape {array.shape}, expected floats {shape}")
+        if name == probe_name(decoder) and not array.any():
+            raise SteerError(f"{where}: {name} is zero: no state has a cosine with it")
         if not np.isfinite(array).all():
             raise SteerError(
                 f"{where}: {name} holds NaN or Inf; lower the learning rate or load an earlier checkpoint"

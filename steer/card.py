@@ -93,9 +93,18 @@ def _summary(config: SteeringConfig, numbers: int, size: int) -> str:
         f"| layers | {config.layers} |\n"
         f"| positions | {config.positions} |\n"
         f"| scale | {config.scale:g} |\n"
+        f"{_condition(config)}"
         f"| prompt | {_line(config.prompt or 'not recorded')} |\n"
         f"| size | {numbers:,} numbers in {config.dtype}, {size / 1000:,.0f} KB |"
     )
+
+
+def _condition(config: SteeringConfig) -> str:
+    """The row of the table that says when the vectors act."""
+    if config.condition is None:
+        return ""
+    where = f"a cosine above {config.condition.threshold:.4g} with the probe, after layer"
+    return f"| condition | {where} {config.condition.layer}, at the prompt's last token |\n"
 
 
 def _origin(config: SteeringConfig, made: dict[str, Any]) -> str:

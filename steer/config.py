@@ -18,7 +18,7 @@ from steer.prompt import PromptSpec, prompt_in_provenance
 
 FORMAT_VERSION = 2
 # Fields that format 1 does not have.
-_NEW = ("prompt", "base_adapter")
+_NEW = ("prompt", "base_adapter", "condition")
 # What format 1 calls these fields.
 _FORMAT_1 = {"hidden_size": "width", "num_hidden_layers": "depth", "base_model_name_or_path": "base_model"}
 
@@ -120,6 +120,41 @@ class SteeringArguments:
             )
 
 
+@dataclass(frozen=True)
+class Condition:
+    """
+    When a set of vectors acts, decided for each prompt once, at its last token: where the cosine of the
+    residual stream after a layer with a probe is above a threshold ("Programming Refusal with Conditional
+    Activation Steering", arXiv 2409.05907).
+
+    Args:
+        layer: the layer, from 0, below all layers that have vectors.
+        threshold: of the cosine, from -1 to 1.
+    """
+
+    layer: int
+    threshold: float
+
+    def __post_init__(self) -> None:
+        layer: Any = self.layer
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < MAX_LAYERS:
+            raise SteerError(f"condition: layer={shown(layer)} is not the index of a layer, from 0")
+        threshold: Any = self.threshold
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not -1 <= threshold <= 1:
+            raise SteerError(f"condition: threshold={shown(threshold)} is not a cosine, from -1 to 1")
+        object.__setattr__(self, "threshold", float(threshold))
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Condition:
+        """From the JSON of a config; SteerError for anything else."""
+        if not isinstance(values, dict) or set(values) != {"layer", "threshold"}:
+            raise SteerError(
+                f"condition={shown(values)} is not an object with the fields layer and threshold"
+            )
+        return cls(**values)
+
+
 @dataclass
 class SteeringConfig(SteeringArguments):
     """
@@ -157,6 +192,9 @@ class SteeringConfig(SteeringArguments):
     prompt: PromptSpec | None = field(
         default=None, metadata={"help": "How the vectors were asked in training; None where nobody knows."}
     )
+    condition: Condition | None = field(
+        default=None, metadata={"help": "When the vectors act; None for every prompt."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,11 +215,29 @@ class SteeringConfig(SteeringArguments):
             raise SteerError(f"provenance is a {type(self.provenance).__name__}, expected an object")
         if not isinstance(self.prompt, (PromptSpec, type(None))):
             raise SteerError(f"prompt is a {type(self.prompt).__name__}, expected a PromptSpec")
+        if not isinstance(self.condition, (Condition, type(None))):
+            raise SteerError(f"condition is a {type(self.condition).__name__}, expected a Condition")
+        if self.condition is not None and self.num_hidden_layers is not None:
+            first = self.resolve_layers(self.num_hidden_layers)[0]
+            if self.condition.layer >= first:
+                raise SteerError(
+                    f"the condition is read after layer {self.condition.layer}, and layer {first} has a "
+                    "vector: read it below all layers that have one, or steer later layers"
+                )
         _check_version(self.format_version)
         if self.format_version < FORMAT_VERSION:
             raise SteerError(
                 f"format_version={self.format_version}: a config in memory is of format {FORMAT_VERSION}; "
                 "SteeringConfig.from_dict reads older ones"
+            )
+
+    def refuse_condition(self, what: str) -> None:
+        """SteerError where the vectors have a condition; `what` cannot be done with one."""
+        if self.condition is not None:
+            raise SteerError(
+                f"{what}: these vectors have a condition (a cosine above {self.condition.threshold:.3g} at "
+                f"layer {self.condition.layer}), which only transformers computes: use steer.load, steer "
+                "generate or steer eval with --engine hf"
             )
 
     def resolve_layers(self, num_hidden_layers: int) -> list[int]:
@@ -205,8 +261,9 @@ class SteeringConfig(SteeringArguments):
         return sorted(chosen)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, in field order."""
-        return {**asdict(self), "prompt": self.prompt and self.prompt.to_dict()}
+        """Plain JSON types, in field order. `condition` only where there is one: older readers refuse it."""
+        made = {**asdict(self), "prompt": self.prompt and self.prompt.to_dict()}
+        return {name: value for name, value in made.items() if name != "condition" or value is not None}
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str | os.PathLike[str]) -> SteeringConfig:
@@ -248,6 +305,8 @@ class SteeringConfig(SteeringArguments):
             made["prompt"] = prompt_in_provenance(made.get("provenance"))
         elif made.get("prompt") is not None:
             made["prompt"] = PromptSpec.from_dict(made["prompt"])
+        if made.get("condition") is not None:
+            made["condition"] = Condition.from_dict(made["condition"])
         return cls(**made)
 
 

@@ -9,12 +9,13 @@ import itertools
 import threading
 from collections.abc import Callable
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from steer.compat import in_backward
+from steer.config import Condition
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -27,6 +28,16 @@ class _Own(threading.local):
     enabled: bool = True
     prompt_length: int | torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    asking: _Asking | None = None
+
+
+class _Asking(NamedTuple):
+    """What a pass asks of the condition: for which rows, at which columns; the cache that keeps it."""
+
+    rows: torch.Tensor  # (rows,) bool
+    columns: torch.Tensor  # (rows,)
+    past: Any
 
 
 def _per_thread(name: str) -> Any:
@@ -53,27 +64,36 @@ _NUMBERS = itertools.count()
 class SteeringState:
     """
     What all vectors of one model share: the scale, and for each thread whether they are on, the columns of
-    the prompt where it is told, and the mask (batch or 1, tokens, 1) of the tokens that are steered in the
-    running pass, None for every token.
+    the prompt where it is told, the mask (batch or 1, tokens, 1) of the tokens that are steered in the
+    running pass, None for every token, and the gate (batch,) of a condition: the rows that are steered.
     """
 
     enabled: bool = _per_thread("enabled")
     prompt_length: int | torch.Tensor | None = _per_thread("prompt_length")
     mask: torch.Tensor | None = _per_thread("mask")
+    gate: torch.Tensor | None = _per_thread("gate")
+    asking: _Asking | None = _per_thread("asking")
 
-    def __init__(self, positions: str, scale: float):
+    def __init__(self, positions: str, scale: float, condition: Condition | None = None):
         self.positions = positions
         self.scale = scale
+        self.condition = condition
+        self.probe: torch.Tensor | None = None  # (hidden_size,), where there is a condition
         self._own = _Own()
         self._last_enabled, self._last_prompt_length, self._last_mask = True, None, None
+        self._last_gate, self._last_asking = None, None
         self._number = next(_NUMBERS)  # its count on a cache is kept by it, also on a copy of the cache
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.positions, self.scale)
+        return type(self), (self.positions, self.scale, self.condition), {"probe": self.probe}
 
-    def place(self, tokens: int, past: Cache | None, device: torch.device) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.probe = state["probe"]
+
+    def place(self, tokens: int, past: Cache | None, device: torch.device, rows: int = 1) -> None:
         """
-        Set `mask` for a pass over `tokens` new columns after those in the cache `past` (None without one).
+        Set `mask` for a pass over `tokens` new columns of `rows` rows after those in the cache `past` (None
+        without one), and what it asks of the condition.
         """
         seen = self.count(tokens, past)
         if seen is None:
@@ -85,6 +105,10 @@ class SteeringState:
         length = self.prompt_length
         if length is None:
             length = self._prompt_on(past, seen, tokens)
+        if self.condition is not None:
+            self._ask(tokens, past, device, rows, seen, length)
+        if self.positions == "all":
+            return
         column = torch.arange(tokens, device=device) + seen  # (tokens,)
         if isinstance(length, torch.Tensor) and length.dim():
             column, length = column[None, :], length.to(device)[:, None]
@@ -95,6 +119,44 @@ class SteeringState:
             "first_completion": column == length,
         }
         self.mask = rule[self.positions].unsqueeze(-1)
+
+    def _ask(
+        self, tokens: int, past: Any, device: torch.device, rows: int, seen: int, length: int | torch.Tensor
+    ) -> None:
+        """Prepare the decision of the rows whose prompt ends in the pass; the others keep theirs."""
+        last = torch.as_tensor(length, device=device).expand(rows) - 1 - seen
+        self.gate = None if past is None else getattr(past, "steering_gates", {}).get(self._number)
+        now = (last >= 0) & (last < tokens)
+        fix = "read the prompt in one pass with the vectors on, and go on with its cache, row for row"
+        if bool((last >= tokens).any()) and self.positions in ("all", "prompt"):
+            raise SteerError(f"the condition is decided at the prompt's last token, which is to come: {fix}")
+        if self.gate is None:
+            if bool((last < 0).any()):
+                raise SteerError(
+                    f"the condition was not decided for the prompts that this cache holds: {fix}"
+                )
+            self.gate = torch.zeros(rows, dtype=torch.bool, device=device)
+        if len(self.gate) != rows:
+            raise SteerError(
+                f"the condition was decided for {len(self.gate)} rows, and the pass has {rows}: {fix}"
+            )
+        self.asking = _Asking(now, last.clamp(0, tokens - 1), past) if bool(now.any()) else None
+
+    def decide(self, hidden: torch.Tensor) -> None:
+        """Decide the condition of a pass, given the states (batch, tokens, hidden_size) after its layer."""
+        asked = self.asking
+        if asked is None or not self.enabled:
+            return
+        assert self.condition is not None and self.probe is not None and self.gate is not None
+        rows = torch.arange(len(hidden), device=hidden.device)
+        state = hidden[rows, asked.columns.to(hidden.device)].detach().float()
+        cosine = torch.cosine_similarity(state, self.probe.to(hidden.device).float()[None], dim=1)
+        acts = (cosine > self.condition.threshold).to(self.gate.device)
+        self.gate = torch.where(asked.rows, acts, self.gate)
+        self.asking = None
+        if asked.past is not None:  # a new dict: copies of the cache share the one before
+            gates = getattr(asked.past, "steering_gates", {})
+            asked.past.steering_gates = {**gates, self._number: self.gate}
 
     def count(self, tokens: int, past: Any) -> int | None:
         """
@@ -124,12 +186,13 @@ class SteeringState:
         if past is not None and seen == 0:
             past.steering_prompt_length = tokens  # type: ignore[attr-defined]  # a name of ours
         length = getattr(past, "steering_prompt_length", None)
+        what = f"positions={self.positions!r}" if self.condition is None else "a condition"
         fix = "wrap this call in `with vectors.prompt_length(n):`, n the prompt's columns with padding"
         if length is None:
-            raise SteerError(f"positions={self.positions!r} must know where the prompt ends: {fix}")
+            raise SteerError(f"{what} must know where the prompt ends: {fix}")
         if seen and (tokens > 1 or seen < length):
             raise SteerError(
-                f"positions={self.positions!r} cannot tell prompt from completion in a pass that adds "
+                f"{what} cannot tell prompt from completion in a pass that adds "
                 f"{tokens} tokens to a cache of {seen}, the first pass having read {length}: {fix}"
             )
         return length
@@ -137,7 +200,19 @@ class SteeringState:
     def add(self, hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         """`hidden` (batch, tokens, hidden_size) plus `change` (broadcast to it) at the steered tokens."""
         steered = hidden + change
-        return steered if self.mask is None else torch.where(self.mask.to(hidden.device), steered, hidden)
+        mask = self.mask
+        if self.condition is not None:
+            assert self.gate is not None
+            gate = self.gate[:, None, None]
+            mask = gate if mask is None else mask & gate
+        return steered if mask is None else torch.where(mask.to(hidden.device), steered, hidden)
+
+
+def select_rows(cache: Any, rows: torch.Tensor) -> None:
+    """Let the decisions of conditions follow the rows of a cache, which goes on with `rows` of them."""
+    gates = getattr(cache, "steering_gates", None)
+    if gates:
+        cache.steering_gates = {number: gate[rows.to(gate.device)] for number, gate in gates.items()}
 
 
 def _length(layer: Any) -> int:

@@ -100,6 +100,6 @@ def mixed(
         for vectors, places in made.values():
             for module, place in zip(vectors._modules.values(), places, strict=True):
                 stack.callback(hook(module, place).remove)
-            if vectors.config.positions != "all":
-                stack.callback(PromptWatch(model, vectors._state).remove)
+            if vectors.reads_prompt:
+                stack.callback(PromptWatch(model, vectors._state, vectors._asked).remove)
         yield {name: vectors for name, (vectors, _) in made.items()}

@@ -1,4 +1,7 @@
-"""Which tokens of a forward pass the vectors steer, where `positions` is not 'all': told before each pass."""
+"""
+Which tokens of a forward pass the vectors steer, where `positions` is not 'all' or there is a condition: told
+before each pass.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import nn
 
 from steer.compat import cache_in
 from steer.errors import SteerError
+from steer.hooks import Site, watch
 from steer.kinds import SteeringState
 from steer.sites import find_decoder
 
@@ -16,21 +20,26 @@ from steer.sites import find_decoder
 class PromptWatch:
     """
     Lets the vectors of `state` know which tokens they steer: before each forward pass of `model`, and during
-    its `generate()` where the prompt ends. `remove()` ends it; of several, the last one first.
+    its `generate()` where the prompt ends; during one, the states at `asked`, where a condition is read.
+    `remove()` ends it; of several, the last one first.
     """
 
-    def __init__(self, model: nn.Module, state: SteeringState):
+    def __init__(self, model: nn.Module, state: SteeringState, asked: Site | None = None):
         self.model = model
-        self.handle = find_decoder(model).backbone.register_forward_pre_hook(
-            partial(_place, state), prepend=True, with_kwargs=True
-        )
+        decoder = find_decoder(model)
+        self.handles = [
+            decoder.backbone.register_forward_pre_hook(partial(_place, state), prepend=True, with_kwargs=True)
+        ]
+        if asked is not None:
+            self.handles.append(watch(state.decide, asked, decoder.hidden_size))
         # Assisted decoding and prefilling in chunks do not begin with a pass over the prompt alone.
         self.before = model.__dict__.get("generate")
         if hasattr(model, "generate"):
             model.__dict__["generate"] = partial(_generate, state, model.generate)
 
     def remove(self) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         self.model.__dict__.pop("generate", None)
         if self.before is not None:
             self.model.__dict__["generate"] = self.before
@@ -64,6 +73,6 @@ def _place(state: SteeringState, backbone: nn.Module, args: tuple, kwargs: dict)
     if past is None:
         past = next(others, None)
     if state.enabled:
-        state.place(tokens.shape[1], past, tokens.device)
+        state.place(tokens.shape[1], past, tokens.device, len(tokens))
     else:  # the base model needs no prompt length
         state.count(tokens.shape[1], past)

@@ -65,6 +65,7 @@ class Population:
 
     def add(self, name: str, config: SteeringConfig) -> SteeringVectors:
         """A fresh set. SteerError for a name that is taken and for a layer the model does not have."""
+        config.refuse_condition("a population of sets")
         if name in self.sets:
             raise SteerError(f"the population already has a set {name!r}; give each a name of its own")
         with self.prompt_length(1):  # of the other sets, which change no row meanwhile

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from steer import artifact
-from steer.artifact_tensors import directions_name, renamed
+from steer.artifact_tensors import directions_name, probe_name, renamed
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hook
@@ -60,6 +60,7 @@ class SteeringVectors:
         self._modules = modules  # by name, first layer first
         self._state = state
         self._shared = shared  # the directions that all layers mix, and their name
+        self._asked: Site | None = None  # where the condition is read
         self._handles: list[Any] = []
         self._was_trainable: list[str] = []
 
@@ -71,6 +72,11 @@ class SteeringVectors:
     def scale(self, value: float) -> None:
         self.config = replace(self.config, scale=value)
         self._state.scale = self.config.scale
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether what they steer depends on where the prompt ends."""
+        return self.config.positions != "all" or self.config.condition is not None
 
     @property
     def num_hidden_layers(self) -> int:
@@ -102,7 +108,10 @@ class SteeringVectors:
         """Detached copies on the CPU by parameter name; sharded parameters are gathered."""
         named = self.named_parameters()
         with gathered(named.values()):
-            return {name: whole(p).detach().to("cpu", copy=True) for name, p in named.items()}
+            made = {name: whole(p).detach().to("cpu", copy=True) for name, p in named.items()}
+        if self._state.probe is not None:
+            made[self._probe_name] = self._state.probe.to("cpu", copy=True)
+        return made
 
     def effective(self) -> dict[int, torch.Tensor]:
         """
@@ -118,6 +127,12 @@ class SteeringVectors:
     def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy values in, by parameter name. Missing or additional names and other shapes are refused."""
         parameters = self.named_parameters()
+        if self.config.condition is not None:
+            probe = tensors.get(self._probe_name)
+            if probe is None:
+                raise SteerError(f"the vectors given have no {self._probe_name} for their condition")
+            self._state.probe = probe.detach().clone()
+            tensors = {name: tensor for name, tensor in tensors.items() if name != self._probe_name}
         if set(tensors) != set(parameters):
             wrong = ", ".join(sorted(set(tensors) ^ set(parameters)))
             raise SteerError(
@@ -132,6 +147,10 @@ class SteeringVectors:
                     )
             for name, parameter in parameters.items():
                 fill(parameter, tensors[name])
+
+    @property
+    def _probe_name(self) -> str:
+        return probe_name(find_decoder(self.model).name)
 
     def norms(self) -> dict[int, float]:
         """Euclidean norm of what each layer adds, by layer index."""
@@ -223,6 +242,11 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
     have, and for a model that already has vectors.
     """
     config = config or SteeringConfig()
+    config.refuse_condition("steer.attach makes fresh vectors, and a condition needs a probe: use steer.load")
+    return _attach(model, config)
+
+
+def _attach(model: nn.Module, config: SteeringConfig) -> SteeringVectors:
     decoder = find_decoder(model)
     if "steering_vectors" in model.__dict__ or any(hasattr(layer, "steering") for layer in decoder.layers):
         raise SteerError("the model already has steering vectors; call steer.detach(model) first")
@@ -235,8 +259,8 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
         vectors._handles.append(hook(module, place))
     if vectors._shared is not None:
         decoder.holder.steering = vectors._shared[1]
-    if config.positions != "all":
-        vectors._handles.append(PromptWatch(model, vectors._state))
+    if vectors.reads_prompt:
+        vectors._handles.append(PromptWatch(model, vectors._state, vectors._asked))
     vectors._was_trainable = trainable
     model.__dict__["steering_vectors"] = vectors
     warn_when_saved(model)
@@ -258,13 +282,14 @@ def build(
     names = ("base_model_name_or_path", "base_revision", "base_adapter", "base_checksum")
     known = {k: getattr(config, k) for k in names}
     config = replace(config, **{**describe(model), **{k: v for k, v in known.items() if v is not None}})
-    state = state or SteeringState(config.positions, config.scale)
+    state = state or SteeringState(config.positions, config.scale, config.condition)
     shared, modules, places = _make(decoder, layers, config, state)
     named = {f"{decoder.name}.{i}.steering": module for i, module in zip(layers, modules, strict=True)}
     root = directions_name(decoder.name).rpartition(".")[0]
-    return SteeringVectors(
-        model, config, named, state, (root, shared) if shared is not None else None
-    ), places
+    made = SteeringVectors(model, config, named, state, (root, shared) if shared is not None else None)
+    if config.condition is not None:
+        (made._asked,) = find_steered(decoder, [config.condition.layer], "resid_post")
+    return made, places
 
 
 def attached(model: nn.Module) -> SteeringVectors:
@@ -313,7 +338,7 @@ def load(
     saved = source if isinstance(source, artifact.Artifact) else artifact.read(source, revision)
     name = "these vectors" if saved is source else str(source)
     check_fits(saved, model, name, tokenizer)
-    vectors = attach(model, saved.config)
+    vectors = _attach(model, saved.config)
     try:
         vectors.set_tensors(renamed(saved.tensors, find_decoder(model).name))
     except SteerError:

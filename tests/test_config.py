@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer import SteerError, SteeringConfig
-from steer.config import DTYPES, FORMAT_VERSION, POSITIONS, SITES
+from steer.config import DTYPES, FORMAT_VERSION, POSITIONS, SITES, Condition
 
 
 def message(error: pytest.ExceptionInfo[SteerError]) -> str:
@@ -159,7 +159,9 @@ def test_a_config_survives_json(config):
 
 
 def test_to_dict_keeps_the_order_of_the_fields():
-    assert list(SteeringConfig().to_dict()) == list(SteeringConfig.__dataclass_fields__)
+    whole = SteeringConfig(layers="1", condition=Condition(0, 0.5))
+    assert list(whole.to_dict()) == list(SteeringConfig.__dataclass_fields__)
+    assert SteeringConfig.from_dict(whole.to_dict()) == whole
 
 
 def test_to_dict_is_a_copy():

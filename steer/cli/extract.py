@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from steer.arguments import Help, add_base_options, count, finite, json_object, text, whole
+from steer.arguments import (
+    Help,
+    add_base_options,
+    add_prompt_arguments,
+    count,
+    finite,
+    json_object,
+    text,
+    whole,
+)
 from steer.config import POSITIONS, SITES
 from steer.outputs import add_force, check_output, output
 
@@ -40,6 +49,14 @@ HELP = {
         "from a token: the direction that raises its logit",
         "The token's row of the unembedding, through the final norm.",
         "steer extract token ' yes' --model smollm2-135m-instruct --layers last --out yes",
+    ),
+    "condition": (
+        "a condition for vectors: after which prompts they act",
+        "JSON lines with 'positive' (a prompt after which the vectors act), 'negative' (one after which they "
+        "do not) or both. The condition is a probe at a layer below the vectors, and a threshold of the "
+        "cosine with it, decided at each prompt's last token. Some prompts are held out: the rate of "
+        "wrong activations is that of these.",
+        "steer extract condition prompts.jsonl --vectors refuse --out refuse-if",
     ),
 }
 
@@ -121,6 +138,29 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     sae = source("sae", "folder", "folder of an SAE, in any format of `steer sae`", None, _sae)
     sae.add_argument("--feature", type=whole, required=True, help="index of the feature")
     source("token", "token", "text of one token, leading space included", "last", _token)
+    short, long, example = HELP["condition"]
+    condition = sources.add_parser(
+        "condition", help=short, description=long, epilog=f"    {example}", formatter_class=Help
+    )
+    condition.add_argument("file", type=text, help="JSON lines")
+    condition.add_argument(
+        "--vectors", required=True, help="the vectors: folder, .safetensors file or hub id"
+    )
+    condition.add_argument("--model", help="base model; default: the one that the vectors are for")
+    add_base_options(condition)
+    condition.add_argument("--dtype", default="auto", help="precision of the base model")
+    condition.add_argument(
+        "--layers", default="all", help="layers to choose from; those below the vectors count"
+    )
+    condition.add_argument(
+        "--held-out", type=finite, default=0.3, help="share of the prompts that is held out"
+    )
+    condition.add_argument("--seed", type=whole, default=0, help="of the choice which prompts are held out")
+    add_prompt_arguments(condition)
+    condition.add_argument("--batch-size", type=count, default=16, help="prompts in a forward pass")
+    condition.add_argument("--out", required=True, help="folder of the artifact")
+    add_force(condition)
+    condition.set_defaults(run=_condition)
 
 
 def _pairs(args: argparse.Namespace) -> None:
@@ -206,6 +246,45 @@ def _token(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
     )  # fmt: skip
     _write(args, made, "", f"token {args.token!r}")
+
+
+def _condition(args: argparse.Namespace) -> None:
+    from steer.artifact import read
+    from steer.base_adapter import artifact_base
+    from steer.extract.condition import fit_condition, read_prompts
+    from steer.tasks.prompts import DEFAULT_PROMPT, choose_prompt, formatter
+    from steer.vectors import check_fits
+
+    saved = read(args.vectors)
+    prompts = read_prompts(args.file)
+    name, args.revision = artifact_base(
+        saved.config, args.model, args.revision, args.base_adapter, args.trust_remote_code
+    )
+    args.base_adapter = None  # merged into what `name` is
+    model, tokenizer = _load(args, name, args.file, args.vectors)
+    check_fits(saved, model, args.vectors, tokenizer)
+    asked = (args.template, args.prefix, args.chat_template_kwargs)
+    spec = choose_prompt({args.vectors: saved.config.prompt}, DEFAULT_PROMPT, *asked)
+    fit = fit_condition(
+        model,
+        tokenizer,
+        saved,
+        prompts,
+        formatter(spec, tokenizer),
+        layers=args.layers,
+        held_out=args.held_out,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        label="reading prompts",
+    )
+    made = saved.with_condition(fit.condition, fit.probe, fit.told())
+    with output(args.out, args.replace, args.file, args.vectors, folder=True):
+        made.save_pretrained(args.out)
+    print(f"condition          cosine above {fit.condition.threshold:.4g} after layer {fit.condition.layer}")
+    print(f"F1                 {fit.f1:.3f} on the prompts it was fitted on")
+    print(f"wrong activations  {fit.wrong} of the negative prompts held out")
+    print(f"missed             {fit.missed} of the positive prompts held out")
+    print(f"vectors            {args.out}")
 
 
 def _load(args: argparse.Namespace, name: str, *sources: str) -> tuple[Any, Any]:

@@ -59,6 +59,9 @@ def _info(args: argparse.Namespace) -> None:
     kind = f"{config.kind}, rank {config.rank}" if config.kind == "shared" else config.kind
     where = f"{config.site}, positions {config.positions}, scale {config.scale:g}"
     print(f"vectors     {kind}, {len(norms)} layers, {numbers:,} numbers in {config.dtype}, {where}")
+    if config.condition is not None:
+        told = f"cosine above {config.condition.threshold:.4g} after layer {config.condition.layer}"
+        print(f"condition   {told}, at the prompt's last token")
     print(f"prompt      {_printable(str(config.prompt or 'not recorded'))}")
     for part, values in (config.provenance or {}).items():
         told = _text(relevant(part, values) if isinstance(values, dict) else values)

@@ -55,6 +55,7 @@ def _serve(args: argparse.Namespace) -> None:
     check_names([name for name, _, _ in sets])
     for name, source, _ in sets:
         vectors = read_numpy(source)  # a damaged artifact is told now, not after the model has loaded
+        vectors.config.refuse_condition(f"{name} cannot be served")
         _, line = served_prompt(vectors.config.prompt, args.template)
         print(f"{name}: {line}", file=sys.stderr)
     os.environ["STEER_SERVE"] = json.dumps({"vectors": sets, "template": args.template})

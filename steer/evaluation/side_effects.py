@@ -130,7 +130,8 @@ class NeutralText:
 
 
 def check_positions(config: SteeringConfig) -> None:
-    """SteerError for vectors that steer a prompt alone: the neutral text has none."""
+    """SteerError for vectors that steer a prompt alone or have a condition: the neutral text has none."""
+    config.refuse_condition("side effects are measured on neutral text, which has no prompts")
     if config.positions not in ("all", "completion"):
         raise SteerError(
             f"vectors with positions={config.positions} steer a prompt, and the neutral text has "

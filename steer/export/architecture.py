@@ -133,6 +133,7 @@ def bias_place(config: SteeringConfig, target: str) -> str:
 
 def check_everywhere(config: SteeringConfig, target: str) -> None:
     """SteerError unless the vectors steer every token, as biases and other tools' vectors do."""
+    config.refuse_condition(target)
     if config.positions != "all":
         raise SteerError(
             f"{target} steers every token, these vectors only {config.positions!r}; use steer.load, or train "

@@ -9,6 +9,7 @@ says how it was made.
 - `completions`: the right and wrong answers that a run of `steer train` or `steer eval` left
 - `directions`: mean difference, principal component, SAE feature, token; and how long a vector is made
 - `make`: artifacts from these
+- `condition`: after which prompts a set of vectors acts
 """
 
 from steer.extract.completions import read_completions

@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from steer.compat import cache_name, takes
+from steer.kinds import select_rows
 from steer.sites import input_device
 
 
@@ -73,6 +74,7 @@ class CachedRows:
     def select(self, rows: torch.Tensor) -> None:
         # Layers of attention and of linear attention alike can be indexed by it, with repeats.
         self.cache.reorder_cache(cast(torch.LongTensor, rows))
+        select_rows(self.cache, rows)
         self.mask = self.mask[rows]
 
     def step(self, token: torch.Tensor) -> torch.Tensor:

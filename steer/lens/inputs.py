@@ -29,6 +29,7 @@ Records = list[dict[str, Any]]
 def read_subject(args: argparse.Namespace) -> Subject:
     """The model with the artifact in it, asked as in its training unless told otherwise."""
     source = artifact.read(args.artifact)
+    source.config.refuse_condition("steer lens")
     trust = args.trust_remote_code
     name, revision = artifact_base(source.config, args.model, args.revision, args.base_adapter, trust)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust)

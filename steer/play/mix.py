@@ -75,8 +75,9 @@ class Mixer:
         """
         if name in self.sets:
             raise SteerError(f"two sets of vectors have one name, {name!r}; write NAME=ARTIFACT")
-        check_fits(artifact, self.model, name, tokenizer)
         config = artifact.config
+        config.refuse_condition("steer play")
+        check_fits(artifact, self.model, name, tokenizer)
         state = _Strength(config.positions, config.scale, lambda: self.current.strengths.get(name, 0.0))
         decoder = find_decoder(self.model)
         with self.prompt_length(1):  # of the other sets, which are off

@@ -83,6 +83,8 @@ class Reader:
         self.layer, self.site, self.what = layer % decoder.num_hidden_layers, site, what
         self.place = find_places(model, [self.layer], site)[0]
         self._vectors = attached(model) if what != "as_is" else None
+        if what != "base" and "steering_vectors" in model.__dict__:
+            attached(model).config.refuse_condition("activations of texts, which have no prompts")
 
     def describe(self) -> dict[str, Any]:
         """

@@ -89,6 +89,7 @@ def start(vectors: SteeringVectors, saved: Artifact, name: str, tokenizer: Any =
             `steer.load`.
     """
     model, config, own = vectors.model, vectors.config, saved.config
+    own.refuse_condition(f"training from init={name}")
     check_fits(saved, model, f"init={name}", tokenizer)
     for field in ("kind", "site", "positions", *(("rank",) if config.kind == "shared" else ())):
         have, wanted = getattr(own, field), getattr(config, field)

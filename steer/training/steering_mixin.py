@@ -108,6 +108,7 @@ class SteeringTrainerMixin(ResumableMixin):
             )
         _still(policy)
         self.vectors = attached(policy) if has_vectors else attach(policy, steering)
+        self.vectors.config.refuse_condition("training")
         try:
             _check_trained(policy, self.vectors)
             reference: dict[str, Any] = {}

@@ -94,6 +94,7 @@ def transfer(
     if ridge is not None and not 0 <= ridge < float("inf"):
         raise SteerError(f"ridge={ridge!r} is not a penalty; give a number from 0, such as 0.01")
     source = artifact if isinstance(artifact, Artifact) else artifacts.read(artifact)
+    source.config.refuse_condition("transfer")
     layers_by = "depth" if layers_by == "auto" else layers_by
     target = _loaded(recipient, trust_remote_code)
     decoder = find_decoder(target)

@@ -64,6 +64,7 @@ MORE = {
     "lens patch": [*LENS, "--layers", "1"],
     "lens compose": [*LENS, "--layers", "0-1"],
     "lens sweep": [*LENS, "--scales", "1"],
+    "extract condition": ["--model", "model"],
     "extract sae": ["--model", "model", "--layers", "1"],
     "extract answers": ["--model", "model", "--tokens", "completion"],
     "eval": ["--template", "plain", "--max-new-tokens", "1", "--samples", "0", "--examples", "0"],
@@ -75,6 +76,7 @@ REPLACED = {  # other values of required arguments
     ("export", "to"): [],
     ("grading-check", "source"): ["run"],
     ("extract sae", "folder"): ["sae"],
+    ("extract condition", "vectors"): ["late"],
     ("sae train", "config"): ["sae.yaml"],
     ("compare --config", "config"): ["compare.yaml"],
     ("lens scales", "artifact"): ["adaptive"],
@@ -143,6 +145,8 @@ def ready(
     steer.detach(model)
     config = steer.SteeringConfig("adaptive", base_model_name_or_path="model", provenance=config.provenance)
     steer.attach(model, config).save("adaptive")
+    late = steer.artifact.from_vectors({2: torch.ones(32)}, model)
+    late.save_pretrained("late")
     assert main(["export", "vectors", "--to", "npy", "--out", "array.npy"]) == 0
     save_sae(SAE(SAEConfig(d_in=32, d_sae=64, k=2)), place / "sae")
     write_problems(place / "sums.jsonl", range(10, 12), modulus=10)
@@ -176,7 +180,7 @@ def ready(
     }
     for name, values in (("train", training), ("compare", plan), ("sae", texts)):
         (place / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    (place / "pairs.jsonl").write_text('{"positive": "1+1=", "negative": "2+2="}\n' * 2)
+    (place / "pairs.jsonl").write_text('{"positive": "1+1=", "negative": "2+2="}\n' * 4)
     (place / "empty").write_bytes(b"")
     (place / "folder").mkdir()
     for name in (*NOISE, "ünï/日本.npz"):
