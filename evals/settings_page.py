@@ -22,7 +22,7 @@ from steer.files import replace_file
 from steer.sae import SAEConfig
 from steer.sae.trainer import TrainConfig
 from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
-from steer.training.arguments import AnswerArguments, PopulationArguments, SweepArguments
+from steer.training.arguments import AnswerArguments, FinderArguments, PopulationArguments, SweepArguments
 from steer.training.baselines import Baseline
 from steer.training.config import SteeringGRPOConfig
 from steer.training.run import RunConfig
@@ -69,6 +69,8 @@ def render() -> str:
         *trainer(SteeringDPOConfig, DPOConfig, "dpo_trainer"),
         "## Choice of a learning rate\n\nOf `steer train` and `steer train-baseline`.\n",
         table(SweepArguments),
+        "Of `steer train`: see [Find a learning rate](training.md#find-a-learning-rate).\n",
+        table(FinderArguments),
         "## Many sets of vectors at once\n\nOf `steer train` and `steer sweep`: see"
         " [Many runs at once](sweep.md).\n",
         table(PopulationArguments),

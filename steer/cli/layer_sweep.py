@@ -21,24 +21,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
 
 from accelerate import PartialState
-from torch import nn
 
 from steer.errors import SteerError
 from steer.files import held
 from steer.lens import layer_study
 from steer.sites import find_decoder
-from steer.tasks.prompts import formatter, question
 from steer.tasks.rewards import MathGrader
 from steer.training import recipe
 from steer.training.arguments import PopulationArguments
-from steer.training.problems import fitting, problems
 from steer.training.run_settings import RunSettings
 from steer.training.sweep import grid
 from steer.training.sweep.run import Study, claim_sweep_dir, train_members
-from steer.training.validation import SHARE, split
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -62,35 +57,25 @@ def train_population(settings: RunSettings, arguments: Sequence[str]) -> None:
 
 
 def _train_population(folder: Path, settings: RunSettings, arguments: Sequence[str]) -> None:
-    run, training, asked = settings.run, settings.training, settings.population
+    run, asked = settings.run, settings.population
     assert asked is not None
-    model, tokenizer = run.load(run.model_dtype, training.trust_remote_code)
-    if not getattr(model, "is_quantized", False):  # bitsandbytes has put those where they are
-        cast(nn.Module, model).to(training.device)
-    everyone = grid.members(settings, find_decoder(model).num_hidden_layers, arguments)
-    now = grid.chosen(everyone, asked.only)
-    train, held_out = problems(run)
-    prompts = settings.prompt
-    format_problem = formatter(prompts, tokenizer)
-    train = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
-    train = fitting(train, held_out, format_problem, tokenizer, model, training.max_completion_length)
-    validation: list[dict[str, Any]] = []
-    if run.validate_every:
-        train, validation = split(train, run.validation or SHARE)
     main_process = PartialState().is_main_process
-    if main_process:
-        claim_sweep_dir(folder, settings, everyone, {member.member for member in now})
-    PartialState().wait_for_everyone()
     with MathGrader() as grader:
-        train_members(
-            Study(folder, run, asked, model, tokenizer, prompts, grader, train, held_out, validation), now
-        )
+        study = Study.load(folder, settings, grader)
+        everyone = grid.members(settings, find_decoder(study.model).num_hidden_layers, arguments)
+        now = grid.chosen(everyone, asked.only)
+        if main_process:
+            claim_sweep_dir(folder, settings, everyone, {member.member for member in now})
+        PartialState().wait_for_everyone()
+        train_members(study, now)
         if not main_process:
             return
         best = layer_study.best_layers(layer_study.rows(folder), asked.winners) if asked.winners else []
-        if len(best) > 1 and held_out is not None:
-            tokens = training.max_completion_length
-            layer_study.compose_pairs(folder, best, model, tokenizer, grader, held_out, prompts, tokens)
+        if len(best) > 1 and study.held_out is not None:
+            tokens = settings.training.max_completion_length
+            layer_study.compose_pairs(
+                folder, best, study.model, study.tokenizer, grader, study.held_out, study.prompts, tokens
+            )
     print(f"\n{layer_study.report(folder, f'{run.model} on {run.train_data}')}")
     print(f"table     {folder / 'sweep.md'}, {folder / 'sweep.json'}\nplot      {folder / 'sweep.png'}")
     print(f"vectors   {folder / 'members'}/NAME/vectors\n")

@@ -15,13 +15,13 @@ Train steering vectors on math problems: by reinforcement learning, on given ans
 The config is a YAML file or the name of one of steer's. Without a launcher one device trains; `--launcher`, a
 file of accelerate or the name of one of steer's, starts `accelerate launch`, as the last command does itself.
 Every setting of a config file can be overridden on the command line. `--init DIR` starts from an artifact,
-such as one of `steer extract`. `--lr_sweep` chooses the learning rate first, on problems split off the
-training set. `--method sft` trains on answers: solutions of problems, or the right answers that a run kept.
-`--method dpo` trains on pairs of a right and a wrong answer. A run that was stopped goes on where it was when
-it is started again with the same settings; a finished one says so. The output folder ends up with `vectors/`
-(the artifact), `results.json`, `training.png`, the graded answers and the checkpoints. With `population`,
-`each_layer`, `learning_rates` or `seeds` many sets of vectors are trained at once, as `steer sweep` does and
-explains.
+such as one of `steer extract`. `--find_lr true` recommends a learning rate from short runs, and exits.
+`--lr_sweep` chooses one first, on problems split off the training set, and trains with it. `--method sft`
+trains on answers: solutions of problems, or the right answers that a run kept. `--method dpo` trains on pairs
+of a right and a wrong answer. A run that was stopped goes on where it was when it is started again with the
+same settings; a finished one says so. The output folder ends up with `vectors/` (the artifact),
+`results.json`, `training.png`, the graded answers and the checkpoints. With `population`, `each_layer`,
+`learning_rates` or `seeds` many sets of vectors are trained at once, as `steer sweep` does and explains.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from steer import artifact
+from steer.cli.find_lr import find_lr
 from steer.cli.layer_sweep import train_population
 from steer.errors import SteerError
 from steer.tasks.elicited import STAGES
@@ -45,7 +46,7 @@ from steer.training import answers, init, recipe
 from steer.training import run as runs
 from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
 from steer.training.answer_trainers import SteeringDPOTrainer, SteeringSFTTrainer
-from steer.training.arguments import PopulationArguments, SweepArguments
+from steer.training.arguments import FinderArguments, PopulationArguments, SweepArguments
 from steer.training.dry_run import dry_run
 from steer.training.problems import problems
 from steer.training.rate_search import choose
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str]) -> None:
     settings = parse(arguments)
     recipe.begin(settings)
     training, rates = settings.training, settings.rates
+    if settings.finder and settings.finder.find_lr:
+        return find_lr(settings, arguments)
     if settings.population and settings.population.asked:
         if rates and rates.lr_sweep:
             raise SteerError(
@@ -98,7 +101,7 @@ def use(settings: RunSettings, vectors: Path, problem: str) -> str:
 
 def parse(arguments: Sequence[str]) -> RunSettings:
     """The settings, from --config and the other words of a command line."""
-    more = {"rates": SweepArguments, "population": PopulationArguments}
+    more = {"rates": SweepArguments, "finder": FinderArguments, "population": PopulationArguments}
     return RunSettings.parse("grpo_steer", __doc__, arguments, **more)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 from steer.config import SteeringArguments
@@ -63,6 +64,45 @@ class SweepArguments:
     validation_samples: int = field(
         default=8, metadata={"help": "Answers to each validation problem, at temperature 1."}
     )
+
+
+@dataclass
+class FinderArguments:
+    """A learning rate that short runs recommend."""
+
+    _argument_group_name = "learning rate finder"
+
+    find_lr: bool = field(
+        default=False,
+        metadata={
+            "help": "Recommend a learning rate, and exit: short runs at several rates, trained at once in "
+            "OUTPUT_DIR-find-lr, which gets find_lr.json and find_lr.png."
+        },
+    )
+    find_lr_rates: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Rates that find_lr tries; default: 0.1, 0.3, 1, 3 and 10 times learning_rate (or all "
+            "rates of lr_by_layer)."
+        },
+    )
+    find_lr_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Updates of find_lr, 8 or more; after half of them the worse rates are stopped; "
+            "default: 20."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        rates, steps = self.find_lr_rates, self.find_lr_steps
+        if not self.find_lr and (rates is not None or steps is not None):
+            raise SteerError("find_lr_rates and find_lr_steps are for the finder; set find_lr=true as well")
+        positive = all(0 < rate < math.inf for rate in rates or ())
+        if rates is not None and (not positive or len(set(rates)) < max(2, len(rates))):
+            raise SteerError(f"find_lr_rates={rates} are not two or more different rates above zero")
+        if steps is not None and steps < 8:
+            raise SteerError(f"find_lr_steps={steps} is too few to see a trend; give 8 or more")
 
 
 @dataclass

@@ -35,7 +35,7 @@ from steer.training.run import RUN_FILE, RunConfig
 from steer.versions import versions
 
 if TYPE_CHECKING:
-    from steer.training.arguments import PopulationArguments, SweepArguments
+    from steer.training.arguments import FinderArguments, PopulationArguments, SweepArguments
     from steer.training.baselines import Baseline
 
 TrainingConfig = SteeringGRPOConfig | SteeringSFTConfig | SteeringDPOConfig
@@ -69,6 +69,7 @@ class RunSettings:
         training: the trainer's settings, those of `method`.
         baseline: what is trained instead of vectors; None where vectors are.
         rates: the choice of the learning rate before the run.
+        finder: the recommendation of a learning rate instead of the run.
         population: the members of a population.
         answers: which answers of a run are trained on, by the methods that train on given answers.
         member: name of the member that these settings are of; empty for a run that is none.
@@ -80,6 +81,7 @@ class RunSettings:
     training: Any  # a TrainingConfig
     baseline: Baseline | None = None
     rates: SweepArguments | None = None
+    finder: FinderArguments | None = None
     population: PopulationArguments | None = None
     answers: AnswerArguments | None = None
     member: str = ""

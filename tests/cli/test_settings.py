@@ -19,7 +19,7 @@ from steer.config import SteeringArguments
 from steer.evaluation import options
 from steer.sae import SAEConfig
 from steer.sae.trainer import TrainConfig
-from steer.training.arguments import PopulationArguments, SweepArguments
+from steer.training.arguments import FinderArguments, PopulationArguments, SweepArguments
 from steer.training.baselines import Baseline
 from steer.training.config import SteeringGRPOConfig
 from steer.training.run import RunConfig
@@ -28,7 +28,7 @@ from steer.training.run_settings import RunSettings
 CONFIGS = ROOT / "recipes" / "configs"
 SHARED = (RunConfig, SteeringArguments, SteeringGRPOConfig)
 PARTS: dict[str, tuple[Any, ...]] = {
-    "train": (*SHARED, SweepArguments, PopulationArguments),
+    "train": (*SHARED, SweepArguments, FinderArguments, PopulationArguments),
     "train-baseline": (*SHARED, SweepArguments, Baseline),
     "sweep": (*SHARED, PopulationArguments),
 }

@@ -21,11 +21,12 @@ from functools import partial
 from itertools import zip_longest
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer import artifact
@@ -35,19 +36,20 @@ from steer.files import read_json, replace_file
 from steer.models import context_length
 from steer.prompt import PromptSpec
 from steer.tasks.elicited import STAGES, UNTRAINED, choose
-from steer.tasks.prompts import formatter
+from steer.tasks.prompts import formatter, question
 from steer.tasks.reward_loading import load_rewards
 from steer.tasks.rewards import MathGrader
 from steer.training import init
 from steer.training import run as runs
 from steer.training.arguments import PopulationArguments
 from steer.training.neutral import differences
+from steer.training.problems import fitting, problems
 from steer.training.run import RunConfig
 from steer.training.run_settings import RunSettings
 from steer.training.sweep.grid import own
 from steer.training.sweep.member import OWN, Member, read_states
 from steer.training.sweep.trainer import PopulationTrainer
-from steer.training.validation import best, history_entry, stalled, summary
+from steer.training.validation import SHARE, best, history_entry, split, stalled, summary
 
 log = logging.getLogger("steer")
 
@@ -72,6 +74,24 @@ class Study:
     train: Dataset  # with a column `prompt`
     held_out: Problems | None
     validation: Problems = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: Path, settings: RunSettings, grader: MathGrader) -> Study:
+        """The study that `settings` describe, in `folder`: model and problems are loaded."""
+        run, training, asked = settings.run, settings.training, settings.population
+        assert asked is not None
+        model, tokenizer = run.load(run.model_dtype, training.trust_remote_code)
+        if not getattr(model, "is_quantized", False):  # bitsandbytes has put those where they are
+            cast(nn.Module, model).to(training.device)
+        train, held_out = problems(run)
+        prompts = settings.prompt
+        format_problem = formatter(prompts, tokenizer)
+        train = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
+        train = fitting(train, held_out, format_problem, tokenizer, model, training.max_completion_length)
+        validation: Problems = []
+        if run.validate_every:
+            train, validation = split(train, run.validation or SHARE)
+        return cls(folder, run, asked, model, tokenizer, prompts, grader, train, held_out, validation)
 
     def validate(self, trainer: PopulationTrainer, member: Member) -> None:
         """Measure a member's greedy accuracy where one is due after its last update; stop it as asked."""

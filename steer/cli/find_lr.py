@@ -1,0 +1,213 @@
+"""`steer train --find_lr`: short runs at several learning rates, and the command with the one to use."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shlex
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import SchedulerType
+
+import steer
+from steer.errors import SteerError
+from steer.evaluation.side_effects import BaseText
+from steer.files import held, read_json, replace_file
+from steer.sites import find_decoder
+from steer.tasks.rewards import MathGrader
+from steer.training.arguments import FinderArguments, PopulationArguments
+from steer.training.config import SteeringGRPOConfig
+from steer.training.run_settings import RunSettings
+from steer.training.sweep import find_rate
+from steer.training.sweep.find_rate import Choice, Trial
+from steer.training.sweep.run import MEMBERS, Study, claim_sweep_dir, train_members
+from steer.versions import versions
+
+log = logging.getLogger("steer")
+
+RECORD, PLOT = "find_lr.json", "find_lr.png"
+CONSTANT = SchedulerType("constant_with_warmup")
+
+
+def find_lr(settings: RunSettings, arguments: Sequence[str]) -> None:
+    """
+    Train the population of rates, or what is missing of it, and recommend one.
+
+    Args:
+        settings: what the command line says.
+        arguments: that command line.
+
+    Raises:
+        SteerError: settings that have no part in it; no rate is usable.
+    """
+    asked = settings.finder
+    assert asked is not None
+    if settings.population and settings.population.asked:
+        raise SteerError("find_lr tries rates of one run; leave out what asks for a population")
+    if settings.rates and settings.rates.lr_sweep:
+        raise SteerError("find_lr and lr_sweep both look for a learning rate; leave one of them out")
+    if settings.run.dry_run:
+        raise SteerError("dry_run is for one run; leave out find_lr")
+    folder = Path(f"{settings.training.output_dir}-find-lr")
+    with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
+        _find(folder, settings, asked, arguments)
+
+
+def _find(folder: Path, settings: RunSettings, asked: FinderArguments, arguments: Sequence[str]) -> None:
+    main_process, steps = PartialState().is_main_process, asked.find_lr_steps or find_rate.STEPS
+    short = _short(settings, folder, steps)
+    with MathGrader() as grader:
+        study = Study.load(folder, short, grader)
+        num_hidden_layers = find_decoder(study.model).num_hidden_layers
+        layers = settings.steering_config().resolve_layers(num_hidden_layers)
+        trials = find_rate.trials(settings.training, asked.find_lr_rates, layers, num_hidden_layers)
+        members = [_member(short, trial) for trial in trials]
+        for member in members:
+            member.training.layer_rates(layers, num_hidden_layers)  # names no layer that is not there
+        if main_process:
+            claim_sweep_dir(folder, short, members, {member.member for member in members})
+        PartialState().wait_for_everyone()
+        train_members(study, members)
+    if not main_process:
+        return
+    for trial, member in zip(trials, members, strict=True):
+        place = folder / MEMBERS / member.member
+        logged = read_json(place / "log.json")[:steps]
+        trial.rewards = [row["reward"] for row in logged if row["reward"] is not None]
+        trial.stopped = read_json(place / "results.json")["stopped"]
+        if not trial.rewards:
+            raise SteerError(f"learning rate {trial.learning_rate:g}: no update had a reward")
+    _measure(study, trials, members)
+    choice = find_rate.choose(trials, steps)
+    _leave(folder, settings, trials, choice, steps, layers, num_hidden_layers, arguments)
+
+
+def _short(settings: RunSettings, folder: Path, steps: int) -> RunSettings:
+    """The settings that all rates share."""
+    default = settings.unset().training
+    training = copy.copy(settings.training)
+    training.output_dir, training.max_steps = str(folder), steps
+    # a schedule that decays would do so within these updates
+    training.lr_scheduler_type, training.lr_scheduler_kwargs = CONSTANT, default.lr_scheduler_kwargs
+    training.report_to, training.log_completions, training.push_to_hub = default.report_to, False, False
+    run = replace(
+        settings.run, validate_every=None, validation=None, keep_best=False, patience=None, eval_data="none"
+    )
+    return replace(
+        settings, run=run, training=training, population=PopulationArguments(halve_at=[steps // 2])
+    )
+
+
+def _member(short: RunSettings, trial: Trial) -> RunSettings:
+    training = copy.copy(short.training)
+    training.learning_rate = trial.learning_rate
+    if training.lr_by_layer is not None:
+        training.lr_by_layer = find_rate.scaled(training.lr_by_layer, trial.factor)
+    return replace(short, training=training, member=f"lr-{trial.learning_rate:g}")
+
+
+def _measure(study: Study, trials: Sequence[Trial], members: Sequence[RunSettings]) -> None:
+    """The KL of each rate's vectors to the base on neutral text, for positions that it has."""
+    if members[0].steering.positions not in ("all", "completion"):
+        return
+    text = BaseText(study.model, study.tokenizer)
+    for trial, member in zip(trials, members, strict=True):
+        vectors = steer.load(study.folder / MEMBERS / member.member / "vectors", study.model)
+        with vectors.prompt_length(1):
+            trial.kl = text.measure().kl
+        steer.detach(study.model)
+
+
+def _leave(
+    folder: Path,
+    settings: RunSettings,
+    trials: Sequence[Trial],
+    choice: Choice,
+    steps: int,
+    layers: Sequence[int],
+    num_hidden_layers: int,
+    arguments: Sequence[str],
+) -> None:
+    """Write record and plot, and print what they say."""
+    training, last = settings.training, find_rate.smoothed(steps)
+    best = choice.trial
+    found: dict[str, Any] = {}
+    if best is not None:
+        table = training.lr_by_layer and find_rate.scaled(training.lr_by_layer, best.factor)
+        found = {"lr_by_layer": table} if table else {"learning_rate": best.learning_rate}
+    record = {
+        "recommended": found or None,
+        "next": _next(arguments, found) if found else None,
+        "note": choice.note,
+        "rule": find_rate.RULE,
+        "layers": _layer_rule(training, best, layers, num_hidden_layers),
+        "steps": steps,
+        "halved_at": steps // 2,
+        "seed": training.seed,
+        "trials": [
+            {
+                "learning_rate": trial.learning_rate,
+                "reward": trial.reward(last),
+                "updates": len(trial.rewards),
+                "kl": trial.kl,
+                "why_not": choice.why_not.get(trial.learning_rate),
+                "rewards": trial.rewards,
+            }
+            for trial in trials
+        ],
+        "run": asdict(settings.run),
+        "versions": versions("steer", "torch", "transformers", "trl"),
+    }
+    replace_file(folder / RECORD, (json.dumps(record, indent=1, default=str) + "\n").encode())
+    find_rate.plot(trials, choice, steps, folder / PLOT, f"{settings.run.model} on {settings.run.train_data}")
+    print(f"\n{'rate':>10}{'reward':>10}{'updates':>10}{'KL':>10}")
+    for trial in trials:
+        kl = "" if trial.kl is None else f"{trial.kl:.3g}"
+        told = "recommended" if trial is best else choice.why_not[trial.learning_rate]
+        row = f"{trial.learning_rate:>10g}{trial.reward(last):>10.3f}{len(trial.rewards):>10}{kl:>10}"
+        print(f"{row}  {told}")
+    print(f"\nrecord    {folder / RECORD}\nplot      {folder / PLOT}")
+    if best is None:
+        raise SteerError(choice.note)
+    print(f"{choice.note}\n" if choice.note else "")
+    print(f"Run next:\n  {record['next']}\n")
+
+
+def _layer_rule(
+    training: SteeringGRPOConfig, best: Trial | None, layers: Sequence[int], num_hidden_layers: int
+) -> dict[str, Any]:
+    """How the recommendation depends on which layers are trained."""
+    told: dict[str, Any] = {
+        "trained": [layers[0], layers[-1]],
+        "of": num_hidden_layers,
+        "middle_of_the_grid": find_rate.middle_rate(training, layers, num_hidden_layers),
+        "rule": f"a late layer alone wants up to {find_rate.LATE} times the rate of the first layer alone",
+    }
+    if best is not None and training.lr_by_layer is None:
+        first = best.learning_rate / find_rate.late(layers, num_hidden_layers)
+        told["lr_by_layer_of_single_layers"] = f"geometric:{first:.2g}:{first * find_rate.LATE:.2g}"
+    return told
+
+
+def _next(arguments: Sequence[str], found: dict[str, Any]) -> str:
+    """The command line without the finder's words, with the rates that were found."""
+    words: list[str] = []
+    dropped = {"find_lr", "find_lr_rates", "find_lr_steps", *found}
+    given, skipping = False, False
+    for word in arguments:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            skipping = name in dropped
+            given |= name == "find_lr"
+        if not skipping:
+            words.append(word)
+    words += [] if given else ["--find_lr", "false"]  # a config file has it
+    for name, value in found.items():
+        words += [f"--{name}", f"{value:g}" if isinstance(value, float) else value]
+    return shlex.join(["steer", "train", *words])
