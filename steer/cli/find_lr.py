@@ -79,7 +79,9 @@ def _find(folder: Path, settings: RunSettings, asked: FinderArguments, arguments
     for trial, member in zip(trials, members, strict=True):
         place = folder / MEMBERS / member.member
         logged = read_json(place / "log.json")[:steps]
-        trial.rewards = [row["reward"] for row in logged if row["reward"] is not None]
+        # with dynamic sampling that of all samples, not only of the groups that it kept
+        rewards = [row.get("dynamic_sampling/reward", row["reward"]) for row in logged]
+        trial.rewards = [reward for reward in rewards if reward is not None]
         trial.stopped = read_json(place / "results.json")["stopped"]
         if not trial.rewards:
             raise SteerError(f"learning rate {trial.learning_rate:g}: no update had a reward")
