@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _find(folder: Path, settings: RunSettings, asked: FinderArguments, arguments
         trial.stopped = read_json(place / "results.json")["stopped"]
         if not trial.rewards:
             raise SteerError(f"learning rate {trial.learning_rate:g}: no update had a reward")
-    _measure(study, trials, members)
+    _measure(study, trials, members, growth(settings.training, len(study.train), steps))
     choice = find_rate.choose(trials, steps)
     _leave(folder, settings, trials, choice, steps, layers, num_hidden_layers, arguments)
 
@@ -114,7 +115,16 @@ def _member(short: RunSettings, trial: Trial) -> RunSettings:
     return replace(short, training=training, member=f"lr-{trial.learning_rate:g}")
 
 
-def _measure(study: Study, trials: Sequence[Trial], members: Sequence[RunSettings]) -> None:
+def growth(training: SteeringGRPOConfig, problems: int, steps: int) -> float:
+    """How many times the updates of the short runs the whole run has, at most `MAX_GROWTH`."""
+    updates = training.max_steps
+    if updates <= 0:
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        updates = ceil(training.num_train_epochs * (problems // (rows // training.num_generations)))
+    return min(max(1.0, updates / steps), find_rate.MAX_GROWTH)
+
+
+def _measure(study: Study, trials: Sequence[Trial], members: Sequence[RunSettings], growth: float) -> None:
     """The KL of each rate's vectors to the base on neutral text, for positions that it has."""
     if members[0].steering.positions not in ("all", "completion"):
         return
@@ -122,7 +132,7 @@ def _measure(study: Study, trials: Sequence[Trial], members: Sequence[RunSetting
     for trial, member in zip(trials, members, strict=True):
         vectors = steer.load(study.folder / MEMBERS / member.member / "vectors", study.model)
         with vectors.prompt_length(1):
-            trial.kl = text.measure().kl
+            trial.kl, trial.growth = text.measure().kl, growth
         steer.detach(study.model)
 
 
@@ -158,6 +168,7 @@ def _leave(
                 "reward": trial.reward(last),
                 "updates": len(trial.rewards),
                 "kl": trial.kl,
+                "kl_growth": trial.growth,
                 "why_not": choice.why_not.get(trial.learning_rate),
                 "rewards": trial.rewards,
             }

@@ -25,12 +25,15 @@ FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 LATE = 30
 # Vectors that are further from the base than this on neutral text, in nats a token, are too strong.
 MAX_KL = 1.0
+# The most that the KL is taken to grow from the end of the short runs to the end of the run.
+MAX_GROWTH = 10.0
 RULE = (
     "Reward is the mean of the last quarter of the updates. A rate is usable if it was not stopped, its "
     f"reward rose (one-sided t-test of the slope, {LEVEL:g} over the number of rates), did not fall back by "
-    f"more than half of its gain, and its KL to the base on neutral text is below {MAX_KL:g} nats a token. "
-    "Of the usable rates whose reward is within one standard error of the best one's, paired over the "
-    "updates, the smallest is recommended: short runs favour large rates."
+    f"more than half of its gain, and its KL to the base on neutral text would stay below {MAX_KL:g} nats a "
+    f"token if it grew in proportion to the updates of the whole run, at most {MAX_GROWTH:g} times. Of the "
+    "usable rates whose reward is within one standard error of the best one's, paired over the updates, the "
+    "smallest is recommended: short runs favour large rates."
 )
 _NUMBER = re.compile(r"(?<=:)[^:,]+(?=,|:|$)")
 
@@ -39,7 +42,8 @@ _NUMBER = re.compile(r"(?<=:)[^:,]+(?=,|:|$)")
 class Trial:
     """
     One rate and how its run went: the mean `rewards` of its updates, why it was `stopped`, the `kl` of its
-    vectors to the base on neutral text (None where that is not measured). `factor` is on the run's own rates.
+    vectors to the base on neutral text (None where that is not measured) and the `growth` of it that is
+    expected in the whole run. `factor` is on the run's own rates.
     """
 
     learning_rate: float
@@ -47,6 +51,7 @@ class Trial:
     rewards: list[float]
     stopped: str | None = None
     kl: float | None = None
+    growth: float = 1.0
 
     def reward(self, updates: int) -> float:
         """Mean reward of the last `updates`."""
@@ -63,8 +68,10 @@ class Trial:
         """Why its vectors are of no use, if so."""
         if self.stopped and self.stopped.startswith("diverged"):
             return self.stopped
-        if self.kl is not None and not self.kl <= MAX_KL:
-            return f"too strong: a KL of {self.kl:.3g} to the base on neutral text"
+        if self.kl is not None and not self.kl * self.growth <= MAX_KL:
+            return (
+                f"too strong: a KL of {self.kl:.3g} to the base, {self.kl * self.growth:.3g} in the whole run"
+            )
         start, last = self.rewards[0], self.reward(updates)
         windows = [self.rewards[i : i + updates] for i in range(len(self.rewards) - updates + 1)]
         peak = max([start, *map(fmean, windows)])

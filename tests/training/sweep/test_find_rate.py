@@ -19,6 +19,7 @@ from helpers.training import config
 
 import steer
 from steer.cli import train
+from steer.cli.find_lr import growth
 from steer.errors import SteerError
 from steer.training.sweep import find_rate
 from steer.training.sweep.find_rate import Trial, choose, middle_rate, scaled, smoothed
@@ -80,6 +81,18 @@ def test_vectors_that_are_too_strong_are_not_recommended() -> None:
     trials = [trial(1e-3, SLOW, 1, kl=0.1), trial(1e-2, GOOD, 2, kl=find_rate.MAX_KL * 1.5)]
     choice = choose(trials, STEPS)
     assert choice.trial is trials[0] and "too strong" in choice.why_not[1e-2]
+    trials[1].kl = find_rate.MAX_KL / 2
+    assert choose(trials, STEPS).trial is trials[1]
+    trials[0].growth = trials[1].growth = 3.0
+    assert choose(trials, STEPS).trial is trials[0], "it would be too strong at the end of the run"
+
+
+def test_how_far_the_kl_grows_in_the_whole_run(tmp_path: Path) -> None:
+    assert growth(config(tmp_path, max_steps=40), 100, 20) == 2
+    assert growth(config(tmp_path, max_steps=4), 100, 20) == 1
+    assert growth(config(tmp_path, max_steps=4000), 100, 20) == find_rate.MAX_GROWTH
+    # 2 prompts an update
+    assert growth(config(tmp_path, max_steps=-1, num_train_epochs=1.5), 101, 20) == 75 / 20
 
 
 @pytest.mark.parametrize(
