@@ -200,7 +200,7 @@ def _layer_rule(
         "trained": [layers[0], layers[-1]],
         "of": num_hidden_layers,
         "middle_of_the_grid": find_rate.middle_rate(training, layers, num_hidden_layers),
-        "rule": f"a late layer alone wants up to {find_rate.LATE} times the rate of the first layer alone",
+        "rule": f"a late layer alone needs up to {find_rate.LATE} times the rate of the first layer alone",
     }
     if best is not None and training.lr_by_layer is None:
         first = best.learning_rate / find_rate.late(layers, num_hidden_layers)

@@ -21,7 +21,7 @@ from steer.training.config import SteeringGRPOConfig
 STEPS = 20
 # The grid, as factors on the rate in its middle.
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
-# A late layer alone wants up to this many times the rate of the first one alone.
+# A late layer alone needs up to this many times the rate of the first one alone.
 LATE = 30
 # Vectors that are further from the base than this on neutral text, in nats a token, are too strong.
 MAX_KL = 1.0
@@ -203,7 +203,7 @@ def middle_rate(training: SteeringGRPOConfig, layers: Sequence[int], num_hidden_
 
 
 def late(layers: Sequence[int], num_hidden_layers: int) -> float:
-    """What the first of `layers` alone wants, as a multiple of what the model's first layer alone wants."""
+    """What the first of `layers` alone needs, as a multiple of what the model's first layer alone needs."""
     return float(LATE ** (layers[0] / max(num_hidden_layers - 1, 1)))
 
 
