@@ -79,7 +79,7 @@ class SteeringArguments:
     positions: str = field(
         default="all",
         metadata={
-            "help": "Which tokens are steered, named by the token that stands at the position: "
+            "help": "Which tokens are steered, named by the token at the position: "
             + "; ".join(f"{k} = {v}" for k, v in POSITIONS.items())
             + "."
         },
@@ -115,8 +115,8 @@ class SteeringArguments:
         _check_count("rank", self.rank, None)
         if self.kind == "adaptive" and self.site != "resid_post":
             raise SteerError(
-                f"kind='adaptive' stands at the MLP's down-projection and takes no site, got {self.site!r}; "
-                "leave site at its default"
+                "kind='adaptive' is added at the MLP's down-projection and takes no site, got "
+                f"{self.site!r}; leave site at its default"
             )
 
 

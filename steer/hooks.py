@@ -30,7 +30,7 @@ class Streams:
 
     Args:
         count: how many there are.
-        dim: the dimension of hidden states that counts them; None where they stand one after the other in the
+        dim: the dimension of hidden states that counts them; None where they are one after the other in the
             last dimension, (batch, tokens, count * hidden_size).
     """
 

@@ -1,6 +1,6 @@
 """
 The kinds of vector, one module each. It sits in its decoder layer as `layer.steering`, is called with the
-hidden states where it stands, and changes nothing until it is trained.
+hidden states where it is, and changes nothing until it is trained.
 """
 
 from __future__ import annotations

@@ -42,6 +42,6 @@ def asset(name: str) -> Markup:
 
 
 def json_data(data: object) -> Markup:
-    """JSON that cannot end the script element it stands in, or open a comment there."""
+    """JSON that cannot end the script element it is in, or open a comment there."""
     text = json.dumps(data, ensure_ascii=False)
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))

@@ -36,7 +36,7 @@ def verify(decoder: Decoder, layers: Sequence[int], kind: str, site: str, places
     and the log says so.
 
     Args:
-        kind: a key of `steer.config.KINDS`; adaptive vectors stand at the down-projection whatever `site` is.
+        kind: a key of `steer.config.KINDS`; adaptive vectors are at the down-projection whatever `site` is.
         site: a key of `steer.config.SITES`.
     """
     if not layers:

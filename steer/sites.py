@@ -1,5 +1,5 @@
 """
-Where a vector can stand: finds the decoder layers of a causal language model, and the module behind each
+Where a vector can be: finds the decoder layers of a causal language model, and the module behind each
 site.
 
 Layers are found by structure: the list of blocks nearest to the input embeddings in the tree of modules,
@@ -88,7 +88,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether `module` is made of other modules, as a decoder layer is; a list of matrices is no stack."""
+    """Whether `module` is made of other modules, as a decoder layer is; a list of matrices is not a stack."""
     return any(True for _ in module.children())
 
 
@@ -159,7 +159,7 @@ def _listed(layers: list[int]) -> str:
 def find_streams(decoder: Decoder) -> Streams | None:
     """
     The residual streams that the layers are given, in a pass that ends at the first layer; None for one
-    stream, for what is no residual stream, and where the weights are not at hand.
+    stream, for what is not a residual stream, and where the weights are not at hand.
     """
     if out_of_reach(decoder.backbone):
         return None

@@ -7,7 +7,7 @@ Several independent sets of vectors in one model: each row of a batch is steered
     with population.rows(torch.tensor([0, 0, 1])):      # two rows of the first set, one of the second
         model(...)
 
-Rows of a set stand together in a batch, in the order of the sets. A hook splits the batch, and every set's
+Rows of a set are together in a batch, in the order of the sets. A hook splits the batch, and every set's
 own vector changes its own rows, so each set computes, row by row, what it computes alone in the model. Rows
 of -1 come first and are the base model's. The sets are not submodules of the model: nothing of it is renamed,
 and no graph reaches below the lowest layer that a row of the batch is steered at.
@@ -98,7 +98,7 @@ class Population:
     def rows(self, owner: torch.Tensor) -> Iterator[Owners]:
         """Inside, batches are made of these rows (see `tell`); outside, the model is the base model."""
         if len(owner) > 1 and bool((owner[1:] < owner[:-1]).any()):
-            raise SteerError("rows of one set must stand together, in the order of the sets")
+            raise SteerError("rows of one set must be together, in the order of the sets")
         self.tell(owner)
         try:
             yield Owners(owner, self.tell, self.prompt_length)
@@ -137,7 +137,7 @@ def _key(site: Site) -> tuple[int, bool]:
 
 
 class _Place:
-    """What stands at one site: the vector of each set that has one there."""
+    """What is at one site: the vector of each set that has one there."""
 
     def __init__(self, blocks: dict[str, slice]):
         self.blocks = blocks

@@ -382,7 +382,7 @@ def check_fits(saved: artifact.Artifact, model: nn.Module, name: str, tokenizer:
 def _make(
     decoder: Decoder, layers: list[int], config: SteeringConfig, state: SteeringState
 ) -> tuple[SharedDirections | None, list[AnyVector], list[Site]]:
-    """The modules of `config.kind`, one a layer, and where each stands; the directions that they share."""
+    """The modules of `config.kind`, one a layer, and where each is; the directions that they share."""
     dtype = getattr(torch, config.dtype)
     devices = [_device(decoder.layers[index]) for index in layers]
     if config.kind == "adaptive":

@@ -42,7 +42,7 @@ HELP = {
     "logit": (
         "tokens that each vector promotes and suppresses by itself",
         "Unembedding times vector: the tokens whose logits a vector raises (+) and lowers (-) when nothing "
-        "stands between it and the output. That is the whole story for the last layer; for early layers it "
+        "is between it and the output. That is the whole story for the last layer; for early layers it "
         "says little.",
         "steer lens logit my-vectors --reading cosine --scripts --plot lens.png",
     ),

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from steer.arguments import add_base_options, whole
+from steer.arguments import Help, add_base_options, whole
 from steer.errors import SteerError
 from steer.extras import require
 
@@ -31,7 +31,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="chat with a model and its steered self side by side, in the browser",
         description=ABOUT,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     play.add_argument(
         "artifacts",

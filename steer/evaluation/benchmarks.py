@@ -246,7 +246,7 @@ def _from_hub(benchmark: Benchmark) -> list[dict[str, Any]]:
 
 
 def _reference(answer: Any) -> str:
-    """GSM8K's answers stand after '####' at the end of the solution; OlympiadBench's are lists."""
+    """GSM8K's answers are after '####' at the end of the solution; OlympiadBench's are lists."""
     if isinstance(answer, Sequence) and not isinstance(answer, str):
         answer = ", ".join(map(str, answer))
     _, mark, last = str(answer).rpartition("####")

@@ -8,7 +8,7 @@ Broken answers. One is broken if at least one of these holds:
 
 from __future__ import annotations
 
-# The end of an answer is a loop if a passage of up to PASSAGE characters stands there at least TIMES times in
+# The end of an answer is a loop if a passage of up to PASSAGE characters is there at least TIMES times in
 # a row, over at least LEAST characters.
 PASSAGE, TIMES, LEAST = 500, 4, 60
 

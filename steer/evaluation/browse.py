@@ -4,7 +4,7 @@ Read completions side by side in a terminal.
     steer browse runs/eval --verdict gained --limit 3
     steer browse runs/eval --verdict truncated --methods steering --benchmark gsm8k
 
-The same answers with a filter and a search stand in the page of `steer.evaluation.compare`.
+The same answers with a filter and a search are in the page of `steer.evaluation.compare`.
 """
 
 from __future__ import annotations

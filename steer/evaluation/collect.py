@@ -133,7 +133,7 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
     """
     The methods of several runs, each a folder or a packed file. A variant that two runs share under the same
     conditions is one; the same name under other conditions gets the run's folder behind it. SteerError for a
-    folder that is no run or an empty one.
+    folder that is not a run or an empty one.
     """
     collection = Collection([], {}, {}, [], [])
     methods: dict[str, Method] = {}

@@ -91,7 +91,7 @@ def explain(graded: Graded) -> str:
     boxed = extract_boxed(text)
     if graded.theirs and not ours.correct:
         if ours.how == "no_answer" and re.search(r"\\(?:boxed|fbox)\s*\{", text):
-            return "the last box is empty or never closed; the other grader takes what stands elsewhere"
+            return "the last box is empty or never closed; the other grader takes what is elsewhere"
         if ours.how == "no_answer":
             return "no box: the other grader takes a number or formula from the running text"
         if ours.how == "unevaluated":

@@ -130,7 +130,7 @@ def _gain(row: dict[str, Any], key: str) -> dict[str, Any]:
 def _table(
     rows: Sequence[dict[str, Any]], benchmark: str, constants: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """The scores of one benchmark; intervals and training seeds stand small under their numbers."""
+    """The scores of one benchmark; intervals and training seeds are shown small under their numbers."""
     of = [row for row in rows if row["benchmark"] == benchmark]
     lines = [cells(group) for group in by_method(of)]
     lines += [constant_cells(row) for row in constants if row["benchmark"] == benchmark]

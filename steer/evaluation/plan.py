@@ -51,7 +51,7 @@ def read_plan(path: str) -> Plan:
     given = set(settings) if isinstance(settings, dict) else set()
     if given - known or needed - given:
         raise SteerError(
-            f"{path} is no comparison: unknown {sorted(given - known)}, missing {sorted(needed - given)}"
+            f"{path} is not a comparison: unknown {sorted(given - known)}, missing {sorted(needed - given)}"
         )
     lists = {k: tuple(settings[k]) for k in ("seeds", "prefixes", "systems") if k in settings}
     plan = Plan(**{**settings, **lists})

@@ -185,5 +185,5 @@ def _saved(pyplot: Any, figure: Any) -> tuple[bytes, str]:
     figure.savefig(png, format="png", dpi=130)
     figure.savefig(svg, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-    # without its XML header, so that it can stand in a page
+    # without its XML header, so that it can be part of a page
     return png.getvalue(), re.sub(r"(?s)^.*?(?=<svg)", "", svg.getvalue())

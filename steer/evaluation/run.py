@@ -11,7 +11,7 @@ Ask a model and its variants the same problems, keep every answer, grade it, and
     steer compare runs/eval runs/full-eval --out runs/page
 
 Each problem is answered once greedily and `--samples` times at `--temperature`, and each answer is graded
-twice: boxed, and leniently. Beside the base stands the elicited base, asked with worked examples out of the
+twice: boxed, and leniently. Beside the base there is the elicited base, asked with worked examples out of the
 training problems (`--examples`) and given more tokens: a gain over it is more than form. `--side-effects`
 measures neutral text as well, which has nothing to do with the benchmarks: with several `--scales` the table
 shows accuracy and side effects by strength. A run that was stopped goes on where it was when the same command

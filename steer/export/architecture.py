@@ -68,7 +68,7 @@ LAYERS: dict[str, Layer] = {
         *("hunyuan_v1_dense", "nemotron", "stablelm", "vaultgemma", "youtu", "emu3_text_model"),
         *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
     ),
-    # a norm or a factor stands between the modules and the stream
+    # a norm or a factor is between the modules and the stream
     **_like(
         Layer(stream=()),
         *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "olmo2", "olmo3", "glm4", "exaone4"),

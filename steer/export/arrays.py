@@ -75,7 +75,7 @@ def write(artifact: Artifact, path: str | os.PathLike[str]) -> Path:
     check_everywhere(config, "a plain array")
     steered = {i: vector.detach().cpu() for i, vector in artifact.by_layer().items()}
     if config.site != "resid_post":
-        warnings.warn(f"{path} cannot say that its vectors stand at {config.site}: do so", stacklevel=2)
+        warnings.warn(f"{path} cannot say that its vectors are for {config.site}: do so", stacklevel=2)
     first = next(iter(steered.values()))
     array = torch.zeros(artifact.num_hidden_layers, len(first), dtype=first.dtype)
     for i, vector in steered.items():

@@ -62,7 +62,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the data. `spans` are the bytes of each metadata entry, `infos` of all infos."""
+    """What comes before the data. `spans` are the bytes of each metadata entry, `infos` of all infos."""
 
     version: int
     metadata: dict[str, Any]  # numbers, flags and texts; arrays are passed over

@@ -137,7 +137,7 @@ def read(folder: str | os.PathLike[str], model: nn.Module) -> Artifact:
         )
     if len(places) != 1 or not places <= set(wanted):
         raise SteerError(
-            f"{folder}: the adapter stands at {shown(sorted(places))}; steering vectors stand at "
+            f"{folder}: the adapter is at {shown(sorted(places))}; steering vectors are at "
             f"{' or at '.join(wanted)}, not at both"
         )
     if adapter["peft_type"] == "LORA":
@@ -239,7 +239,7 @@ def _restored(made: Artifact, text: str | None, where: Path) -> Artifact:
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor], decoder: str, where: Path) -> tuple[set[str], Parts]:
-    """The places inside a layer that the adapter stands at, and its tensors by layer (ascending) and part."""
+    """The places inside a layer that the adapter is at, and its tensors by layer (ascending) and part."""
     places: set[str] = set()
     parts: Parts = {}
     for name, tensor in tensors.items():

@@ -49,7 +49,7 @@ def from_contrast(
         contrast: the texts.
         method: a key of `METHODS`.
         layers: as in `SteeringConfig.layers`.
-        site: where the activations are read, and the vectors stand.
+        site: where the activations are read, and the vectors are added.
         tokens: which tokens are read, a key of `TOKENS`.
         share: length of all vectors together, as a share of the mean length of the residual stream; each of n
             has share / n of it at its layer.

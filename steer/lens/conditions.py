@@ -146,7 +146,7 @@ class _Routes:
                 if held := [
                     i for i, effect_path in self.routed.items() if not effect_path.passes(kind, layer)
                 ]:
-                    # First in line: a vector that stands on this module's output is added after it.
+                    # First in line: a vector on this module's output is added after it.
                     handles.append(
                         place.module.register_forward_hook(partial(self._hold, held), prepend=True)
                     )

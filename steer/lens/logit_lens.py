@@ -1,6 +1,6 @@
 """
 The logit lens of vectors: unembedding times vector, the tokens that a vector promotes or suppresses by itself
-when nothing stands between it and the output ("Small Vectors, Big Effects", arXiv 2509.06608, the last
+when nothing is between it and the output ("Small Vectors, Big Effects", arXiv 2509.06608, the last
 layer).
 """
 

@@ -35,7 +35,7 @@ def render(report: Report) -> str:
 
 
 def _figures(report: Report) -> list[dict[str, Any]]:
-    """Each result with what its section says of it; the first of a section stands under its heading."""
+    """Each result with what its section says of it; the first of a section is under its heading."""
     figures = []
     for section in SECTIONS:
         heading = section.heading

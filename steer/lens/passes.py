@@ -21,7 +21,7 @@ class Pass(NamedTuple):
     first: int
     rows: Sequence[Row]
     logits: torch.Tensor  # (conditions, rows, columns, vocabulary) in the model's dtype
-    starts: list[int]  # by row: the column of `logits` that stands at the row's token 0 (negative: cut off)
+    starts: list[int]  # by row: the column of `logits` of the row's token 0 (negative: cut off)
 
     def next_token(self, index: int, whole: bool = False) -> torch.Tensor:
         """

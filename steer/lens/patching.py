@@ -144,7 +144,7 @@ def patch(
     rows: prompts, scored at the token that comes next, or with completions, scored at each of their tokens.
     others: whether the remaining layers' vectors are on, in all runs alike. direction: a key of `DIRECTIONS`.
     problems, grader: those of `rows`, to solve along each path as well. Raises SteerError for layers
-    without a vector, for several vectors that stand inside modules, for heads of an attention that has no
+    without a vector, for several vectors that are inside modules, for heads of an attention that has no
     output matrix, and for a model in which a change passes although no path is open.
     """
     if direction not in DIRECTIONS:

@@ -49,7 +49,7 @@ def complete(
     written: list[list[Row]] = [[] for _ in conditions]
     with tqdm(total=len(rows), desc=label, unit="text", leave=False, disable=label is None) as bar:
         for first, batch in chunks(rows, subject.batch_size // len(conditions)):
-            # generate() appends at the right edge, so prompts of unequal length must stand there
+            # generate() appends at the right edge, so prompts of unequal length must end there
             padded = subject.padded(batch, side="left")
             columns = padded.ids.shape[1]
             forced = min(len(row.completion) for row in batch)

@@ -46,7 +46,7 @@ class Heads(NamedTuple):
         return i * heads + head, (m + j) * heads + head
 
     def features(self, p_rows: Tensor, q_rows: Tensor) -> Tensor:
-        """The inverse of `rows`: the feature (i, j) whose P_i and Q_j stand in these rows."""
+        """The inverse of `rows`: the feature (i, j) whose P_i and Q_j are in these rows."""
         heads, m, n = self
         return p_rows % heads * (m * n) + p_rows // heads * n + q_rows // heads - m
 

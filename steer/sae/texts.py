@@ -79,7 +79,7 @@ def _from_hub(source: str) -> Iterator[str]:
 
 
 def text_of(record: object, where: str) -> str:
-    """The text of one record; SteerError names `where` it stands and what it has."""
+    """The text of one record; SteerError names `where` it is and what it has."""
     if isinstance(record, dict):
         for fields in FIELDS:
             values = [record.get(name) for name in fields]

@@ -275,7 +275,7 @@ def _text(value: Any) -> str | None:
 
 
 def _level(value: Any) -> int | None:
-    """Levels are written 5, 5.0, "5" and "Level 5"; "Level ?" is no level."""
+    """Levels are written 5, 5.0, "5" and "Level 5"; "Level ?" is not a level."""
     match = re.fullmatch(r"(?:level)?\s*([0-9]{1,4})(?:\.0)?", str(value).strip(), re.IGNORECASE)
     return int(match[1]) if match else None
 
@@ -286,7 +286,7 @@ def _fold(text: str) -> str:
 
 def _last_boxed(solution: str) -> str | None:
     r"""Content of the last \boxed in a reference solution, where "\boxed 7" without braces also occurs."""
-    # not the grader's extraction: this one reads trusted text, and data stands below rewards
+    # not the grader's extraction: this one reads trusted text, and data is below rewards
     _, mark, rest = solution.rpartition("\\boxed")
     rest = rest.lstrip()
     if not mark or not rest:

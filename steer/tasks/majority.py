@@ -37,7 +37,7 @@ class Majority:
 
     A group is the run of completions of one prompt. Answers are compared as `grader` compares them with a
     reference answer, so that 0.5 and one half are votes for the same. Candidates are tried in the order of
-    how often they are written in the same way, then of where they stand first; each takes the votes of those
+    how often they are written in the same way, then of where they are first; each takes the votes of those
     that equal it. Of equal numbers of votes the earlier candidate wins. The winner is then the reference
     answer that the group is graded with. An unfinished calculation (97 + 27) is no candidate: otherwise a
     policy would win by repeating the question.

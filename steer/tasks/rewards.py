@@ -132,7 +132,7 @@ def format_reward(
 ) -> list[float]:
     r"""1.0 for a text with exactly one \boxed, which is not empty and ends the text; 0.0 otherwise.
 
-    After the box only whitespace, punctuation, closing math delimiters and </answer> may stand.
+    After the box only whitespace, punctuation, closing math delimiters and </answer> may follow.
     """
     return [float(_ends_in_its_box(text_of(completion))) for completion in completions]
 

@@ -13,7 +13,7 @@ from steer.training.trainer_config import SteeringTrainerConfig
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 else:
-    TrainingArguments = object  # a mixin: it stands before a config of trl
+    TrainingArguments = object  # a mixin: it comes before a config of trl
 
 
 @dataclass

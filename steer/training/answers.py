@@ -85,8 +85,8 @@ def load(settings: RunSettings) -> tuple[Dataset | None, Problems | None]:
         names = {name: value for name, value in asdict(settings.answers or AnswerArguments()).items()}
         if given := [name for name, value in names.items() if value is not None]:
             raise SteerError(
-                f"{given[0]}={names[given[0]]} has no effect: train_data={run.train_data} is no folder of a "
-                f"run; leave {given[0]} out, or give one"
+                f"{given[0]}={names[given[0]]} has no effect: train_data={run.train_data} is not a folder "
+                f"of a run; leave {given[0]} out, or give one"
             )
         if pairs_given and method == "sft":
             raise SteerError(
@@ -178,7 +178,7 @@ def _solution(row: Mapping[str, Any], prompt: PromptSpec, tokenizer: PreTrainedT
 
 
 def _gap(prompt: PromptSpec) -> str:
-    """What a template that is no chat has between its prompt and an answer."""
+    """What a template that is not a chat has between its prompt and an answer."""
     template = TEMPLATES[prompt.template]
     return " " if not template.chat and template.example.split("{answer}")[0].endswith(" ") else ""
 

@@ -175,7 +175,7 @@ def _train_run(
     stages: Sequence[str],
     samples: int,
 ) -> dict[str, Any]:
-    if not settings.run.validate_every:  # what a choice of the rate validates on is no part of the run
+    if not settings.run.validate_every:  # what a choice of the rate validates on is not part of the run
         settings = replace(settings, run=replace(settings.run, validation=None))
     run, training, state = settings.run, settings.training, PartialState()
     if state.is_main_process:

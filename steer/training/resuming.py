@@ -21,7 +21,7 @@ from steer.training.config import SteeringGRPOConfig
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
-    Trainer = object  # a mixin: it stands before a trainer of trl
+    Trainer = object  # a mixin: it comes before a trainer of trl
 
 ROLLOUT_FILE = "rollouts.pt"
 

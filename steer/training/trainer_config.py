@@ -15,7 +15,7 @@ from steer.training.settings import check, check_ranges
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 else:
-    TrainingArguments = object  # a mixin: it stands before a config of trl
+    TrainingArguments = object  # a mixin: it comes before a config of trl
 
 # Settings that are mappings, and what one is like.
 _MAPPINGS = {

@@ -317,7 +317,7 @@ def test_what_cannot_be_written(tiny_llama: PreTrainedModel, tmp_path: Path) -> 
     with pytest.raises(SteerError, match="cannot write"):
         arrays.write(made(tiny_llama), tmp_path / "missing" / "v.npz")
     assert list(tmp_path.iterdir()) == []
-    with pytest.warns(UserWarning, match="stand at attn_out"):
+    with pytest.warns(UserWarning, match="are for attn_out"):
         arrays.write(made(tiny_llama, site="attn_out"), tmp_path / "v.npz")
     artifact.write(tmp_path / "own", made(tiny_llama))
     with pytest.raises(SteerError, match="artifact of steer itself"):

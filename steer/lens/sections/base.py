@@ -52,9 +52,9 @@ class Section:
     One part of the report. A subclass leaves its results in `study.report.results` by the names of
     `captions`, and its numbers with `study.note`.
 
-    `step`: what the progress bar calls it. `heading`: stands above its first figure, "" for a section that
+    `step`: what the progress bar calls it. `heading`: is above its first figure, "" for a section that
     goes on under the heading before it. `captions`: what each figure shows, by the result's name.
-    `in_abstract`: whether the first sentence of its first result stands in the abstract.
+    `in_abstract`: whether the first sentence of its first result is in the abstract.
     """
 
     step: ClassVar[str]
@@ -67,7 +67,7 @@ class Section:
         raise NotImplementedError
 
     def sentences(self, name: str, report: Report) -> list[str]:
-        """What the result `name` shows, in words that stand before its figure; none where it shows itself."""
+        """What the result `name` shows, in words shown before its figure; none where it shows itself."""
         return []
 
     def caption(self, name: str, report: Report) -> str:
@@ -75,5 +75,5 @@ class Section:
         return self.captions[name]
 
     def below(self, name: str, result: Result) -> list[Block]:
-        """What stands below the figure."""
+        """What is shown below the figure."""
         return []

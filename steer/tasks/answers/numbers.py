@@ -99,7 +99,7 @@ def _leading_number(text: str) -> tuple[Fraction, Form, int] | None:
     return int(match["sign"] + "1") * value, form, match.end()
 
 
-# --- with what stands around it --------------------------------------------------------------------------
+# --- with what is around it ------------------------------------------------------------------------------
 
 
 _LEAD = re.compile(r'\\(?:approx|therefore|sim)(?![a-zA-Z]) ?|"([^"]*)" ?|([A-Za-z][a-z]+) (?=[0-9+\-.\\])')
@@ -107,7 +107,7 @@ _LEAD_IN_WORDS = re.compile(r"()([A-Za-z][a-z']*(?: [a-z']+)*[:=]?) ?(?=[0-9+\-.
 
 
 def _leads(text: str, in_words: bool) -> Iterator[str]:
-    """The text, then without what introduces the number. in_words: all of it stood in \\text."""
+    """The text, then without what introduces the number. in_words: all of it was in \\text."""
     yield text
     for _ in range(4):
         match = (_LEAD_IN_WORDS if in_words else _LEAD).match(text)

@@ -110,7 +110,7 @@ _TOKEN = re.compile(
 
 
 class _Remainder:
-    """Reads what stands behind a number; `ok` turns False at anything but units and harmless words."""
+    """Reads what follows a number; `ok` turns False at anything but units and harmless words."""
 
     def __init__(self, value: Fraction) -> None:
         self.value = value
@@ -124,7 +124,7 @@ class _Remainder:
         self.words = 0
 
     def read(self, text: str, quoted: bool, spaced: bool) -> None:
-        """text: words and unit symbols. quoted: it stood in \text. spaced: a space stands before it."""
+        """text: words and unit symbols. quoted: it was in \text. spaced: a space is before it."""
         place = 0
         words = list(_TOKEN.finditer(text))
         for number, match in enumerate(words):

@@ -266,7 +266,7 @@ def read_states(folder: Path) -> dict[str, dict[str, Any]]:
             states = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch has no single kind for a file that is not one of its own
             raise SteerError(
-                f"{path} is no state of a population ({type(error).__name__}); remove it to begin "
+                f"{path} is not a state of a population ({type(error).__name__}); remove it to begin "
                 "its members again"
             ) from error
         for name, state in states.items():

@@ -1,7 +1,7 @@
 """
 A population's run on disk: which members it has, how far each is, which go on, and what each left behind.
 
-    run.json            what all members share             state-0.pt       where process 0's members stand
+    run.json            what all members share             state-0.pt       the state of process 0's members
     population.json     what each member changes           halving.json     who was stopped where, and why
     results.json        the untrained model's score        members/NAME/    vectors, results.json, log.json,
                                                                             samples_after.json
