@@ -2,9 +2,10 @@
 What makes training fast and small on a CPU: an attention form for small batches, an allocator that keeps what
 it was given, and an LM head in tiles that fit.
 
-With a padding mask, transformers repeats keys and values for every query head, and torch's fused CPU kernel
-is slow when few queries meet many sequences, as in sampling. Two grouped matrix products do the same sum
-without the copies. Scores are materialised, so long sequences still go to the fused kernel.
+With a padding mask, transformers repeats keys and values for every query head, and makes a mask of numbers in
+every layer; autograd keeps all of these copies. Torch's fused CPU kernel needs neither, and keeps no scores.
+It is slow when few queries meet many sequences, as in sampling: there, two grouped matrix products do the
+same sum.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,8 +25,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from steer import compat
 
 log = logging.getLogger(__name__)
-# Largest number of scores (batch x heads x queries x keys) that is held at once.
+# Largest number of scores (batch x heads x queries x keys) that the matrix products hold at once.
 MAX_SCORES = 1 << 24
+# From so many queries on the fused kernel is faster, and with gradients it keeps less. In bfloat16 its
+# backward pass is slower than the products for short sequences.
+FUSED_QUERIES, FUSED_QUERIES_HALF = 16, 128
 # Tokens of the LM head's tiles. trl's 4,096 are for a GPU: half a gigabyte each and several at once, more
 # than everything else that a step keeps, and no faster here.
 HEAD_TILE = 256
@@ -54,9 +59,9 @@ def grouped_attention(
 
     Returns:
         (batch, queries, heads, value size), and None for the weights. Whatever the two matrix products do not
-        cover (`_needs_fused`) is handed to `sdpa_attention_forward` unchanged.
+        cover (`_unknown`) is handed to `sdpa_attention_forward` unchanged.
     """
-    if dropout or _needs_fused(module, query, key, value, attention_mask, kwargs):
+    if dropout or _unknown(module, query, key, value, attention_mask, kwargs):
         return sdpa_attention_forward(
             module,
             query,
@@ -70,6 +75,18 @@ def grouped_attention(
     assert attention_mask is not None
     batch, heads, queries, size = query.shape
     groups, keys = key.shape[1:3]
+    short = FUSED_QUERIES if query.dtype == torch.float32 else FUSED_QUERIES_HALF
+    many = queries >= short or batch * heads * queries * keys > MAX_SCORES
+    if many and value.shape[-1] == size:
+        out = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            _numbers(attention_mask, query.dtype),
+            scale=scaling,
+            enable_gqa=heads != groups,
+        )
+        return out.transpose(1, 2).contiguous(), None
     folded = query.reshape(batch, groups, heads // groups * queries, size)
     scores = torch.matmul(folded, key.transpose(2, 3)).view(batch, heads, queries, keys)
     scores = scores.float() * (size**-0.5 if scaling is None else scaling)
@@ -79,7 +96,7 @@ def grouped_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _needs_fused(
+def _unknown(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -88,16 +105,25 @@ def _needs_fused(
     kwargs: dict[str, object],
 ) -> bool:
     """Whether a call is outside what `grouped_attention` computes itself."""
-    batch, heads, queries, _ = query.shape
     return (
         mask is None
         or mask.dtype != torch.bool  # a float mask is added to the scores
         or query.device.type != "cpu"
         or any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
-        or heads != key.shape[1] * getattr(module, "num_key_value_groups", 1)
+        or query.shape[1] != key.shape[1] * getattr(module, "num_key_value_groups", 1)
         or value.shape[:3] != key.shape[:3]
-        or batch * heads * queries * key.shape[2] > MAX_SCORES
+        # Neither way: the kernel takes values of the size of the keys alone.
+        or (value.shape[3] != key.shape[3] and query.shape[:3].numel() * key.shape[2] > MAX_SCORES)
     )
+
+
+def _numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `mask` adds to the scores: zero or minus infinity. Made once for all layers that have the mask."""
+    known: torch.Tensor | None = mask.__dict__.get("numbers")
+    if known is None or known.dtype != dtype:
+        known = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        mask.__dict__["numbers"] = known
+    return known
 
 
 @contextmanager
@@ -140,3 +166,13 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
+
+
+def return_freed_memory() -> None:
+    """
+    Give the memory that glibc keeps (`keep_freed_memory`) back to the kernel once, as after a start-up that
+    needed more than training will. What is used again afterwards is kept again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,7 +261,7 @@ def attention_inputs(groups: int, queries: int, keys: int, value_size: int = 8):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (6, 6), (3, 9)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (6, 6), (3, 9), (16, 20)])
 @pytest.mark.parametrize("scaling", [None, 0.5])
 @pytest.mark.parametrize("size", [8, 5])
 def test_grouped_attention_equals_sdpa(
@@ -273,16 +276,40 @@ def test_grouped_attention_equals_sdpa(
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_grouped_attention_has_the_gradients_of_sdpa() -> None:
+@pytest.mark.parametrize(("queries", "keys"), [(5, 7), (40, 44)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_attention_has_the_gradients_of_sdpa(queries: int, keys: int, groups: int) -> None:
     grads = []
     for function in (cpu.sdpa_attention_forward, cpu.grouped_attention):
-        *tensors, mask = attention_inputs(2, 5, 7)
+        *tensors, mask = attention_inputs(groups, queries, keys)
         tensors = [t.requires_grad_() for t in tensors]
-        out, _ = function(Module(2), *tensors, mask)
+        out, _ = function(Module(4 // groups), *tensors, mask)
         out.square().sum().backward()
         grads.append([t.grad for t in tensors])
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_sequences_keep_neither_scores_nor_copies(dtype: torch.dtype) -> None:
+    *tensors, mask = attention_inputs(2, 200, 210)
+    tensors = [t.to(dtype).requires_grad_() for t in tensors]
+    kept: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor.detach())
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return alive[-1]
+
+    outputs = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for _ in range(2):  # layers
+            outputs.append(cpu.grouped_attention(Module(2), *tensors, mask)[0])
+    small = sum(t.nbytes for t in [*tensors, *outputs])
+    numbers = mask.numel() * dtype.itemsize  # of the mask, once for all layers
+    sums = 2 * 4 * 3 * 4 * 200  # a float32 for each query and head of each layer
+    assert sum(kept.values()) <= small + numbers + sums < 2 * 3 * 4 * 200 * 210 * dtype.itemsize
 
 
 def test_long_or_unmasked_attention_goes_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +320,7 @@ def test_long_or_unmasked_attention_goes_to_the_fused_kernel(monkeypatch: pytest
         return query.transpose(1, 2), None
 
     monkeypatch.setattr(cpu, "sdpa_attention_forward", fused)
-    query, key, value, mask = attention_inputs(2, 4, 6)
+    query, key, value, mask = attention_inputs(2, 4, 6, value_size=5)
     cpu.grouped_attention(Module(2), query, key, value, mask)
     assert not asked
     cpu.grouped_attention(Module(2), query, key, value, None)
@@ -366,9 +393,24 @@ def test_falcon_does_not_see_the_future() -> None:
 def test_a_model_with_eager_attention_is_left_alone(build_tiny, monkeypatch) -> None:
     model = build_tiny("llama", attn_implementation="eager")
     ids, mask = pad_left(PROMPTS, torch.device("cpu"))
-    monkeypatch.setattr(cpu, "_needs_fused", lambda *args: pytest.fail("the grouped form was asked"))
+    monkeypatch.setattr(cpu, "_unknown", lambda *args: pytest.fail("the grouped form was asked"))
     with cpu.grouped(model), torch.no_grad():
         model(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_freed_memory_is_kept_and_then_returned() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    cpu.keep_freed_memory()
+    tensors = [torch.ones(2_000_000) for _ in range(25)]  # 200 MB
+    full = resident()
+    del tensors
+    kept = resident()
+    cpu.return_freed_memory()
+    assert full - kept < 50e6
+    assert kept - resident() > 150e6
 
 
 def test_nothing_is_registered_or_set_by_importing() -> None:
