@@ -68,6 +68,22 @@ class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[mis
             "the same. 0: all of per_device_train_batch_size."
         },
     )
+    update_memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "GB that the activations of an update may take on a device: fewer than update_rows rows "
+            "are held at once where they would take more. Default: a quarter of the memory of the GPU, on a "
+            "CPU of the machine. 0: no limit."
+        },
+    )
+    recompute_mlps: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute what is inside of MLPs again in the backward pass: a quarter of the memory, a "
+            "quarter more time, the same gradient bit for bit. Default: for single rows that are above "
+            "update_memory."
+        },
+    )
     share_prompts: bool = field(
         default=True,
         metadata={

@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -18,6 +18,7 @@ from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
 from steer.training.config import SteeringGRPOConfig
 from steer.training.estimate import memory, shape_of
+from steer.training.group_trainer import GroupGRPOTrainer
 from steer.training.problems import fitting
 from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
@@ -82,7 +83,7 @@ def dry_run(
         ("problems", counts),
         ("rewards", ", ".join(f"{w:g} x {name}" for name, w in zip(names, weights_of, strict=True))),
         ("update", f"{prompts} prompts x {group} answers of up to {limit} tokens: {every * limit:,} tokens"),
-        ("memory", _memory(model, weights, trained, size, training, rows, longest + limit)),
+        ("memory", _memory(trainer, weights, trained, size, rows, longest + limit)),
         ("time", f"at most {_duration(seconds)} an update, {_duration(seconds * steps)} for {steps} updates"),
         ("", f"(from an update of {group} answers of {last['completions/mean_length']:.0f} tokens: "
              f"{last['seconds/wall']:.2f} s; answers that end early take less"
@@ -118,21 +119,16 @@ def _layers(trainer: Any) -> str:
     return "" if vectors is None else f", at layers {vectors.config.layers} ({vectors.config.site})"
 
 
-def _memory(
-    model: Any,
-    weights: int,
-    trained: int,
-    size: int,
-    training: SteeringGRPOConfig,
-    rows: int,
-    tokens: int,
-) -> str:
-    sizes = shape_of(model.config)
+def _memory(trainer: GroupGRPOTrainer, weights: int, trained: int, size: int, rows: int, tokens: int) -> str:
+    training = cast(SteeringGRPOConfig, trainer.args)
+    sizes = shape_of(trainer.model.config)
     text = f"weights {weights / GB:.2f} GB"
     if sizes is not None:
         sampled = min(training.sample_rows or rows, rows) * tokens
         at_once = min(training.update_rows or training.per_device_train_batch_size, rows)
         parts = memory(sizes, weights, trained, size, sampled, at_once * tokens)
+        if bound := trainer.update_memory:
+            parts["update"] = int(min(bound.cost.token * at_once * tokens, bound.limit))
         held = parts["weights"] + parts["optimizer"]
         most = held + max(parts["sampling"], parts["update"])
         text = (

@@ -36,6 +36,7 @@ from steer.training.callbacks import watch
 from steer.training.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
 from steer.training.loading import already_loaded
 from steer.training.loss import group_advantages, importance_weights, total_rewards
+from steer.training.memory import GB, UpdateMemory, row_sizes
 from steer.training.sampling_trainer import SamplingGRPOTrainer
 
 
@@ -57,6 +58,7 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
     max_completion_length: int
     optimizer: torch.optim.Optimizer | None
     _unweighed: dict[str, Any] | None = None  # rows of another engine that the next scores weigh
+    update_memory: UpdateMemory | None = None  # measured at the first update
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
                 f"multiple of num_generations={args.num_generations}; change per_device_train_batch_size or "
                 "gradient_accumulation_steps"
             )
+        _check_recomputing(args)
         # trl loads a second base model when beta != 0; ours is the same one without what was trained.
         beta, args.beta = args.beta, 0.0
         try:
@@ -98,6 +101,11 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
         self.model_accepts_loss_kwargs: bool = False
         add_group_scoring(self.model, self.temperature)
         watch(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.accelerator.device.type == "cpu":
+            cpu.return_freed_memory()  # of loading, and of answers before training
+        return super().train(*args, **kwargs)
 
     # ---- what is trained
 
@@ -289,14 +297,15 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
             options["share"] &= self.args.share_prompts
             options["share"] &= not recomputes and not self.sharded
             size = None if options["share"] else kwargs.get("batch_size")
-            parts = [
-                self._score_rows(model, ids, mask, prompt, options)
-                for ids, mask in zip(
-                    input_ids.split(size or len(input_ids)),
-                    attention_mask.split(size or len(input_ids)),
-                    strict=True,
-                )
-            ]
+            with nullcontext() if recomputes else self._recomputing(input_ids, attention_mask, prompt):
+                parts = [
+                    self._score_rows(model, ids, mask, prompt, options)
+                    for ids, mask in zip(
+                        input_ids.split(size or len(input_ids)),
+                        attention_mask.split(size or len(input_ids)),
+                        strict=True,
+                    )
+                ]
         entropy = torch.cat([part.entropy for part in parts]) if kwargs.get("compute_entropy") else None
         return torch.cat([part.log_probs for part in parts]), entropy, None
 
@@ -337,13 +346,51 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
         return self._share(last, inputs) * self._loss(model, last) + done
 
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """The rows in parts of about equal size, none above `update_rows`, where that changes no gradient."""
-        count = len(inputs["advantages"])
-        in_step = self.is_fsdp_enabled or self.is_deepspeed_enabled  # their backward passes
-        if not (self.model.training and self.args.update_rows and self._one_by_one()) or in_step:
+        """
+        The rows in parts of about equal size, none above `update_rows` or `update_memory`, where that changes
+        no gradient.
+        """
+        if not (self.model.training and self._one_by_one()) or self._in_step():
             return [inputs]
-        size = ceil(count / ceil(count / self.args.update_rows))
-        return [rows_of(inputs, slice(i, i + size)) for i in range(0, count, size)]
+        count = len(inputs["advantages"])
+        most = self.args.update_rows or count
+        if compat.recomputes_activations(self.accelerator.unwrap_model(self.model)):
+            size = ceil(count / ceil(count / most))  # what a layer keeps is not known
+            parts = [slice(i, i + size) for i in range(0, count, size)]
+        else:
+            ids, prompt, mask = (inputs[k] for k in ("prompt_ids", "prompt_mask", "completion_mask"))
+            rows = row_sizes(ids, prompt, mask, self.args.share_prompts)
+            if self.accelerator.num_processes > 1:  # all of them cut in the same way
+                every = cast(torch.Tensor, self.accelerator.gather(rows.to(self.accelerator.device)))
+                rows = every.view(-1, *rows.shape).amax(0).cpu()
+            parts = self._bounded().parts(rows, most)
+        return [rows_of(inputs, part) for part in parts]
+
+    def _in_step(self) -> bool:
+        """Whether every process runs as many backward passes as the others."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _bounded(self) -> UpdateMemory:
+        if self.update_memory is None:
+            base, args = self.accelerator.unwrap_model(self.model), self.args
+            options = fast_paths(base).scoring()
+
+            def score(tokens: int) -> Scored:
+                ids = torch.full((1, 1 + tokens), 3, device=self.accelerator.device)
+                with torch.enable_grad(), fast_attention(base):
+                    return self._score_rows(base, ids, torch.ones_like(ids), 1, options)
+
+            limit = None if args.update_memory is None else args.update_memory * GB
+            self.update_memory = UpdateMemory(
+                base, score, args.max_completion_length, limit, args.recompute_mlps
+            )
+        return self.update_memory
+
+    def _recomputing(self, ids: torch.Tensor, mask: torch.Tensor, prompt: int) -> AbstractContextManager:
+        if not (torch.is_grad_enabled() and self.model.training) or self._in_step():
+            return nullcontext()
+        rows = row_sizes(ids[:, :prompt], mask[:, :prompt], mask[:, prompt:], self.args.share_prompts)
+        return self._bounded().recomputing(rows)
 
     def _share(self, part: dict[str, Any], whole: dict[str, Any]) -> float | torch.Tensor:
         """
@@ -372,6 +419,21 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
         """Whether a row's part of the loss does not depend on which other rows are computed with it."""
         return (
             not self._entropy_bonus_enabled and not self.aux_loss_enabled and self.top_entropy_quantile == 1.0
+        )
+
+
+def _check_recomputing(args: SteeringGRPOConfig) -> None:
+    if not args.recompute_mlps:
+        return
+    others = {
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "fsdp": args.fsdp,
+        "deepspeed": args.deepspeed,
+    }
+    if given := [name for name, value in others.items() if value]:
+        raise SteerError(
+            f"recompute_mlps=true does not go with {given[0]}; use gradient_checkpointing=true alone, which "
+            "computes whole layers again"
         )
 
 

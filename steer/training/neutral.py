@@ -29,7 +29,7 @@ WATCHING: frozenset[str] = frozenset(
         for f in fields(kind)
         if f.name.startswith(_WATCHING)
     }
-    | {"samples_shown", "dry_run"}
+    | {"samples_shown", "dry_run", "recompute_mlps"}
 )
 
 # They may change when a run goes on, since what was computed stays as it was: its length, the schedule of the

@@ -41,12 +41,12 @@ HONOURED = """
     num_completions_to_print num_generations num_iterations num_train_epochs off_policy_mask_threshold
     optim optim_args output_dir pad_to_multiple_of parallelism_config pass_rate_floor
     per_device_train_batch_size
-    project push_to_hub repetition_penalty report_to restore_callback_states_from_checkpoint
+    project push_to_hub recompute_mlps repetition_penalty report_to restore_callback_states_from_checkpoint
     reward_weights router_aux_loss_coef run_name save_on_each_node save_steps save_strategy
     save_total_limit scale_rewards seed share_prompts shuffle_dataset skip_memory_metrics
     skip_zero_advantage steps_per_generation sync_ref_model temperature tf32 top_entropy_quantile top_k
     top_p trust_remote_code torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
-    trackio_bucket_id trackio_space_id trackio_static_space_id update_rows use_adaptive_entropy
+    trackio_bucket_id trackio_space_id trackio_static_space_id update_memory update_rows use_adaptive_entropy
     use_bias_correction_kl use_cache use_cpu use_transformers_continuous_batching use_transformers_paged
     use_vllm warmup_steps weight_decay
     """

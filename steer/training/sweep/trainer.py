@@ -101,6 +101,8 @@ class PopulationTrainer:
         def left(member: Member) -> int:
             return max(0, min(member.steps, until or member.steps) - member.step) if member.active else 0
 
+        if self.model.device.type == "cpu":
+            cpu.return_freed_memory()
         total = sum(min(m.steps, until or m.steps) for m in self.members if m.stopped is None)
         label = f"training {sum(map(bool, map(left, self.members)))} members"
         bar = tqdm(

@@ -1,0 +1,192 @@
+"""
+How many rows of an update are held at once, by what their tokens leave for the backward pass.
+
+The bytes of a token are measured on the model itself, in two forward passes over some tokens. They are
+compared with a part of the machine's whole memory and not of what is free, so that a run that is started
+again has the same parts: another order of sums would round differently.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from steer.generation.recompute import mlps, recomputed
+from steer.generation.scoring import length_batches
+
+log = logging.getLogger(__name__)
+GB = 1e9
+# Of the memory of a machine or GPU, where `update_memory` is not set.
+SHARE = 0.25
+# Tokens of the longer pass that is measured.
+TOKENS = 256
+# Limits of a container: of control groups, version 2 and 1.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def total_memory(device: torch.device) -> float:
+    """
+    Bytes of memory that a process has at most: of its GPU, or its part of the machine's (or container's).
+    Infinity for devices that do not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return float("inf")
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in _LIMITS:
+        with suppress(OSError, ValueError):  # not there, or the word "max"
+            sizes.append(int(Path(limit).read_text()))
+    return min(sizes) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
+    """
+    Inside, filled with the bytes of each storage that autograd saves, by its address; without parameters and
+    buffers of `model`.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+    held = []  # so that no address is given to another tensor
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor.detach())
+        return held[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    Bytes that a forward pass leaves for the backward pass.
+
+    Attributes:
+        token: of each token.
+        pair: of each pair of a token and one that it attends to, where scores are kept.
+    """
+
+    token: float
+    pair: float
+
+    @classmethod
+    def measured(cls, model: nn.Module, score: Callable[[int], object], tokens: int) -> Cost:
+        """
+        Args:
+            model: what is scored.
+            score: runs a forward pass over so many tokens, with a graph.
+            tokens: of the longer of the two passes, at least 2.
+        """
+        sizes = []
+        for count in (tokens // 2, tokens // 2 * 2):
+            with saved_bytes(model) as found, torch.random.fork_rng():
+                kept = score(count)  # its graph lives until all is counted
+                sizes.append(sum(found.values()))
+                del kept
+        shorter, longer = sizes
+        pair = max(0.0, (longer - 2 * shorter) / (2 * (tokens // 2) ** 2))
+        return cls(longer / (tokens // 2 * 2) - pair * (tokens // 2 * 2), pair)
+
+    def of(self, rows: torch.Tensor) -> float:
+        """
+        Bytes of these rows in one forward pass.
+
+        Args:
+            rows: (rows, 3): tokens of the completion, tokens of the prompt, and 1 where the prompt is read
+                for this row, 0 where the row shares that of the row before.
+        """
+        read = rows[:, 2].clone()
+        read[0] = 1
+        tokens = int((read * rows[:, 1]).sum())
+        pairs = int((read * rows[:, 1] ** 2).sum())
+        for chosen, length in length_batches(rows[:, 0]):
+            tokens += len(chosen) * length
+            pairs += length * int((length + rows[chosen, 1]).sum())
+        return self.token * tokens + self.pair * pairs
+
+
+def row_sizes(
+    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_mask: torch.Tensor, share: bool
+) -> torch.Tensor:
+    """What `Cost.of` reads of rows whose prompts are (`share`) read once for rows that follow each other."""
+    read = torch.ones(len(prompt_ids), dtype=torch.long)
+    if share:
+        read[1:] = (prompt_ids[1:] != prompt_ids[:-1]).any(1).cpu()
+    return torch.stack([completion_mask.sum(1).cpu(), prompt_mask.sum(1).cpu(), read], 1)
+
+
+class UpdateMemory:
+    """
+    Cuts updates into parts that stay below a limit.
+
+    Args:
+        model: the model, with what is trained.
+        score: as of `Cost.measured`.
+        longest: the most tokens of a completion.
+        limit: bytes of a part; None is a share of all memory.
+        recompute: whether MLPs are computed again in the backward pass; None is for parts above the limit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        score: Callable[[int], object],
+        longest: int,
+        limit: float | None = None,
+        recompute: bool | None = None,
+    ):
+        device = next(model.parameters()).device
+        self.limit = SHARE * total_memory(device) if limit is None else limit or float("inf")
+        self.recompute = recompute
+        self.cost = Cost.measured(model, score, min(TOKENS, max(2, longest)))
+        self.mlps = [] if recompute is False else mlps(model)
+        self._told = False
+        log.info(
+            "an update keeps %.2f MB a token for its backward pass (measured) and at most %.1f GB at once "
+            "(update_memory): %s tokens",
+            self.cost.token / 1e6,
+            self.limit / GB,
+            f"{self.limit / self.cost.token:,.0f}" if self.cost.token else "all",
+        )
+
+    def parts(self, rows: torch.Tensor, most: int) -> list[slice]:
+        """`rows` (as of `Cost.of`) in parts of about equal size, of `most` rows or fewer, below the limit."""
+        count = len(rows)
+        fewest = min(count, max(ceil(count / most), ceil(self.cost.of(rows) / self.limit)))
+        parts: list[slice] = []
+        for number in range(fewest, count + 1):
+            size = ceil(count / number)
+            parts = [slice(i, i + size) for i in range(0, count, size)]
+            if all(self.cost.of(rows[part]) <= self.limit for part in parts):
+                break
+        return parts
+
+    def recomputing(self, rows: torch.Tensor) -> AbstractContextManager:
+        """Around the forward pass of a part with these rows: MLPs keep nothing, where that is wanted."""
+        needed = self.cost.of(rows)
+        if not (self.recompute or (self.recompute is None and needed > self.limit)) or not self.mlps:
+            return nullcontext()
+        if not self._told:
+            self._told = True
+            log.info(
+                "%d MLPs are computed again in the backward pass: %d rows of up to %d tokens would keep "
+                "%.1f GB (recompute_mlps)",
+                len(self.mlps),
+                len(rows),
+                int(rows[:, 0].max()),
+                needed / GB,
+            )
+        return recomputed(self.mlps)
