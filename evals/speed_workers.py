@@ -82,12 +82,20 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
 
 
 def measured(
-    method: str, model: Any, tokenizer: Any, texts: list[str], steps: int, batch: Batch
+    method: str,
+    model: Any,
+    tokenizer: Any,
+    texts: list[str],
+    steps: int,
+    batch: Batch,
+    rollout: bool = True,
+    **options: Any,
 ) -> dict[str, float]:
     """
     Seconds of a GRPO step, of its rollout and of its update alone, and the memory that training took beyond
     the base: medians, without the first of several steps. For the method `profile` the share of each kind of
-    operation in the last update.
+    operation in the last update. Without `rollout` the completions are random tokens, so that the update
+    alone is measured. `options` are settings of the trainer.
 
     Nobody stops early: the end token of `tokenizer` must be one that the model has no logit for, so that all
     methods compute the same tokens.
@@ -119,7 +127,10 @@ def measured(
     class Timed(base):
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             start = _now()
-            output = super()._generate_and_score_completions(inputs)
+            if rollout:
+                output = super()._generate_and_score_completions(inputs)
+            else:
+                output = random_completions(tokenizer, [row["prompt"] for row in inputs], batch.tokens)
             now["rollout"] += _now() - start
             spent["tokens"].append(float(output["completion_mask"].sum()))
             if method == "profile" and len(spent["tokens"]) == steps:
@@ -161,12 +172,13 @@ def measured(
             save_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            **options,
         )
         args: Any = (SteeringGRPOConfig if ours else GRPOConfig)(**settings)
         extra: dict[str, Any] = {}
         if method == "trl-lora":
             extra["peft_config"] = LoraConfig(r=4, target_modules=["down_proj"], task_type="CAUSAL_LM")
-        before = _reset_peak()
+        before = reset_memory_peak()
         trainer = Timed(
             model=model,
             reward_funcs=[reward],
@@ -177,7 +189,7 @@ def measured(
             **extra,
         )
         trainer.train()
-        memory = _peak() - before
+        memory = memory_peak() - before
     if method == "profile":
         profiler.stop()
         return shares(profiler)
@@ -187,12 +199,30 @@ def measured(
     result["rollout tokens/s"] = size * batch.tokens / middle["rollout"]
     result["cores at work"] = middle["cpu"] / middle["step"]
     result["memory MB"] = memory / 1e6
-    if method == "steer":
+    if method == "steer" and rollout:
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[: batch.prompts]]
         flops = update_flops(model, prompt_tokens(ids), size * batch.tokens)
         result["update GFLOP/s"] = flops / middle["update"] / 1e9
         result["peak GFLOP/s"] = matmul_peak(model.dtype, model.device) / 1e9
     return result
+
+
+def random_completions(tokenizer: Any, prompts: list[str], tokens: int) -> dict[str, torch.Tensor]:
+    """What trl's trainer makes of a rollout: random tokens after `prompts`, with random advantages."""
+    noise = torch.Generator().manual_seed(0)
+    read = tokenizer(
+        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
+    shape = len(prompts), tokens
+    ids = torch.randint(1, len(tokenizer) - 1, shape, generator=noise)
+    batch = {"prompt_ids": read["input_ids"], "prompt_mask": read["attention_mask"], "completion_ids": ids}
+    batch |= {
+        "completion_mask": torch.ones_like(ids),
+        "advantages": torch.randn(len(prompts), generator=noise),
+    }
+    batch["num_items_in_batch"] = torch.tensor(float(ids.numel()))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def shares(profiler: Any) -> dict[str, float]:
@@ -245,7 +275,7 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _reset_peak() -> int:
+def reset_memory_peak() -> int:
     """Bytes in use now (resident, or on the GPU); the high-water mark is set back to them where possible."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -255,7 +285,7 @@ def _reset_peak() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def _peak() -> int:
+def memory_peak() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -20,8 +20,9 @@ from evals.speed_workers import Batch, measured
 from steer.generation.verify import fast_paths
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size of
-# Qwen2.5 models.
+# SmolLM2-135M and of Qwen2.5 models.
 SHAPES = {
+    "135M": (576, 1536, 30, 9, 3, 49152),
     "0.5B": (896, 4864, 24, 14, 2, 151936),
     "1.5B": (1536, 8960, 28, 12, 2, 151936),
     "tiny": (32, 64, 2, 4, 2, 97),
@@ -53,14 +54,19 @@ def main() -> None:
     print(json.dumps(found | measured(args.method, model, tokenizer, texts, args.steps, batch)))
 
 
-def random_model(shape: str, method: str) -> PreTrainedModel:
-    """In bfloat16 on a GPU and in float32 on a CPU; what is trained itself is in float32 on both."""
+def random_model(
+    shape: str, method: str, dtype: str | None = None, depth: int | None = None
+) -> PreTrainedModel:
+    """
+    A model of this shape, or its first `depth` layers. By default in bfloat16 on a GPU and in float32 on a
+    CPU; what is trained itself is in float32 on both.
+    """
     width, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     on_gpu = torch.cuda.is_available()
     config = Qwen2Config(
         hidden_size=width,
         intermediate_size=inner,
-        num_hidden_layers=layers,
+        num_hidden_layers=depth or layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
@@ -70,10 +76,11 @@ def random_model(shape: str, method: str) -> PreTrainedModel:
         bos_token_id=None,
         eos_token_id=None,
     )
-    dtype = torch.bfloat16 if on_gpu and method != "trl-full" else torch.float32
+    usual = "bfloat16" if on_gpu and method != "trl-full" else "float32"
     torch.manual_seed(0)
     with torch.device("cuda" if on_gpu else "cpu"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype or usual))
+    return model.eval()
 
 
 def words(vocabulary: int) -> PreTrainedTokenizerFast:
