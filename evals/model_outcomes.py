@@ -9,7 +9,7 @@ import torch
 # Relative to the largest logit or gradient. float32 sums in another order give 1e-6 to 1e-5; a wrong
 # position, mask or vector 1e-3 or more.
 TOLERANCE = 1e-4
-STATES = ("works", "plain path", "refused", "not built", "wrong", "crash")
+STATES = ("works", "plain path", "refused", "not run", "not built", "wrong", "crash")
 
 
 class Wrong(Exception):

@@ -4,6 +4,8 @@ model of every decoder-only architecture in the installed transformers.
 
     python -m evals.models_table --out docs/models.md
     python -m evals.models_table llama mamba gpt2             # some of them, on the terminal
+
+The column "vLLM" is read from `evals/results/models-vllm.json`, which `evals.models_vllm` measures.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from pebble import ProcessExpired, ProcessPool
 from evals.architectures import causal_lm_types
 from evals.model_checks import CHECKS, check
 from evals.model_outcomes import STATES, Outcome
+from evals.models_vllm import recorded, versions
 
 # A model takes about five seconds; one that takes a hundred times as long hangs.
 SECONDS = 500
 # A process serves this many models before a fresh one takes over, so that memory does not grow.
 MODELS_PER_PROCESS = 10
+COLUMNS = [*CHECKS, "vLLM"]
 
 Table = dict[str, dict[str, Outcome]]
 
@@ -61,7 +65,9 @@ def check_all(names: Sequence[str], processes: int) -> Iterator[tuple[str, dict[
 
 
 def page(table: Table) -> str:
-    """The table as Markdown, with a numbered note for each reason."""
+    """The table as Markdown, with a numbered note for each reason, and what is recorded of vLLM."""
+    served = recorded(table)
+    table = {name: {**found, "vLLM": served[name]} for name, found in table.items()}
     notes: dict[str, int] = {}
 
     def cell(outcome: Outcome) -> str:
@@ -71,11 +77,11 @@ def page(table: Table) -> str:
 
     rows = [f"| {name} | " + " | ".join(map(cell, found.values())) + " |" for name, found in table.items()]
     states = list(STATES)
-    counts = {check: Counter(found[check].state for found in table.values()) for check in CHECKS}
-    totals = [f"| {state} | " + " | ".join(str(counts[c][state]) for c in CHECKS) + " |" for state in states]
-    head = " | ".join(CHECKS) + " |\n|---" + "|---" * len(CHECKS) + "|"
+    counts = {column: Counter(found[column].state for found in table.values()) for column in COLUMNS}
+    totals = [f"| {state} | " + " | ".join(str(counts[c][state]) for c in COLUMNS) + " |" for state in states]
+    head = " | ".join(COLUMNS) + " |\n|---" + "|---" * len(COLUMNS) + "|"
     lines = [
-        INTRODUCTION.format(models=len(table), version=transformers.__version__),
+        INTRODUCTION.format(models=len(table), version=transformers.__version__, measured=versions()),
         f"| of {len(table)} model types | {head}",
         *totals,
         "",
@@ -144,14 +150,22 @@ and `make models` fails where it is out of date. The columns:
 | sampling | greedy completions of a batch of prompts of unequal length, one of them twice |
 | scoring | log-probabilities of completions behind prompts of unequal length |
 | update | an update of `SteeringGRPOTrainer`, with prompts shared and not: the naive loss's gradient |
+| vLLM | log-probabilities of prompts and completions in vLLM with pushed vectors, two prompts at once |
 
 Where layers keep several residual streams in parallel (hyper-connections, AltUp), a vector at `resid_pre` or
 `resid_post` is added to each of them. `resid_mid`, `attn_out` and `mlp_out` exist in layers with such a
 module; here every layer is steered, and `layers=` chooses those that have it.
 
 *works*: equal to the slow computation. *plain path*: equal, and a faster way is left out automatically for
-the reason given. *refused*: `SteerError` with the reason given. *not built*: transformers could not make a
-small model from the default configuration.
+the reason given. *refused*: `SteerError` with the reason given. *not run*: vLLM does not have the model, or
+its CPU build does not run it, for the reason given. *not built*: transformers could not make a small model
+from the default configuration.
+
+The column vLLM was measured with vLLM {measured[vllm]} and transformers {measured[transformers]}, on a CPU:
+
+    python -m evals.models_vllm
+
+needs vLLM (`make vllm`) and writes `evals/results/models-vllm.json`, from which this page has the column.
 """
 
 

