@@ -16,6 +16,8 @@ from steer.weights import public_name
 
 # Marks a card as ours: only such a card is written over.
 MARK = "<!-- written by steer; delete this line to keep your own text -->"
+# Every card has it: `steer pack list` finds artifacts by it.
+TAG = "steering-vectors"
 # What the code calls an artifact that is not on the hub.
 PLACE = "THIS_FOLDER"
 URL = "https://github.com/steer-rl/steer"
@@ -43,7 +45,7 @@ def card(config: SteeringConfig, decoder: str, numbers: int, size: int, name: st
     parts = [
         front_matter(
             public_name(config.base_model_name_or_path),
-            "steering-vectors",
+            TAG,
             "activation-steering",
             *(() if "extract" in made else ("reinforcement-learning",)),
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from steer.errors import SteerError, one_line
@@ -45,6 +45,48 @@ def fetch(repo_id: str, file: str, revision: str | None = None, token: str | Non
         raise SteerError(
             f"no folder {repo_id}, and the hub did not give {file} of that id ({one_line(error)})"
         ) from error
+
+
+def search(tags: Sequence[str], author: str | None = None, limit: int = 20) -> list[str]:
+    """
+    The ids of model repositories that have all of these tags, those changed last first.
+
+    Args:
+        tags: such as "steering-vectors".
+        author: user or organisation; None for all.
+        limit: at most so many.
+
+    Raises:
+        SteerError: when the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().list_models(filter=list(tags), author=author, sort="last_modified", limit=limit)
+        return [model.id for model in found]
+    except Exception as error:  # network, permissions: classes of several packages
+        raise SteerError(
+            f"the hub cannot be searched ({one_line(error)}); check the network, and that HF_HUB_OFFLINE is "
+            "not set"
+        ) from error
+
+
+def size(repo_id: str, file: str) -> int | None:
+    """
+    The size of a file of a model repository, in bytes; None where there is no such file.
+
+    Raises:
+        SteerError: when the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().get_paths_info(repo_id, [file])
+    except Exception as error:
+        raise SteerError(
+            f"the hub does not tell the size of {file} in {repo_id} ({one_line(error)})"
+        ) from error
+    return next((entry.size for entry in found if hasattr(entry, "size")), None)
 
 
 def push(

@@ -47,6 +47,8 @@ def check_output(
     """
     try:
         _check(Path(path), replace, sources, option, folder)
+    except SteerError:
+        raise
     except (OSError, ValueError) as error:  # too long a name, a zero byte, a surrogate, no permission
         reason = getattr(error, "strerror", None) or error
         raise SteerError(f"cannot write {str(path)!r}: {reason}; give another {option}") from error

@@ -20,7 +20,7 @@ FLOORS = [
     "hooks sites kinds prompt_watch saving tasks",
     "final_norm identity probe places artifact_scores card weights quantization models base_adapter "
     "stop_tokens",
-    "artifact_file artifact_tensors artifact",
+    "artifact_file artifact_tensors artifact pack",
     "vectors vector_sets mixture",
     "generation engine export transfer",
     "evaluation",

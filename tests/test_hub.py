@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from helpers.hub import fake_hub
 from helpers.steering import fill, message
 from helpers.training import same
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 
 import steer
 from steer import Artifact, SteerError, SteeringConfig, hub
@@ -27,42 +26,20 @@ from steer.sae import SAE, SAEConfig, load_sae, own
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The hub: `calls` that were made, and `files` of a repository."""
-    home, calls = tmp_path / "remote", []
-
-    class Api:
-        def __init__(self, token: str | None = None):
-            calls.append(("token", token))
-
-        def create_repo(self, repo_id: str, **arguments: Any) -> Any:
-            calls.append(("create_repo", repo_id, arguments))
-            return SimpleNamespace(repo_id=repo_id)
-
-        def upload_folder(self, *, repo_id: str, folder_path: str, **arguments: Any) -> str:
-            calls.append(("upload_folder", repo_id, arguments))
-            shutil.copytree(folder_path, home / repo_id, dirs_exist_ok=True)
-            return f"https://huggingface.co/{repo_id}/commit/1"
-
-    def download(repo_id: str, name: str, *, revision: str | None, token: str | None) -> str:
-        calls.append(("download", repo_id, name, revision, token))
-        if not (home / repo_id / name).exists():
-            raise LocalEntryNotFoundError("not there\nsecond line")
-        return str(home / repo_id / name)
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.chdir(tmp_path)
-    return SimpleNamespace(calls=calls, files=lambda repo: sorted(os.listdir(home / repo)), home=home)
+    return fake_hub(tmp_path, monkeypatch)
 
 
 def test_the_fake_takes_what_the_library_takes() -> None:
-    """The arguments that `push` gives are parameters of the real methods."""
+    """The arguments that `steer.hub` gives are parameters of the real methods."""
     import inspect
 
     assert {"private", "exist_ok"} <= set(inspect.signature(HfApi.create_repo).parameters)
     assert {"repo_id", "folder_path", "commit_message"} <= set(
         inspect.signature(HfApi.upload_folder).parameters
     )
+    assert {"filter", "author", "sort", "limit"} <= set(inspect.signature(HfApi.list_models).parameters)
+    assert list(inspect.signature(HfApi.get_paths_info).parameters)[1:3] == ["repo_id", "paths"]
+    assert "size" in {field.name for field in dataclasses.fields(RepoFile)}
 
 
 def test_vectors_go_to_the_hub_and_come_back(build_tiny: Any, remote: Any) -> None:

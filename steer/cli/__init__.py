@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 
-from steer.cli import calibrate, convert, extract, generate, info, lens, play, programs, sae, serve
+from steer.cli import calibrate, convert, extract, generate, info, lens, pack, play, programs, sae, serve
 from steer.errors import SteerError, one_line, print_any_text
 from steer.threads import prepare_environment
 
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (_, text) in programs.PROGRAMS.items():
         if " " not in name:
             commands.add_parser(name, help=text)  # listed here; `programs.find` runs it
-    for module in (info, generate, play, extract, calibrate, convert, serve, lens, sae):
+    for module in (info, generate, play, extract, calibrate, convert, pack, serve, lens, sae):
         module.add_commands(commands)
     return parser
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from steer.arguments import Help, add_base_options, whole
+from steer.arguments import Help, add_base_options, named_vectors, text, whole
 from steer.errors import SteerError
 from steer.extras import require
+
+if TYPE_CHECKING:
+    from steer.play.compare import Comparison
 
 ABOUT = """\
 A page in the browser: chat with the base model and with its steered self side by side. A slider for the
@@ -22,7 +25,6 @@ EXAMPLES = """\
     steer play runs/demo/vectors
     steer play math=runs/math/vectors brief=user/brief-vectors --model Qwen/Qwen2.5-0.5B-Instruct
 """
-_NAMED = re.compile(r"((?P<name>[A-Za-z0-9][\w.-]*)=)?(?P<artifact>.+)", re.DOTALL)
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -36,7 +38,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     play.add_argument(
         "artifacts",
         nargs="*",
-        metavar="[NAME=]ARTIFACT",
+        type=text,
+        metavar="[NAME=]ARTIFACT[@SCALE]",
         help="folders, .safetensors files or hub ids, all for one base; a name is by default the folder's",
     )
     play.add_argument("--demo", action="store_true", help="a small model, with vectors that come with steer")
@@ -56,9 +59,10 @@ def _play(args: argparse.Namespace) -> None:
     require("steer play", "play")
     import steer
     from steer.base_adapter import artifact_base
+    from steer.expression import check_names
     from steer.models import load_model, load_tokenizer
     from steer.play.compare import Comparison
-    from steer.play.demo import MESSAGES, demo_artifacts
+    from steer.play.demo import demo_artifacts
 
     if args.demo == bool(args.artifacts):
         given = "both were given" if args.demo else "neither was given"
@@ -66,42 +70,40 @@ def _play(args: argparse.Namespace) -> None:
     if args.demo:
         artifacts, about = demo_artifacts()
     else:
-        artifacts, about = {}, ""
-        for name, source in map(_named, args.artifacts):
-            if name in artifacts:
-                raise SteerError(f"two artifacts have one name, {name!r}; write NAME=ARTIFACT")
-            artifacts[name] = steer.read(source)
+        sets = [_named(given) for given in args.artifacts]
+        check_names([name for name, _, _ in sets])
+        artifacts = {}
+        for name, source, scale in sets:
+            saved = steer.read(source)
+            artifacts[name] = saved if scale == 1 else scale * saved
+        about = ""
     first = next(iter(artifacts.values()))
     trust = args.trust_remote_code
     source, revision = artifact_base(first.config, args.model, args.revision, args.base_adapter, trust)
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust)
     model = load_model(source, dtype=args.dtype, revision=revision, trust_remote_code=trust)
     comparison = Comparison(model, tokenizer, artifacts)
+    _serve(comparison, about or ", ".join(artifacts), args)
+
+
+def _serve(comparison: Comparison, about: str, args: argparse.Namespace) -> None:
+    from steer.play.demo import MESSAGES, STRENGTHS
     from steer.play.page import build_page, launch
 
-    page = build_page(
-        comparison,
-        str(model.config.name_or_path),
-        about or ", ".join(artifacts),
-        MESSAGES if args.demo else (),
-        {"cheerful": 0.0} if args.demo else None,
-    )
-    launch(page, args.host, args.port)
+    title = str(comparison.model.config.name_or_path)
+    messages, strengths = (MESSAGES, STRENGTHS) if args.demo else ((), {})
+    launch(build_page(comparison, title, about, messages, strengths), args.host, args.port)
 
 
-def _named(text: str) -> tuple[str, str]:
-    """The name and the source of `NAME=ARTIFACT`; the name is else that of the folder, or of its run."""
-    match = _NAMED.fullmatch(text)
-    if not match:
-        raise SteerError(f"{text!r} is not [NAME=]ARTIFACT")
-    path = Path(match["artifact"])
-    stem = path.stem if path.suffix == ".safetensors" else path.name
-    of_run = stem in ("vectors", "steering") and path.resolve().parent.name
-    return match["name"] or of_run or stem or text, match["artifact"]
+def _named(given: str) -> tuple[str, str, float]:
+    """As `named_vectors`; vectors in a run's folder are named after the run."""
+    name, source, scale = named_vectors(given)
+    of_run = name == "vectors" == Path(source).name and Path(source).resolve().parent.name
+    return of_run or name, source, scale
 
 
-def _port(text: str) -> int:
-    number = whole(text, 1)
+def _port(given: str) -> int:
+    number = whole(given, 1)
     if number > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{given!r} is not a port from 1 to 65535")
     return number

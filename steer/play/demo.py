@@ -8,6 +8,7 @@ from steer.artifact import Artifact, read
 from steer.errors import SteerError
 
 MODEL = "smollm2-135m-instruct"
+STRENGTHS = {"cheerful": 0.0}  # where the sliders stand first, 1 for the others
 MESSAGES = ("What is 7 * 8?", "What is 6 + 9?", "How was your day?", "Tell me about the sea.")
 _PACKAGE = Path(__file__).resolve().parent
 

@@ -49,6 +49,7 @@ REQUIRED = {
     "run_folder": ["run"],
     "feature": ["1"],
     "token": ["7"],
+    "repo_id": ["me/vectors"],
 }
 # Further arguments, which let a command come as far as it can in little time.
 MORE = {
@@ -56,6 +57,8 @@ MORE = {
     "import": ["--confirm-model"],
     "transfer": ["--from", "model", "--method", "direct", "--max-new-tokens", "1", "--check-limit", "1"],
     "generate": ["--max-new-tokens", "1"],
+    "pack pull": ["--out", "new/pulled"],
+    "pack push": ["--dry-run"],
     "calibrate": ["--model", "model", "--target-kl", "0.001"],
     "lens logit": ["--model", "model", "--top", "1"],
     "lens transfer": LENS[2:],
@@ -75,6 +78,7 @@ MORE = {
 REPLACED = {  # other values of required arguments
     ("export", "to"): [],
     ("grading-check", "source"): ["run"],
+    ("play", "artifacts"): ["vectors"],
     ("extract sae", "folder"): ["sae"],
     ("extract condition", "vectors"): ["late"],
     ("sae train", "config"): ["sae.yaml"],
@@ -131,7 +135,10 @@ def ready(
         monkeypatch.setattr(name, stop)
     monkeypatch.setattr("steer.training.comparison.Comparison.call", stop)
     monkeypatch.setattr("steer.sae.trainer.SAETrainer.train", stop)
-    monkeypatch.setattr("steer.cli.serve.require", lambda *args: None)
+    for name in ("steer.cli.play._serve", "steer.pack.pull", "steer.hub.search"):
+        monkeypatch.setattr(name, stop)
+    for name in ("serve", "play"):
+        monkeypatch.setattr(f"steer.cli.{name}.require", lambda *args: None)
     monkeypatch.setattr("steer.cli.prepare_environment", lambda: None)
     monkeypatch.setenv("STEER_CACHE", str(place / "cache"))
     if (place / "model").exists():

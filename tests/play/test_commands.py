@@ -26,7 +26,7 @@ def gradio(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], "takes artifacts or --demo, and neither was given"),
         (["--demo", "x"], "takes artifacts or --demo, and both were given"),
         (["nowhere"], "nowhere"),
-        (["a=VECTORS", "a=VECTORS"], "two artifacts have one name, 'a'; write NAME=ARTIFACT"),
+        (["a=VECTORS", "a=VECTORS"], "two sets have one name (a, a); write NAME=ARTIFACT"),
         (["VECTORS", "--model", "nowhere.gguf"], "nowhere.gguf"),
         (["VECTORS", "--dtype", "float31"], "dtype 'float31'"),
     ],
@@ -52,7 +52,8 @@ def test_a_port_is_a_number(port: str, capsys: Any) -> None:
     ("given", "name"),
     [
         ("runs/math/vectors", "math"),
-        ("runs/math/vectors/steering.safetensors", "vectors"),
+        ("runs/math/vectors@0.5", "math"),
+        ("runs/math/steering.safetensors", "steering.safetensors"),
         ("brief", "brief"),
         ("user/brief", "brief"),
         ("a=b/c=d", "a"),

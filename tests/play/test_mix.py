@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers.steering import fill, logits, message, tokens
 
 import steer
 from steer import Artifact, SteerError, SteeringConfig
+from steer.config import Condition
 from steer.play.mix import BASE, Mix, Mixer
 
 
@@ -107,6 +109,9 @@ def test_what_cannot_be_mixed_is_refused(build_tiny: Any) -> None:
     with pytest.raises(SteerError, match=r"deep: made for .*num_hidden_layers=4.*3") as error:
         mixer.add("deep", artifact(build_tiny("llama", num_hidden_layers=4)))
     message(error)
+    at = replace(made.config, condition=Condition(0, 0.5))
+    with pytest.raises(SteerError, match="steer play: these vectors have a condition"):
+        mixer.add("gated", replace(made, config=at))
     with pytest.raises(SteerError, match="no set 'two'; there are one"), mixer.active(Mix({"two": 1})):
         pass
     with pytest.raises(SteerError, match=r"layer 2 is not steered; steered are \[1\]"):
