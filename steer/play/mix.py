@@ -71,7 +71,7 @@ class Mixer:
             tokenizer: of the model, to warn where the vectors are for another vocabulary.
 
         Raises:
-            SteerError: a name that is taken, vectors for a model of another shape, and those with a condition.
+            SteerError: a name that is taken, vectors for a model of another shape or with a condition.
         """
         if name in self.sets:
             raise SteerError(f"two sets of vectors have one name, {name!r}; write NAME=ARTIFACT")
