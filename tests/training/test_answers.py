@@ -277,3 +277,20 @@ def test_a_printed_config_is_read_again(tmp_path: Path, capsys: pytest.CaptureFi
         for name in (str(tmp_path / "run.yaml"), "demo-dpo")
     )
     assert one.training.method == "dpo" and one.identity() == two.identity()
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_real_model_learns_from_its_own_right_answers(tmp_path: Path) -> None:
+    """The untrained SmolLM2 samples; those of its answers that are right teach it to answer in the box."""
+    short = ["--eval_limit", "30", "--examples", "0", "--use_cpu", "true", "--model_dtype", "float32"]
+    sampled = [*short, "--config", "demo", "--log_completions", "true", "--output_dir", str(tmp_path / "run")]
+    run_here(ROOT / "recipes" / "grpo_steer.py", *sampled, "--max_steps", "2", "--learning_rate", "0")
+    words = [*short, "--config", "demo-sft", "--train_data", str(tmp_path / "run"), "--max_steps", "12"]
+    words += ["--eval_data", "arithmetic", "--output_dir", str(tmp_path / "own")]
+    run_here(ROOT / "recipes" / "sft_steer.py", *words, "--per_device_train_batch_size", "8")
+    results = json.loads((tmp_path / "own" / "results.json").read_text())
+    known = artifact.read(tmp_path / "own" / "vectors").config.provenance
+    assert known["data"]["answers"] == 256 and 0 < known["data"]["examples"] <= known["data"]["right"]
+    before, after = results["before"], results["after"]
+    assert after["answered"] > before["answered"] + 0.3 and after["accuracy"] > before["accuracy"] + 0.1

@@ -306,6 +306,16 @@ def test_the_demo_config_is_every_layer_alone_and_all_together() -> None:
         check_supported(member.training)
 
 
+def test_the_seeds_config_is_ten_seeds_of_all_layers() -> None:
+    arguments = ["--config", str(ROOT / "recipes" / "configs" / "seeds-demo.yaml"), "--use_cpu", "true"]
+    settings = RunSettings.parse("layer_sweep", arguments=arguments, population=PopulationArguments)
+    found = members(settings, 30, arguments)
+    assert [m.training.seed for m in found] == [*range(10)]
+    for member in found:
+        assert member.steering.layers == "all"
+        check_supported(member.training)
+
+
 def test_a_sharding_launcher_is_refused(here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     line = here("--output_dir", str(tmp_path / "out"))

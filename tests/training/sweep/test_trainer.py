@@ -437,6 +437,25 @@ def test_an_engine_is_judged_by_the_tokens_that_it_tells(
         assert together.members[0].log[-1]["engine/mean"] == pytest.approx(0.6)
 
 
+def test_an_engine_refills_with_seeds_of_their_own(build_tiny, tiny_tokenizer, tmp_path) -> None:
+    class Engine(_Engine):
+        def sample(self, names: list[str], prompts: list[list[int]], given: list[int]) -> list[Completion]:
+            seeds.extend(given)
+            return super().sample(names, prompts, given)
+
+    def flat(completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    seeds: list[int] = []
+    own = {"vllm_mismatch_stop": 100.0, "dynamic_sampling_rounds": 2}
+    together = population(build_tiny("llama"), tiny_tokenizer, tmp_path, {"one": ({}, own, flat)})
+    together.engine = Engine()
+    together.update(together.members)
+    assert len(seeds) == len(set(seeds)) == 24
+    log = together.members[0].log[-1]
+    assert (log["dynamic_sampling/rounds"], log["dynamic_sampling/wasted"]) == (2, 1.0)
+
+
 def test_a_member_that_diverges_beside_an_engine_ends_alone(
     build_tiny, tiny_tokenizer, tmp_path, monkeypatch
 ) -> None:
