@@ -19,7 +19,9 @@ from steer import SteerError
 from steer.artifact import Artifact, from_vectors, read
 from steer.cli import main
 from steer.extract.condition import best_threshold, fit_condition, read_prompts
-from steer.tasks.prompts import prompt_ids
+from steer.models import load_tokenizer
+from steer.prompt import PromptSpec
+from steer.tasks.prompts import formatter, prompt_ids
 
 COSINES = st.lists(st.integers(-20, 20).map(lambda n: n / 20), min_size=1, max_size=8)
 
@@ -146,3 +148,55 @@ def test_the_command(
         out_of = ["--out", str(tmp_path / "x.npz")] if command[0] == "export" else []
         assert main([*command, *out_of]) == 1
         assert "have a condition" in capsys.readouterr().err
+
+
+MEDICAL = (
+    "headaches, a sore throat, high blood pressure, a skin rash, chest pain, a broken toe, insomnia, asthma, "
+    "a fever, back pain, an ear infection, diabetes, a migraine, anemia, a burn, heartburn, the flu, "
+    "a sprained ankle, arthritis, food poisoning"
+)
+EVERYDAY = (
+    "old bicycles, a vegetable garden, a rainy weekend, a birthday cake, wooden furniture, a leaking tap, "
+    "chess openings, a camping trip, a slow computer, houseplants, a school play, watercolours, "
+    "a long train ride, a book club, home-made bread, a noisy printer, a football match, an old piano, "
+    "knitting, a small kitchen"
+)
+ASKED = (
+    "What should I do about {}?",
+    "Give me advice on {}.",
+    "How do I deal with {}?",
+    "Tell me something useful about {}.",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_trained_model_tells_medical_questions_apart(smollm2: Any) -> None:
+    tokenizer = load_tokenizer("smollm2-135m-instruct")
+    put = formatter(PromptSpec("boxed_short"), tokenizer)
+    kinds = {"positive": MEDICAL.split(", "), "negative": EVERYDAY.split(", ")}
+    texts = {
+        side: [ASKED[(i + more) % 4].format(name) for i, name in enumerate(names) for more in (0, 1)]
+        for side, names in kinds.items()
+    }
+    given = from_vectors({12: torch.ones(smollm2.config.hidden_size)}, smollm2)
+    fit = fit_condition(smollm2, tokenizer, given, texts, put, layers="8")
+    assert fit.f1 > 0.9 and fit.wrong.count == fit.missed.count == 12
+    assert fit.wrong.hits <= 4 and fit.missed.hits <= 4
+
+    vectors = steer.load(given.with_condition(fit.condition, fit.probe, fit.told()), smollm2)
+    acted = {}
+    for side, names in (
+        ("positive", ("a toothache", "a cough", "hay fever", "a nosebleed")),
+        ("negative", ("a wet dog", "a broken umbrella", "old photographs", "a crossword")),
+    ):
+        rows = prompt_ids(tokenizer, [put(f"How do I deal with {name}?") for name in names])
+        acted[side] = 0
+        for ids in rows:
+            with torch.no_grad(), vectors.prompt_length(len(ids)):
+                steered = smollm2(input_ids=torch.tensor([ids])).logits
+                with vectors.disabled():
+                    base = smollm2(input_ids=torch.tensor([ids])).logits
+            acted[side] += not torch.equal(steered, base)
+    steer.detach(smollm2)
+    assert acted["positive"] >= 3 and acted["negative"] <= 1
