@@ -238,7 +238,7 @@ def plot(trials: Sequence[Trial], choice: Choice, steps: int, path: Path, title:
     if choice.trial:
         chosen = choice.trial.learning_rate
         right.axvline(chosen, color="tab:green", alpha=0.6, label=f"recommended: {chosen:g}")
-    for mark, label in (("o", "ran to the end"), ("s", "stopped half-way"), ("x", "collapsed")):
+    for mark, label in (("o", "ran to the end"), ("s", "stopped half-way"), ("x", "collapsed or too strong")):
         right.plot([], [], mark, color="tab:gray", label=label)
     left.set_xlabel("update")
     left.set_ylabel("mean reward")
