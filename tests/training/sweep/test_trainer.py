@@ -401,7 +401,7 @@ def test_members_must_share_what_is_shared(build_tiny, tiny_tokenizer, tmp_path:
     with pytest.raises(SteerError, match="max_completion_length is 4 and 8"):
         population(build_tiny("llama"), tiny_tokenizer, tmp_path, specs)
     (tmp_path / "state-0.pt").write_bytes(b"no state")
-    with pytest.raises(SteerError, match="no state of a population"):
+    with pytest.raises(SteerError, match="not a state of a population"):
         read_states(tmp_path)
 
 
