@@ -52,11 +52,14 @@ def card(config: SteeringConfig, decoder: str, numbers: int, size: int, name: st
         MARK,
         f"# Steering vectors for {config.base_model_name_or_path or 'a language model'}",
         _summary(config, numbers, size),
+        _use(config, name),
         _origin(config, made),
+        _training(made),
         _scores(made),
         _side_effects(made),
+        _limits(config, made),
+        _tools(config, decoder, name),
         _settings(made),
-        _use(config, decoder, name),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -123,6 +126,42 @@ def _origin(config: SteeringConfig, made: dict[str, Any]) -> str:
     )
 
 
+def _training(made: dict[str, Any]) -> str:
+    """In a few words what the vectors were made from; `_settings` has the rest."""
+    if extracted := _part(made, "extract"):
+        told = [f"{_line(extracted['method'])} of" if extracted.get("method") else ""]
+        told.append(_line(extracted.get("from") or "a direction"))
+        return f"## Made from\n\nWithout training: {' '.join(filter(None, told))}."
+    run, training = _part(made, "run"), _part(made, "training")
+    if not run.get("train_data"):
+        return ""
+    used = relevant("run", run)
+    generated = [f"{name} {_line(used[name])}" for name in ("operators", "digits", "terms") if name in used]
+    parts = [f"`{_line(run['train_data'])}`" + (f" ({', '.join(generated)})" if generated else "")]
+    rewards = run.get("rewards")
+    if isinstance(rewards, list) and rewards:
+        parts.append(f"rewarded by {', '.join(f'`{_line(reward)}`' for reward in rewards)}")
+    for name, words in (("max_steps", "updates"), ("num_generations", "answers to each prompt")):
+        if isinstance(training.get(name), int) and training[name] > 0:
+            parts.append(f"{training[name]} {words}")
+    return f"## Trained on\n\n{', '.join(parts)}."
+
+
+def _limits(config: SteeringConfig, made: dict[str, Any]) -> str:
+    """What the vectors are not for."""
+    base = (
+        f"`{_line(config.base_model_name_or_path)}`" if config.base_model_name_or_path else "their base model"
+    )
+    limits = [f"They fit {base} alone. `steer transfer` moves vectors to another model; measure there again."]
+    if config.prompt is not None:
+        limits.append(f"They were made with one way of asking ({_line(config.prompt)}). Others may do worse.")
+    if any(is_score(score) for score in _part(made, "results").values()):
+        limits.append("The scores are for the held-out problems of the run. No other task was measured.")
+    if config.condition is None:
+        limits.append("They change every answer, wanted or not. Compare with the base: `steer play`.")
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
 def _scores(made: dict[str, Any]) -> str:
     """Accuracy with intervals of the base, of the vectors, and of every control that was run."""
     results = {name: score for name, score in _part(made, "results").items() if is_score(score)}
@@ -158,14 +197,18 @@ def _scores(made: dict[str, Any]) -> str:
 
 
 def _side_effects(made: dict[str, Any]) -> str:
-    """The calibration curve that `steer calibrate` records: scale against KL and perplexity."""
+    """
+    The calibration curve that `steer calibrate` records: scale against KL and perplexity; without one, how to
+    measure it.
+    """
     found = _part(made, "calibration")
     curve, names = found.get("curve"), ("scale", "kl", "perplexity")
     rows = [row for row in curve if isinstance(row, dict)] if isinstance(curve, list) else []
     rows = [row for row in rows if all(isinstance(row.get(name), (int, float)) for name in names)]
     base = found.get("base perplexity")
     if not rows or not isinstance(base, (int, float)):
-        return ""
+        how = "`steer calibrate` and `steer eval --side-effects` measure them"
+        return f"## Side effects\n\nNone were recorded: {how}."
     lines = [f"| {row['scale']:.4g} | {row['kl']:.4g} | {row['perplexity']:.4g} |" for row in rows]
     return (
         f"## Side effects\n\nOn neutral text ({_line(found.get('tokens'))} tokens), where the base has a "
@@ -203,7 +246,10 @@ def _settings(made: dict[str, Any]) -> str:
         else:
             text = f"- {_line(values)}"
         blocks.append(f"### {_line(part)}\n\n{text}")
-    return "## How they were made\n\n" + "\n\n".join(blocks) if blocks else ""
+    if not blocks:
+        return ""
+    listed = "\n\n".join(blocks)
+    return f"<details><summary>Every setting</summary>\n\n{listed}\n\n</details>"
 
 
 def relevant(part: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +272,8 @@ def relevant(part: str, values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v not in unset and k not in idle | off}
 
 
-def _use(config: SteeringConfig, decoder: str, name: str) -> str:
+def _use(config: SteeringConfig, name: str) -> str:
+    """The vectors in a model, in four lines."""
     base = config.base_model_name_or_path or "BASE"
     if is_hub_id(base):
         source, load = "transformers import AutoModelForCausalLM", "AutoModelForCausalLM.from_pretrained"
@@ -234,7 +281,7 @@ def _use(config: SteeringConfig, decoder: str, name: str) -> str:
         source, load = "steer.models import load_model", "load_model"
     revision = f', revision="{config.base_revision}"' if config.base_revision else ""
     base = _line(base)
-    python = f"""```bash
+    return f"""```bash
 pip install steer-rl
 ```
 
@@ -245,9 +292,14 @@ from {source}
 model = {load}("{base}"{revision})
 vectors = steer.load("{name}", model)  # vectors.scale = 0.5, vectors.disabled(), steer.detach(model)
 ```"""
+
+
+def _tools(config: SteeringConfig, decoder: str, name: str) -> str:
+    """The command line, and what else can use the vectors."""
+    base = _line(config.base_model_name_or_path or "BASE")
     tools = [
-        f"Python, with [steer]({URL}):\n\n{python}",
-        f"The command line: `steer generate {shlex.quote(base)} --vectors {name} --prompt '...'`",
+        f"The command line of [steer]({URL}): `steer generate {shlex.quote(base)} --vectors {name} "
+        "--prompt '...'`",
     ]
     if config.kind == "adaptive":
         tools.append(f"PEFT and vLLM's LoRA: `steer export {name} --to peft --out adapter`")
@@ -263,7 +315,7 @@ vectors = steer.load("{name}", model)  # vectors.scale = 0.5, vectors.disabled()
         ]
     listed = "\n".join(f"{i}. {tool}" for i, tool in enumerate(tools, 1))
     named = f"The tensors are named as in the model: `{decoder}.12.steering.vector` for layer 12."
-    return f"## Use\n\n{listed}\n\n{named}"
+    return f"## Other tools\n\n{listed}\n\n{named}"
 
 
 def _line(value: Any) -> str:

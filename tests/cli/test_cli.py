@@ -52,6 +52,7 @@ def test_info_and_card_leave_out_what_played_no_part(steered, capsys):
     assert "training    beta=0.0, max_steps=2, gradient_checkpointing=False\n" in out and "results" not in out
     text = (steered[1] / CARD_FILE).read_text()
     assert "- gradient_checkpointing: False" in text
+    assert "`mine.jsonl`, rewarded by `correct`, 2 updates." in text and "No other task" not in text
     assert "- rewards: ['correct']" in text and "digits" not in text and "eval_limit" not in text
     made["run"] |= {"train_data": "arithmetic", "eval_data": None}
     made["results"] = {"after": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "problems": 10}}
@@ -176,6 +177,8 @@ def test_the_card_tells_scores_controls_and_size(steered, tmp_path, capsys):
     assert "| with the vectors | 0.920 | 0.836 to 0.963 | 75 |" in text
     assert "| control: random reward | 0.010 |" in text
     assert "64 numbers in float32" in text and "- train_data: arithmetic" in text
+    assert "## Trained on\n\n`arithmetic`." in text and "No other task was measured" in text
+    assert "## Side effects\n\nNone were recorded" in text
     for tool in ("steer.load", "PeftModel", "vllm serve", "llama-cli", "lm_eval"):
         assert tool in text
     capsys.readouterr()
