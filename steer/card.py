@@ -4,6 +4,7 @@ The model card: a `README.md` beside the vectors, written from what their config
 
 from __future__ import annotations
 
+import json
 import shlex
 from typing import Any
 
@@ -50,7 +51,7 @@ def card(config: SteeringConfig, decoder: str, numbers: int, size: int, name: st
             *(() if "extract" in made else ("reinforcement-learning",)),
         ),
         MARK,
-        f"# Steering vectors for {config.base_model_name_or_path or 'a language model'}",
+        f"# Steering vectors for {_line(config.base_model_name_or_path or 'a language model')}",
         _summary(config, numbers, size),
         _use(config, name),
         _origin(config, made),
@@ -87,14 +88,14 @@ def _summary(config: SteeringConfig, numbers: int, size: int) -> str:
         "adaptive": "One vector per layer, at every token as strong as a learned read-out of the MLP says",
         "shared": f"One vector per layer, each a mix of {config.rank} shared directions",
     }
-    shape = f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}"
-    revision = f" at {config.base_revision}" if config.base_revision else ""
+    shape = f"{_line(config.model_type)}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}"
+    revision = f" at {_line(config.base_revision)}" if config.base_revision else ""
     site = "" if config.kind == "adaptive" else f" at `{config.site}`"
     return (
         f"{kinds[config.kind]}, added to the residual stream{site} of a frozen model "
         f"([arXiv 2509.06608](https://arxiv.org/abs/2509.06608)).\n\n"
         f"| | |\n|---|---|\n"
-        f"| base model | `{config.base_model_name_or_path}`{revision}, {shape} |\n"
+        f"| base model | `{_line(config.base_model_name_or_path)}`{revision}, {shape} |\n"
         f"| layers | {config.layers} |\n"
         f"| positions | {config.positions} |\n"
         f"| scale | {config.scale:g} |\n"
@@ -279,8 +280,7 @@ def _use(config: SteeringConfig, name: str) -> str:
         source, load = "transformers import AutoModelForCausalLM", "AutoModelForCausalLM.from_pretrained"
     else:
         source, load = "steer.models import load_model", "load_model"
-    revision = f', revision="{config.base_revision}"' if config.base_revision else ""
-    base = _line(base)
+    revision = f", revision={_quoted(config.base_revision)}" if config.base_revision else ""
     return f"""```bash
 pip install steer-rl
 ```
@@ -289,8 +289,8 @@ pip install steer-rl
 import steer
 from {source}
 
-model = {load}("{base}"{revision})
-vectors = steer.load("{name}", model)  # vectors.scale = 0.5, vectors.disabled(), steer.detach(model)
+model = {load}({_quoted(base)}{revision})
+vectors = steer.load({_quoted(name)}, model)  # vectors.scale = 0.5, vectors.disabled(), steer.detach(model)
 ```"""
 
 
@@ -316,6 +316,11 @@ def _tools(config: SteeringConfig, decoder: str, name: str) -> str:
     listed = "\n".join(f"{i}. {tool}" for i, tool in enumerate(tools, 1))
     named = f"The tensors are named as in the model: `{decoder}.12.steering.vector` for layer 12."
     return f"## Other tools\n\n{listed}\n\n{named}"
+
+
+def _quoted(text: str) -> str:
+    """A string in Python."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _line(value: Any) -> str:

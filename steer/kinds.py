@@ -98,8 +98,8 @@ class SteeringState:
         seen = self.count(tokens, past)
         if seen is None:
             raise SteerError(
-                f"positions={self.positions!r}: the {type(past).__name__} that the model keeps between "
-                "passes does not say how many tokens it has seen; use positions='all', or one pass over all "
+                f"{self.what}: the {type(past).__name__} that the model keeps between passes does not say "
+                "how many tokens it has seen; use positions='all' and no condition, or one pass over all "
                 "tokens in `with vectors.prompt_length(n):`"
             )
         length = self.prompt_length
@@ -125,7 +125,8 @@ class SteeringState:
     ) -> None:
         """Prepare the decision of the rows whose prompt ends in the pass; the others keep theirs."""
         last = torch.as_tensor(length, device=device).expand(rows) - 1 - seen
-        self.gate = None if past is None else getattr(past, "steering_gates", {}).get(self._number)
+        # An empty cache may have been used for other prompts before.
+        self.gate = getattr(past, "steering_gates", {}).get(self._number) if seen else None
         now = (last >= 0) & (last < tokens)
         fix = "read the prompt in one pass with the vectors on, and go on with its cache, row for row"
         if bool((last >= tokens).any()) and self.positions in ("all", "prompt"):
@@ -178,6 +179,11 @@ class SteeringState:
                 past.steering_seen = {**counts, self._number: seen + tokens}
             return seen
 
+    @property
+    def what(self) -> str:
+        """What needs the end of the prompt, for messages."""
+        return f"positions={self.positions!r}" if self.condition is None else "a condition"
+
     def _prompt_on(self, past: Cache | None, seen: int, tokens: int) -> int:
         """
         Length of the prompt where nobody tells: the pass over an empty cache reads it, each later one a
@@ -186,7 +192,7 @@ class SteeringState:
         if past is not None and seen == 0:
             past.steering_prompt_length = tokens  # type: ignore[attr-defined]  # a name of ours
         length = getattr(past, "steering_prompt_length", None)
-        what = f"positions={self.positions!r}" if self.condition is None else "a condition"
+        what = self.what
         fix = "wrap this call in `with vectors.prompt_length(n):`, n the prompt's columns with padding"
         if length is None:
             raise SteerError(f"{what} must know where the prompt ends: {fix}")

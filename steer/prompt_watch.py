@@ -35,7 +35,7 @@ class PromptWatch:
         # Assisted decoding and prefilling in chunks do not begin with a pass over the prompt alone.
         self.before = model.__dict__.get("generate")
         if hasattr(model, "generate"):
-            model.__dict__["generate"] = partial(_generate, state, model.generate)
+            model.__dict__["generate"] = partial(_generate, state, model, model.generate)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -45,13 +45,17 @@ class PromptWatch:
             self.model.__dict__["generate"] = self.before
 
 
-def _generate(state: SteeringState, generate: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate(state: SteeringState, model: nn.Module, generate: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` with the prompt's length told, unless a caller tells."""
-    config = kwargs.get("generation_config")
-    if (kwargs.get("guidance_scale") or getattr(config, "guidance_scale", None) or 1) != 1:
+    configs = [kwargs.get("generation_config"), *args[1:2], getattr(model, "generation_config", None)]
+    guidance = [
+        kwargs.get("guidance_scale"),
+        *(getattr(config, "guidance_scale", None) for config in configs),
+    ]
+    if next((scale for scale in guidance if scale is not None), 1) != 1:
         raise SteerError(
-            f"positions={state.positions!r} cannot be told under guidance_scale: the negative prompt has a "
-            "length of its own; use positions='all'"
+            f"{state.what} cannot be told under guidance_scale: the negative prompt has a length of its own; "
+            "generate without it, or use vectors with positions='all' and no condition"
         )
     given = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
     prompt = next((tensor for tensor in given if tensor is not None), None)

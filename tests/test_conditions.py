@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.steering import fill, logits, message, tokens
+from helpers.training import config, make_trainer
 from transformers import DynamicCache
 
 import steer
@@ -16,7 +17,7 @@ from steer import SteerError, SteeringConfig
 from steer.artifact import Artifact, read
 from steer.config import POSITIONS, Condition
 from steer.generation.decoding import CachedRows, PlainRows
-from steer.mixture import mixed
+from steer.mixture import Mixer, mixed
 from steer.vector_sets import Population
 
 ROWS, LENGTH, LAYER = 6, 9, 0
@@ -136,6 +137,70 @@ def test_what_cannot_be_decided_is_refused(tiny_llama: Any) -> None:
         message(error)
 
 
+@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])
+def test_ways_of_generate(tiny_llama: Any, options: dict[str, Any]) -> None:
+    ids = tokens(ROWS, LENGTH)
+    _, made, _ = conditional(tiny_llama, ids)
+    with mixed(tiny_llama, {"made": made}):
+        for row in range(ROWS):
+            plain = generated(tiny_llama, ids[row : row + 1]).sequences
+            assert torch.equal(generated(tiny_llama, ids[row : row + 1], **options).sequences, plain)
+
+
+def test_prompts_as_embeddings_and_in_chunks(tiny_llama: Any) -> None:
+    ids = tokens(ROWS, LENGTH)
+    _, made, _ = conditional(tiny_llama, ids)
+    with mixed(tiny_llama, {"made": made}):
+        whole = generated(tiny_llama, ids)
+        embeds = tiny_llama.get_input_embeddings()(ids)
+        rows = tiny_llama.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False)
+        assert torch.equal(rows, whole.sequences[:, LENGTH:])
+        with pytest.raises(SteerError, match="last token, which is to come") as error:
+            generated(tiny_llama, ids, prefill_chunk_size=4)
+        message(error)
+        with pytest.raises(SteerError, match="a condition cannot be told under guidance_scale") as error:
+            generated(tiny_llama, ids, guidance_scale=1.5)
+        message(error)
+    _, made, _ = conditional(tiny_llama, ids, positions="completion")
+    with mixed(tiny_llama, {"made": made}):
+        whole = generated(tiny_llama, ids)
+        chunks = generated(tiny_llama, ids, prefill_chunk_size=4)
+        for one, two in zip(whole.logits, chunks.logits, strict=True):
+            assert torch.allclose(one, two, atol=1e-4)
+
+
+def test_a_cache_that_was_emptied_decides_again(tiny_llama: Any) -> None:
+    ids = tokens(ROWS, LENGTH)
+    _, made, _ = conditional(tiny_llama, ids)
+    steer.load(made, tiny_llama)
+    first = logits(tiny_llama, ids[:2], past_key_values=DynamicCache())
+    cache = DynamicCache()
+    logits(tiny_llama, ids, past_key_values=cache)
+    cache.batch_select_indices(torch.arange(2))
+    cache.crop(-LENGTH)
+    assert torch.allclose(logits(tiny_llama, ids[:2], past_key_values=cache), first, atol=1e-5)
+
+
+def test_two_conditions_at_once(tiny_llama: Any) -> None:
+    """Each is decided by itself, the later one on a state that the earlier set may have changed."""
+    ids = tokens(ROWS, LENGTH)
+    _, one, acts = conditional(tiny_llama, ids)
+    _, two, _ = conditional(tiny_llama, ids, positions="completion")
+    never = replace(two, config=replace(two.config, condition=Condition(LAYER, 1.0)))
+    with mixed(tiny_llama, {"one": one}):
+        alone = generated(tiny_llama, ids)
+    with mixed(tiny_llama, {"never": never, "one": one}):
+        both = generated(tiny_llama, ids)
+    for left, right in zip(alone.logits, both.logits, strict=True):
+        assert torch.equal(left, right)
+    with mixed(tiny_llama, {"one": one, "two": two}):
+        both = generated(tiny_llama, ids)
+    base = generated(tiny_llama, ids)
+    assert torch.equal(both.logits[0], alone.logits[0])  # the second steers no prompt
+    for row in range(ROWS):
+        assert torch.equal(both.logits[1][row], base.logits[1][row]) == (not acts[row])
+
+
 def test_saved_and_loaded(tiny_llama: Any, tmp_path: Any) -> None:
     _, made, _ = conditional(tiny_llama, tokens(ROWS, LENGTH))
     made.save_pretrained(tmp_path / "made")
@@ -174,15 +239,18 @@ def test_wrong_conditions(condition: Any, words: str) -> None:
     message(error)
 
 
-def test_what_does_not_compute_conditions_refuses_them(tiny_llama: Any, tmp_path: Any) -> None:
+def test_what_does_not_compute_conditions_refuses_them(
+    tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Any
+) -> None:
     from steer.engine.client import steered_layers
     from steer.evaluation.side_effects import check_positions
     from steer.export import arrays, checkpoint, gguf, lm_eval, peft
-    from steer.play.mix import Mixer
+    from steer.sae.activations import Reader
     from steer.training.init import start
     from steer.transfer.move import transfer
 
     plain, made, _ = conditional(tiny_llama, tokens(ROWS, LENGTH))
+    attached = ("sae", "trainer")
     adaptive = replace(made.config, kind="adaptive")
     calls = {
         "sum": lambda: plain + made,
@@ -191,6 +259,8 @@ def test_what_does_not_compute_conditions_refuses_them(tiny_llama: Any, tmp_path
         "population": lambda: Population(tiny_llama).add("one", made.config),
         "rank one": lambda: Artifact(adaptive, made.tensors).rank_one(),
         "side effects": lambda: check_positions(made.config),
+        "sae": lambda: Reader(tiny_llama, 1),
+        "trainer": lambda: make_trainer(tiny_llama, tiny_tokenizer, config(tmp_path)),
         "init": lambda: start(steer.attach(tiny_llama, plain.config), made, "made"),
         "play": lambda: Mixer(tiny_llama).add("made", made),
         "transfer": lambda: transfer(made, None, tiny_llama),
@@ -201,6 +271,8 @@ def test_what_does_not_compute_conditions_refuses_them(tiny_llama: Any, tmp_path
         "checkpoint": lambda: checkpoint.write(made, None, tmp_path / "model"),
     }
     for name, call in calls.items():
+        if name in attached:
+            steer.load(made, tiny_llama)
         with pytest.raises(SteerError, match="have a condition") as error:
             call()
             pytest.fail(name)

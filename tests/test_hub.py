@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 import steer
 from steer import Artifact, SteerError, SteeringConfig, hub
 from steer.artifact import CARD_FILE, CONFIG_FILE, TENSOR_FILE
+from steer.card import card
 from steer.models import load_model
 from steer.sae import SAE, SAEConfig, load_sae, own
 
@@ -221,3 +223,17 @@ def test_the_code_of_a_card_runs(build_tiny: Any, tiny_tokenizer: Any, tmp_path:
 )
 def test_what_is_a_hub_id(name: str, expected: bool) -> None:
     assert hub.is_hub_id(name) == expected
+
+
+def test_what_a_config_says_is_text_in_the_card() -> None:
+    evil = '<img src=x onerror=alert(1)> | "); import os; os.abort()  # '
+    shape: dict[str, Any] = {"hidden_size": 4, "num_hidden_layers": 1}
+    config = SteeringConfig(base_model_name_or_path=evil, base_revision=evil, model_type=evil, **shape)
+    text = card(config, "model.layers", 4, 16)
+    code = text.partition("```python\n")[2]
+    code, _, other = code.partition("```")
+    (call,) = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and node.keywords]
+    assert [ast.literal_eval(value) for value in (call.args[0], call.keywords[0].value)] == [evil, evil]
+    assert "<img" not in text.partition("```")[0] + other
+    (row,) = [line for line in text.splitlines() if line.startswith("| base model |")]
+    assert row.replace("\\|", "").count("|") == 3

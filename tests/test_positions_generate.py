@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.steering import SOME, fill, logits, message, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 import steer
 from evals.architectures import tiny
@@ -140,6 +140,11 @@ def test_a_guided_prompt_has_a_length_of_its_own(tiny_llama) -> None:
     fill(steer.attach(tiny_llama, SteeringConfig(positions="completion")))
     with pytest.raises(SteerError, match="guidance_scale"):
         generated(tiny_llama, guidance_scale=1.5)
+    with pytest.raises(SteerError, match="guidance_scale"):
+        tiny_llama.generate(tokens(), GenerationConfig(guidance_scale=1.5, max_new_tokens=1))
+    tiny_llama.generation_config.guidance_scale = 1.5
+    with pytest.raises(SteerError, match="guidance_scale"):
+        generated(tiny_llama)
 
 
 def test_a_state_that_does_not_count_tokens_is_refused() -> None:

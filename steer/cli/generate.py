@@ -80,6 +80,8 @@ def _generate(args: argparse.Namespace) -> None:
             terms = parse(args.steering)
     artifacts = {}
     for name, source, scale in args.vectors:
+        if args.scale is not None and scale != 1:
+            raise SteerError(f"--scale {args.scale:g} and {name}@{scale:g} both set the scale; give one")
         saved = steer.read(source)
         scale = scale * saved.config.scale if args.scale is None else args.scale
         artifacts[name] = replace(saved, config=replace(saved.config, scale=scale))

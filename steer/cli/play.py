@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import warnings
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +92,11 @@ def _serve(comparison: Comparison, about: str, args: argparse.Namespace) -> None
     from steer.play.demo import MESSAGES, STRENGTHS
     from steer.play.page import build_page, launch
 
+    if not _is_local(args.host):
+        warnings.warn(
+            f"--host {args.host}: everyone who reaches this machine can use the page, without a password",
+            stacklevel=2,
+        )
     title = str(comparison.model.config.name_or_path)
     messages, strengths = (MESSAGES, STRENGTHS) if args.demo else ((), {})
     launch(build_page(comparison, title, about, messages, strengths), args.host, args.port)
@@ -100,6 +107,14 @@ def _named(given: str) -> tuple[str, str, float]:
     name, source, scale = named_vectors(given)
     of_run = name == "vectors" == Path(source).name and Path(source).resolve().parent.name
     return of_run or name, source, scale
+
+
+def _is_local(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _port(given: str) -> int:

@@ -219,7 +219,7 @@ class Vectors:
             if body or not isinstance(given["name"], str) or not isinstance(given["artifact"], str):
                 raise TypeError
             scale = float(given.get("scale", 1.0))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             return _error(
                 HTTPStatus.BAD_REQUEST,
                 'expected {"name": "math", "artifact": "a folder or hub id", "scale": 1.0}, no scale is 1',
@@ -298,7 +298,7 @@ class _Choose:
         """The body that vLLM gets, while `held` is open; None for the one that was sent."""
         try:
             given = json.loads(body)
-        except ValueError:  # vLLM says what is wrong with it
+        except (ValueError, RecursionError):  # vLLM says what is wrong with it
             return None
         if not isinstance(given, dict):
             return None
@@ -311,6 +311,13 @@ class _Choose:
         if asked is None:
             return None
         given.pop("steering", None)
+        for name in ("vllm_xargs", "chat_template_kwargs"):
+            if not isinstance(given.get(name), dict | None):
+                raise SteerError(f"{name}={shown(given[name])} is not an object")
+        if given.get("use_beam_search") and any(term.scale for term in asked.terms):
+            raise SteerError(
+                "use_beam_search=true: vLLM's beam search takes no vectors; sample, or ask the base model"
+            )
         if path.endswith("/v1/chat/completions") and is_question(given):
             prompt = vectors.prompt(asked)
             if prompt is not None:

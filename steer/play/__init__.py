@@ -1,7 +1,6 @@
 """
 `steer play`: a page to chat with a model and its steered self side by side.
 
-- `mix`: several sets of vectors in one model, at strengths that each call chooses
 - `compare`: answers of both, token by token; what the vectors change in each token's probability
 - `views`: what `compare` returns, as HTML
 - `page`: the Gradio page

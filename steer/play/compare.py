@@ -18,8 +18,8 @@ from steer.errors import SteerError
 from steer.generation.decoding import CachedRows, PlainRows, Rows, inputs
 from steer.generation.sampler import Sampling, draw_token, uniforms
 from steer.generation.verify import fast_paths
+from steer.mixture import BASE, Mix, Mixer
 from steer.models import check_context
-from steer.play.mix import BASE, Mix, Mixer
 from steer.sites import input_device
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.prompts import Question, format_prompt, prompt_ids

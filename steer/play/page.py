@@ -15,9 +15,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 
 from steer.errors import SteerError
+from steer.mixture import Mix
 from steer.play import views
 from steer.play.compare import Comparison, TokenChange
-from steer.play.mix import Mix
 
 SIDES = ("Base", "With vectors")
 _ON_CLICK = """
@@ -138,7 +138,7 @@ def build_page(
 
         def choose(side: int) -> Any:
             def chosen(before: list[Turn], event: gr.EventData) -> Any:
-                place = (side, int(event._data["token"]))
+                place = (side, int(event.token))
                 return (*_chats(before, place), place)
 
             return chosen

@@ -72,6 +72,9 @@ def test_generate_is_side_by_side_and_scale_zero_is_the_base(steered, capsys):
     assert main([*common, "--scale", "0"]) == 0
     base, other = capsys.readouterr().out.splitlines()
     assert base.removeprefix("base     ") == other.removeprefix("steered  ")
+    common[3] = f"{vectors}@0.5"
+    assert main([*common, "--scale", "2"]) == 1
+    assert "--scale 2 and vectors@0.5 both set the scale" in capsys.readouterr().err
 
 
 def test_generate_adds_sets_up(steered, capsys):

@@ -26,6 +26,8 @@ import steer
 from steer import SteerError, SteeringConfig
 from steer.arguments import named_vectors
 from steer.artifact import Artifact
+from steer.cli import main
+from steer.config import Condition
 from steer.prompt import PromptSpec
 from steer.tasks.prompts import format_prompt
 
@@ -44,6 +46,20 @@ WIDTH = 128
 )
 def test_what_vectors_are_asked_for(text: str, expected: tuple[str, str, float]) -> None:
     assert named_vectors(text) == expected
+
+
+def test_a_condition_is_refused_before_the_server_starts(
+    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("steer.extras.find_spec", lambda name: True)
+    monkeypatch.setattr("os.execv", lambda *given: pytest.fail(f"started {given}"))
+    vectors = steer.attach(tiny_llama, SteeringConfig(layers="1-2"))
+    plain = Artifact(vectors.config, vectors.tensors())
+    made = plain.with_condition(Condition(0, 0.5), torch.ones(tiny_llama.config.hidden_size), {})
+    made.save_pretrained(tmp_path / "made")
+    assert main(["serve", "MODEL", "--vectors", f"math={tmp_path / 'made'}"]) == 1
+    told = capsys.readouterr().err
+    assert "math cannot be served: these vectors have a condition" in told and told.count("\n") == 1
 
 
 @pytest.fixture
@@ -189,6 +205,9 @@ def test_steering_gives_layers_and_positions(plugin: Any, model: dict[str, str])
         ({"steering": {"sets": [{"name": "math", "layers": "2"}]}}, "none of layers 2 is steered"),
         ({"steering": {"sets": []}}, "steering.sets=[]"),
         ({"steering": "math"}, "steering='math' is not an object"),
+        ({"model": "math", "use_beam_search": True}, "vLLM's beam search takes no vectors"),
+        ({"model": "math", "vllm_xargs": [1]}, "vllm_xargs=[1] is not an object"),
+        ({"model": "math", "chat_template_kwargs": "x"}, "chat_template_kwargs='x' is not an object"),
     ],
 )
 def test_what_cannot_be_is_one_clear_line(plugin: Any, body: dict[str, Any], words: str) -> None:
@@ -237,6 +256,17 @@ def test_other_requests_go_through_as_they_are(plugin: Any, body: Any) -> None:
     seen, answer = plugin(body)
     assert answer is None
     assert seen == (body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+def test_beams_of_the_base_model(plugin: Any) -> None:
+    for model in ("base", "math@0"):
+        seen, answer = plugin({"model": model, "prompt": "x", "use_beam_search": True})
+        assert answer is None and json.loads(seen)["use_beam_search"]
+
+
+def test_a_body_nested_too_deep_is_left_to_vllm(plugin: Any) -> None:
+    body = b'{"model":' + b"[" * 100_000
+    assert plugin(body) == (body, None)
 
 
 def test_an_unknown_name_gets_404_and_the_list(plugin: Any) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +48,21 @@ def test_a_port_is_a_number(port: str, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         main(["play", "--demo", "--port", port])
     assert "--port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"),
+    [("127.0.0.1", False), ("localhost", False), ("::1", False), ("0.0.0.0", True), ("::", True)],
+)
+def test_a_page_for_other_machines_is_warned_of(
+    host: str, warned: bool, monkeypatch: Any, capsys: Any
+) -> None:
+    served: list[str] = []
+    page = SimpleNamespace(build_page=lambda *_: "page", launch=lambda _, host, port: served.append(host))
+    monkeypatch.setitem(sys.modules, "steer.play.page", page)
+    assert main(["play", "--demo", "--host", host]) == 0
+    assert served == [host]
+    assert ("without a password" in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from helpers.steering import fill, logits, message
 import steer
 from steer import Artifact, SteerError, SteeringConfig
 from steer.generation.sampler import Sampling, rollout, uniforms
+from steer.mixture import BASE, Mix
 from steer.play import compare
 from steer.play.compare import CHAT, TEXT, Comparison
-from steer.play.mix import BASE, Mix
 from steer.prompt import PromptSpec
 
 ON = Mix({"one": 1})

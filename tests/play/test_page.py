@@ -23,8 +23,8 @@ pytest.importorskip("gradio", reason="Gradio is not installed")
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
+from steer.mixture import BASE, Mix
 from steer.play.compare import TEXT, Comparison
-from steer.play.mix import BASE, Mix
 from steer.play.page import build_page, launch
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -15,7 +15,7 @@ from helpers.steering import fill, logits, message, tokens
 import steer
 from steer import Artifact, SteerError, SteeringConfig
 from steer.config import Condition
-from steer.play.mix import BASE, Mix, Mixer
+from steer.mixture import BASE, Mix, Mixer
 
 
 def artifact(model: Any, seed: int = 0, **config: Any) -> Artifact:
