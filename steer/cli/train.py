@@ -41,6 +41,7 @@ from steer import artifact
 from steer.cli.find_lr import find_lr
 from steer.cli.layer_sweep import train_population
 from steer.errors import SteerError
+from steer.prompt import recorded
 from steer.tasks.elicited import STAGES
 from steer.training import answers, init, recipe
 from steer.training import run as runs
@@ -51,6 +52,7 @@ from steer.training.dry_run import dry_run
 from steer.training.problems import problems
 from steer.training.rate_search import choose
 from steer.training.recipe import Recipe
+from steer.training.resuming import newest_checkpoint
 from steer.training.run_settings import RunSettings, TrainingConfig
 from steer.training.steering_mixin import SteeringTrainerMixin
 from steer.training.steering_trainer import SteeringGRPOTrainer
@@ -128,6 +130,9 @@ def vectors(settings: RunSettings) -> Recipe:
 
     def examples(train: Any, held_out: Any, tokenizer: Any, model: Any) -> Dataset:
         rows, known = answers.examples(settings, train, held_out, tokenizer, model)
+        begun = newest_checkpoint(settings.training.output_dir, artifact.read)
+        if begun is not None:
+            answers.check_unchanged(recorded(artifact.read(begun).config.provenance, "data"), known)
         origin.update(known)
         return rows
 

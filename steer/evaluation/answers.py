@@ -27,7 +27,7 @@ STAGES = ("before", "longer", "elicited", "after", "training")
 class Answer(NamedTuple):
     """
     One answer of a run. `about` tells the problem from others, `spec` is how it was asked, `finished` whether
-    the model ended it. `reward` is what training gave it in all, known of the answers of updates alone.
+    the model ended it.
     """
 
     about: str
@@ -36,22 +36,27 @@ class Answer(NamedTuple):
     correct: bool
     spec: PromptSpec
     finished: bool
-    reward: float | None = None
 
 
 class Answers(NamedTuple):
     """
-    The answers of a run; which of them these are in words, such as "stage 'after'"; and how a run of `steer
-    train` puts its problems, None for one of `steer eval`, where each benchmark may be put in another way.
+    The answers of a run; which of them these are in words, such as "stage 'after'"; how a run of `steer
+    train` puts its problems, None for one of `steer eval`, where each benchmark may be put in another way;
+    and the names of the benchmarks or held-out data that they answer, none for those of updates.
     """
 
     rows: list[Answer]
     what: str
     prompt: PromptSpec | None
+    scored: tuple[str, ...] = ()
 
 
 def read_answers(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, stage: str = "after", variant: str = "base"
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: str = "after",
+    variant: str = "base",
+    min_reward: float | None = None,
 ) -> Answers:
     """
     The graded answers of a run, each after its prompt.
@@ -62,18 +67,31 @@ def read_answers(
         stage: of a run of `steer train`: a key of `STAGES`, whose answers were kept. "training" are those of
             the updates themselves, which `log_completions` keeps.
         variant: of a run of `steer eval`: whose answers.
+        min_reward: of stage "training": the rewards together, with the run's weights, from which an answer
+            counts as right; None: right is what is correct.
 
     Raises:
-        SteerError: no such run, stage or variant.
+        SteerError: no such run, stage or variant; a reward asked of answers that have verdicts alone.
     """
     settings = run_settings(folder)
-    if "variants" in settings:
-        return Answers(list(_evaluated(folder, settings, variant, tokenizer)), f"variant {variant!r}", None)
+    evaluated = "variants" in settings
+    what = f"variant {variant!r}" if evaluated else f"stage {stage!r}"
+    if min_reward is not None and (evaluated or stage != "training"):
+        raise SteerError(
+            f"min_reward={min_reward:g}: {folder}, {what}, has verdicts and no rewards; leave min_reward "
+            "out, or choose the answers of stage 'training'"
+        )
+    if evaluated:
+        rows = list(_evaluated(folder, settings, variant, tokenizer))
+        return Answers(rows, what, None, tuple(settings["benchmarks"]))
     spec = asked_with(settings)
     if stage not in STAGES:
         raise SteerError(f"stage={stage!r} is unknown; choose one of {', '.join(STAGES)}")
-    find = _trained if stage == "training" else _answered
-    return Answers(list(find(folder, settings, spec, stage, tokenizer)), f"stage {stage!r}", spec)
+    if stage == "training":
+        return Answers(list(_trained(folder, settings, spec, tokenizer, min_reward)), what, spec)
+    rows = list(_answered(folder, settings, spec, stage, tokenizer))
+    held_out = heldout_source(settings["run"]["train_data"], settings["run"].get("eval_data"))
+    return Answers(rows, what, spec, (held_out,) if held_out else ())
 
 
 def run_settings(folder: Path) -> dict[str, Any]:
@@ -164,8 +182,8 @@ def _trained(
     folder: Path,
     settings: Mapping[str, Any],
     spec: PromptSpec,
-    stage: str,
     tokenizer: PreTrainedTokenizerBase,
+    least: float | None,
 ) -> Iterator[Answer]:
     """trl's tables of the samples of updates."""
     import pyarrow.parquet
@@ -179,18 +197,21 @@ def _trained(
     limit, weights = _limit_and_weights(settings)
     for path in paths:
         for row in pyarrow.parquet.read_table(path).to_pylist():
-            if "correctness" not in row:
+            if least is None and "correctness" not in row:
                 names = ", ".join(row)
-                raise SteerError(f"{path} does not say which answers are right; its columns are {names}")
+                raise SteerError(
+                    f"{path} does not say which answers are right; its columns are {names}; choose another "
+                    "stage, or in training those with a high reward (min_reward)"
+                )
             if not isinstance(row["prompt"], str):
                 raise SteerError(f"{path} has chats for prompts; choose another --stage")
             columns = list(row)
             first = columns.index("completion") + 1  # the rewards follow, in the order of their settings
             rewards = [row[name] or 0.0 for name in columns[first : first + len(weights)]]
             total = sum(weight * reward for weight, reward in zip(weights, rewards, strict=True))
+            right = (row["correctness"] or 0) > 0 if least is None else total >= least
             length = len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"])
-            right = row["correctness"] > 0
-            yield Answer(row["prompt"], row["prompt"], row["completion"], right, spec, length < limit, total)
+            yield Answer(row["prompt"], row["prompt"], row["completion"], right, spec, length < limit)
 
 
 def _limit_and_weights(settings: Mapping[str, Any]) -> tuple[int, list[float]]:

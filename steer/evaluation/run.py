@@ -118,6 +118,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     base = _base(args, bones)
     compared = variants.collect(base, args.vectors, args.scales, args.adapter, args.prefixes, args.systems)
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
+    variants.tell_of_trained_on(compared, [b.name for b in chosen])
     if args.side_effects:
         variant_effects.check(compared, args.fine_tuned)
     prompts = _prompts(args, compared, chosen)

@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from steer import artifact
 from steer.errors import SteerError
 from steer.files import read_json
+from steer.prompt import recorded
 from steer.tasks.elicited import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("steer")
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -134,6 +137,20 @@ def check(
         with _unmeasured():
             steer.load(saved, model)
         steer.detach(model)
+
+
+def tell_of_trained_on(variants: Sequence[Variant], names: Sequence[str]) -> None:
+    """Warn of vectors that were trained on answers to problems of a benchmark among `names`."""
+    for path in dict.fromkeys(variant.path for variant in variants if variant.kind == "vectors"):
+        scored = recorded(artifact.read(path).config.provenance, "data").get("scored_on", [])
+        known = {name for source in scored for name in (source, Path(source).stem)}
+        if seen := [name for name in names if name in known]:
+            log.warning(
+                "warning: %s was trained on answers to problems of %s: its score on them does not show what "
+                "it does on new problems",
+                path,
+                " and ".join(seen),
+            )
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def read_completions(
         SteerError: no such run, stage or variant; answers that are all right or all wrong.
     """
     path = Path(folder)
-    answers, what, prompt = read_answers(path, tokenizer, stage, variant)
+    answers, what, prompt, _ = read_answers(path, tokenizer, stage, variant)
     counts = {kind: sum(a.correct is kind for a in answers) for kind in (True, False)}
     if not all(counts.values()):
         raise SteerError(

@@ -48,14 +48,18 @@ class SteeringSFTTrainer(SteeringTrainerMixin, SFTTrainer):
         **kwargs: Any,
     ):
         check_text(kwargs.get("train_dataset"))
-        told = steering or getattr(getattr(model, "steering_vectors", None), "config", None)
-        if told is not None and told.positions != "all" and args.completion_only_loss is False:
-            raise SteerError(
-                f"positions={told.positions!r} needs to know where a prompt ends, and with "
-                "completion_only_loss=false nothing tells it; leave completion_only_loss out, or set "
-                "positions='all'"
-            )
         super().__init__(model, args, steering, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        made = super()._prepare_dataset(dataset, *args, **kwargs)
+        positions = self.vectors.config.positions
+        if positions != "all" and (row := next(iter(made), None)) and row["labels"][0] != -100:
+            raise SteerError(
+                f"positions={positions!r} needs to know where a prompt ends, and the loss is on a text from "
+                "its first token on; give data with columns 'prompt' and 'completion' and leave "
+                "completion_only_loss out, or set positions='all'"
+            )
+        return made
 
 
 class SteeringDPOTrainer(SteeringTrainerMixin, DPOTrainer):

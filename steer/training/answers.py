@@ -5,7 +5,10 @@ solutions, from a file of chosen and rejected answers, or from the graded answer
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +18,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError, shown
-from steer.evaluation.answers import Answer, pairs, read_answers, run_model, run_settings
+from steer.evaluation.answers import Answers, pairs, read_answers, run_model, run_settings
 from steer.files import json_lines
 from steer.models import context_length
 from steer.prompt import PromptSpec
-from steer.stop_tokens import end_of_turn
 from steer.tasks.elicited import worked_answer
-from steer.tasks.prompts import TEMPLATES, formatter, question
+from steer.tasks.prompts import TEMPLATES, Question, formatter, question
+from steer.training.answer_tokens import Example, fitting, tokens
 from steer.training.arguments import AnswerArguments
 from steer.training.problems import Problems, held_out_problems, problems
 from steer.training.run import RunConfig
@@ -38,15 +41,6 @@ class Source(NamedTuple):
 
     folder: Path
     stage: str | None = None
-
-
-class Example(NamedTuple):
-    """A prompt with one answer, and with a worse one in a pair, which its limit may have cut off."""
-
-    prompt: str
-    answer: str
-    worse: str | None = None
-    cut: bool = False
 
 
 def run_source(train_data: str) -> Source | None:
@@ -133,7 +127,7 @@ def examples(
 
     Returns:
         A data set of token ids, in the form that trl's trainers make of text; and what the provenance of the
-        vectors says of it: its origin and how many examples were kept.
+        vectors says of it: its origin, how many examples were kept, and a checksum of them.
 
     Raises:
         SteerError: no example is left, or they are not what the method needs.
@@ -148,15 +142,25 @@ def examples(
     else:
         made, told = [_solution(row, settings.prompt, tokenizer) for row in train], {}
     if held_out and train is None:
-        made = _unseen(made, held_out, settings.prompt, tokenizer)
+        made = _unseen(made, held_out, settings.prompt, tokenizer, anywhere=source is None)
     distinct = list(dict.fromkeys(made))
     if len(distinct) < len(made):
         log.info("%d examples that are there already are left out", len(made) - len(distinct))
-    rows = _tokens(distinct, tokenizer, settings.prompt, method)
-    kept = _fitting(rows, settings.training.max_length, context_length(model.config))
+    rows = tokens(distinct, tokenizer, method)
+    kept = fitting(rows, settings.training.max_length, context_length(model.config))
     log.info("%d examples to train on", len(kept))
     columns = {name: [row[name] for row in kept] for name in kept[0]}
-    return Dataset.from_dict(columns), {"from": data, **told, "examples": len(kept)}
+    checksum = hashlib.sha256(json.dumps(columns, sort_keys=True).encode()).hexdigest()[:16]
+    return Dataset.from_dict(columns), {"from": data, **told, "examples": len(kept), "checksum": checksum}
+
+
+def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """SteerError where a run that goes on has other examples than it began with, by what `examples` says."""
+    if "checksum" in before and before["checksum"] != now["checksum"]:
+        raise SteerError(
+            f"{now['from']} has changed since this run began: {before['examples']} examples then, "
+            f"{now['examples']} now; give another output_dir, or the answers as they were"
+        )
 
 
 # ---- where they are from
@@ -174,7 +178,12 @@ def _solution(row: Mapping[str, Any], prompt: PromptSpec, tokenizer: PreTrainedT
         text = text.removeprefix(prompt.prefix)
     elif isinstance(question(row), str):
         text = _gap(prompt) + text
-    return Example(formatter(prompt, tokenizer)(question(row)), text)
+    asked = question(row)
+    return Example(formatter(prompt, tokenizer)(asked), text, chat=_is_chat(prompt, asked))
+
+
+def _is_chat(prompt: PromptSpec, asked: Question) -> bool:
+    return not isinstance(asked, str) or TEMPLATES[prompt.template].chat
 
 
 def _gap(prompt: PromptSpec) -> str:
@@ -204,7 +213,10 @@ def _preferences(path: Path, prompt: PromptSpec, tokenizer: PreTrainedTokenizerB
             raise SteerError(f"{where}: 'prompt' is {shown(asked)}; expected a text or a list of messages")
         if row["chosen"] == row["rejected"]:
             raise SteerError(f"{where}: 'chosen' and 'rejected' are the same text; leave the line out")
-        made.append(Example(asked if isinstance(asked, str) else put(asked), row["chosen"], row["rejected"]))
+        # a text may be of any form: its answers end as those of the run's template do
+        chat = _is_chat(prompt, asked)
+        text = asked if isinstance(asked, str) else put(asked)
+        made.append(Example(text, row["chosen"], row["rejected"], chat=chat))
     return made
 
 
@@ -228,19 +240,15 @@ def _of_run(
                 f"answers by {other}"
             )
     stage = source.stage or asked.stage or TRAINING
-    found = read_answers(source.folder, tokenizer, stage, asked.variant or "base")
-    asked_with = next((answer.spec for answer in found.rows if answer.spec != settings.prompt), None)
-    if asked_with is not None:
-        raise SteerError(
-            f"{source.folder}, {found.what}: the model was asked with {asked_with}, and this run asks it "
-            f"with {settings.prompt}; give the same template, prefix and chat template variables"
-        )
-    if (model := run_model(of)["model"]) != settings.run.model:
-        log.info("the answers are those of another model, %s", model)
     least = asked.min_reward
-    graded = [a._replace(correct=_right(a, least, source, found.what)) for a in found.rows]
+    found = read_answers(source.folder, tokenizer, stage, asked.variant or "base", least)
+    _check_prompts(found, settings, source, tokenizer, run_model(of)["model"])
+    told: dict[str, Any] = {"which": found.what}
+    if found.scored:
+        told["scored_on"] = list(found.scored)
+        _tell_scored(found, settings, source)
     # a right answer that its limit cut off does not show how one ends
-    graded = [answer for answer in graded if answer.finished or not answer.correct]
+    graded = [answer for answer in found.rows if answer.finished or not answer.correct]
     right = [answer for answer in graded if answer.correct]
     log.info(
         "%s, %s: %d answers, %d of them right; %d more are right, but cut off by their limit and left out",
@@ -250,18 +258,19 @@ def _of_run(
         len(right),
         len(found.rows) - len(graded),
     )
-    told = {"which": found.what, "answers": len(found.rows), "right": len(right)}
+    told |= {"answers": len(found.rows), "right": len(right)}
     if not right:
         limit = "" if least is None else f" with a reward from {least:g}"
         raise SteerError(
             f"{source.folder}, {found.what}: none of {len(found.rows)} answers is right{limit} and ended "
             "by the model; choose another run, stage or variant"
         )
+    chat = TEMPLATES[settings.prompt.template].chat
     if settings.training.method == "sft":
-        return [Example(answer.prompt, answer.text) for answer in right], told
+        return [Example(answer.prompt, answer.text, chat=chat) for answer in right], told
     wrong = [answer for answer in graded if not answer.correct]
     made = [
-        Example(right[i].prompt, right[i].text, wrong[j].text, not wrong[j].finished)
+        Example(right[i].prompt, right[i].text, wrong[j].text, not wrong[j].finished, chat)
         for i, j in pairs(graded)
         if right[i].text != wrong[j].text
     ]
@@ -273,80 +282,76 @@ def _of_run(
     return made, {**told, "pairs": len(made)}
 
 
-def _right(answer: Answer, least: float | None, source: Source, what: str) -> bool:
-    if least is None:
-        return answer.correct
-    if answer.reward is None:
+def _check_prompts(
+    found: Answers, settings: RunSettings, source: Source, tokenizer: PreTrainedTokenizerBase, model: str
+) -> None:
+    """SteerError where the answers follow other prompts than this run's."""
+    where = f"{source.folder}, {found.what}"
+    other = next((answer.spec for answer in found.rows if answer.spec != settings.prompt), None)
+    if other is not None:
+        fix = "give the same template, prefix and chat_template_kwargs"
+        if other.examples or other.system:
+            fix = "training knows no worked examples and no system text: choose another stage or variant"
         raise SteerError(
-            f"min_reward={least:g}: {source.folder}, {what}, has verdicts and no rewards; leave min_reward "
-            "out, or choose the answers of stage 'training'"
+            f"{where}: the model was asked with {other}, and this run asks it with {settings.prompt}; {fix}"
         )
-    return answer.reward >= least
+    if model == settings.run.model:
+        return
+    log.info("the answers are those of another model, %s", model)
+    problem = "What is asked?"
+    before, _, after = formatter(settings.prompt, tokenizer)(problem).partition(problem)
+    for answer in found.rows:  # the prompts of updates are text that the other model's tokenizer laid out
+        if not (answer.prompt.startswith(before) and answer.prompt.endswith(after)):
+            raise SteerError(
+                f"{where}: the prompt {shown(answer.prompt)} is laid out for {model}, and this run asks its "
+                f"model with {shown(before + '...' + after)}; choose answers of `steer eval`, whose prompts "
+                "are laid out anew"
+            )
+
+
+def _tell_scored(found: Answers, settings: RunSettings, source: Source) -> None:
+    """Answers to problems that a run was scored on: which of them stay unseen must be said."""
+    names = ", ".join(found.scored)
+    if settings.run.eval_data is None:
+        raise SteerError(
+            f"{source.folder}, {found.what}, answers the problems that it was scored on ({names}), and no "
+            "eval_data says which of them must not be trained on; give the problems that are to stay unseen "
+            "as eval_data, or 'none' to train on all"
+        )
+    log.warning(
+        "warning: these are answers to problems of %s, and those that eval_data=%s does not hold out are "
+        "trained on: a score of the vectors on them does not show what they do on new problems",
+        names,
+        settings.run.eval_data,
+    )
 
 
 def _unseen(
-    made: list[Example], held_out: Problems, prompt: PromptSpec, tokenizer: PreTrainedTokenizerBase
+    made: list[Example],
+    held_out: Problems,
+    prompt: PromptSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    anywhere: bool = False,
 ) -> list[Example]:
+    """The examples without held-out problems; `anywhere`: nor with one as a part of their prompt."""
+
+    def fold(text: str) -> str:
+        return " ".join(text.split())
+
     put = formatter(prompt, tokenizer)
-    kept_out = {put(question(row)) for row in held_out}
-    unseen = [one for one in made if one.prompt not in kept_out]
+    kept_out = {fold(put(question(row))) for row in held_out}
+    problems_out = {fold(row["problem"]) for row in held_out} if anywhere else set()
+
+    def seen(asked: str) -> bool:
+        parts = (text for text in problems_out if text in asked)
+        return asked in kept_out or any(re.search(rf"(?<!\w){re.escape(p)}(?!\w)", asked) for p in parts)
+
+    unseen = [one for one in made if not seen(fold(one.prompt))]
     if len(unseen) < len(made):
         log.info("%d examples are answers to held-out problems and were dropped", len(made) - len(unseen))
     if not unseen:
         raise SteerError(
-            "every answer to train on is one to a held-out problem; choose the answers of stage 'training', "
-            "or other problems as eval_data"
+            "every answer to train on is one to a held-out problem; give answers to other problems, or other "
+            "problems as eval_data"
         )
     return unseen
-
-
-# ---- tokens
-
-
-def _tokens(
-    made: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt: PromptSpec, method: str
-) -> list[dict[str, list[int]]]:
-    chat = TEMPLATES[prompt.template].chat
-    end = (end_of_turn(tokenizer) if chat else None) or tokenizer.eos_token_id
-    if end is None:
-        raise SteerError("the tokenizer has no token that ends a text (eos_token); set one on it")
-    bos = tokenizer.bos_token
-    rows: list[dict[str, list[int]]] = []
-    for one in made:
-        # as `prompt_ids` for one text
-        special = not (bos and one.prompt.startswith(bos))
-        first = list(tokenizer(one.prompt, add_special_tokens=special)["input_ids"])
-        better, worse = (
-            list(tokenizer(text or "", add_special_tokens=False)["input_ids"]) for text in one[1:3]
-        )
-        better.append(end)
-        if not one.cut:
-            worse.append(end)
-        if method == "sft":
-            rows.append({"input_ids": first + better, "labels": [-100] * len(first) + better})
-        else:
-            rows.append({"prompt_ids": first, "chosen_ids": better, "rejected_ids": worse})
-    return rows
-
-
-def _fitting(
-    rows: list[dict[str, list[int]]], max_length: int | None, context: int | None
-) -> list[dict[str, list[int]]]:
-    """The rows that are no longer than `max_length` and the model's context; how many are not is logged."""
-
-    def length(row: dict[str, list[int]]) -> int:
-        if "input_ids" in row:
-            return len(row["input_ids"])
-        return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-
-    most = min((limit for limit in (max_length, context) if limit is not None), default=None)
-    if most is None:
-        return rows
-    kept = [row for row in rows if length(row) <= most]
-    why = f"max_length={max_length} and the model's context of {context} tokens"
-    if not kept:
-        shortest = min(map(length, rows))
-        raise SteerError(f"no example fits {why}: the shortest has {shortest} tokens; raise max_length")
-    if len(kept) < len(rows):
-        log.warning("%d of %d examples do not fit %s", len(rows) - len(kept), len(rows), why)
-    return kept

@@ -25,8 +25,8 @@ class AnswerArguments:
         default=None,
         metadata={
             "help": "Of a run of `steer train`: whose answers. training (default) = those of its updates, "
-            "which it keeps with log_completions; before, longer, elicited, after = those to held-out "
-            "problems."
+            "which it keeps with log_completions; before, longer, after = those to the problems it was "
+            "scored on, where eval_data says which of them to leave out."
         },
     )
     variant: str | None = field(

@@ -71,8 +71,8 @@ class RunConfig:
         default="arithmetic",
         metadata={
             "help": "Problems to train on: arithmetic (generated), gsm8k, math, deepscaler, a hub id, "
-            "or a .jsonl or "
-            ".parquet file with columns problem and answer."
+            "or a .jsonl or .parquet file with columns problem and answer. With method sft or dpo also the "
+            "folder of a run whose answers were kept, with dpo a .jsonl file of pairs."
         },
     )
     columns: str | None = field(

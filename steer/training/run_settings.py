@@ -235,6 +235,7 @@ def _read(
     """One object for each dataclass of `kinds`. `more`: what GRPO has beside."""
     parts = tuple(kinds.values())
     usage = f"steer {_COMMANDS[recipe]} --config NAME [--setting VALUE ...]"
+    method = recipe.partition("_")[0]
     parser = _Parser(cast(list[Any], parts), description=description, usage=usage, formatter_class=Help)
     parser.add_argument(
         "--config", metavar="NAME", help="YAML file of settings, or the name of one of steer's, such as demo"
@@ -247,17 +248,19 @@ def _read(
     )
     if _COMMANDS[recipe] == "train":
         told = "; ".join(f"{name} = {about}" for name, (_, about) in METHODS.items())
-        own = recipe.partition("_")[0]
         parser.add_argument(
-            "--method", metavar="NAME", default=own, help=f"how vectors are trained: {told} (--help shows "
+            "--method", metavar="NAME", default=method, help=f"how vectors are trained: {told} (--help shows "
             "the settings of the one that is given)",
         )  # fmt: skip
     try:
         parsed = parser.parse_args_and_config(words)
+        given = parser.given.get("method", method)
+        if _COMMANDS[recipe] == "train" and given != method:  # abbreviated: --metho dpo
+            raise SteerError(f"method={shown(given)} was not written as --method; write --method {given}")
         if parser.given["print_config"]:
             if os.environ.get("RANK", "0") == "0":
-                method = "" if recipe in ("grpo_steer", *_OTHERS) else f"method: {parser.given['method']}\n\n"
-                print(_environment(words) + method + _as_yaml(parts, parser.given), end="")
+                told = "" if recipe in ("grpo_steer", *_OTHERS) else f"method: {method}\n\n"
+                print(_environment(words) + told + _as_yaml(parts, parser.given), end="")
             sys.exit(0)
         return parsed[: len(parts)]
     except OSError as error:
@@ -272,7 +275,7 @@ def _read(
             if _COMMANDS[recipe] == "train" and (others := _methods_with(unknown[0], more)):
                 raise SteerError(
                     f"{unknown[0]} is a setting of method={' and method='.join(others)}, and has no effect "
-                    f"with method={recipe.partition('_')[0]}; leave it out"
+                    f"with method={method}; leave it out"
                 ) from error
             near = get_close_matches(unknown[0].replace("-", "_"), known, 1)
             hint = f"; did you mean {near[0]}?" if near else "; --help lists the settings"

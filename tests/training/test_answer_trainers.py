@@ -79,9 +79,11 @@ def run(build_tiny: Callable, tiny_tokenizer: Any, tmp_path: Path) -> Callable[.
             model or build_tiny("llama", initializer_range=SPREAD),
             config(str(tmp_path / folder), **{**defaults, **settings}),
             steering,
-            train_dataset=Dataset.from_dict({name: rows[name] for name in columns}),
-            processing_class=tiny_tokenizer,
-            **(more or {}),
+            **{
+                "train_dataset": Dataset.from_dict({name: rows[name] for name in columns}),
+                "processing_class": tiny_tokenizer,
+                **(more or {}),
+            },
         )
         if train:
             made.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -244,6 +246,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "sft",
         {"steering": SteeringConfig(positions="prompt"), "completion_only_loss": False},
         "positions='prompt' needs to know where a prompt ends",
+    ),
+    "no prompt in the data": (
+        "sft",
+        {
+            "steering": SteeringConfig(positions="completion"),
+            "more": {"train_dataset": Dataset.from_dict({"text": ["1+1=2", "2+2=4"]})},
+        },
+        "positions='completion' needs to know where a prompt ends",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""`steer train --method sft` and `--method dpo`: what they train on, their run folder, and bad input."""
+"""`steer train --method sft` and `--method dpo`: what they train on, and bad input."""
 
 from __future__ import annotations
 
@@ -7,22 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-import torch
 from accelerate.state import AcceleratorState
-from helpers.launching import run_folder, run_here
-from helpers.paths import ROOT
+from helpers.answers import answers_folder, made, texts, with_tests
 
-from steer import SteerError, artifact
-from steer.cli import train
+import steer
+from steer import SteerError
+from steer.evaluation import variants
 from steer.tasks.prompts import format_prompt
-from steer.training import answers
-from steer.training.recipe import begin
-from steer.training.run_settings import RunSettings
-
-PLAIN = ["--template", "plain", "--use_cpu", "true", "--report_to", "none", "--max_completion_length", "8"]
+from steer.training.answer_tokens import Example, tokens
 
 
 @pytest.fixture(scope="module")
@@ -32,74 +25,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base(place: Path, build_tiny: Callable, tiny_tokenizer: Any) -> Path:
-    """A model, problems, and `run/`: a run of GRPO that kept samples, of 3 + 4 and of 5 + 5."""
-    folder = run_folder(place, build_tiny, tiny_tokenizer, 4)
-    run = folder / "run"
-    if not run.exists():
-        (run / "completions").mkdir(parents=True)
-        settings = {
-            "run": {"model": str(folder / "model"), "template": "plain", "rewards": ["correct01", "format"]},
-            "training": {"max_completion_length": 10, "reward_weights": [1.0, 0.25]},
-        }
-        (run / "run.json").write_text(json.dumps(settings))
-        rows = [
-            ("3+4", r"\boxed{7}", 1.0, 1.0),
-            ("3+4", r"\boxed{7}", 1.0, 1.0),
-            ("3+4", r"\boxed{6}", 0.0, 1.0),
-            ("3+4", "no", 0.0, 0.0),
-            ("5+5", r"\boxed{10} and so", 1.0, 1.0),  # cut off by its limit
-            ("5+5", "7 and no end of it", 0.0, 0.0),  # cut off too
-            ("5+5", r"\boxed{0}", 1.0, 0.0),
-            ("40+5", r"\boxed{5}", 1.0, 1.0),  # held out
-            ("8+1", r"\boxed{9}", 1.0, 1.0),  # never wrong
-        ]
-        table = {
-            "step": [1] * len(rows),
-            "prompt": [format_prompt(row[0], tiny_tokenizer, PROMPT) for row in rows],
-            "completion": [row[1] for row in rows],
-            "correctness": [row[2] for row in rows],
-            "format": [row[3] for row in rows],
-            "advantage": [0.0] * len(rows),
-        }
-        pyarrow.parquet.write_table(pyarrow.table(table), run / "completions" / "completions_00001.parquet")
-    return folder
-
-
-PROMPT = RunSettings.parse("grpo_steer", arguments=["--output_dir", "x", *PLAIN]).prompt
+    return answers_folder(place, build_tiny, tiny_tokenizer)
 
 
 @pytest.fixture(autouse=True)
 def as_before() -> Any:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def made(base: Path, tokenizer: Any, build_tiny: Callable, *words: str) -> tuple[list[Any], dict[str, Any]]:
-    """What the settings make for the trainer, and its origin."""
-    where = ["--model", str(base / "model"), "--output_dir", str(base / "out"), *PLAIN]
-    settings = train.parse([*where, *words])
-    begin(settings)
-    problems, held_out = answers.load(settings)
-    model = build_tiny("llama", vocab_size=len(tokenizer))
-    rows, told = answers.examples(settings, problems, held_out, tokenizer, model)
-    return rows.to_list(), told
-
-
-def texts(rows: list[Any], tokenizer: Any) -> list[tuple[str, ...]]:
-    """The prompt and the answers of each row, decoded."""
-
-    def text(ids: list[int]) -> str:
-        return tokenizer.decode(ids)
-
-    found: list[tuple[str, ...]] = []
-    for row in rows:
-        if "labels" in row:
-            start = next(i for i, label in enumerate(row["labels"]) if label != -100)
-            assert row["labels"][start:] == row["input_ids"][start:]
-            found.append((text(row["input_ids"][:start]), text(row["input_ids"][start:])))
-        else:
-            found.append(tuple(text(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")))
-    return found
 
 
 # ---- what is trained on
@@ -118,7 +50,7 @@ def test_solutions_are_answers_that_end(base: Path, tiny_tokenizer: Any, build_t
         ("1+1\nAnswer:", " One more\nThe answer is $\\boxed{2}$.</s>"),
         ("2+2\nAnswer:", " $\\boxed{4}$</s>"),
     ]
-    assert told == {"from": str(file), "examples": 2}
+    assert told.pop("checksum") and told == {"from": str(file), "examples": 2}
 
 
 def test_right_answers_of_a_run(base: Path, tiny_tokenizer: Any, build_tiny: Callable, caplog: Any) -> None:
@@ -164,6 +96,64 @@ def test_pairs_of_a_file(base: Path, tiny_tokenizer: Any, build_tiny: Callable) 
     assert texts(rows, tiny_tokenizer) == [("1+1=", "2</s>", "3</s>"), (hi, "Hello</s>", "Go</s>")]
 
 
+def test_answers_to_problems_of_a_test_are_told(
+    base: Path, tiny_tokenizer: Any, build_tiny: Callable, caplog: Any
+) -> None:
+    with_tests(base)
+    words = ["--method", "sft", "--train_data", str(base / "tested"), "--eval_data"]
+    rows, told = made(base, tiny_tokenizer, build_tiny, *words, "none")
+    assert len(rows) == 2 and told["scored_on"] == ["sums"]
+    assert "warning: these are answers to problems of sums, and" in caplog.text
+    (base / "one.jsonl").write_text(json.dumps({"problem": "3+4", "answer": "7"}) + "\n")
+    rows, _ = made(base, tiny_tokenizer, build_tiny, *words, str(base / "one.jsonl"))
+    assert texts(rows, tiny_tokenizer) == [("8+1\nAnswer:", r"\boxed{9}</s>")]
+
+    vectors = steer.attach(build_tiny("llama"))
+    vectors.config.provenance = {"data": told}
+    vectors.save(base / "vectors-of-tests")
+    caplog.clear()
+    seen = [variants.Variant("v", "vectors", str(base / "vectors-of-tests"))]
+    variants.tell_of_trained_on(seen, ["others"])
+    assert not caplog.text
+    variants.tell_of_trained_on(seen, ["others", "sums"])
+    assert "was trained on answers to problems of sums: its score" in caplog.text
+
+
+def test_a_reward_of_ones_own_tells_what_is_right(
+    base: Path, tiny_tokenizer: Any, build_tiny: Callable
+) -> None:
+    with_tests(base)
+    words = ["--method", "dpo", "--train_data", str(base / "scored")]
+    rows, _ = made(base, tiny_tokenizer, build_tiny, *words, "--min_reward", "0.5")
+    assert texts(rows, tiny_tokenizer) == [("8+1\nAnswer:", "9</s>", "1</s>")]
+    with pytest.raises(SteerError, match="does not say which answers are right"):
+        made(base, tiny_tokenizer, build_tiny, *words)
+
+
+def test_pairs_that_ask_held_out_problems_are_dropped(
+    base: Path, tiny_tokenizer: Any, build_tiny: Callable
+) -> None:
+    file = base / "leaks.jsonl"
+    asked = ["Well:  40+5?", "140+5", "40+5\nAnswer:", [{"role": "user", "content": "Give 40+5 now"}], "4+4"]
+    lines = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in asked]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--method", "dpo", "--train_data", str(file), "--eval_data", str(base / "heldout.jsonl")]
+    assert "40+5" in (base / "heldout.jsonl").read_text()
+    rows, _ = made(base, tiny_tokenizer, build_tiny, *words)
+    assert [text[0] for text in texts(rows, tiny_tokenizer)] == ["140+5", "4+4"]
+
+
+def test_a_chat_ends_as_chats_do_whatever_the_template(tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}"
+        "{% endfor %}"
+    )
+    made = [Example("a", "b"), Example("a", "b", chat=True)]
+    ends = [tiny_tokenizer.decode(row["input_ids"][-1]) for row in tokens(made, tiny_tokenizer, "sft")]
+    assert ends == ["</s>", "<end>"]
+
+
 # ---- bad input
 
 
@@ -181,6 +171,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         "--method dpo --lr_sweep 1e-3",
         "lr_sweep is a setting of method=grpo, and has",
     ),
+    "abbreviated": ("--metho dpo", "method='dpo' was not written as --method; write --method dpo"),
     "misspelt": (
         "--method sft --lerning_rate 1",
         "unknown setting lerning_rate; did you mean learning_ra",
@@ -199,6 +190,26 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "none right": ("--method sft --train_data {run} --min_reward 9", "none of 9 answers is right with a rew"),
     "prompt": ("--method sft --train_data {run} --prefix To", "the model was asked with template plain, and"),
+    "verdicts": (
+        "--method sft --train_data {tested} --min_reward 1 --eval_data none",
+        "tested, variant 'base', has verdicts and no rewards",
+    ),
+    "tested": (
+        "--method sft --train_data {tested}",
+        "variant 'base', answers the problems that it was scored on (sums), and no eval_data says",
+    ),
+    "held out": (
+        "--method dpo --train_data {scored}/samples_after.json",
+        "answers the problems that it was scored on ({base}/sums.jsonl), and no eval_data says",
+    ),
+    "examples": (
+        "--method sft --train_data {tested} --variant shown --eval_data none",
+        "training knows no worked examples and no system text: choose another stage or variant",
+    ),
+    "layout": (
+        "--method sft --train_data {teacher}",
+        "is laid out for teacher, and this run asks its model with '...\\nAnswer:'",
+    ),
     "prefix": (
         "--method sft --train_data {train} --prefix To",
         "prefix='To' opens every answer, and the",
@@ -224,73 +235,11 @@ def test_what_cannot_work_is_one_line(
     }
     for name, rows in files.items():
         (base / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    paths = {"run": base / "run", "train": base / "train.jsonl", "model": base / "model"}
+    with_tests(base)
+    paths = {"base": base, **{name: base / name for name in ("tested", "scored", "teacher")}}
+    paths |= {"run": base / "run", "train": base / "train.jsonl", "model": base / "model"}
     paths |= {name: base / f"{name}.jsonl" for name in files}
     words, expected = (text.format(**paths) for text in REFUSED[case])
     with pytest.raises(SteerError) as error:
         made(base, tiny_tokenizer, build_tiny, *words.split())
     assert expected in str(error.value) and "\n" not in str(error.value)
-
-
-# ---- whole runs
-
-
-def test_a_whole_run_says_how_it_was_trained(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", str(base / "model"), *PLAIN, "--eval_data", str(base / "heldout.jsonl")]
-    words += ["--train_data", str(base / "train.jsonl"), "--output_dir", str(base / "sft")]
-    words += ["--max_steps", "4", "--learning_rate", "0.1", "--save_steps", "2", "--disable_tqdm", "true"]
-    words += ["--validate_every", "4", "--examples", "0"]
-    run_here(ROOT / "recipes" / "sft_steer.py", *words)
-    folder = base / "sft"
-    results = json.loads((folder / "results.json").read_text())
-    assert results["steps"] == 4 and {"before", "after", "validation"} <= results.keys()
-    saved = artifact.read(folder / "vectors")
-    known = saved.config.provenance
-    assert known["recipe"] == "sft_steer" and known["method"] == "sft"
-    assert known["data"]["from"] == str(base / "train.jsonl") and known["data"]["examples"] > 30
-    assert saved.config.prompt == PROMPT and known["results"]["after"] == results["after"]
-    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((folder / "run.json").read_text())["answers"]["method"] == "sft"
-    assert "steered" in capsys.readouterr().out
-    run_here(ROOT / "recipes" / "sft_steer.py", *words)  # finished
-    assert torch.equal(
-        *(next(iter(artifact.read(folder / name).tensors.values())) for name in ("vectors", "checkpoint-4"))
-    )
-    with pytest.raises(SystemExit, match="holds another run: "):
-        run_here(ROOT / "recipes" / "sft_steer.py", *words, "--loss_type", "dft")
-
-
-def test_preferences_are_trained_from_a_run(base: Path) -> None:
-    words = ["--model", str(base / "model"), *PLAIN, "--eval_data", "none", "--max_steps", "2"]
-    words += ["--train_data", str(base / "run"), "--output_dir", str(base / "dpo"), "--beta", "0.2"]
-    run_here(ROOT / "recipes" / "dpo_steer.py", *words)
-    known = artifact.read(base / "dpo" / "vectors").config.provenance
-    assert known["method"] == "dpo" and known["data"]["pairs"] == 3 and known["training"]["beta"] == 0.2
-
-
-def test_a_printed_config_is_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        train.parse(["--config", "demo-dpo", "--use_cpu", "true", "--print_config"])
-    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
-    one, two = (
-        train.parse(["--config", name, "--use_cpu", "true"])
-        for name in (str(tmp_path / "run.yaml"), "demo-dpo")
-    )
-    assert one.training.method == "dpo" and one.identity() == two.identity()
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_a_real_model_learns_from_its_own_right_answers(tmp_path: Path) -> None:
-    """The untrained SmolLM2 samples; those of its answers that are right teach it to answer in the box."""
-    short = ["--eval_limit", "30", "--examples", "0", "--use_cpu", "true", "--model_dtype", "float32"]
-    sampled = [*short, "--config", "demo", "--log_completions", "true", "--output_dir", str(tmp_path / "run")]
-    run_here(ROOT / "recipes" / "grpo_steer.py", *sampled, "--max_steps", "2", "--learning_rate", "0")
-    words = [*short, "--config", "demo-sft", "--train_data", str(tmp_path / "run"), "--max_steps", "12"]
-    words += ["--eval_data", "arithmetic", "--output_dir", str(tmp_path / "own")]
-    run_here(ROOT / "recipes" / "sft_steer.py", *words, "--per_device_train_batch_size", "8")
-    results = json.loads((tmp_path / "own" / "results.json").read_text())
-    known = artifact.read(tmp_path / "own" / "vectors").config.provenance
-    assert known["data"]["answers"] == 256 and 0 < known["data"]["examples"] <= known["data"]["right"]
-    before, after = results["before"], results["after"]
-    assert after["answered"] > before["answered"] + 0.3 and after["accuracy"] > before["accuracy"] + 0.1
