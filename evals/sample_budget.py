@@ -98,6 +98,7 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> dict[str, list[f
     log = [row for row in json.loads(state.read_text())["log_history"] if "reward" in row]
     settings = json.loads((folder / "run.json").read_text())["training"]
     rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    rows //= settings.get("num_iterations", 1)
     return curves(log, read_results(folder)["validation"]["history"], rows)
 
 
@@ -116,7 +117,10 @@ def curves(
         `accuracy` at each validation, with the `updates`, `samples` and `minutes` of training before it; and
         `flat`, the share of groups without an advantage in each update.
     """
-    samples = [0.0, *accumulate(row.get("dynamic_sampling/samples", rows) for row in log)]
+    counted = any("dynamic_sampling/samples" in row for row in log)
+    # updates that follow another of the same generation count none
+    drawn = (row.get("dynamic_sampling/samples", 0) if counted else rows for row in log)
+    samples = [0.0, *accumulate(drawn)]
     minutes = [0.0, *accumulate(row["seconds/wall"] / 60 for row in log)]
     steps = [row["step"] for row in validations]
     return {

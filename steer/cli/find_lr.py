@@ -22,12 +22,14 @@ from steer.evaluation.side_effects import BaseText
 from steer.files import held, read_json, replace_file
 from steer.sites import find_decoder
 from steer.tasks.rewards import MathGrader
+from steer.training import init
 from steer.training.arguments import FinderArguments, PopulationArguments
 from steer.training.config import SteeringGRPOConfig
 from steer.training.run_settings import RunSettings
 from steer.training.sweep import find_rate
 from steer.training.sweep.find_rate import Choice, Trial
-from steer.training.sweep.run import MEMBERS, Study, claim_sweep_dir, train_members
+from steer.training.sweep.run import MEMBERS, Study, claim_sweep_dir, reward_of, train_members
+from steer.vectors import SteeringVectors
 from steer.versions import versions
 
 log = logging.getLogger("steer")
@@ -64,7 +66,8 @@ def _find(folder: Path, settings: RunSettings, asked: FinderArguments, arguments
     main_process, steps = PartialState().is_main_process, asked.find_lr_steps or find_rate.STEPS
     short = _short(settings, folder, steps)
     with MathGrader() as grader:
-        study = Study.load(folder, short, grader)
+        # held-out problems are loaded to leave them out of those that are trained on
+        study = replace(Study.load(folder, short, grader), held_out=None)
         num_hidden_layers = find_decoder(study.model).num_hidden_layers
         layers = settings.steering_config().resolve_layers(num_hidden_layers)
         trials = find_rate.trials(settings.training, asked.find_lr_rates, layers, num_hidden_layers)
@@ -80,12 +83,15 @@ def _find(folder: Path, settings: RunSettings, asked: FinderArguments, arguments
     for trial, member in zip(trials, members, strict=True):
         place = folder / MEMBERS / member.member
         logged = read_json(place / "log.json")[:steps]
-        # with dynamic sampling that of all samples, not only of the groups that it kept
-        rewards = [row.get("dynamic_sampling/reward", row["reward"]) for row in logged]
+        rewards = [reward_of(row) for row in logged]
         trial.rewards = [reward for reward in rewards if reward is not None]
         trial.stopped = read_json(place / "results.json")["stopped"]
-        if not trial.rewards:
-            raise SteerError(f"learning rate {trial.learning_rate:g}: no update had a reward")
+        if None in rewards:
+            raise SteerError(
+                f"learning rate {trial.learning_rate:g}: no sample of update {rewards.index(None) + 1} was "
+                "scored (the rewards returned None), and rates are compared at every update; give rewards "
+                "that score every answer"
+            )
     _measure(study, trials, members, growth(settings.training, len(study.train), steps))
     choice = find_rate.choose(trials, steps)
     _leave(folder, settings, trials, choice, steps, layers, num_hidden_layers, arguments)
@@ -98,10 +104,12 @@ def _short(settings: RunSettings, folder: Path, steps: int) -> RunSettings:
     training.output_dir, training.max_steps = str(folder), steps
     # a schedule that decays would do so within these updates
     training.lr_scheduler_type, training.lr_scheduler_kwargs = CONSTANT, default.lr_scheduler_kwargs
+    if training.warmup_steps >= 1:  # of the whole run: these updates would not reach the rate
+        training.warmup_steps = default.warmup_steps
     training.report_to, training.log_completions, training.push_to_hub = default.report_to, False, False
-    run = replace(
-        settings.run, validate_every=None, validation=None, keep_best=False, patience=None, eval_data="none"
-    )
+    # rates are compared on the same problems, which it would choose by what each rate has learned
+    training.pass_rate_floor = default.pass_rate_floor
+    run = replace(settings.run, validate_every=None, validation=None, keep_best=False, patience=None)
     return replace(
         settings, run=run, training=training, population=PopulationArguments(halve_at=[steps // 2])
     )
@@ -129,11 +137,22 @@ def _measure(study: Study, trials: Sequence[Trial], members: Sequence[RunSetting
     if members[0].steering.positions not in ("all", "completion"):
         return
     text = BaseText(study.model, study.tokenizer)
+    start = 0.0
+    if source := study.run.init:
+        vectors = steer.attach(study.model, members[0].steering_config())
+        init.start(vectors, init.read(source, str(study.folder)), source)
+        start = _kl(text, vectors)
     for trial, member in zip(trials, members, strict=True):
         vectors = steer.load(study.folder / MEMBERS / member.member / "vectors", study.model)
-        with vectors.prompt_length(1):
-            trial.kl, trial.growth = text.measure().kl, growth
-        steer.detach(study.model)
+        trial.kl, trial.kl_at_start, trial.growth = _kl(text, vectors), start, growth
+
+
+def _kl(text: BaseText, vectors: SteeringVectors) -> float:
+    """Of vectors on the model, which are then taken off."""
+    with vectors.prompt_length(1):
+        found = text.measure().kl
+    steer.detach(text.model)
+    return found
 
 
 def _leave(
@@ -168,6 +187,7 @@ def _leave(
                 "reward": trial.reward(last),
                 "updates": len(trial.rewards),
                 "kl": trial.kl,
+                "kl_at_start": trial.kl_at_start,
                 "kl_growth": trial.growth,
                 "why_not": choice.why_not.get(trial.learning_rate),
                 "rewards": trial.rewards,
@@ -222,5 +242,5 @@ def _next(arguments: Sequence[str], found: dict[str, Any]) -> str:
             words.append(word)
     words += [] if given else ["--find_lr", "false"]  # a config file has it
     for name, value in found.items():
-        words += [f"--{name}", f"{value:g}" if isinstance(value, float) else value]
+        words += [f"--{name}", str(value)]
     return shlex.join(["steer", "train", *words])

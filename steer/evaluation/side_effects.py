@@ -130,12 +130,16 @@ class NeutralText:
 
 
 def check_positions(config: SteeringConfig) -> None:
-    """SteerError for vectors that steer a prompt alone or have a condition: the neutral text has none."""
-    config.refuse_condition("side effects are measured on neutral text, which has no prompts")
+    """SteerError for vectors that depend on a prompt, of which the neutral text has none."""
+    if config.condition is not None:
+        raise SteerError(
+            "these vectors have a condition on prompts, and the neutral text has none: side effects are "
+            "measured of vectors without a condition"
+        )
     if config.positions not in ("all", "completion"):
         raise SteerError(
-            f"vectors with positions={config.positions} steer a prompt, and the neutral text has "
-            "none: side effects are measured of positions all and completion"
+            f"vectors with positions={config.positions} act at a prompt or right after it, and the neutral "
+            "text has none: side effects are measured of positions all and completion"
         )
 
 

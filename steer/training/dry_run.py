@@ -74,6 +74,8 @@ def dry_run(
     longest = max(lengths)
     timed = group * last["completions/mean_length"]
     seconds = last["seconds/wall"] * rows * limit / timed
+    more = training.dynamic_sampling_rounds
+    again = f", and up to {more} more rounds of samples, whose time is not in it" if more else ""
 
     counts = f"{len(data)} to train on, {len(validation)} to validate on, {len(held_out or [])} held out"
     names, weights_of = reward_names(run.rewards), training.reward_weights or [1.0] * len(run.rewards)
@@ -87,7 +89,7 @@ def dry_run(
         ("time", f"at most {_duration(seconds)} an update, {_duration(seconds * steps)} for {steps} updates"),
         ("", f"(from an update of {group} answers of {last['completions/mean_length']:.0f} tokens: "
              f"{last['seconds/wall']:.2f} s; answers that end early take less"
-             + (", and vLLM is faster)" if training.use_vllm else ")")),
+             + (", and vLLM is faster" if training.use_vllm else "") + f"{again})"),
         ("reward there", f"{last['reward']:.3f}"),
     ]  # fmt: skip
     print("\nA prompt in full:\n" + "-" * 60 + f"\n{data[0]['prompt']}\n" + "-" * 60)
@@ -103,6 +105,8 @@ def small(training: SteeringGRPOConfig, folder: str) -> SteeringGRPOConfig:
     smaller.generation_batch_size *= PartialState().num_processes
     smaller.gradient_accumulation_steps = smaller.steps_per_generation = 1
     smaller.max_completion_length = min(TOKENS, training.max_completion_length)
+    # one round of samples of the problems as they come: what is timed, and the reward that is told
+    smaller.dynamic_sampling_rounds, smaller.pass_rate_floor = 0, 1.0
     smaller.logging_steps, smaller.save_strategy = 1, type(training.save_strategy)("no")
     smaller.report_to, smaller.log_completions, smaller.push_to_hub, smaller.use_vllm = (
         [],

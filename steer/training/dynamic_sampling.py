@@ -10,14 +10,18 @@ the same pass rates goes on with the same problems, and all processes choose the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from trl.trainer.utils import nanstd
 
 from steer.training.config import SteeringGRPOConfig
 from steer.training.loss import total_rewards
+
+log = logging.getLogger("steer")
 
 
 class PassRates:
@@ -41,6 +45,7 @@ class PassRates:
     def __init__(self, problems: int, args: SteeringGRPOConfig):
         self.group, self.floor = args.num_generations, args.pass_rate_floor
         self.rates = torch.full((problems,), torch.nan)
+        self._limited = False  # whether it was said that rewards were limited
 
     def weights(self) -> np.ndarray:
         """(problems,): the weight of each problem."""
@@ -50,7 +55,16 @@ class PassRates:
 
     def add(self, problems: Sequence[int], scores: torch.Tensor) -> None:
         """Take account of new groups. `scores`: (rows, functions), a group of rows for each of `problems`."""
-        passed = scores[:, 0].float().cpu().clamp(0, 1).view(-1, self.group).nanmean(1)
+        first = scores[:, 0].float().cpu()
+        passed = first.clamp(0, 1).view(-1, self.group).nanmean(1)
+        if not self._limited and bool(((first < 0) | (first > 1)).any()):
+            self._limited = True
+            log.warning(
+                "pass_rate_floor reads the first reward function as a pass rate, and its values go from %g "
+                "to %g: they are limited to 0 to 1; name the one that says whether an answer is right first",
+                first.nan_to_num(nan=torch.inf).min(),
+                first.nan_to_num(nan=-torch.inf).max(),
+            )
         for problem, rate in zip(problems, passed, strict=True):
             if not rate.isnan():
                 old = self.rates[problem]
@@ -164,11 +178,16 @@ class UpdateSamples:
 
     def _flat(self, scores: torch.Tensor) -> list[int]:
         """The groups whose scored samples all have the same reward, so that none has an advantage."""
+        weights = self.weights.to(scores.device)
         if self.args.multi_objective_aggregation == "sum_then_normalize":
-            scores = total_rewards(scores, self.weights.to(scores.device))[:, None]
-        grouped = scores.view(-1, self.group, scores.shape[-1])
-        low, high = (grouped.nan_to_num(nan=fill) for fill in (torch.inf, -torch.inf))
-        spread = (high.amax(1) > low.amin(1)).any(1)
+            spread = _spread(total_rewards(scores, weights).view(-1, self.group))
+        else:
+            grouped = scores.view(-1, self.group, scores.shape[-1])
+            centred = grouped - grouped.nanmean(1, keepdim=True)
+            normal = centred / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
+            # rounding errors of equal rewards are not a spread
+            normal = normal.masked_fill(~_spread(grouped)[:, None], 0.0)
+            spread = (normal * weights).nansum(2).abs().amax(1) > 1e-5
         return (~spread).nonzero().flatten().tolist()
 
     def metrics(self) -> dict[str, float]:
@@ -194,3 +213,9 @@ class UpdateSamples:
                 "pass_rate/replaced": self.replaced / len(self.problems),
             }
         return named
+
+
+def _spread(grouped: torch.Tensor) -> torch.Tensor:
+    """Whether the values along dimension 1, without NaN, differ."""
+    low, high = (grouped.nan_to_num(nan=fill) for fill in (torch.inf, -torch.inf))
+    return high.amax(1) > low.amin(1)

@@ -93,6 +93,7 @@ def plot_training(
     figure.suptitle(title)
     sampled = (
         (top, "reward", "reward", "tab:blue"),
+        (top, "dynamic_sampling/reward", "reward before dynamic sampling", "tab:cyan"),
         (top, "accuracy", "accuracy of samples", "tab:green"),
         (middle, "completions/mean_length", "tokens in an answer", "tab:orange"),
     )

@@ -31,6 +31,8 @@ def test_curves_count_what_was_drawn_before_each_validation() -> None:
     }
     plain = [{k: v for k, v in row.items() if k[0] != "d"} for row in LOG]
     assert curves(plain, VALIDATIONS, 16)["samples"] == [0, 32, 48]
+    shared = [LOG[0], plain[1], LOG[2]]  # the second update has the samples of the first one's generation
+    assert curves(shared, VALIDATIONS, 16)["samples"] == [0, 24, 56]
 
 
 def test_the_goal_is_reached_at_the_first_validation_above_it() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers.training import PROMPTS, config, logged, parity, problems
+from helpers.training import PROMPTS, config, logged, parity, problems, same
 
 from steer import SteerError
 from steer.training.dynamic_sampling import PassRates, UpdateSamples
@@ -105,9 +105,32 @@ def test_weights_of_rewards_decide_what_is_flat(tmp_path: Path) -> None:
     both = {"reward_weights": [1.0, 1.0]}
     assert update(tmp_path, [0], **both)._flat(opposite) == [0]
     assert update(tmp_path, [0], reward_weights=[1.0, 0.5])._flat(opposite) == []
-    # each function is normalised by itself, so that the two do not cancel
-    apart = {"multi_objective_aggregation": "normalize_then_sum", "advantage": "group"}
-    assert update(tmp_path, [0], **both, **apart)._flat(opposite) == []
+
+
+def test_functions_that_are_normalised_one_by_one_decide_by_their_sum(tmp_path: Path) -> None:
+    def flat(scores: list[list[float]], weights: list[float]) -> bool:
+        apart = {"multi_objective_aggregation": "normalize_then_sum", "advantage": "group"}
+        samples = update(tmp_path, [0], reward_weights=weights, **apart)
+        return samples._flat(torch.tensor(scores)) == [0]
+
+    opposite = [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    assert flat(opposite, [1.0, 1.0]), "they cancel"
+    assert not flat(opposite, [1.0, 0.5])
+    assert not flat([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]], [1.0, 1.0])
+    assert flat([[0.5, 0.0], [0.5, 1.0], [0.5, 0.0], [0.5, 1.0]], [1.0, 0.0]), "logged alone: no weight"
+    assert flat([[0.1, torch.nan]] * 4, [1.0, 1.0])
+
+
+def test_rewards_that_are_no_pass_rate_get_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rates = PassRates(4, config(tmp_path, pass_rate_floor=0.2))
+    rates.add([0], torch.tensor([[0.0], [1], [torch.nan], [1]]))
+    assert not caplog.records
+    rates.add([0], torch.tensor([[-0.5], [0], [torch.nan], [3]]))
+    rates.add([1], torch.tensor([[-1.0], [0], [0], [0]]))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "from -0.5 to 3" in caplog.text
 
 
 def test_pass_rates_run_and_weigh_as_documented(tmp_path: Path) -> None:
@@ -233,6 +256,18 @@ def test_refilled_rows_bring_their_own_log_probabilities(run, monkeypatch) -> No
         mask = batch["completion_mask"].bool()
         expected = -batch["completion_ids"][mask] / 100
         assert torch.allclose(batch["sampling_per_token_logps"][mask], expected)
+
+
+def test_without_flat_groups_it_changes_nothing(run) -> None:
+    def first(completion_ids: Any, **_: Any) -> list[float]:  # never the same for a whole group
+        return [float(i % GROUP + ids[0] % 2 / 4) for i, ids in enumerate(completion_ids)]
+
+    plain = run(reward=first)
+    found = run(reward=first, dynamic_sampling_rounds=3, pass_rate_floor=0.5)
+    assert logged(found, "dynamic_sampling/rounds") == [0.0, 0.0]
+    assert same(found.vectors.tensors(), plain.vectors.tensors())
+    assert logged(found, "num_tokens") == logged(plain, "num_tokens")
+    assert logged(found, "reward") == logged(plain, "reward") == logged(found, "dynamic_sampling/reward")
 
 
 def test_no_row_is_drawn_twice_with_the_same_random_numbers(run, monkeypatch) -> None:

@@ -57,3 +57,6 @@ def test_a_dry_run_says_what_would_be_trained(tmp_path: Path, build_tiny, tiny_t
     assert "4 prompts x 8 answers of up to 3 tokens: 96 tokens" in text
     assert "Answer:" in text and "for 50 updates" in text and "GB a device" in text
     assert not (base / "whole").exists()
+    assert "rounds of samples" not in text
+    text = recipe(ROOT / "recipes" / "grpo_steer.py", *words[:4], "--dynamic_sampling_rounds", "9")
+    assert "up to 9 more rounds of samples, whose time is not in it" in text

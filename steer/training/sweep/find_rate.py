@@ -31,9 +31,10 @@ RULE = (
     "Reward is the mean of the last quarter of the updates. A rate is usable if it was not stopped, its "
     f"reward rose (one-sided t-test of the slope, {LEVEL:g} over the number of rates), did not fall back by "
     f"more than half of its gain, and its KL to the base on neutral text would stay below {MAX_KL:g} nats a "
-    f"token if it grew in proportion to the updates of the whole run, at most {MAX_GROWTH:g} times. Of the "
-    "usable rates whose reward is within one standard error of the best one's, paired over the updates, the "
-    "smallest is recommended: short runs favour large rates."
+    f"token if it grew in proportion to the updates of the whole run, at most {MAX_GROWTH:g} times (beyond "
+    "the KL of the vectors that it started from). Of the usable rates whose reward is within one standard "
+    "error of the best one's, paired over the updates, the smallest is recommended: short runs favour large "
+    "rates."
 )
 _NUMBER = re.compile(r"(?<=:)[^:,]+(?=,|:|$)")
 
@@ -42,8 +43,9 @@ _NUMBER = re.compile(r"(?<=:)[^:,]+(?=,|:|$)")
 class Trial:
     """
     One rate and how its run went: the mean `rewards` of its updates, why it was `stopped`, the `kl` of its
-    vectors to the base on neutral text (None where that is not measured) and the `growth` of it that is
-    expected in the whole run. `factor` is on the run's own rates.
+    vectors to the base on neutral text (None where that is not measured), that of the vectors it started from
+    (`kl_at_start`) and the `growth` of the difference that is expected in the whole run. `factor` is on the
+    run's own rates.
     """
 
     learning_rate: float
@@ -52,6 +54,7 @@ class Trial:
     stopped: str | None = None
     kl: float | None = None
     growth: float = 1.0
+    kl_at_start: float = 0.0
 
     def reward(self, updates: int) -> float:
         """Mean reward of the last `updates`."""
@@ -68,10 +71,11 @@ class Trial:
         """Why its vectors are of no use, if so."""
         if self.stopped and self.stopped.startswith("diverged"):
             return self.stopped
-        if self.kl is not None and not self.kl * self.growth <= MAX_KL:
-            return (
-                f"too strong: a KL of {self.kl:.3g} to the base, {self.kl * self.growth:.3g} in the whole run"
-            )
+        if self.kl is not None:
+            added = (self.kl - self.kl_at_start) * self.growth
+            if not added <= MAX_KL:
+                whole = self.kl_at_start + added
+                return f"too strong: a KL of {self.kl:.3g} to the base, {whole:.3g} in the whole run"
         start, last = self.rewards[0], self.reward(updates)
         windows = [self.rewards[i : i + updates] for i in range(len(self.rewards) - updates + 1)]
         peak = max([start, *map(fmean, windows)])
@@ -152,8 +156,9 @@ def _nothing(trials: Sequence[Trial], updates: int) -> str:
         )
     if lost:
         return (
-            f"no rate is usable: rates from {lost[0].learning_rate:g} collapsed, and the reward did not rise "
-            "with smaller ones; give rates in between with find_lr_rates, or more updates with find_lr_steps"
+            f"no rate is usable: rates from {lost[0].learning_rate:g} collapsed, and smaller ones were "
+            "stopped half-way or their reward did not rise; give rates in between with find_lr_rates, or "
+            "more updates with find_lr_steps"
         )
     return (
         f"no rate learned: the reward did not rise at any from {rates[0]:g} to {rates[-1]:g}; give more "

@@ -206,6 +206,12 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
             f"{len(members)} members cannot be divided among {state.num_processes} processes; start no more "
             "processes than members"
         )
+    by_reward = study.asked.halve_at and study.asked.halve_on == "reward"
+    if by_reward and any(member.training.pass_rate_floor < 1 for member in members):
+        raise SteerError(
+            "halve_on=reward compares rewards on the same problems, and with pass_rate_floor each member "
+            "chooses its own; set halve_on=validation, or leave pass_rate_floor out"
+        )
     mine = list(members)[state.process_index :: state.num_processes]
     columns = set(study.train.column_names) - {"prompt"}
     source = study.run.init
@@ -315,8 +321,13 @@ def _league(study: Study, trainer: PopulationTrainer, member: Member) -> list[st
 
 def mean_reward(log: Sequence[dict[str, Any]]) -> float:
     """Mean training reward of the last `LAST` updates; what has none is last of all."""
-    rewards = [row["reward"] for row in log[-LAST:] if row["reward"] is not None]
+    rewards = [reward for row in log[-LAST:] if (reward := reward_of(row)) is not None]
     return sum(rewards) / len(rewards) if rewards else -sys.float_info.max
+
+
+def reward_of(row: dict[str, Any]) -> float | None:
+    """The mean reward of an update before dynamic sampling, which keeps neither what is solved nor failed."""
+    return row.get("dynamic_sampling/reward", row["reward"])
 
 
 # ---- what is left behind

@@ -13,7 +13,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from math import isfinite, isnan
+from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ class PopulationTrainer:
                     if self.validate is not None:
                         self.validate(member)
                 rounds += 1
-                rewards = [member.log[-1]["reward"] for member in running]
+                rewards = [r for m in running if (r := m.log[-1]["reward"]) is not None] or [nan]
                 bar.set_postfix(
                     {
                         "members": len(running),

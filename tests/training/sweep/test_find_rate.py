@@ -23,6 +23,7 @@ from steer.cli.find_lr import growth
 from steer.errors import SteerError
 from steer.training.sweep import find_rate
 from steer.training.sweep.find_rate import Trial, choose, middle_rate, scaled, smoothed
+from steer.training.sweep.run import Study, mean_reward
 
 STEPS = 20
 REWARD = '''
@@ -33,6 +34,11 @@ def share(completion_ids, **columns):
 
 def none(completions, **columns):
     return [0.5] * len(completions)
+
+
+def once(completion_ids, trainer_state, **columns):
+    """As share, but nothing is scored in the third update."""
+    return [None if trainer_state.global_step == 2 else value for value in share(completion_ids)]
 '''
 
 
@@ -85,6 +91,8 @@ def test_vectors_that_are_too_strong_are_not_recommended() -> None:
     assert choose(trials, STEPS).trial is trials[1]
     trials[0].growth = trials[1].growth = 3.0
     assert choose(trials, STEPS).trial is trials[0], "it would be too strong at the end of the run"
+    trials[1].kl_at_start = trials[1].kl - 0.1
+    assert choose(trials, STEPS).trial is trials[1], "what it started from does not grow"
 
 
 def test_how_far_the_kl_grows_in_the_whole_run(tmp_path: Path) -> None:
@@ -199,6 +207,8 @@ def test_the_command_finds_the_rate_that_works(
     )
     run(*words(base, out, *RATES))
     assert json.loads((tmp_path / "run-find-lr" / "find_lr.json").read_text()) == found
+    run(*told)
+    assert json.loads((out / "results.json").read_text())["after"]["problems"] == 4
 
 
 def test_it_starts_from_vectors(base: Path, tmp_path: Path) -> None:
@@ -209,6 +219,8 @@ def test_it_starts_from_vectors(base: Path, tmp_path: Path) -> None:
     with pytest.raises(SteerError, match="no rate learned"):
         run(*words(base, tmp_path / "run", "--init", str(tmp_path / "v"), "--find_lr_rates", "1e-9", "1e-8",
                    "--find_lr_steps", "8"))  # fmt: skip
+    for tried in json.loads((tmp_path / "run-find-lr" / "find_lr.json").read_text())["trials"]:
+        assert tried["kl"] == pytest.approx(tried["kl_at_start"], rel=0.01) and tried["kl"] > 1e-3
     made = steer.read(tmp_path / "run-find-lr" / "members" / "lr-1e-09" / "vectors")
     for tensor in made.tensors.values():
         assert torch.allclose(tensor, torch.full_like(tensor, 0.1), atol=1e-6)
@@ -220,6 +232,39 @@ def test_it_says_that_nothing_was_learned(base: Path, tmp_path: Path) -> None:
         run(*words(base, tmp_path / "run", *reward, *RATES))
     found = json.loads((tmp_path / "run-find-lr" / "find_lr.json").read_text())
     assert found["recommended"] is None and found["next"] is None and len(found["trials"]) == 3
+
+
+def test_an_update_without_a_reward_is_told(base: Path, tmp_path: Path) -> None:
+    reward = ("--rewards", f"{base / 'own.py'}:once")
+    with pytest.raises(SteerError, match="no sample of update 3 was scored"):
+        run(*words(base, tmp_path / "run", *reward, "--find_lr_rates", "0.1", "0.2", "--find_lr_steps", "8"))
+
+
+def test_it_trains_on_no_held_out_problem_and_on_problems_in_their_order(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlap = tmp_path / "both.jsonl"
+    rows = (base / "train.jsonl").read_text().splitlines()
+    overlap.write_text("\n".join([*rows[:30], *(base / "heldout.jsonl").read_text().splitlines()]) + "\n")
+
+    def stop(study: Study, members: Any) -> None:
+        assert study.held_out is None and len(study.train) == 30
+        assert {m.training.pass_rate_floor for m in members} == {1.0}
+        assert {m.training.dynamic_sampling_rounds for m in members} == {2}
+        assert {m.training.get_warmup_steps(12) for m in members} == {1}, "not the 50 of the whole run"
+        raise SteerError("seen")
+
+    monkeypatch.setattr("steer.cli.find_lr.train_members", stop)
+    more = ("--train_data", str(overlap), "--dynamic_sampling_rounds", "2", "--pass_rate_floor", "0.2",
+            "--warmup_steps", "50")  # fmt: skip
+    with pytest.raises(SteerError, match="seen"):
+        run(*words(base, tmp_path / "run", *more, *RATES))
+
+
+def test_rewards_are_compared_as_they_were_before_dynamic_sampling() -> None:
+    log = [{"reward": 0.5, "dynamic_sampling/reward": 0.9}, {"reward": 0.5, "dynamic_sampling/reward": None}]
+    assert mean_reward(log) == 0.9
+    assert mean_reward([{"reward": 0.25}, {"reward": 0.75}, {"reward": None}]) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,7 @@ def test_four_processes_divide_the_members(whole: Path, base: Path) -> None:
         (("--top_entropy_quantile", "0.2"), "top_entropy_quantile"),
         (("--keep", "1.5"), "between 0 and 1"),
         (("--halve_on", "luck"), "validation"),
+        (("--halve_at", "4", "--pass_rate_floor", "0.2"), "set halve_on=validation"),
         (("--halve_among", "friends"), "layers"),
         (("--winners", "1"), "2 layers"),
     ],
