@@ -114,9 +114,18 @@ class Comparison:
             text = format_prompt(message, self.tokenizer, replace(spec, examples=spec.examples + earlier))
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def sampling(self, max_new_tokens: int, temperature: float) -> Sampling:
-        """How answers are drawn; they end where the model's answers end."""
-        return Sampling(max_new_tokens, self.stops, temperature)
+    def sampling(self, max_new_tokens: float, temperature: float) -> Sampling:
+        """
+        How answers are drawn; they end where the model's answers end. SteerError for a length that is no
+        whole number.
+        """
+        if max_new_tokens != int(max_new_tokens):
+            raise SteerError(f"an answer of {max_new_tokens} tokens cannot be: give a whole number")
+        return Sampling(int(max_new_tokens), self.stops, temperature)
+
+    def check_length(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """SteerError where a prompt does not fit into the model's context with the longest answer."""
+        check_context(self.model.config, len(prompt), sampling.max_new_tokens, "an answer length of at most")
 
     def answer(
         self, prompt: Sequence[int], mix: Mix, sampling: Sampling, seed: int = 0
@@ -133,7 +142,7 @@ class Comparison:
         Raises:
             SteerError: a prompt that does not fit into the model's context with the longest answer.
         """
-        check_context(self.model.config, len(prompt), sampling.max_new_tokens, "an answer length of at most")
+        self.check_length(prompt, sampling)
         device = input_device(self.model)
         noise = uniforms([0], sampling.max_new_tokens, seed, 0).to(device)
         rows: Rows = (

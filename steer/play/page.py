@@ -230,6 +230,8 @@ def _answers(
         for side in range(2)
     )
     sampling = comparison.sampling(length, temperature)
+    for prompt in (base, steered):  # before the message is part of the conversation
+        comparison.check_length(prompt, sampling)
     sides = [Side(base, [], ""), Side(steered, [], "")]
     yield Turn(message, (sides[0], sides[1]))
     for answers in comparison.side_by_side(base, steered, mix, sampling, seed):

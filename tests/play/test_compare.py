@@ -189,3 +189,10 @@ def test_pieces_of_characters_stand_at_their_last_token(two: Any) -> None:
     assert comparison.pieces([*"aé".encode(), *"€b".encode()]) == ["a", "", "é", "", "", "€", "b"]
     assert comparison.pieces([97, 0xE2]) == ["a", "\ufffd"]
     assert compare.Comparison.pieces(comparison, []) == []
+
+
+def test_an_answer_has_a_whole_number_of_tokens(two: tuple[Comparison, Any, Artifact]) -> None:
+    assert two[0].sampling(3.0, 0.0).max_new_tokens == 3
+    with pytest.raises(SteerError, match=r"2\.5 tokens") as error:
+        two[0].sampling(2.5, 0.0)
+    message(error)

@@ -78,6 +78,12 @@ def test_the_page_through_its_api(comparison: Comparison, address: str) -> None:
     assert bubbles(again[1]) == bubbles(again[0]) == bubbles(base)
     with pytest.raises(AppError, match="the message is empty; write something"):
         client.predict(" ", *SETTINGS, 1, 1, api_name="/answer")
+    with pytest.raises(AppError, match="give a whole number"):
+        client.predict("1+1?", TEXT, 2.5, *SETTINGS[2:], 1, 1, api_name="/answer")
+    client.predict(api_name="/clear")
+    with pytest.raises(AppError, match="do not fit the context"):  # and is not in the conversation then
+        client.predict("1" * 5000, *SETTINGS, 1, 1, api_name="/answer")
+    assert bubbles(client.predict("1+1?", *SETTINGS, 1, 1, api_name="/answer")[0]) == bubbles(base)
     _, _, _, table = client.predict(api_name="/clear")
     assert "Send a message" in table
     with pytest.raises(AppError, match="no message to answer again"):
