@@ -14,6 +14,7 @@ import ctypes
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def grouped_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    fused_from: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -56,6 +58,7 @@ def grouped_attention(
         attention_mask: Boolean, True where attention is allowed. A query that may see nothing gets zeros.
         scaling: Factor of the scores; None is size ** -0.5.
         dropout: Of the weights.
+        fused_from: Queries from which the fused kernel is used; None is `FUSED_QUERIES`, by dtype.
 
     Returns:
         (batch, queries, heads, value size), and None for the weights. Whatever the two matrix products do not
@@ -75,8 +78,9 @@ def grouped_attention(
     assert attention_mask is not None
     batch, heads, queries, size = query.shape
     groups, keys = key.shape[1:3]
-    short = FUSED_QUERIES if query.dtype == torch.float32 else FUSED_QUERIES_HALF
-    many = queries >= short or batch * heads * queries * keys > MAX_SCORES
+    if fused_from is None:
+        fused_from = FUSED_QUERIES if query.dtype == torch.float32 else FUSED_QUERIES_HALF
+    many = queries >= fused_from or batch * heads * queries * keys > MAX_SCORES
     if many and value.shape[-1] == size:
         out = scaled_dot_product_attention(
             query,
@@ -127,18 +131,20 @@ def _numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextmanager
-def grouped(model: PreTrainedModel) -> Iterator[None]:
+def grouped(model: PreTrainedModel, fused_from: int | None = None) -> Iterator[None]:
     """
     Inside, modules of a model on the CPU that call transformers' `sdpa` attention get the grouped form.
 
     The function behind the name is replaced, not the name in the model's config: models that compute their
     own attention where the name is "sdpa" (Falcon) keep that branch, and the masks stay as they are.
+    `fused_from` as in `grouped_attention`.
     """
     if model.device.type != "cpu":
         yield
         return
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    AttentionInterface.register("sdpa", grouped_attention)
+    chosen = grouped_attention if fused_from is None else partial(grouped_attention, fused_from=fused_from)
+    AttentionInterface.register("sdpa", chosen)
     try:
         yield
     finally:

@@ -14,12 +14,14 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steer.compat import cache_in
 from steer.errors import SteerError
@@ -234,9 +236,50 @@ class _Trial:
     def _attention(self, padded: torch.Tensor) -> str | None:
         if self.device.type != "cpu":
             return None
-        with cpu.grouped(self.model):
-            off = self._off([(self._padded(), padded)])
-        return f"grouped attention differs ({off})" if off else None
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for fused_from in (None, 1):  # rows as short as these, and as long ones are computed
+            with cpu.grouped(self.model, fused_from):
+                seen.append((self._padded(), padded))
+        if off := self._off(seen):
+            return f"grouped attention differs ({off})"
+        off = self._off(self._attention_gradients())
+        return f"gradients of grouped attention differ ({off})" if off else None
+
+    def _attention_gradients(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Gradients of query, key and value in every attention module of the model: both grouped forms and
+        transformers' own.
+        """
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+        def watched(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            **kwargs: Any,
+        ) -> Any:
+            def gradient(function: Callable) -> torch.Tensor:
+                with torch.inference_mode(False), torch.enable_grad():
+                    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+                    out = function(module, *leaves, attention_mask, **kwargs)[0].float()
+                    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+                    found = torch.autograd.grad((out * weights).sum(), leaves)
+                return torch.cat([one.float().flatten() for one in found])[None]
+
+            expected = gradient(plain)
+            for fused_from in (None, 1):
+                pairs.append((gradient(partial(cpu.grouped_attention, fused_from=fused_from)), expected))
+            return plain(module, query, key, value, attention_mask, **kwargs)
+
+        AttentionInterface.register("sdpa", watched)
+        try:
+            self._padded()
+        finally:
+            AttentionInterface.register("sdpa", plain)
+        return pairs
 
     def _padding(self, padded: torch.Tensor) -> str | None:
         pairs = zip(padded, self.truth, strict=True)

@@ -36,7 +36,7 @@ from steer.training.callbacks import watch
 from steer.training.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
 from steer.training.loading import already_loaded
 from steer.training.loss import group_advantages, importance_weights, total_rewards
-from steer.training.memory import GB, UpdateMemory, row_sizes
+from steer.training.memory import UpdateMemory, check_settings, memory_limit, row_sizes
 from steer.training.sampling_trainer import SamplingGRPOTrainer
 
 
@@ -84,7 +84,6 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
                 f"multiple of num_generations={args.num_generations}; change per_device_train_batch_size or "
                 "gradient_accumulation_steps"
             )
-        _check_recomputing(args)
         # trl loads a second base model when beta != 0; ours is the same one without what was trained.
         beta, args.beta = args.beta, 0.0
         try:
@@ -95,6 +94,7 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
         self.beta = beta
         if beta != 0.0:
             self.ref_model = cast(PreTrainedModel, _Reference())
+        check_settings(args, "FSDP or DeepSpeed" if self._in_step() else None)
         if self.accelerator.device.type == "cpu":
             cpu.prepare()
         self._set_stop_tokens()
@@ -380,9 +380,13 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
                 with torch.enable_grad(), fast_attention(base):
                     return self._score_rows(base, ids, torch.ones_like(ids), 1, options)
 
-            limit = None if args.update_memory is None else args.update_memory * GB
+            limit = torch.tensor(
+                [memory_limit(self.accelerator.device, args.update_memory)], dtype=torch.float64
+            )
+            if self.accelerator.num_processes > 1:  # that of the smallest machine: all cut in the same way
+                limit = cast(torch.Tensor, self.accelerator.gather(limit.to(self.accelerator.device)))
             self.update_memory = UpdateMemory(
-                base, score, args.max_completion_length, limit, args.recompute_mlps
+                base, score, args.max_completion_length, float(limit.min()), args.recompute_mlps
             )
         return self.update_memory
 
@@ -400,7 +404,7 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
         if self.loss_type in ROW_LOSSES:
             return len(part["advantages"]) / len(whole["advantages"])
         if self.loss_type in BATCH_TOKEN_LOSSES:
-            return part["completion_mask"].sum() / whole["completion_mask"].sum().clamp(min=1)
+            return loss_mask(part).sum() / loss_mask(whole).sum().clamp(min=1)
         return 1.0
 
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -419,21 +423,6 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
         """Whether a row's part of the loss does not depend on which other rows are computed with it."""
         return (
             not self._entropy_bonus_enabled and not self.aux_loss_enabled and self.top_entropy_quantile == 1.0
-        )
-
-
-def _check_recomputing(args: SteeringGRPOConfig) -> None:
-    if not args.recompute_mlps:
-        return
-    others = {
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "fsdp": args.fsdp,
-        "deepspeed": args.deepspeed,
-    }
-    if given := [name for name, value in others.items() if value]:
-        raise SteerError(
-            f"recompute_mlps=true does not go with {given[0]}; use gradient_checkpointing=true alone, which "
-            "computes whole layers again"
         )
 
 

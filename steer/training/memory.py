@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from steer.errors import SteerError
 from steer.generation.recompute import mlps, recomputed
 from steer.generation.scoring import length_batches
+from steer.training.config import SteeringGRPOConfig
 
 log = logging.getLogger(__name__)
 GB = 1e9
@@ -46,6 +48,36 @@ def total_memory(device: torch.device) -> float:
         with suppress(OSError, ValueError):  # not there, or the word "max"
             sizes.append(int(Path(limit).read_text()))
     return min(sizes) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def memory_limit(device: torch.device, update_memory: float | None) -> float:
+    """Bytes that a part of an update may keep, by the setting `update_memory` in GB."""
+    if update_memory is None:
+        return SHARE * total_memory(device)
+    return update_memory * GB or float("inf")
+
+
+def check_settings(args: SteeringGRPOConfig, sharding: str | None) -> None:
+    """
+    SteerError for settings of this module that would have no effect.
+
+    Args:
+        args: the settings.
+        sharding: what shards the model, where something does.
+    """
+    if not (other := "gradient_checkpointing=true" if args.gradient_checkpointing else sharding):
+        return
+    if args.recompute_mlps:
+        raise SteerError(
+            f"recompute_mlps=true does not go with {other}; use gradient_checkpointing=true alone, which "
+            "computes whole layers again"
+        )
+    if args.update_memory:
+        rows = "update_rows" if other != sharding else "per_device_train_batch_size"
+        raise SteerError(
+            f"update_memory={args.update_memory:g} has no effect with {other}; leave it out, and limit what "
+            f"an update holds with {rows}"
+        )
 
 
 @contextmanager
@@ -92,7 +124,9 @@ class Cost:
         """
         sizes = []
         for count in (tokens // 2, tokens // 2 * 2):
-            with saved_bytes(model) as found, torch.random.fork_rng():
+            device = next(model.parameters()).device
+            devices = [device] if device.type == "cuda" else []  # by default of all GPUs of the machine
+            with saved_bytes(model) as found, torch.random.fork_rng(devices):
                 kept = score(count)  # its graph lives until all is counted
                 sizes.append(sum(found.values()))
                 del kept
@@ -136,7 +170,7 @@ class UpdateMemory:
         model: the model, with what is trained.
         score: as of `Cost.measured`.
         longest: the most tokens of a completion.
-        limit: bytes of a part; None is a share of all memory.
+        limit: bytes of a part (`memory_limit`).
         recompute: whether MLPs are computed again in the backward pass; None is for parts above the limit.
     """
 
@@ -145,21 +179,22 @@ class UpdateMemory:
         model: nn.Module,
         score: Callable[[int], object],
         longest: int,
-        limit: float | None = None,
+        limit: float,
         recompute: bool | None = None,
     ):
-        device = next(model.parameters()).device
-        self.limit = SHARE * total_memory(device) if limit is None else limit or float("inf")
+        self.limit = limit
         self.recompute = recompute
-        self.cost = Cost.measured(model, score, min(TOKENS, max(2, longest)))
         self.mlps = [] if recompute is False else mlps(model)
+        with recomputed(self.mlps if recompute else []):
+            self.cost = Cost.measured(model, score, min(TOKENS, max(2, longest)))
         self._told = False
+        most = "no limit" if limit == float("inf") else f"at most {limit / GB:.1f} GB at once"
+        if self.cost.token and limit < float("inf"):
+            most += f": {limit / self.cost.token:,.0f} tokens"
         log.info(
-            "an update keeps %.2f MB a token for its backward pass (measured) and at most %.1f GB at once "
-            "(update_memory): %s tokens",
+            "an update keeps %.2f MB a token for its backward pass (measured); update_memory is %s",
             self.cost.token / 1e6,
-            self.limit / GB,
-            f"{self.limit / self.cost.token:,.0f}" if self.cost.token else "all",
+            most,
         )
 
     def parts(self, rows: torch.Tensor, most: int) -> list[slice]:
@@ -182,11 +217,12 @@ class UpdateMemory:
         if not self._told:
             self._told = True
             log.info(
-                "%d MLPs are computed again in the backward pass: %d rows of up to %d tokens would keep "
+                "%d MLPs are computed again in the backward pass: %d rows of up to %d tokens %s "
                 "%.1f GB (recompute_mlps)",
                 len(self.mlps),
                 len(rows),
                 int(rows[:, 0].max()),
+                "keep" if self.recompute else "would keep",
                 needed / GB,
             )
         return recomputed(self.mlps)

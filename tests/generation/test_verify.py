@@ -282,7 +282,34 @@ def broken_attention(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cpu, "grouped_attention", forgetful)
 
 
-@pytest.mark.parametrize(("path", "breaks"), [("sampler", broken_cache), ("attention", broken_attention)])
+def broken_fused_attention(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences lose their padding mask."""
+    original = cpu.scaled_dot_product_attention
+
+    def forgetful(query, key, value, mask, **kwargs):
+        return original(query, key, value, torch.zeros_like(mask), **kwargs)
+
+    monkeypatch.setattr(cpu, "scaled_dot_product_attention", forgetful)
+
+
+def broken_gradient(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right outputs of long sequences, and a gradient that is not a number."""
+    original = cpu.scaled_dot_product_attention
+
+    def undefined(*args, **kwargs):
+        out = original(*args, **kwargs)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: gradient * torch.nan)
+        return out
+
+    monkeypatch.setattr(cpu, "scaled_dot_product_attention", undefined)
+
+
+BROKEN = [("sampler", broken_cache)]
+BROKEN += [("attention", breaks) for breaks in (broken_attention, broken_fused_attention, broken_gradient)]
+
+
+@pytest.mark.parametrize(("path", "breaks"), BROKEN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fault_of_a_fast_path_is_found(path: str, breaks, dtype, monkeypatch, caplog) -> None:
     model = tiny("llama").to(dtype)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.steering import message
 from helpers.training import far, same
 from transformers import PreTrainedModel
 
 import steer
 from steer import SteerError
 from steer.training import memory
+from steer.training.batches import rows_of
 from steer.training.memory import GB, Cost, UpdateMemory, total_memory
 
 
@@ -99,7 +101,7 @@ def test_a_limit_changes_the_parts_and_not_the_result(run, monkeypatch, caplog) 
     assert max(counts[2:]) <= 2 and sum(counts[2:]) == 16
     assert far(parts.vectors.tensors(), whole.vectors.tensors()) < 1e-4
     lines = [record.message for record in caplog.records]
-    assert len(lines) == 1 and "an update keeps" in lines[0] and "update_memory" in lines[0]
+    assert len(lines) == 1 and "an update keeps" in lines[0] and "update_memory is at most 0.0 GB" in lines[0]
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -126,10 +128,48 @@ def test_rows_that_do_not_fit_alone_are_recomputed(run, caplog) -> None:
     assert not any("MLPs are computed again" in record.message for record in caplog.records)
 
 
-@pytest.mark.parametrize("other", [{"gradient_checkpointing": True}])
-def test_recomputing_twice_is_refused(run, other: dict[str, Any]) -> None:
-    with pytest.raises(SteerError, match=f"recompute_mlps=true does not go with {next(iter(other))}"):
-        run(recompute_mlps=True, train=False, **other)
+@pytest.mark.parametrize("setting", [{"recompute_mlps": True}, {"update_memory": 2.0}])
+def test_settings_without_effect_are_refused(run, setting: dict[str, Any], monkeypatch) -> None:
+    from steer.training.group_trainer import GroupGRPOTrainer
+
+    (name,) = setting
+    with pytest.raises(SteerError, match=f"{name}=.* gradient_checkpointing=true") as error:
+        run(**setting, gradient_checkpointing=True, train=False)
+    message(error)
+    run(update_memory=0.0, recompute_mlps=False, gradient_checkpointing=True, train=False)
+    monkeypatch.setattr(GroupGRPOTrainer, "_in_step", lambda self: True)  # as a launcher's config makes it
+    with pytest.raises(SteerError, match=f"{name}=.* FSDP or DeepSpeed") as error:
+        run(**setting, train=False)
+    message(error)
+
+
+def test_what_is_recomputed_is_not_measured(run) -> None:
+    plain, less = (run(**settings(recompute_mlps=recompute)).update_memory for recompute in (None, True))
+    assert 0 < less.cost.token < 0.7 * plain.cost.token
+    lengths = rows(*[(8, 10, 1)] * 8)
+    plain.limit = less.limit = plain.cost.of(lengths) - 1
+    assert len(plain.parts(lengths, 8)) > len(less.parts(lengths, 8)) == 1
+
+
+def test_the_smallest_machine_sets_the_limit_of_all(run, monkeypatch) -> None:
+    trainer = run(train=False)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(
+        trainer.accelerator, "gather", lambda own: torch.cat([own, torch.tensor([5.0], dtype=own.dtype)])
+    )
+    assert trainer._bounded().limit == 5.0
+
+
+def test_a_part_weighs_the_tokens_that_count(run) -> None:
+    """Those of tools are in completions, and not in the loss."""
+    trainer = run(loss_type="bnpo", train=False)
+    batch = {
+        "prompt_ids": torch.zeros(2, 1),
+        "completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "tool_mask": torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]),
+    }
+    assert trainer._share(rows_of(batch, slice(0, 1)), batch) == pytest.approx(1 / 3)
+    assert trainer._share(rows_of(batch, slice(1, 2)), batch) == pytest.approx(2 / 3)
 
 
 def test_the_memory_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
