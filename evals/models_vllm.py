@@ -47,7 +47,9 @@ SECONDS = 300
 MODELS_PER_PROCESS = 10
 
 # The largest difference of log-probabilities in float32; the mean in bfloat16, where single tokens go far.
-BOUNDS = {torch.float32: 1e-2, torch.bfloat16: 0.2}
+BOUNDS = {torch.float32: 2e-4, torch.bfloat16: 0.2}
+# vLLM keeps the numbers of Apertus's activation in bfloat16, and computes the GELU that Bloom approximates.
+WIDER = {"apertus": 1e-2, "bloom": 2e-3}
 # Standard deviation of the vectors, and what they change at least, as a multiple of that difference.
 STD = {torch.float32: 1.0, torch.bfloat16: 4.0}
 MOVED = {torch.float32: 10.0, torch.bfloat16: 2.0}
@@ -243,7 +245,7 @@ def check_all(names: Sequence[str]) -> Iterator[tuple[str, Row]]:
     """
     The row of each. vLLM and transformers run in processes of their own, since vLLM changes classes of
     transformers, and a process that dies or hangs is one row. What fails in a process that served other
-    models before is tried again in a fresh one.
+    models before is tried again in a fresh one, and then without steer's plugin: what runs there is a crash.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(
@@ -255,8 +257,12 @@ def check_all(names: Sequence[str]) -> Iterator[tuple[str, Row]]:
             row = _row(name, engines, references)
             settled = row["state"] in ("works", "refused") or row["why"].startswith(LACKS)
             row = row if settled else _row(name, fresh, fresh)
-            if row["state"] == "crash" and _asked(fresh, sample, name, False) == row:
-                row = {"state": "not run", "why": f"{row['why']}, without steer's plugin too"}
+            if row["state"] in ("crash", "not run") and not row["why"].startswith(LACKS):
+                without = _asked(fresh, sample, name, False)
+                if without["state"] == "works":
+                    row["state"] = "crash"
+                elif row["state"] == "crash" and without == row:
+                    row = {"state": "not run", "why": f"{row['why']}, without steer's plugin too"}
             yield name, row
 
 
@@ -267,7 +273,7 @@ def _row(name: str, engines: ProcessPool, references: ProcessPool) -> Row:
     measured = _asked(references, compare, name, sampled.pop("bases"), sampled.pop("steered"))
     if "state" in measured:
         return measured
-    return {**judged(measured, torch.bfloat16 if name in BFLOAT16 else torch.float32), **sampled, **measured}
+    return {**judged(name, measured), **sampled, **measured}
 
 
 def _asked(pool: ProcessPool, what: Callable, *args: Any) -> Any:
@@ -283,10 +289,11 @@ def _asked(pool: ProcessPool, what: Callable, *args: Any) -> Any:
     return {"state": "crash", "why": why}
 
 
-def judged(measured: dict[str, float], dtype: torch.dtype) -> Row:
-    """The state of a row by what `compare` measured."""
+def judged(name: str, measured: dict[str, float]) -> Row:
+    """The state of a model type's row by what `compare` measured."""
+    dtype = torch.bfloat16 if name in BFLOAT16 else torch.float32
     for which in ("base", "steered"):
-        if not measured[which] <= BOUNDS[dtype]:
+        if not measured[which] <= WIDER.get(name, BOUNDS[dtype]):
             why = f"{which} log-probabilities of vLLM and transformers differ by {measured[which]:.2g}"
             return {"state": "wrong", "why": why}
     if not measured["moved"] >= max(MOVED[dtype] * measured["steered"], 0.02):

@@ -18,6 +18,8 @@ UNLIKE = {
     "zaya": "keeps no state for the convolutions of its attention",
 }
 UNLIKE_ON_CPU = {"ernie4_5_moe": "chooses experts without e_score_correction_bias"}
+# Setting of the groups that vLLM's mixer of Mamba2 normalises one by one, and transformers all at once.
+GROUPS = {"mamba2": "n_groups", "granitemoehybrid": "mamba_n_groups"}
 
 
 def check_alike(model: nn.Module, config: Any, cpu: bool) -> None:
@@ -33,8 +35,8 @@ def check_alike(model: nn.Module, config: Any, cpu: bool) -> None:
     difference, where = UNLIKE.get(kind), ""
     if difference is None and cpu:
         difference, where = UNLIKE_ON_CPU.get(kind), " on a CPU"
-    if kind == "mamba2" and config.n_groups > 1:
-        difference = f"normalises each of n_groups={config.n_groups} groups by itself"
+    if kind in GROUPS and (groups := getattr(config, GROUPS[kind])) > 1:
+        difference = f"normalises each of {GROUPS[kind]}={groups} groups by itself"
     if difference is not None:
         raise SteerError(
             f"the engine cannot steer {type(model).__name__} ({kind}): vLLM {CHECKED}{where} {difference}, "

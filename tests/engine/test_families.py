@@ -15,11 +15,12 @@ import torch
 from helpers.steering import fill, message
 from helpers.vllm_engine import expected, prompt, run, start
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from evals.architectures import tiny
 from steer import SteerError, attach, detach, engine
 from steer.artifact import Artifact
-from steer.engine.alike import UNLIKE, UNLIKE_ON_CPU, check_alike
+from steer.engine.alike import GROUPS, UNLIKE, UNLIKE_ON_CPU, check_alike
 from steer.engine.plugin import check_stream, find_layers
 
 
@@ -143,7 +144,14 @@ def test_a_model_that_vllm_computes_otherwise_is_refused(kind: str) -> None:
         check_alike(nn.Linear(2, 2), config, cpu=False)
 
 
-def test_groups_of_mamba2_are_refused() -> None:
-    check_alike(nn.Linear(2, 2), SimpleNamespace(model_type="mamba2", n_groups=1), cpu=True)
-    with pytest.raises(SteerError, match="n_groups=8"):
-        check_alike(nn.Linear(2, 2), SimpleNamespace(model_type="mamba2", n_groups=8), cpu=False)
+@pytest.mark.parametrize(("kind", "setting"), GROUPS.items())
+def test_groups_of_mamba2_are_refused(kind: str, setting: str) -> None:
+    config = CONFIG_MAPPING[kind]()
+    for groups in (1, 8):
+        setattr(config, setting, groups)
+        if groups == 1:
+            check_alike(nn.Linear(2, 2), config, cpu=True)
+        else:
+            with pytest.raises(SteerError, match=f" {setting}=8 ") as error:
+                check_alike(nn.Linear(2, 2), config, cpu=False)
+            message(error)

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from helpers.paths import ROOT
 from helpers.steering import message
@@ -16,7 +15,7 @@ from evals import models_table, models_vllm
 from evals.architectures import causal_lm_types
 from evals.model_checks import CHECKS
 from evals.model_outcomes import STATES, Outcome
-from evals.models_vllm import RESULTS, judged, recorded
+from evals.models_vllm import RESULTS, WIDER, judged, recorded
 from steer import SteerError
 
 PAGE = ROOT / "docs" / "models.md"
@@ -66,10 +65,7 @@ def test_no_row_is_wrong_and_every_other_one_says_why() -> None:
         assert row["state"] in set(STATES) - {"wrong", "crash", "plain path"}, name
         assert bool(row["why"]) == (row["state"] != "works"), name
         if row["state"] == "works":
-            assert judged(row, torch.bfloat16 if name in models_vllm.BFLOAT16 else torch.float32) == {
-                "state": "works",
-                "why": "",
-            }, name
+            assert judged(name, row) == {"state": "works", "why": ""}, name
 
 
 def test_the_page_shows_the_results(changed) -> None:
@@ -96,16 +92,32 @@ def test_architectures_without_a_row_are_named(changed) -> None:
 @pytest.mark.parametrize(
     ("measured", "words"),
     [
-        ({"base": 0.3}, "base log-probabilities .* differ by 0.3"),
+        ({"base": 3e-4}, "base log-probabilities .* differ by 0.0003"),
         ({"base": float("nan")}, "base log-probabilities"),
         ({"steered": 0.3}, "steered log-probabilities .* differ by 0.3"),
-        ({"steered": 9e-3, "moved": 0.05}, "change log-probabilities by 0.05 only"),
+        ({"moved": 0.01}, "change log-probabilities by 0.01 only"),
         ({"moved": 0.0}, "change log-probabilities by 0 only"),
     ],
 )
 def test_what_differs_is_wrong(measured: dict[str, float], words: str) -> None:
     right = {"base": 1e-5, "steered": 1e-5, "moved": 0.5}
-    assert judged(right, torch.float32) == {"state": "works", "why": ""}
-    row = judged({**right, **measured}, torch.float32)
+    assert judged("llama", right) == {"state": "works", "why": ""}
+    row = judged("llama", {**right, **measured})
     assert row["state"] == "wrong"
     assert re.search(words, row["why"])
+
+
+def test_wider_bounds_are_for_their_models_alone() -> None:
+    for name, bound in WIDER.items():
+        row = {"base": 0.9 * bound, "steered": 0.9 * bound, "moved": 0.5}
+        assert judged(name, row)["state"] == "works" != judged("llama", row)["state"]
+    near = {"base": 9e-3, "steered": 9e-3, "moved": 0.05}
+    assert "change log-probabilities by 0.05 only" in judged("apertus", near)["why"]
+
+
+@pytest.mark.parametrize(("without", "state"), [("works", "crash"), ("not run", "not run")])
+def test_what_fails_with_the_plugin_alone_is_a_crash(without: str, state: str, monkeypatch) -> None:
+    failed = {"state": "not run", "why": "vLLM: RuntimeError: shapes"}
+    answers = {True: failed, False: {"state": without, "why": ""}}
+    monkeypatch.setattr(models_vllm, "_asked", lambda pool, what, name, plugin=True: dict(answers[plugin]))
+    assert [row["state"] for _, row in models_vllm.check_all(["llama"])] == [state]
