@@ -8,7 +8,7 @@ import logging
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,25 @@ def find_lr(settings: RunSettings, arguments: Sequence[str]) -> None:
     """
     asked = settings.finder
     assert asked is not None
-    if settings.population and settings.population.asked:
-        raise SteerError("find_lr tries rates of one run; leave out what asks for a population")
-    if settings.rates and settings.rates.lr_sweep:
-        raise SteerError("find_lr and lr_sweep both look for a learning rate; leave one of them out")
+    if given := _changed(settings.population):
+        raise SteerError(
+            f"find_lr tries rates of one run; leave out what a population has: {', '.join(given)}"
+        )
+    if given := _changed(settings.rates):
+        raise SteerError(
+            "find_lr and lr_sweep both look for a learning rate; leave out find_lr, or what lr_sweep has: "
+            + ", ".join(given)
+        )
     if settings.run.dry_run:
         raise SteerError("dry_run is for one run; leave out find_lr")
     folder = Path(f"{settings.training.output_dir}-find-lr")
     with held(folder, "--output_dir") if PartialState().is_main_process else nullcontext():
         _find(folder, settings, asked, arguments)
+
+
+def _changed(part: Any) -> list[str]:
+    """The names of the settings of a part that are not at their defaults."""
+    return [] if part is None else [f.name for f in fields(part) if getattr(part, f.name) != f.default]
 
 
 def _find(folder: Path, settings: RunSettings, asked: FinderArguments, arguments: Sequence[str]) -> None:
@@ -94,6 +104,8 @@ def _find(folder: Path, settings: RunSettings, asked: FinderArguments, arguments
             )
     _measure(study, trials, members, growth(settings.training, len(study.train), steps))
     choice = find_rate.choose(trials, steps)
+    if settings.training.lr_by_layer is not None:  # find_lr_rates does not go with it
+        choice = replace(choice, note=choice.note.replace("with find_lr_rates", "in lr_by_layer"))
     _leave(folder, settings, trials, choice, steps, layers, num_hidden_layers, arguments)
 
 
@@ -117,9 +129,8 @@ def _short(settings: RunSettings, folder: Path, steps: int) -> RunSettings:
 
 def _member(short: RunSettings, trial: Trial) -> RunSettings:
     training = copy.copy(short.training)
-    training.learning_rate = trial.learning_rate
-    if training.lr_by_layer is not None:
-        training.lr_by_layer = find_rate.scaled(training.lr_by_layer, trial.factor)
+    for name, value in recommended(training, trial).items():
+        setattr(training, name, value)
     return replace(short, training=training, member=f"lr-{trial.learning_rate:g}")
 
 
@@ -168,16 +179,17 @@ def _leave(
     """Write record and plot, and print what they say."""
     training, last = settings.training, find_rate.smoothed(steps)
     best = choice.trial
-    found: dict[str, Any] = {}
-    if best is not None:
-        table = training.lr_by_layer and find_rate.scaled(training.lr_by_layer, best.factor)
-        found = {"lr_by_layer": table} if table else {"learning_rate": best.learning_rate}
+    found = {} if best is None else recommended(training, best)
     record = {
         "recommended": found or None,
         "next": _next(arguments, found) if found else None,
         "note": choice.note,
         "rule": find_rate.RULE,
-        "layers": _layer_rule(training, best, layers, num_hidden_layers),
+        "layers": {
+            "trained": [layers[0], layers[-1]],
+            "of": num_hidden_layers,
+            "middle_of_the_grid": find_rate.middle_rate(training, layers, num_hidden_layers),
+        },
         "steps": steps,
         "halved_at": steps // 2,
         "seed": training.seed,
@@ -212,20 +224,13 @@ def _leave(
     print(f"Run next:\n  {record['next']}\n")
 
 
-def _layer_rule(
-    training: SteeringGRPOConfig, best: Trial | None, layers: Sequence[int], num_hidden_layers: int
-) -> dict[str, Any]:
-    """How the recommendation depends on which layers are trained."""
-    told: dict[str, Any] = {
-        "trained": [layers[0], layers[-1]],
-        "of": num_hidden_layers,
-        "middle_of_the_grid": find_rate.middle_rate(training, layers, num_hidden_layers),
-        "rule": f"a late layer alone needs up to {find_rate.LATE} times the rate of the first layer alone",
-    }
-    if best is not None and training.lr_by_layer is None:
-        first = best.learning_rate / find_rate.late(layers, num_hidden_layers)
-        told["lr_by_layer_of_single_layers"] = f"geometric:{first:.2g}:{first * find_rate.LATE:.2g}"
-    return told
+def recommended(training: SteeringGRPOConfig, trial: Trial) -> dict[str, Any]:
+    """The rates of a trial, as settings. `training`: the run's."""
+    if training.lr_by_layer is None:
+        return {"learning_rate": trial.learning_rate}
+    # the rate beside a table is that of layers which it does not name
+    table = find_rate.scaled(training.lr_by_layer, trial.factor)
+    return {"learning_rate": trial.learning_rate, "lr_by_layer": table}
 
 
 def _next(arguments: Sequence[str], found: dict[str, Any]) -> str:

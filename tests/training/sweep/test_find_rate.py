@@ -19,7 +19,7 @@ from helpers.training import config
 
 import steer
 from steer.cli import train
-from steer.cli.find_lr import growth
+from steer.cli.find_lr import growth, recommended
 from steer.errors import SteerError
 from steer.training.sweep import find_rate
 from steer.training.sweep.find_rate import Trial, choose, middle_rate, scaled, smoothed
@@ -138,6 +138,11 @@ def test_the_grid_and_the_rule_of_layers(tmp_path: Path) -> None:
     table = config(tmp_path, lr_by_layer="0:0.003,3-7:7e-3")
     assert scaled(table.lr_by_layer or "", 10) == "0:0.03,3-7:0.07"
     assert scaled("geometric:0.003:0.1", 0.3) == "geometric:0.0009:0.03"
+    tenfold = find_rate.trials(table, None, range(30), 30)[-1]
+    asked = recommended(table, tenfold)
+    assert asked == {"learning_rate": 10 * table.learning_rate, "lr_by_layer": "0:0.03,3-7:0.07"}
+    before, after = (made.layer_rates([*range(30)], 30) for made in (table, config(tmp_path, **asked)))
+    assert after == pytest.approx({layer: 10 * rate for layer, rate in before.items()})
     with pytest.raises(SteerError) as error:
         find_rate.trials(table, [0.1, 0.2], [0], 30)
     assert "lr_by_layer" in message(error)
@@ -191,7 +196,6 @@ def test_the_command_finds_the_rate_that_works(
     assert why[0.2] is None and why[1e-6] and why[1000]
     assert [t["updates"] for t in found["trials"]].count(12) >= 2, "half of three, rounded up, go on"
     assert (tmp_path / "run-find-lr" / "find_lr.png").read_bytes().startswith(b"\x89PNG")
-    assert found["layers"]["lr_by_layer_of_single_layers"] == "geometric:0.2:6"
     printed = capsys.readouterr().out
     command = printed.split("Run next:\n")[1].strip()
     assert command == found["next"]
@@ -272,6 +276,8 @@ def test_rewards_are_compared_as_they_were_before_dynamic_sampling() -> None:
     [
         (["--learning_rates", "0.1", "0.2"], "a population"),
         (["--lr_sweep", "0.1"], "lr_sweep"),
+        (["--sweep_steps", "9"], "sweep_steps"),
+        (["--keep", "0.3"], "keep"),
         (["--dry_run", "true"], "dry_run"),
         (["--find_lr_rates", "0.1"], "two or more"),
         (["--find_lr_rates", "0.1", "0"], "two or more"),
