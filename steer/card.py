@@ -127,6 +127,10 @@ def _origin(config: SteeringConfig, made: dict[str, Any]) -> str:
     )
 
 
+# How training on given answers is called.
+_METHODS = {"sft": "by supervised training (SFT)", "dpo": "by direct preference optimization (DPO)"}
+
+
 def _training(made: dict[str, Any]) -> str:
     """In a few words what the vectors were made from; `_settings` has the rest."""
     if extracted := _part(made, "extract"):
@@ -140,7 +144,11 @@ def _training(made: dict[str, Any]) -> str:
     generated = [f"{name} {_line(used[name])}" for name in ("operators", "digits", "terms") if name in used]
     parts = [f"`{_line(run['train_data'])}`" + (f" ({', '.join(generated)})" if generated else "")]
     rewards = run.get("rewards")
-    if isinstance(rewards, list) and rewards:
+    method, examples = str(made.get("method")), _part(made, "data").get("examples")
+    if method in _METHODS:
+        count = f"{examples:,} examples, " if isinstance(examples, int) else ""
+        parts.append(f"{count}{_METHODS[method]}")
+    elif isinstance(rewards, list) and rewards:
         parts.append(f"rewarded by {', '.join(f'`{_line(reward)}`' for reward in rewards)}")
     for name, words in (("max_steps", "updates"), ("num_generations", "answers to each prompt")):
         if isinstance(training.get(name), int) and training[name] > 0:
@@ -158,6 +166,12 @@ def _limits(config: SteeringConfig, made: dict[str, Any]) -> str:
         limits.append(f"They were made with one way of asking ({_line(config.prompt)}). Others may do worse.")
     if any(is_score(score) for score in _part(made, "results").values()):
         limits.append("The scores are for the held-out problems of the run. No other task was measured.")
+    if isinstance(scored := _part(made, "data").get("scored_on"), list) and scored:
+        names = ", ".join(f"`{_line(name)}`" for name in scored)
+        limits.append(
+            f"They were trained on answers to problems of {names}, so scores on those do not show what "
+            "they do on new problems."
+        )
     if config.condition is None:
         limits.append("They change every answer, wanted or not. Compare with the base: `steer play`.")
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
@@ -193,7 +207,10 @@ def _scores(made: dict[str, Any]) -> str:
             "\n\nThe base was not elicited (examples in the prompt, a longer limit): part of a gain may be "
             "form alone."
         )
-    notes = "" if controls else "\n\nNo control run (random reward, format only) was recorded."
+    rewarded = str(made.get("method")) not in _METHODS
+    notes = (
+        "" if controls or not rewarded else "\n\nNo control run (random reward, format only) was recorded."
+    )
     return f"## Scores\n\n{text}\n\n" + "\n".join(lines) + notes
 
 

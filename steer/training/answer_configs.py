@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trl import DPOConfig, SFTConfig
 
+from steer.errors import SteerError
 from steer.training.settings import IGNORED_BY_DPO, IGNORED_BY_SFT
 from steer.training.trainer_config import SteeringTrainerConfig
 
@@ -62,3 +63,8 @@ class SteeringDPOConfig(_AnswerSettings, SteeringTrainerConfig, DPOConfig):  # t
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]  # type: ignore[misc]
     ignored: ClassVar = IGNORED_BY_DPO
     method: ClassVar = "dpo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta == 0:
+            raise SteerError("beta=0 leaves no gradient to train by; give a value above 0, such as 0.1")

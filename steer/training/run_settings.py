@@ -167,7 +167,8 @@ class RunSettings:
             for name, value in self.training.to_dict().items()
             if name in _ESSENTIAL or (value != default[name] and name not in WATCHING)
         }
-        run = {name: value for name, value in asdict(self.run).items() if name not in WATCHING}
+        idle = WATCHING if self.training.method == "grpo" else {*WATCHING, "rewards"}
+        run = {name: value for name, value in asdict(self.run).items() if name not in idle}
         plain = json.loads(json.dumps({"run": run, "training": training}, default=str))
         member = {"member": self.member} if self.member else {}
         started = {}

@@ -40,6 +40,7 @@ _COUNTS: tuple[str, ...] = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_completion_length",
+    "max_length",
 )
 _COUNTS += (
     "num_iterations",

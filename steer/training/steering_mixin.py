@@ -283,6 +283,11 @@ def _check_reference(args: SteeringTrainerConfig, kwargs: dict[str, Any]) -> Non
     ):
         if getattr(args, name, False):
             raise SteerError(f"{name}=true cannot work: {why}; set {name}=false")
+    if getattr(args, "neftune_noise_alpha", None):
+        raise SteerError(
+            "neftune_noise_alpha would put noise into the reference model too, which is the same model; "
+            "leave it out"
+        )
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or getattr(args, "fsdp", None)
     if args.deepspeed_plugin is not None or fsdp:
         raise SteerError(

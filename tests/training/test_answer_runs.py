@@ -50,6 +50,9 @@ def test_a_whole_run_says_how_it_was_trained(base: Path, capsys: pytest.CaptureF
     assert known["recipe"] == "sft_steer" and known["method"] == "sft"
     assert known["data"]["from"] == str(base / "train.jsonl") and known["data"]["examples"] > 30
     assert saved.config.prompt == PROMPT and known["results"]["after"] == results["after"]
+    card = (folder / "vectors" / "README.md").read_text()
+    assert "examples, by supervised training (SFT), 4 updates." in card
+    assert "rewarded by" not in card and "No control run" not in card
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "run.json").read_text())["answers"]["method"] == "sft"
     assert "steered" in capsys.readouterr().out

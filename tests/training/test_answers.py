@@ -111,6 +111,7 @@ def test_answers_to_problems_of_a_test_are_told(
     vectors = steer.attach(build_tiny("llama"))
     vectors.config.provenance = {"data": told}
     vectors.save(base / "vectors-of-tests")
+    assert "trained on answers to problems of `sums`" in (base / "vectors-of-tests" / "README.md").read_text()
     caplog.clear()
     seen = [variants.Variant("v", "vectors", str(base / "vectors-of-tests"))]
     variants.tell_of_trained_on(seen, ["others"])
