@@ -178,6 +178,8 @@ TRAINER_ATTRIBUTES = (
 )
 # The one of a `VLLMGeneration` in sleep mode; trl sets it where an engine sleeps.
 ENGINE_ATTRIBUTES = ("_llm_weights_sleeping",)
+# Those of a `torch.nn.Module`, torch 2.13.0.
+MODULE_ATTRIBUTES = ("_forward_hooks", "_forward_pre_hooks")
 
 
 # What transformers calls the cache that a forward takes and returns: since 5.24 `cache`, before that
@@ -188,6 +190,11 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 @cache
 def _parameters(forward: Callable) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a forward hook is on the module itself."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def takes(module: nn.Module, name: str) -> bool:

@@ -18,7 +18,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
 from steer import compat, engine
-from steer.compat import APIS, ENGINE_ATTRIBUTES, MORE, TRAINER_ATTRIBUTES, Api, changed
+from steer.compat import APIS, ENGINE_ATTRIBUTES, MODULE_ATTRIBUTES, MORE, TRAINER_ATTRIBUTES, Api, changed
 from steer.engine import compat as engine_compat
 from steer.training.answer_trainers import SteeringDPOTrainer, SteeringSFTTrainer
 from steer.training.baselines import BaselineGRPOTrainer
@@ -41,6 +41,7 @@ def test_upstream_is_as_it_was(api: Api) -> None:
 def test_trainer_attributes_are_there(run: Any) -> None:
     trainer = run(train=False)
     assert [name for name in TRAINER_ATTRIBUTES if not hasattr(trainer, name)] == []
+    assert [name for name in MODULE_ATTRIBUTES if not hasattr(trainer.model, name)] == []
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,9 @@ def private_names() -> dict[str, set[str]]:
 
 
 def test_every_private_name_of_another_library_is_in_the_table() -> None:
-    named = {api.name.rpartition(".")[2] for api in TABLES} | {*TRAINER_ATTRIBUTES, *ENGINE_ATTRIBUTES}
+    named = {api.name.rpartition(".")[2] for api in TABLES} | {
+        *(*TRAINER_ATTRIBUTES, *ENGINE_ATTRIBUTES, *MODULE_ATTRIBUTES)
+    }
     found = private_names()
     assert {path: names - named for path, names in found.items() if names - named} == {}
     # and only the modules that stand for it, and the classes that inherit it, use one

@@ -87,6 +87,11 @@ def read_prompts(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         for side, text in line.items():
             if not isinstance(text, str) or not text.strip():
                 raise SteerError(f"{where}: {side}={shown(text)} is not the text of a prompt")
+            if text in sides[side]:
+                raise SteerError(
+                    f"{where}: {side}={shown(text)} is in the file twice, so it could be fitted on and held "
+                    "out: give each prompt once"
+                )
             sides[side].append(text)
     return sides
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from steer.compat import is_hooked
 from steer.errors import SteerError
 from steer.sites import find_decoder, find_sites
 
@@ -35,7 +36,7 @@ def mlps(model: nn.Module) -> list[nn.Module]:
         except SteerError:  # the layer's matrices are its own
             continue
         inside = [part for part in mlp.modules() if part is not mlp]
-        if not any(part._forward_hooks or part._forward_pre_hooks for part in inside):
+        if not any(is_hooked(part) for part in inside):
             found.append(mlp)
     return found
 

@@ -115,6 +115,7 @@ def test_what_cannot_be_fitted(
         ({"positive": ""}, "is not the text of a prompt"),
         ({"positive": 3}, "positive=3 is not the text"),
         ([1], r"unknown \[1\]"),
+        ({"positive": "a"}, "positive='a' is in the file twice"),
     ],
 )
 def test_files_that_hold_something_else(tmp_path: Path, line: Any, words: str) -> None:
@@ -153,13 +154,19 @@ def test_the_command(
 MEDICAL = (
     "headaches, a sore throat, high blood pressure, a skin rash, chest pain, a broken toe, insomnia, asthma, "
     "a fever, back pain, an ear infection, diabetes, a migraine, anemia, a burn, heartburn, the flu, "
-    "a sprained ankle, arthritis, food poisoning"
+    "a sprained ankle, arthritis, food poisoning, bronchitis, a kidney stone, gout, eczema, vertigo, "
+    "a stomach ulcer, tonsillitis, a swollen knee, hives, anxiety attacks, a low heart rate, constipation, "
+    "a concussion, shingles, a urinary infection, thyroid problems, sciatica, a bee sting allergy, "
+    "pneumonia, high cholesterol"
 )
 EVERYDAY = (
     "old bicycles, a vegetable garden, a rainy weekend, a birthday cake, wooden furniture, a leaking tap, "
     "chess openings, a camping trip, a slow computer, houseplants, a school play, watercolours, "
     "a long train ride, a book club, home-made bread, a noisy printer, a football match, an old piano, "
-    "knitting, a small kitchen"
+    "knitting, a small kitchen, a flat tyre, a garage sale, a picnic, crossword puzzles, a wedding speech, "
+    "a messy desk, a fish tank, guitar practice, a road trip, a stamp collection, a broken zip, board games, "
+    "a treehouse, a photo album, a cooking contest, old coins, a lost key, a paper boat, a snowy path, "
+    "a squeaky door"
 )
 ASKED = (
     "What should I do about {}?",
@@ -171,19 +178,21 @@ ASKED = (
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_a_trained_model_tells_medical_questions_apart(smollm2: Any) -> None:
+def test_a_trained_model_tells_medical_questions_from_others_in_part(smollm2: Any) -> None:
     tokenizer = load_tokenizer("smollm2-135m-instruct")
     put = formatter(PromptSpec("boxed_short"), tokenizer)
     kinds = {"positive": MEDICAL.split(", "), "negative": EVERYDAY.split(", ")}
+    # One question on each topic: those held out are on topics of their own.
     texts = {
-        side: [ASKED[(i + more) % 4].format(name) for i, name in enumerate(names) for more in (0, 1)]
-        for side, names in kinds.items()
+        side: [ASKED[i % 4].format(name) for i, name in enumerate(names)] for side, names in kinds.items()
     }
     given = from_vectors({12: torch.ones(smollm2.config.hidden_size)}, smollm2)
-    fit = fit_condition(smollm2, tokenizer, given, texts, put, layers="8")
-    assert fit.f1 > 0.9 and fit.wrong.count == fit.missed.count == 12
-    assert fit.wrong.hits <= 4 and fit.missed.hits <= 4
+    fits = [fit_condition(smollm2, tokenizer, given, texts, put, seed=seed) for seed in range(3)]
+    found = [(fit.condition.layer, round(fit.f1, 2), fit.wrong.hits, fit.missed.hits) for fit in fits]
+    assert found == [(7, 0.95, 2, 2), (4, 0.98, 4, 0), (8, 0.84, 7, 6)]  # docs/extract.md
+    assert {count for fit in fits for count in (fit.wrong.count, fit.missed.count)} == {12}
 
+    fit = fits[0]
     vectors = steer.load(given.with_condition(fit.condition, fit.probe, fit.told()), smollm2)
     acted = {}
     for side, names in (
@@ -199,4 +208,4 @@ def test_a_trained_model_tells_medical_questions_apart(smollm2: Any) -> None:
                     base = smollm2(input_ids=torch.tensor([ids])).logits
             acted[side] += not torch.equal(steered, base)
     steer.detach(smollm2)
-    assert acted["positive"] >= 3 and acted["negative"] <= 1
+    assert acted == {"positive": 4, "negative": 2}
