@@ -207,10 +207,12 @@ def test_the_loss_of_sft_is_on_the_completion_alone(run: Any, build_tiny: Any) -
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_checkpointing_changes_nothing_where_prompts_are_steered(run: Any) -> None:
-    steering = SteeringConfig(positions="prompt")
-    plain = run("sft", steering, max_steps=3)
-    other = run("sft", steering, max_steps=3, gradient_checkpointing=True)
+@pytest.mark.parametrize(("kind", "positions"), [("sft", "prompt"), ("dpo", "prompt"), ("dpo", "completion")])
+def test_checkpointing_changes_nothing(run: Any, kind: str, positions: str) -> None:
+    steering = SteeringConfig(positions=positions)
+    plain = run(kind, steering, max_steps=3)
+    other = run(kind, steering, max_steps=3, gradient_checkpointing=True)
+    assert all(tensor.norm() > 0 for tensor in plain.vectors.tensors().values())
     for name, tensor in plain.vectors.tensors().items():
         torch.testing.assert_close(other.vectors.tensors()[name], tensor)
 
