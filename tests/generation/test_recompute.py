@@ -43,6 +43,22 @@ def test_gradients_are_the_same_bit_for_bit(architecture: str, dtype: torch.dtyp
     assert less < kept
 
 
+def test_dropout_and_autocast_are_as_in_the_first_pass(build_tiny) -> None:
+    model = build_tiny("gpt2", resid_pdrop=0.5)
+    steer.attach(model)
+    model.train()
+    found = []
+    for modules in ([], mlps(model)):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(model, modules)[0])
+        found[-1].append(torch.rand(4))  # what is drawn next
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    torch.manual_seed(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(gradients(model, [])[0][0], found[0][0])
+
+
 def test_the_modules_are_as_before_also_where_a_forward_was_replaced(tiny_llama: PreTrainedModel) -> None:
     first, *others = mlps(tiny_llama)
     own = first.forward
