@@ -17,10 +17,15 @@ if not PASSIVE.keys() & os.environ.keys():
 # Nothing is looked up on the hub: without a network every name would wait for its time limit.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from helpers.paths import SHARED
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+# An example that takes long beside other processes is not a fault.
+hypothesis.settings.register_profile("steer", deadline=None)
+hypothesis.settings.load_profile("steer")
 
 # Beside other test processes one thread each: two that wait for each other's core are slower than one.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))

@@ -105,7 +105,7 @@ def test_layers_keeps_a_part(kind, first, last, kept):
 def test_layers_of_an_artifact_of_some_layers_keeps_those_of_them():
     a = make(1, layers="0,2,last")
     assert a.layers(1, 5).config.resolve_layers(DEPTH) == [2, 5]
-    with pytest.raises(SteerError, match="none of layers 3 to 4") as error:
+    with pytest.raises(SteerError, match="none of layers 3-4 is steered") as error:
         a.layers(3, 4)
     assert "0,2,last" in message(error)
     with pytest.raises(SteerError, match="layer 6 does not exist") as error:

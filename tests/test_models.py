@@ -161,7 +161,7 @@ def test_not_causal(tmp_path):
             vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
         )
     ).save_pretrained(tmp_path / "bert")
-    assert "no causal language model" in refusal(load_model, str(tmp_path / "bert"))
+    assert "not a causal language model" in refusal(load_model, str(tmp_path / "bert"))
 
 
 def test_incomplete_checkpoint(folder):

@@ -108,7 +108,18 @@ def test_every_program_that_takes_the_flag_is_tried() -> None:
         if "--trust-remote-code" in parser._option_string_actions
     }
     assert {"calibrate", "extract", "lens"} <= taking
-    assert taking - {"serve"} <= {line.split()[0] for line in COMMANDS.values()}
+    assert taking - {"serve", "play"} <= {line.split()[0] for line in COMMANDS.values()}
+
+
+def test_the_page_runs_no_code_unasked(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("steer.cli.play.require", lambda *args: None)
+    monkeypatch.setattr("steer.cli.play._serve", lambda comparison, *args: served.append(comparison))
+    assert "--trust_remote_code" in failure(["play", "vectors"], capsys) and not served
+    assert main(["play", "vectors", "--trust_remote_code"]) == 0
+    assert type(served[0].model).__name__ == "OwnModel"
 
 
 def test_the_server_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"nonsense")
     with pytest.raises(SteerError) as error:
         SAETrainer({"a": sae()}, Made(), training(tokens=512), tmp_path)
-    assert "no checkpoint" in message(error)
+    assert "is not a checkpoint" in message(error)
 
 
 def test_another_width_is_refused():

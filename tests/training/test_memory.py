@@ -96,11 +96,12 @@ def test_a_limit_changes_the_parts_and_not_the_result(run, monkeypatch, caplog) 
     assert counts == [8, 8]
     cost = whole.update_memory.cost
     limit = cost.of(rows((8, 10, 1), (8, 10, 0))) / GB
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="steer.training.memory"):
         parts = run(**settings(update_memory=limit))
     assert max(counts[2:]) <= 2 and sum(counts[2:]) == 16
     assert far(parts.vectors.tensors(), whole.vectors.tensors()) < 1e-4
-    lines = [record.message for record in caplog.records]
+    lines = [r.message for r in caplog.records if r.name == "steer.training.memory"]
     assert len(lines) == 1 and "an update keeps" in lines[0] and "update_memory is at most 0.0 GB" in lines[0]
 
 
