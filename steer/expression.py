@@ -94,9 +94,13 @@ def parse(text: str) -> tuple[Term, ...]:
 
 def show(terms: Sequence[Term]) -> str:
     """The expression of terms without layers and positions: the inverse of `parse`."""
-    return "+".join(
-        term.name if term.scale == 1 else f"{term.name}@{term.scale!r}".replace("e+", "e") for term in terms
-    ) or (BASE)
+    return (
+        "+".join(
+            term.name if term.scale == 1 else f"{term.name}@{term.scale!r}".replace("e+", "e")
+            for term in terms
+        )
+        or BASE
+    )
 
 
 def from_json(value: object) -> tuple[tuple[Term, ...], str | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import os
 import re
@@ -187,7 +188,8 @@ def ready(
     }
     for name, values in (("train", training), ("compare", plan), ("sae", texts)):
         (place / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    (place / "pairs.jsonl").write_text('{"positive": "1+1=", "negative": "2+2="}\n' * 4)
+    pairs = [{"positive": f"1+{n}=", "negative": f"2+{n}="} for n in range(4)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (place / "empty").write_bytes(b"")
     (place / "folder").mkdir()
     for name in (*NOISE, "ünï/日本.npz"):
