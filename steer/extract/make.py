@@ -120,7 +120,13 @@ def from_direction(
     Args:
         direction: (hidden_size,), of `token_direction` or `sae_direction`.
         source: what the card says of it.
-        model, tokenizer, layers, site, share, positions, batch_size: as in `from_contrast`.
+        model: the base model.
+        tokenizer: of the model.
+        layers: as in `SteeringConfig.layers`.
+        site: where the length of the residual stream is measured, and the vectors are added.
+        share: length of all vectors together, as in `from_contrast`.
+        positions: which tokens the vectors steer, a key of `steer.config.POSITIONS`.
+        batch_size: texts in a forward pass.
 
     Raises:
         SteerError: an unknown layer or site, a share that is not a number above 0, and a direction without
