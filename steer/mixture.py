@@ -17,7 +17,7 @@ Where several threads share the model, each call chooses its own sum:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ from steer.kinds import SteeringState
 from steer.probe import verify
 from steer.prompt_watch import PromptWatch
 from steer.sites import find_decoder
+from steer.vector_sets import prompt_lengths
 from steer.vectors import AnyVector, SteeringVectors, build, check_fits
 
 if TYPE_CHECKING:
@@ -189,13 +190,9 @@ class Mixer:
         finally:
             self._mix.reset(token)
 
-    @contextmanager
-    def prompt_length(self, columns: int | torch.Tensor) -> Iterator[None]:
+    def prompt_length(self, columns: int | torch.Tensor) -> AbstractContextManager[None]:
         """`SteeringVectors.prompt_length` of all sets."""
-        with ExitStack() as stack:
-            for vectors in self.sets.values():
-                stack.enter_context(vectors.prompt_length(columns))
-            yield
+        return prompt_lengths(self.sets.values(), columns)
 
 
 class _Strength(SteeringState):

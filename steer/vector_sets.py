@@ -15,7 +15,7 @@ and no graph reaches below the lowest layer that a row of the batch is steered a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -31,6 +31,15 @@ from steer.sites import Site, find_decoder
 from steer.vectors import AnyVector, SteeringVectors, build
 
 BASE = -1
+
+
+@contextmanager
+def prompt_lengths(sets: Iterable[SteeringVectors], columns: int | torch.Tensor) -> Iterator[None]:
+    """`SteeringVectors.prompt_length` of several sets of vectors."""
+    with ExitStack() as stack:
+        for vectors in sets:
+            stack.enter_context(vectors.prompt_length(columns))
+        yield
 
 
 class Owners(NamedTuple):
@@ -115,13 +124,9 @@ class Population:
         finally:
             self._blocks.clear()
 
-    @contextmanager
-    def prompt_length(self, columns: int | torch.Tensor) -> Iterator[None]:
+    def prompt_length(self, columns: int | torch.Tensor) -> AbstractContextManager[None]:
         """`SteeringVectors.prompt_length` of all sets."""
-        with ExitStack() as stack:
-            for vectors in self.sets.values():
-                stack.enter_context(vectors.prompt_length(columns))
-            yield
+        return prompt_lengths(self.sets.values(), columns)
 
     def remove_all(self) -> None:
         """The base model again, bit for bit, with the parameters trainable that were before."""
