@@ -5,6 +5,7 @@ the last checkpoint, and report.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -71,8 +72,7 @@ def start(main: Callable[[], object]) -> None:
     print_any_text()
     try:
         main()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_processes()
     except SteerError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
@@ -89,6 +89,18 @@ def start(main: Callable[[], object]) -> None:
             flush=True,
         )
         os._exit(1)  # the usual way out would wait for the process that is gone
+
+
+def leave_processes() -> None:
+    """Leave the other processes of a run, and end the threads that were connected to them.
+
+    The trainer refers to the process group and is part of a reference cycle, so the group and gloo's threads
+    would outlive the interpreter. A thread that frees a tensor then needs the interpreter and aborts the
+    process: "terminate called without an active exception".
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 # ---- before the run

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ import steer
 from steer import SteeringConfig, artifact
 from steer.cli import main as steer_command
 from steer.files import held
+from steer.training import recipe
 
 RECIPE = ROOT / "recipes" / "grpo_steer.py"
 STEPS = 12
@@ -457,3 +459,18 @@ def test_the_shipped_configs_are_readable() -> None:
         steer.SteeringConfig(**vars(chosen))
         assert isinstance(training.learning_rate, float) and run.model, path
         assert torch.isfinite(torch.tensor(training.learning_rate))
+
+
+def test_no_thread_of_a_process_group_is_left_behind(tmp_path: Path) -> None:
+    def threads() -> list[str]:
+        names = (place.read_text() for place in Path("/proc/self/task").glob("*/comm"))
+        return [name for name in names if "gloo" in name]
+
+    before = threads()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    trainer = SimpleNamespace(group=torch.distributed.distributed_c10d._get_default_group())
+    trainer.itself = trainer  # as a trainer does, by its callbacks
+    del trainer
+    assert len(threads()) > len(before)
+    recipe.leave_processes()
+    assert len(threads()) == len(before)
