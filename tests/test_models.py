@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import assert_same_weights, refusal
+from helpers.paths import ROOT
 
 from steer.errors import SteerError
 from steer.models import load_model, load_tokenizer
@@ -66,7 +68,13 @@ def test_bundled_table():
         assert name == name.lower() and len(entry.sha256) == 64 and entry.licence and entry.about
         assert all("==" in piece.requirement for piece in entry.pieces)
     counts = {name: len(entry.pieces) for name, entry in BUNDLED.items()}
-    assert counts == {SMOL: 1, "gemma-3-270m": 4, "qwen2.5-coder-1.5b-instruct": 22}
+    page = (ROOT / "docs" / "install.md").read_text()
+    for name, entry in BUNDLED.items():
+        (quantised,) = re.findall(r"\((Q\w+)\)", entry.about)
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` | `{entry.hub_id}`"))
+        assert f"| {quantised} | {entry.size / 1e6:,.0f} MB |" in row
+    qwen = "qwen2.5-coder-{}-instruct"
+    assert counts == {SMOL: 1, "gemma-3-270m": 4, qwen.format("0.5b"): 6, qwen.format("1.5b"): 22}
 
 
 def test_load_folder(folder):
