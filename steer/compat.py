@@ -95,6 +95,7 @@ APIS: tuple[Api, ...] = (
         ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", MORE),
     ),
     Api("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", _TRANSFORMERS, "reads what is replaced"),
+    Api("transformers.PreTrainedConfig._attn_implementation", _TRANSFORMERS, "puts it back after a change"),
     Api("trl.trainer.utils._ChunkedLogProbFunction", _TRL, "replaces it on a CPU"),
     Api(
         "trl.kernels.chunked_logprob.ChunkedLogProbFunction.forward",
@@ -215,6 +216,22 @@ def with_cache(module: nn.Module, cache: Any) -> dict[str, Any]:
 def cache_in(given: Mapping[str, Any]) -> Any:
     """The cache among the arguments or in the output of a forward; None where there is none."""
     return next((given[name] for name in CACHE_NAMES if name in given and given[name] is not None), None)
+
+
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Inside, the model's attention is transformers' own code, which also returns the attention maps."""
+    parts = {name: getattr(model.config, name, None) for name in ("", *model.config.sub_configs) if name}
+    before = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    before[""] = model.config._attn_implementation
+    if before[""] == "eager":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def in_backward() -> bool:

@@ -17,6 +17,7 @@ from steer.arguments import (
     count,
     finite,
     text,
+    whole,
 )
 from steer.outputs import add_force, check_output
 
@@ -61,6 +62,13 @@ HELP = {
         "steer lens patch my-vectors --layers 28 --solve\n"
         "    steer lens patch my-vectors --layers 28 --heads 29\n"
         "    steer lens patch my-vectors --frozen --direction remove",
+    ),
+    "attention": (
+        "how far attention maps move, beside random vectors",
+        "Jensen-Shannon distance (0 equal, 1 disjoint) of the steered and the base model's attention maps, "
+        "for each layer and head, along answers that the steered model writes; with random vectors of equal "
+        "length beside it. Layers without attention maps are left out and named.",
+        "steer lens attention my-vectors --problems 12 --plot attention.png",
     ),
     "persistence": (
         "whether the change survives the layers above",
@@ -166,6 +174,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--frozen", action="store_true", help="through the layers up to each one, all later ones frozen"
     )
     patch.add_argument("--solve", action="store_true", help="also solve the problems along each route")
+
+    attention = _command(kinds, "attention", problems=12)
+    attention.add_argument(
+        "--draws", type=whole, default=20, help="random sets of vectors beside the trained (default: 20)"
+    )
 
     persistence = _command(kinds, "persistence")
     persistence.add_argument("--layers", help="single vectors of these layers; default: all vectors together")

@@ -17,6 +17,7 @@ from steer import artifact
 from steer.base_adapter import artifact_base
 from steer.errors import SteerError
 from steer.files import replace_file
+from steer.lens.attention import attention_distance
 from steer.lens.composition import SCALES, as_trained, leave_one_out, likelihoods, scale_sweep
 from steer.lens.composition import compose as pairs_of
 from steer.lens.conditions import steered
@@ -168,6 +169,13 @@ def _in(layer: int, num_hidden_layers: int) -> int:
     if not -num_hidden_layers <= layer < num_hidden_layers:
         raise SteerError(f"layer {layer} does not exist: the model has layers 0 to {num_hidden_layers - 1}")
     return layer
+
+
+def attention(args: argparse.Namespace) -> None:
+    subject, problems = read_both(args)
+    answers = write_answers(subject, problems)
+    result = attention_distance(subject, answers, draws=args.draws, seed=args.seed, label="attention maps")
+    _show(args, result, result.lines())
 
 
 def persistence(args: argparse.Namespace) -> None:

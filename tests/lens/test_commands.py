@@ -73,6 +73,7 @@ COMMON = ("--problems", "4")
         (("patch", *COMMON), "recovered"),
         (("patch", *COMMON, "--layers", "1", "--heads", "-1", "--direction", "remove"), "recovered"),
         (("patch", *COMMON, "--frozen", "--control", "random"), "recovered"),
+        (("attention", *COMMON, "--draws", "2"), "random_heads"),
         (("persistence", *COMMON, "--layers", "0-1"), "diff_diff"),
         (("compose", *COMMON, "--layers", "0,2"), "score"),
         (("compose", *COMMON, "--leave-one-out"), "likelihood"),

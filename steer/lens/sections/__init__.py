@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from steer.lens.sections.attention import AttentionMaps
 from steer.lens.sections.base import Section
 from steer.lens.sections.composition import Composition
 from steer.lens.sections.directions import Directions
@@ -21,6 +22,7 @@ SECTIONS: tuple[Section, ...] = (
     Prefix(),
     PathPatching(),
     LastLayers(),
+    AttentionMaps(),
     Persistence(),
     Layers(),
     Composition(),
