@@ -198,16 +198,22 @@ def likelihoods(
     """Mean log-probability of the completions' tokens in each condition, in nats a token: (conditions,)."""
     if not all(row.completion for row in rows):
         raise SteerError("a likelihood needs completions, some of these rows are prompts alone")
-    scores = []
-    for _, some in chunks(conditions, subject.batch_size):
-        total = torch.zeros(len(some), dtype=torch.float64)
-        for done in passes(subject, rows, some, label=label):
-            for index, row in enumerate(done.rows):
-                logs = done.next_token(index).log_softmax(-1)
-                tokens = torch.tensor(row.completion, device=logs.device).expand(len(some), -1)
-                total += logs.gather(-1, tokens[..., None]).cpu().double().sum((1, 2))
-        scores.append(total / sum(len(row.completion) for row in rows))
-    return torch.cat(scores)
+    scores = torch.zeros(len(conditions), dtype=torch.float64)
+    lowest = [min(condition.layers, default=-1) for condition in conditions]
+    for first in sorted(set(lowest)):  # those with the same first layer share what is below it
+        group = [i for i, layer in enumerate(lowest) if layer == first]
+        for _, indices in chunks(group, max(1, subject.batch_size - 1)):
+            some = (
+                [BASE, *(conditions[i] for i in indices)] if first > 0 else [conditions[i] for i in indices]
+            )
+            total = torch.zeros(len(some), dtype=torch.float64)
+            for done in passes(subject, rows, some, share=first > 0, label=label):
+                for index, row in enumerate(done.rows):
+                    logs = done.next_token(index).log_softmax(-1)
+                    tokens = torch.tensor(row.completion, device=logs.device).expand(len(some), -1)
+                    total += logs.gather(-1, tokens[..., None]).cpu().double().sum((1, 2))
+            scores[list(indices)] = total[len(some) - len(indices) :]
+    return scores / sum(len(row.completion) for row in rows)
 
 
 @dataclass

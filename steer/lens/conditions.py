@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -52,11 +52,22 @@ EVERYTHING, NOTHING = EffectPath(), EffectPath(False, NONE, NONE)
 
 @dataclass(frozen=True)
 class Condition:
-    """The layers whose vectors are on; with a path, relative to condition number `reference`."""
+    """
+    The layers whose vectors are on; with a path, relative to condition number `reference`.
+
+    directions: (hidden_size,) by layer, what is added in place of the layers' own vectors (of an adaptive
+    vector, in place of its direction: the read-out stays). Layers that it does not name keep their own.
+    """
 
     layers: frozenset[int] = NONE
     effect_path: EffectPath | None = None
     reference: int = 0
+    directions: Mapping[int, torch.Tensor] | None = field(default=None, compare=False, repr=False)
+
+    def differing(self, other: Condition) -> frozenset[int]:
+        """The layers at which this condition and another one add different vectors."""
+        same = self.directions is other.directions
+        return self.layers ^ other.layers if same else self.layers | other.layers
 
 
 BASE = Condition()
@@ -84,12 +95,15 @@ def open_lanes(subject: Subject, conditions: Sequence[Condition]) -> Iterator[No
     try:
         with hooked() as handles:
             for layer, module in modules.items():
-                on = [layer in condition.layers for condition in conditions]
-                if not all(on):
+                on = torch.tensor([layer in condition.layers for condition in conditions])
+                drawn = {
+                    i: condition.directions[layer]
+                    for i, condition in enumerate(conditions)
+                    if condition.directions is not None and on[i] and layer in condition.directions
+                }
+                if drawn or not on.all():
                     # First in line, so that whoever watches the vector sees what the conditions get.
-                    handles.append(
-                        module.register_forward_hook(partial(_only, torch.tensor(on)), prepend=True)
-                    )
+                    handles.append(module.register_forward_hook(partial(_choose, on, drawn), prepend=True))
             if any(condition.effect_path for condition in conditions):
                 _Routes(subject, decoder, conditions).hook(handles)
             yield
@@ -97,9 +111,24 @@ def open_lanes(subject: Subject, conditions: Sequence[Condition]) -> Iterator[No
         state.enabled = before
 
 
-def _only(on: torch.Tensor, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    rows = on.to(output.device).repeat_interleave(len(output) // len(on))
-    return torch.where(rows[:, None, None], output, args[0])
+def _choose(
+    on: torch.Tensor, drawn: Mapping[int, torch.Tensor], module: Any, args: tuple, output: torch.Tensor
+) -> torch.Tensor:
+    """The vector's output where it is on, another direction's in the conditions `drawn`, else its input."""
+    hidden, rows = args[0], len(output) // len(on)
+    if drawn:
+        size = output.shape[-1]
+        change = torch.zeros(len(on), size, device=output.device, dtype=output.dtype)
+        for i, direction in drawn.items():
+            change[i] = module.state.scale * direction.to(output.device)
+        change = change.repeat_interleave(rows, 0)[:, None]
+        if len(args) > 1:
+            change = module.coefficient(args[1])[..., None] * change
+        other = torch.tensor([i in drawn for i in range(len(on))], device=output.device)
+        output = torch.where(
+            other.repeat_interleave(rows)[:, None, None], module.state.add(hidden, change), output
+        )
+    return torch.where(on.to(output.device).repeat_interleave(rows)[:, None, None], output, hidden)
 
 
 class _Routes:
@@ -121,7 +150,7 @@ class _Routes:
         self.direct = subject.vectors.config.kind != "adaptive" and self.site in RESIDUAL_SITES
         self.sources: set[int] = set()  # the layers whose vectors are on in one of two conditions alone
         for i in self.routed:
-            self.sources |= conditions[i].layers ^ conditions[conditions[i].reference].layers
+            self.sources |= conditions[i].differing(conditions[conditions[i].reference])
         if len(self.sources) > 1 and not self.direct:
             where = subject.vectors.config.kind if self.site in RESIDUAL_SITES else self.site
             raise SteerError(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
+from steer.hooks import hidden_in, hidden_out, hooked, replace_out
 from steer.lens.conditions import Condition, open_lanes, watch
 from steer.lens.subject import Padded, Row, Subject, chunks
+from steer.sites import Decoder
 
 MAX_LOGITS = 1 << 27  # numbers: half a gigabyte in float32
 
@@ -41,11 +45,14 @@ def passes(
     conditions: Sequence[Condition],
     *,
     whole: bool = False,
+    share: bool = False,
     label: str | None = None,
 ) -> Iterator[Pass]:
     """
     Every row in every condition, batch by batch: memory depends on `batch_size` and the longest text, not on
     the number of rows, and no more than `MAX_LOGITS` logits are held. `whole` keeps those of the prompt too.
+    `share` computes the layers below the first difference of the conditions once; it is for callers that
+    have no hooks of their own there.
     """
     longest = max(len(row.ids) for row in rows)
     kept = longest if whole else longest - min(row.prompt for row in rows) + 1
@@ -58,7 +65,8 @@ def passes(
         else:
             low = min(start + row.predicting.start for start, row in zip(starts, batch, strict=True))
             high = max(start + row.predicting.stop for start, row in zip(starts, batch, strict=True))
-        logits = run(subject, padded, batch, conditions, torch.arange(low, high, device=subject.device))
+        keep = torch.arange(low, high, device=subject.device)
+        logits = (run_shared if share else run)(subject, padded, batch, conditions, keep)
         yield Pass(
             first,
             batch,
@@ -75,11 +83,13 @@ def streams(
     seen: Callable[[int, torch.Tensor, Sequence[Row], list[int]], None],
     *,
     layers: Sequence[int] | None = None,
+    share: bool = False,
     label: str | None = None,
 ) -> None:
     """
     Calls `seen(layer, stream, rows, starts)` for every batch and each of `layers` (all of them by default):
     stream (conditions, rows, columns, hidden_size) after the layer, and the column of each row's first token.
+    `share` as in `passes`, for the layers below the first of `layers`.
     """
     layers = range(subject.decoder.num_hidden_layers) if layers is None else layers
     for _, batch in _batches(subject, rows, conditions, label):
@@ -92,7 +102,7 @@ def streams(
             seen(layer, stream.unflatten(0, (len(conditions), len(batch))), batch, starts)
 
         last = torch.arange(padded.ids.shape[1] - 1, padded.ids.shape[1], device=subject.device)
-        run(subject, padded, batch, conditions, last, look, layers)
+        (run_shared if share else run)(subject, padded, batch, conditions, last, look, layers)
 
 
 def run(
@@ -119,6 +129,101 @@ def run(
             use_cache=False,
             logits_to_keep=keep,
         ).logits
+
+
+def run_shared(
+    subject: Subject,
+    padded: Padded,
+    rows: Sequence[Row],
+    conditions: Sequence[Condition],
+    keep: torch.Tensor,
+    seen: Callable[[int, torch.Tensor], None] | None = None,
+    layers: Sequence[int] = (),
+) -> torch.Tensor:
+    """
+    `run`, with the layers below the first difference of the conditions (and below `layers`) passed once, in
+    the first condition, and skipped in the others. Falls back on `run` where that changes the logits, as in
+    models whose layers read what earlier ones keep.
+    """
+    different = frozenset[int]().union(*(conditions[0].differing(one) for one in conditions[1:]))
+    first = min([*different, *layers], default=0)
+    if first < 1:
+        return run(subject, padded, rows, conditions, keep, seen, layers)
+    if first not in subject.shares:
+        subject.shares[first] = _can_share(subject, [rows[0], rows[-1]], conditions[:2], first)
+    if not subject.shares[first]:
+        return run(subject, padded, rows, conditions, keep, seen, layers)
+    return _above(subject, padded, rows, conditions, keep, seen, layers, first)
+
+
+def _can_share(subject: Subject, rows: Sequence[Row], conditions: Sequence[Condition], first: int) -> bool:
+    """Whether the logits stay what they are when the layers below `first` are passed once."""
+    padded = subject.padded(rows)
+    last = torch.tensor([padded.ids.shape[1] - 1], device=subject.device)
+    wanted = run(subject, padded, rows, conditions, last)
+    try:
+        made = _above(subject, padded, rows, conditions, last, None, (), first)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # a layer found nothing of what an earlier one keeps for it, or the wrong number of rows
+    error = (made - wanted).abs().max() / wanted.std()
+    return bool(error <= (1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.05))
+
+
+def _above(
+    subject: Subject,
+    padded: Padded,
+    rows: Sequence[Row],
+    conditions: Sequence[Condition],
+    keep: torch.Tensor,
+    seen: Callable[[int, torch.Tensor], None] | None,
+    layers: Sequence[int],
+    first: int,
+) -> torch.Tensor:
+    """`run` in which the layers from `first` on alone run in every condition."""
+    decoder, made = subject.decoder, []
+
+    def note(module: nn.Module, args: tuple, output: Any) -> None:
+        made.append(output)
+
+    last = torch.tensor([padded.ids.shape[1] - 1], device=subject.device)
+    # First in line: what the layer itself returns. Steering comes after it, in the second pass too.
+    with hooked(decoder.layers[first - 1].register_forward_hook(note, prepend=True)):
+        above = range(first, decoder.num_hidden_layers)
+        with skipped(decoder, above, lambda layer, hidden: replace_out(made[0], hidden)):
+            run(subject, padded, rows, conditions[:1], last)
+    stream = hidden_out(made[0])
+    if stream.shape[:2] != padded.ids.shape:  # several residual streams
+        return run(subject, padded, rows, conditions, keep, seen, layers)
+    stream = torch.cat([stream] * len(conditions))
+
+    def below(layer: int, hidden: torch.Tensor) -> object:
+        return replace_out(made[0], stream if layer == first - 1 else hidden)
+
+    with skipped(decoder, range(first), below):
+        return run(subject, padded, rows, conditions, keep, seen, layers)
+
+
+@contextmanager
+def skipped(
+    decoder: Decoder, layers: Sequence[int], returned: Callable[[int, torch.Tensor], object]
+) -> Iterator[None]:
+    """Inside, `layers` compute nothing and return `returned(layer, hidden states)`. Hooks still run."""
+    modules = [(layer, decoder.layers[layer]) for layer in layers]
+    before = [vars(module).get("forward") for _, module in modules]
+
+    def forward(layer: int, *args: Any, **kwargs: Any) -> object:
+        return returned(layer, hidden_in(args, kwargs))
+
+    for layer, module in modules:
+        module.forward = partial(forward, layer)
+    try:
+        yield
+    finally:
+        for (_, module), own in zip(modules, before, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 def prompt_columns(padded: Padded, rows: Sequence[Row]) -> torch.Tensor:

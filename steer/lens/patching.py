@@ -8,7 +8,7 @@ run.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,6 +132,7 @@ def patch(
     effect_paths: Mapping[str, EffectPath] | None = None,
     *,
     layers: Collection[int] | None = None,
+    directions: Mapping[int, torch.Tensor] | None = None,
     others: bool = False,
     direction: str = "add",
     problems: Sequence[dict[str, Any]] | None = None,
@@ -142,7 +143,8 @@ def patch(
     Score `effect_paths` (`ROUTES` by default) for the vectors of `layers` (all by default), along `rows`.
 
     rows: prompts, scored at the token that comes next, or with completions, scored at each of their tokens.
-    others: whether the remaining layers' vectors are on, in all runs alike. direction: a key of `DIRECTIONS`.
+    directions: (hidden_size,) by layer, scored in place of the layers' own vectors. others: whether the
+    remaining layers' vectors are on, in all runs alike. direction: a key of `DIRECTIONS`.
     problems, grader: those of `rows`, to solve along each path as well. Raises SteerError for layers
     without a vector, for several vectors that are inside modules, for heads of an attention that has no
     output matrix, and for a model in which a change passes although no path is open.
@@ -154,19 +156,19 @@ def patch(
     effect_paths = ROUTES if effect_paths is None else effect_paths
     chosen = frozenset(subject.layers if layers is None else layers)
     rest = frozenset(subject.layers) - chosen if others else NONE
-    ends = [Condition(rest), Condition(rest | chosen)]  # base, steered
+    ends = [Condition(rest), Condition(rest | chosen, directions=directions)]  # base, steered
     reference = 0 if direction == "add" else 1
     _check_closed(subject, rows[0], ends, reference)
     conditions = [
         *ends,
         *(
-            Condition(ends[1 - reference].layers, effect_path, reference)
+            replace(ends[1 - reference], effect_path=effect_path, reference=reference)
             for effect_path in effect_paths.values()
         ),
     ]
     lifted, kl, agree = (torch.zeros(len(conditions), dtype=torch.float64) for _ in range(3))
     positions = 0
-    for done in passes(subject, rows, conditions, label=label):
+    for done in passes(subject, rows, conditions, share=True, label=label):
         for index in range(len(done.rows)):
             logits = done.next_token(index)  # (conditions, positions, vocabulary)
             logs = logits.log_softmax(-1)
@@ -200,7 +202,7 @@ def _check_closed(subject: Subject, row: Row, ends: list[Condition], reference: 
     SteerError unless a change that may pass nothing leaves the reference run as it is. It does where a model
     writes to the stream outside attention and MLP, adds the stream inside them or scales it.
     """
-    conditions = [*ends, Condition(ends[1 - reference].layers, NOTHING, reference)]
+    conditions = [*ends, replace(ends[1 - reference], effect_path=NOTHING, reference=reference)]
     (done,) = passes(subject, [row], conditions)
     logits = done.next_token(0)
     wanted, actual = logits[reference], logits[2]
@@ -230,7 +232,7 @@ def _accuracy(
     """
     own = [*conditions[:2]]
     for condition in conditions[2:]:
-        own += [conditions[condition.reference], Condition(condition.layers, condition.effect_path, len(own))]
+        own += [conditions[condition.reference], replace(condition, reference=len(own))]
     written = complete(subject, subject.rows(problems), own, label=label and f"{label}, writing")
     kept = [0, 1, *range(3, len(own), 2)]
     return torch.stack([graded(subject, written[i], problems, grader).double().mean() for i in kept])

@@ -68,15 +68,15 @@ class Persistence(Result):
 def persistence(
     subject: Subject,
     rows: Sequence[Row],
-    sources: Mapping[str, Collection[int]] | None = None,
+    sources: Mapping[str, Collection[int] | Condition] | None = None,
     *,
     vectors: Mapping[int, torch.Tensor] | None = None,
     window: int = 32,
     label: str | None = None,
 ) -> Persistence:
     """
-    Both cosines for each of `sources`, which name sets of layers whose vectors are on; by default all
-    together.
+    Both cosines for each of `sources`, which name sets of layers whose vectors are on, or conditions; by
+    default all vectors together.
 
     vectors: (hidden_size,) by layer, what the change is compared with; by default the subject's own. window:
     positions on either side of the first generated token that are told apart; the means take in every token
@@ -87,7 +87,8 @@ def persistence(
     compared = subject.vectors.effective() if vectors is None else vectors
     parts = []
     for _, some in chunks(list(chosen.values()), min(SOURCES, max(1, subject.batch_size - 1))):
-        parts.append(_some(subject, rows, [frozenset(layers) for layers in some], compared, window, label))
+        conditions = [one if isinstance(one, Condition) else Condition(frozenset(one)) for one in some]
+        parts.append(_some(subject, rows, conditions, compared, window, label))
     joined = [torch.cat(part) for part in zip(*parts, strict=True)]
     return Persistence(
         sources=list(chosen),
@@ -100,13 +101,14 @@ def persistence(
 def _some(
     subject: Subject,
     rows: Sequence[Row],
-    sources: Sequence[frozenset[int]],
+    sources: Sequence[Condition],
     compared: Mapping[int, torch.Tensor],
     window: int,
     label: str | None,
 ) -> list[torch.Tensor]:
     """The five tensors of a `Persistence`, for a few sources that run side by side."""
-    conditions = [BASE, *map(Condition, sources)]
+    conditions = [BASE, *sources]
+    first = min((layer for source in sources for layer in source.layers), default=0)
     num_hidden_layers, hidden_size, slots = (
         subject.decoder.num_hidden_layers,
         subject.decoder.hidden_size,
@@ -141,7 +143,8 @@ def _some(
             count[source, layer].index_add_(0, place, moved)
             size[source, layer] += (length / base.norm(dim=-1).clamp(min=1e-30)).double().sum()
 
-    streams(subject, rows, conditions, seen, label=label)
+    # below their first layer they change nothing
+    streams(subject, rows, conditions, seen, layers=range(first, num_hidden_layers), share=True, label=label)
     tokens = sum(len(row.ids) - 1 for row in rows)
     total = count.sum(2)
     mean = normalize(sums.sum(2), dim=-1)  # (sources, num_hidden_layers, hidden_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -36,6 +36,8 @@ class Subject:
     max_new_tokens: int = 64
     batch_size: int = 128
     padding_side: str = "left"
+    # by layer: whether the layers below it can be passed once for several conditions (`passes.run_shared`)
+    shares: dict[int, bool] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
