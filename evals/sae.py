@@ -38,8 +38,9 @@ from steer.sae.cache import CachedActivations, write_cache
 from steer.sae.config import encoder_parameters, forward_flops
 from steer.sae.evaluate import LossRecovered, loss_recovered, nearest_cosines, quality
 from steer.sae.letters import absorption, first_letters
+from steer.sae.schedule import TrainConfig
 from steer.sae.texts import Texts
-from steer.sae.trainer import CHECKPOINT, SAETrainer, TrainConfig
+from steer.sae.trainer import CHECKPOINT, SAETrainer
 
 L0 = (8, 16, 32, 64, 128)
 HEADS = ((2, 4), (4, 4))  # (m, n) of the KronSAEs

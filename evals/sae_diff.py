@@ -27,7 +27,8 @@ from steer.sae.cache import HeldActivations
 from steer.sae.evaluate import quality
 from steer.sae.features import Feature, GradedCompletion, analyse, read_completions
 from steer.sae.intervene import answer_without, shifted
-from steer.sae.trainer import SAETrainer, TrainConfig
+from steer.sae.schedule import TrainConfig
+from steer.sae.trainer import SAETrainer
 from steer.stats import wilson
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.arithmetic import Arithmetic

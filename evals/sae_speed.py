@@ -30,7 +30,8 @@ from steer.sae import SAE, SAEConfig
 from steer.sae.cache import HeldActivations
 from steer.sae.config import encoder_flops
 from steer.sae.losses import hierarchical_loss, reconstruction_loss
-from steer.sae.trainer import SAETrainer, TrainConfig
+from steer.sae.schedule import TrainConfig
+from steer.sae.trainer import SAETrainer
 
 MEMORY_K = (32, 64, 128)
 KRON = ((2, 4), (4, 4), (4, 8), (8, 8), (16, 16))

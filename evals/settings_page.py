@@ -20,7 +20,7 @@ from steer.config import SteeringArguments
 from steer.evaluation import options
 from steer.files import replace_file
 from steer.sae import SAEConfig
-from steer.sae.trainer import TrainConfig
+from steer.sae.schedule import TrainConfig
 from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
 from steer.training.arguments import AnswerArguments, FinderArguments, PopulationArguments, SweepArguments
 from steer.training.baselines import Baseline

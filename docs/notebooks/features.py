@@ -21,7 +21,8 @@ from steer.sae.cache import HeldActivations
 from steer.sae.evaluate import quality
 from steer.sae.features import GradedCompletion, analyse, read_completions
 from steer.sae.intervene import answer_without
-from steer.sae.trainer import SAETrainer, TrainConfig
+from steer.sae.schedule import TrainConfig
+from steer.sae.trainer import SAETrainer
 from steer.tasks.arithmetic import Arithmetic
 from steer.tasks.grading import extract_boxed
 from steer.tasks.prompts import format_prompt

@@ -7,8 +7,9 @@ Train sparse autoencoders on the activations of any causal language model, steer
 
 The config is a YAML file or the name of one of steer's. It is one run; `name=value` overrides one of its
 settings, with dots for nested ones. All SAEs of a run are trained on one stream. A run that was stopped goes
-on where it was when it is started again. The output folder ends up with a folder per SAE
-(`steer.sae.load_sae` reads it), `metrics.jsonl` and the last checkpoint.
+on where it was when it is started again. With schedule=wsd and an early_stopping_threshold it ends when the
+explained variance of the texts in heldout is flat; `tokens` is then the most. The output folder ends up with
+a folder per SAE (`steer.sae.load_sae` reads it), `metrics.jsonl` and the last checkpoint.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from steer.outputs import check_output
 from steer.recipe_files import config_file
 from steer.sae import SAE, SAEConfig, save_sae
 from steer.sae.activations import ActivationStream, Reader
-from steer.sae.cache import CachedActivations, write_cache
+from steer.sae.cache import CachedActivations, HeldActivations, first_activations, write_cache
+from steer.sae.config import check_count
+from steer.sae.schedule import TrainConfig
 from steer.sae.texts import Texts
-from steer.sae.trainer import CHECKPOINT, SAETrainer, TrainConfig
+from steer.sae.trainer import CHECKPOINT, SAETrainer
 
 
 @dataclass
@@ -77,6 +80,11 @@ class RunConfig:
     skip: int = field(default=1, metadata={"help": "First tokens of a piece that are left out."})
     block: int = field(default=1 << 18, metadata={"help": "Activations that are shuffled together."})
     epochs: int = field(default=1, metadata={"help": "How often the texts are read."})
+    heldout: list[str] | None = field(
+        default=None,
+        metadata={"help": "Texts, as in texts, whose explained variance is measured every eval_every steps."},
+    )
+    heldout_tokens: int = field(default=8192, metadata={"help": "Activations of heldout that are measured."})
     cache: str | None = field(default=None, metadata={"help": "Folder for activations on disk."})
     cache_tokens: int | None = field(default=None, metadata={"help": "Most activations to store there."})
 
@@ -96,7 +104,7 @@ def main(arguments: list[str]) -> dict[str, SAE]:
 
 def train(folder: Path, run: RunConfig, training: TrainConfig, accelerator: Accelerator) -> dict[str, SAE]:
     """Train the SAEs in `folder`, or what is missing of them."""
-    stream = open_stream(run, accelerator)
+    stream, heldout = open_stream(run, accelerator)
     configs = {name: SAEConfig(**{"d_in": stream.width, **values}) for name, values in run.saes.items()}
     if accelerator.is_main_process and not (folder / CHECKPOINT).exists():  # no run that goes on
         for name in configs:
@@ -107,17 +115,23 @@ def train(folder: Path, run: RunConfig, training: TrainConfig, accelerator: Acce
             bar.update(line["tokens"] - bar.n)
             bar.set_postfix_str(summary(line, list(configs)))
 
-        trainer = SAETrainer(configs, stream, training, folder, accelerator, show)
+        trainer = SAETrainer(configs, stream, training, folder, accelerator, show, heldout)
         trained = trainer.train()
     if accelerator.is_main_process:
         for name, sae in trained.items():
             save_sae(sae, folder / name)
             print(f"{name:16} {folder / name}")
+        if outcome := trainer.stopping.outcome():
+            print(ending(outcome, training))
     return trained
 
 
-def open_stream(run: RunConfig, accelerator: Accelerator) -> ActivationStream | CachedActivations:
-    """The activations: straight from the model, or from the cache, which is written first."""
+def open_stream(
+    run: RunConfig, accelerator: Accelerator
+) -> tuple[ActivationStream | CachedActivations, HeldActivations | None]:
+    """
+    The activations: straight from the model, or from the cache, which is written first; and those held out.
+    """
     trust = run.trust_remote_code
     source, revision = base_source(run.model, run.base_adapter, run.model_revision, trust)
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust)
@@ -128,16 +142,20 @@ def open_stream(run: RunConfig, accelerator: Accelerator) -> ActivationStream | 
     reader = Reader(model, run.layer, run.site, run.what)
     mine = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     texts = Texts(run.texts)
+    heldout = None
+    if run.heldout is not None:
+        unseen = ActivationStream(reader, Texts(run.heldout), tokenizer, run.window, skip=run.skip)
+        heldout = first_activations(unseen, run.heldout_tokens)
     if run.cache is None:
         return ActivationStream(
             reader, texts, tokenizer, run.window, run.block, run.epochs, skip=run.skip, **mine
-        )
+        ), heldout
     if accelerator.is_main_process:
         whole = ActivationStream(reader, texts, tokenizer, run.window, run.block, skip=run.skip)
         with tqdm(total=run.cache_tokens, unit=" activations", desc="storing") as bar:
             write_cache(whole, run.cache, run.cache_tokens, lambda done: bar.update(done - bar.n))
     accelerator.wait_for_everyone()
-    return CachedActivations(run.cache, run.epochs, **mine)
+    return CachedActivations(run.cache, run.epochs, **mine), heldout
 
 
 def summary(line: dict[str, Any], names: list[str]) -> str:
@@ -147,6 +165,20 @@ def summary(line: dict[str, Any], names: list[str]) -> str:
         explained = " ".join(f"{n}:{v:.3f}" for n, v in line[name]["explained_variance"].items())
         parts.append(f"{name} {explained} l0 {line[name]['l0']:.0f} dead {line[name]['dead']:.2f}")
     return "; ".join(parts)
+
+
+def ending(outcome: dict[str, Any], training: TrainConfig) -> str:
+    """How a wsd run ended, on one line: flat or not, and by how much the explained variance still rose."""
+    tokens = f"{outcome['steps'] * training.batch_size:,} activations"
+    found = {"flat": f"flat after {tokens}", "capped": f"not flat: stopped by the cap of {tokens}"}
+    line = found.get(outcome["stopped"], f"all {tokens}")
+    if outcome["rise"] is not None:
+        rises = ", ".join(f"{name} {value:+.4f}" for name, value in outcome["rise"].items())
+        line += (
+            f"; held-out explained variance before the decay, over the last "
+            f"{training.early_stopping_window:.0%} of the steps: {rises}"
+        )
+    return line
 
 
 def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
@@ -193,6 +225,11 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
     run = RunConfig(**known["run"])
     if isinstance(run.texts, str):
         run.texts = [run.texts]
+    if isinstance(run.heldout, str):
+        run.heldout = [run.heldout]
+    if both := sorted(set(run.heldout or []) & set(run.texts)):
+        raise SteerError(f"heldout={both[0]} is among the texts of training; give texts that are not")
+    check_count("heldout_tokens", run.heldout_tokens)
     if not isinstance(run.saes, dict) or not all(isinstance(v, dict) for v in run.saes.values()):
         raise SteerError("saes must be a mapping from names to settings, such as topk: {d_sae: 4096, k: 32}")
     for name, settings in run.saes.items():
@@ -200,6 +237,11 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
         if unknown:
             raise SteerError(f"SAE {name!r} has unknown settings {', '.join(unknown)}; --help lists them")
     training = TrainConfig(**known["training"])
+    if training.early_stopping_threshold and run.heldout is None:
+        raise SteerError(
+            f"early_stopping_threshold={training.early_stopping_threshold} needs texts to measure on; give "
+            "heldout=FILE, or early_stopping_threshold=0"
+        )
     if parsed.print_config:
         print(_as_yaml(run, training), end="")
         sys.exit(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steer.errors import SteerError
 from steer.files import read_json, replace_file
-from steer.sae.activations import ActivationStream, read_all
+from steer.sae.activations import ActivationStream, Window, read_all
 
 META_FILE, DATA_FILE = "cache.json", "activations.f16"
 
@@ -75,6 +75,20 @@ def write_cache(
     meta["done"] = True
     replace_file(path / META_FILE, json.dumps(meta, indent=2).encode())
     return CachedActivations(path)
+
+
+def first_activations(stream: ActivationStream, count: int) -> HeldActivations:
+    """The first `count` activations of `stream`, in memory, or all of them where there are fewer."""
+    gathered: list[Window] = []
+    kept = 0
+    for window in stream.windows():
+        gathered.append(window)
+        kept += sum(window.keep)
+        if kept >= count:
+            break
+    if not gathered:
+        raise SteerError("the texts are empty: there are no activations to measure on")
+    return HeldActivations(read_all(stream.reader, gathered)[:count].cpu(), stream.describe())
 
 
 class HeldActivations:

@@ -25,7 +25,16 @@ LOSSES = {
     "reconstruction": "the squared error with all active features",
     "hierarchical": "the mean squared error over prefixes of the active features, strongest first "
     "(HierarchicalTopK, arXiv 2505.24473)",
+    "matryoshka": "the sum of the squared errors of nested dictionaries, the first features of the "
+    "dictionary alone (arXiv 2503.17547)",
 }
+INTERACTIONS = {
+    "mand": "sqrt(p q) where both are positive, else 0",
+    "relu_product": "relu(p) relu(q)",
+    "product": "p q where that is positive, so two negative factors make a feature too",
+}
+# Shares of the dictionary at which Matryoshka's prefixes end, as in its authors' code.
+MATRYOSHKA = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)
 BIASES = {
     "tied": "the decoder's bias is taken off before encoding",
     "free": "the encoder reads the input as it is",
@@ -49,6 +58,14 @@ class SAEConfig:
     )
     m: int = field(default=2, metadata={"help": "kron: first factor of a head, m <= n << d_in."})
     n: int = field(default=4, metadata={"help": "kron: second factor of a head."})
+    interaction: str = field(
+        default="mand",
+        metadata={
+            "help": "kron: a feature of its p and q. "
+            + "; ".join(f"{k} = {v}" for k, v in INTERACTIONS.items())
+            + "."
+        },
+    )
     activation: str = field(
         default="topk", metadata={"help": "; ".join(f"{k} = {v}" for k, v in ACTIVATIONS.items()) + "."}
     )
@@ -56,7 +73,13 @@ class SAEConfig:
         default="reconstruction", metadata={"help": "; ".join(f"{k} = {v}" for k, v in LOSSES.items()) + "."}
     )
     prefixes: list[int] | None = field(
-        default=None, metadata={"help": "hierarchical: lengths of the prefixes; default: 1, 2, ..., k."}
+        default=None,
+        metadata={
+            "help": "hierarchical: lengths of the prefixes of the active features; default: 1, 2, ..., k. "
+            "matryoshka: sizes of the nested dictionaries, the last one d_sae; default: 1/32, 3/32, 7/32, "
+            "15/32 "
+            "and all of d_sae."
+        },
     )
     bias: str = field(
         default="tied", metadata={"help": "; ".join(f"{k} = {v}" for k, v in BIASES.items()) + "."}
@@ -68,12 +91,13 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae", "k", "m", "n"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name, known in (
             ("encoder", ENCODERS),
             ("activation", ACTIVATIONS),
             ("loss", LOSSES),
             ("bias", BIASES),
+            ("interaction", INTERACTIONS),
         ):
             if getattr(self, name) not in known:
                 raise SteerError(
@@ -87,12 +111,21 @@ class SAEConfig:
             self._check_kron()
         elif self.heads is not None:
             raise SteerError(f"heads={self.heads} with a dense encoder; drop it or choose encoder='kron'")
+        elif self.interaction != "mand":
+            raise SteerError(
+                f"interaction={self.interaction!r} with a dense encoder; drop it or choose encoder='kron'"
+            )
         if self.loss == "hierarchical" and self.activation != "topk":
             raise SteerError(f"loss='hierarchical' needs activation='topk', got {self.activation!r}")
-        if self.prefixes is not None:
-            self.prefixes = check_prefixes(self.prefixes, self.k)
-            if self.loss != "hierarchical":
-                raise SteerError("prefixes were given with loss='reconstruction'; choose loss='hierarchical'")
+        if self.loss == "matryoshka":
+            self._check_matryoshka()
+        elif self.prefixes is not None:
+            if self.loss == "reconstruction":
+                raise SteerError(
+                    "prefixes were given with loss='reconstruction'; choose loss='hierarchical' or "
+                    "'matryoshka'"
+                )
+            self.prefixes = check_prefixes(self.prefixes, self.k, "k")
 
     def _check_kron(self) -> None:
         if self.m > self.n:
@@ -114,6 +147,30 @@ class SAEConfig:
                 f"not d_sae={self.d_sae}; give heads={self.d_sae // size} or none"
             )
         self.heads = self.d_sae // size
+
+    def _check_matryoshka(self) -> None:
+        if self.activation == "jumprelu":
+            raise SteerError(
+                "loss='matryoshka' needs activation='batchtopk' or 'topk', got 'jumprelu', whose thresholds "
+                "are trained on the whole dictionary"
+            )
+        head = self.m * self.n if self.encoder == "kron" else 1
+        if self.prefixes is None:
+            sizes = (max(head, int(share * self.d_sae) // head * head) for share in MATRYOSHKA)
+            self.prefixes = sorted(set(sizes))
+        self.prefixes = check_prefixes(self.prefixes, self.d_sae, "d_sae")
+        if self.prefixes[-1] != self.d_sae:
+            raise SteerError(
+                f"matryoshka: the last of prefixes={self.prefixes} must be the whole dictionary, "
+                f"d_sae={self.d_sae}: features behind it would never be trained; add it"
+            )
+        cut = [size for size in self.prefixes if size % head]
+        if cut:
+            raise SteerError(
+                f"matryoshka: the prefix of {cut[0]} features cuts a head of KronSAE in two; give "
+                "multiples of "
+                f"m*n={self.m}*{self.n}={head}"
+            )
 
     @property
     def rows(self) -> int:
@@ -137,11 +194,13 @@ class SAEConfig:
         return cls(**values)
 
 
-def check_prefixes(prefixes: Sequence[int], k: int) -> list[int]:
-    """Prefix lengths, ascending and distinct; SteerError unless each is a whole number from 1 to k."""
-    wrong = [p for p in prefixes if isinstance(p, bool) or not isinstance(p, int) or not 1 <= p <= k]
+def check_prefixes(prefixes: Sequence[int], most: int, name: str) -> list[int]:
+    """Prefixes, ascending and distinct; SteerError unless each is a whole number from 1 to `most`, `name`."""
+    wrong = [p for p in prefixes if isinstance(p, bool) or not isinstance(p, int) or not 1 <= p <= most]
     if wrong or not prefixes:
-        raise SteerError(f"prefixes={list(prefixes)!r} must be whole numbers from 1 to k={k}, at least one")
+        raise SteerError(
+            f"prefixes={list(prefixes)!r} must be whole numbers from 1 to {name}={most}, at least one"
+        )
     return sorted(set(prefixes))
 
 
@@ -159,11 +218,17 @@ def encoder_flops(config: SAEConfig) -> int:
 
 
 def forward_flops(config: SAEConfig) -> int:
-    """Multiply-adds per token, forward: the encoder's and k d of the decoder, as the paper counts them."""
+    """
+    Multiply-adds per token, forward: the encoder's and k d of the decoder, as the KronSAE paper counts them.
+
+    The loss changes nothing of it: HierarchicalTopK and Matryoshka add the same k rows one after the other.
+    What their prefixes add is elementwise, as the squared error is, and is not counted.
+    """
     return encoder_flops(config) + config.k * config.d_in
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """SteerError unless `value` is a whole number from 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SteerError(f"{name}={value!r} is not a whole number from 1")
 

@@ -129,6 +129,11 @@ def as_dense(sae: SAE, tolerance: float = 1e-6) -> SAE:
     cfg = sae.cfg
     if cfg.encoder == "dense":
         return sae
+    if cfg.interaction != "mand":
+        raise SteerError(
+            f"this KronSAE has no equal dense encoder: with interaction={cfg.interaction!r} its features are "
+            "quadratic in the input; save it with format='steer'"
+        )
     rows = torch.cat([sae.encoder.weight, sae.encoder.bias[:, None]], 1)
     heads = torch.cat(sae.kron.factors(rows), 1)
     norms = heads.norm(dim=2, keepdim=True)

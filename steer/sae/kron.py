@@ -22,20 +22,26 @@ class Heads(NamedTuple):
     m: int
     n: int
 
-    def strongest_pairs(self, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def strongest_pairs(self, factors: Tensor, k: int, signed: bool = False) -> tuple[Tensor, Tensor]:
         """
         The encoder's rows P_i and Q_j, (tokens, k) each, of the k largest products p_i q_j of one head.
 
-        Products compare as their roots do. Only the k rows P_i with the largest p_i max_j q_j can be in one
-        of them, so of all products only k n are computed: exact, and nothing of size d_sae is held.
+        Products compare as their roots do. Only the k rows P_i with the largest max_j p_i q_j can be in one
+        of
+        them, so of all products only k n are computed: exact, and nothing of size d_sae is held.
+
+        factors: (tokens, rows), none negative unless `signed`.
         """
         heads, m, n = self
-        places = positive.view(len(positive), m + n, heads)
-        largest = (places[:, :m] * places[:, m:].amax(1, keepdim=True)).flatten(1)
-        p_rows = top_k(largest, min(k, m * heads))[1]
-        q_rows = p_rows[:, :, None] % heads + heads * torch.arange(m, m + n, device=positive.device)
+        places = factors.view(len(factors), m + n, heads)
+        p, q = places[:, :m], places[:, m:]
+        largest = p * q.amax(1, keepdim=True)
+        if signed:
+            largest = torch.maximum(largest, p * q.amin(1, keepdim=True))
+        p_rows = top_k(largest.flatten(1), min(k, m * heads))[1]
+        q_rows = p_rows[:, :, None] % heads + heads * torch.arange(m, m + n, device=factors.device)
         q_rows = q_rows.flatten(1)
-        products = positive.gather(1, q_rows).unflatten(1, (-1, n)) * positive.gather(1, p_rows)[:, :, None]
+        products = factors.gather(1, q_rows).unflatten(1, (-1, n)) * factors.gather(1, p_rows)[:, :, None]
         best = products.flatten(1).topk(k).indices
         return p_rows.gather(1, best // n), q_rows.gather(1, best)
 

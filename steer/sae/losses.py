@@ -1,10 +1,12 @@
 """
-What an SAE is trained on: reconstruction, dead features' auxiliary loss, and HierarchicalTopK.
+What an SAE is trained on: reconstruction, dead features' auxiliary loss, HierarchicalTopK, and Matryoshka.
 
 Every loss is a squared error summed over the width and averaged over the tokens, as both papers write it.
 HierarchicalTopK (arXiv 2505.24473) is the mean over prefix lengths j in J of ||x - x_hat_j||^2, where x_hat_j
 uses the j strongest features of each token. It has three implementations of equal value and gradient: `plain`
 holds (tokens, k, width) numbers, `chunked` needs memory that does not grow with k, `triton` is a GPU kernel.
+Matryoshka (Bussmann et al., arXiv 2503.17547) nests dictionaries instead: its prefixes are the first features
+of the dictionary, and the losses of all prefixes are summed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from steer.errors import SteerError
 from steer.sae.model import SAE, Active
-from steer.sae.sparse import Selection
+from steer.sae.sparse import Selection, combine
 
 IMPLEMENTATIONS = ("auto", "plain", "chunked", "triton")
 # Numbers of (tokens, width) that the chunked form walks through at once, on a CPU.
@@ -44,6 +46,30 @@ def auxiliary_loss(
     active = sae.strongest(x, min(k, len(dead)), dead, low_precision)
     explained = sae.decode_active(active) - sae.b_dec
     return min(1.0, len(dead) / k) * reconstruction_loss(residual.detach(), explained)
+
+
+def matryoshka_loss(sae: SAE, x: Tensor, active: Active, prefixes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """
+    The sum over `prefixes` m of mean ||x - x_hat_m||^2, x_hat_m from the active features below m and the bias
+    (arXiv 2503.17547, section 3); x (tokens, width).
+
+    Args:
+        prefixes: sizes of the nested dictionaries, ascending, the last one d_sae.
+
+    Returns:
+        The loss, and the reconstruction (tokens, width) with all active features, without gradients.
+    """
+    residual, loss, start = x - sae.b_dec, x.new_zeros(()), 0
+    for end in prefixes:
+        inside = (active.indices >= start) & (active.indices < end)
+        # of each token's places only as many columns as the fullest token needs
+        most = max(1, int(inside.sum(1).max()))
+        order = inside.to(torch.uint8).topk(most, dim=1).indices
+        values = (active.values * inside).gather(1, order)
+        where = Selection(active.indices.gather(1, order), sae.cfg.d_sae)
+        residual = residual - combine(values, sae.W_dec, where)
+        loss, start = loss + residual.square().sum(1).mean(), end
+    return loss, (x - residual).detach()
 
 
 def hierarchical_loss(

@@ -24,7 +24,7 @@ from steer.sae import own
 from steer.sae.config import SAEConfig
 from steer.sae.jumprelu import jump
 from steer.sae.kron import Heads
-from steer.sae.sparse import Selection, chosen, combine, mand, top_k
+from steer.sae.sparse import Selection, chosen, combine, interact, top_k
 
 # Elements of (tokens, features) that are held at once on a CPU: they stay in its cache between two
 # operations.
@@ -202,9 +202,14 @@ class SAE(nn.Module):
     def rescale(self, factor: float) -> None:
         """
         Make an SAE for inputs x into one for inputs x * factor: biases and thresholds scale with the
-        features, the matrices stay. This folds a fitted normalisation away.
+        features, the matrices stay. This folds a fitted normalisation away. Where a feature is a product,
+        both of its factors grow with the root of `factor` instead.
         """
-        self.encoder.bias.mul_(factor)
+        if self.cfg.interaction == "mand":
+            self.encoder.bias.mul_(factor)
+        else:
+            self.encoder.weight.div_(sqrt(factor))
+            self.encoder.bias.mul_(sqrt(factor))
         self.b_dec.mul_(factor)
         if self.threshold >= 0:
             self.threshold.mul_(factor)
@@ -254,7 +259,10 @@ class SAE(nn.Module):
         values = values.to(self.encoder.weight.dtype)
         if torch.is_grad_enabled():
             values = chosen(values, x, self.encoder.weight, self.encoder.bias, self.shift, used)
-        return Active(values.relu() if used is where else mand(*values.chunk(2, 1)), where)
+        if used is where:
+            return Active(values.relu(), where)
+        p, q = values.chunk(2, 1)
+        return Active(interact(p, q, self.cfg.interaction), where)
 
     def _choose(
         self, x: Tensor, k: int, among: Tensor | None, low_precision: bool
@@ -268,13 +276,14 @@ class SAE(nn.Module):
             best = best if among is None else among[best]
             return values, best, best
         outputs = self.pre_activations(x, None, low_precision)
+        signed = self.cfg.interaction == "product"
+        factors = outputs if signed else outputs.relu()
         if among is None:
-            p_rows, q_rows = self.kron.strongest_pairs(outputs.relu(), k)
+            p_rows, q_rows = self.kron.strongest_pairs(factors, k, signed)
             best = self.kron.features(p_rows, q_rows)
         else:
-            positive = outputs.relu()
             p_row, q_row = self.kron.rows(among)
-            best = among[top_k(positive[:, p_row] * positive[:, q_row], k)[1]]
+            best = among[top_k(factors[:, p_row] * factors[:, q_row], k)[1]]
             p_rows, q_rows = self.kron.rows(best)
         rows = torch.cat([p_rows, q_rows], 1)
         return outputs.gather(1, rows), best, rows
@@ -311,14 +320,14 @@ class SAE(nn.Module):
 
     def latents(self, x: Tensor) -> Tensor:
         """
-        All features (tokens, d_sae) before the activation chooses, with gradients: W(x - shift) + b, or mAND
-        of every pair of a head.
+        All features (tokens, d_sae) before the activation chooses, with gradients: W(x - shift) + b, or the
+        interaction of every pair of a head.
         """
         outputs = self.pre_activations(x)
         if self.cfg.encoder == "dense":
             return outputs
         p_row, q_row = self.kron.rows(torch.arange(self.cfg.d_sae, device=x.device))
-        return mand(outputs[:, p_row], outputs[:, q_row])
+        return interact(outputs[:, p_row], outputs[:, q_row], self.cfg.interaction)
 
     def dense_features(self, x: Tensor) -> Tensor:
         """Features (tokens, d_sae) by the rule used after training: TopK, or a threshold."""

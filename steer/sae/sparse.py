@@ -145,6 +145,15 @@ def mand(p: Tensor, q: Tensor) -> Tensor:
     return _And.apply(p, q)
 
 
+def interact(p: Tensor, q: Tensor, interaction: str) -> Tensor:
+    """
+    A KronSAE's features from their p and q, by one of `steer.sae.config.INTERACTIONS`; none is negative.
+    """
+    if interaction == "mand":
+        return mand(p, q)
+    return p.relu() * q.relu() if interaction == "relu_product" else (p * q).relu()
+
+
 @torch.no_grad()
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """

@@ -1,16 +1,16 @@
 """
-Train SAEs on a stream of activations: AdamW with the schedule of KronSAE (arXiv 2505.22255, section 3),
-several SAEs on one stream, and a run that goes on where it was stopped.
+Train SAEs on a stream of activations: AdamW with the schedule of KronSAE (arXiv 2505.22255, section 3) or
+until the held-out explained variance is flat, several SAEs on one stream, and a run that goes on where it was
+stopped.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from steer.errors import SteerError
 from steer.files import replace_file
-from steer.models import fast_dtype
-from steer.sae.config import SAEConfig, check_number
-from steer.sae.evaluate import explained_by_prefix
+from steer.sae.cache import HeldActivations
+from steer.sae.config import SAEConfig
+from steer.sae.evaluate import explained_by_prefix, quality
 from steer.sae.jumprelu import count_active, jump
-from steer.sae.losses import auxiliary_loss, hierarchical_loss, reconstruction_loss
+from steer.sae.losses import auxiliary_loss, hierarchical_loss, matryoshka_loss, reconstruction_loss
 from steer.sae.model import SAE, Active
+from steer.sae.schedule import EarlyStopping, TrainConfig
 from steer.sae.sparse import Selection
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -47,58 +48,6 @@ class Batches(Protocol):
 
 
 @dataclass
-class TrainConfig:
-    """How SAEs are trained; the defaults are the settings published for KronSAE."""
-
-    tokens: int = field(default=125_000_000, metadata={"help": "Activations to train on."})
-    batch_size: int = field(default=8192, metadata={"help": "Activations of a step, all processes together."})
-    lr: float = field(default=8e-4, metadata={"help": "Highest learning rate."})
-    final_lr: float = field(default=1e-6, metadata={"help": "Learning rate at the end of the cosine."})
-    warmup: float = field(default=0.1, metadata={"help": "Share of the steps in which it rises from 0."})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
-    auxiliary: float = field(
-        default=1 / 32, metadata={"help": "Weight of the loss of dead features; 0 is off."}
-    )
-    dead_after: int = field(
-        default=1_000_000, metadata={"help": "Activations without firing after which a feature is dead."}
-    )
-    precision: str = field(
-        default="float32",
-        metadata={"help": "Of the encoder's product: float32, bfloat16, or fast: the faster one here."},
-    )
-    seed: int = field(default=0, metadata={"help": "Of the SAEs' first weights."})
-    log_every: int = field(default=20, metadata={"help": "Steps between two lines of metrics."})
-    save_every: int = field(default=500, metadata={"help": "Steps between two checkpoints."})
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "dead_after", "log_every", "save_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SteerError(f"{name}={value!r} is not a whole number from 1")
-        for name, high in (("lr", 10.0), ("final_lr", 10.0), ("warmup", 1.0), ("weight_decay", 1.0)):
-            check_number(name, getattr(self, name), 0.0, high)
-        check_number("auxiliary", self.auxiliary, 0.0)
-        if self.precision == "fast":
-            self.precision = fast_dtype()
-        if self.precision not in ("float32", "bfloat16"):
-            raise SteerError(f"precision={self.precision!r} is unknown; choose float32, bfloat16 or fast")
-        if self.tokens < self.batch_size:
-            raise SteerError(f"tokens={self.tokens} is less than one batch of batch_size={self.batch_size}")
-
-    @property
-    def steps(self) -> int:
-        return self.tokens // self.batch_size
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ...: a linear rise, then a cosine to `final_lr`."""
-        rise = self.warmup * self.steps
-        if step < rise:
-            return self.lr * (step + 1) / max(rise, 1.0)
-        done = (step - rise) / max(1.0, self.steps - rise)
-        return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-@dataclass
 class _Run:
     """One SAE in training, its optimizer, and how long ago each feature fired, in activations."""
 
@@ -115,6 +64,10 @@ class SAETrainer:
     written). Inputs are multiplied by one constant that gives the first batch a mean norm of sqrt(width);
     `folded` takes it out of the weights again. Raises SteerError for an SAE of another width than the stream,
     for activations that are not finite, and when the stream ends early; what was learned is saved before.
+
+    heldout: activations that are measured every `eval_every` steps; a run with an early_stopping_threshold
+    needs them. All SAEs of a run have the same steps: it ends when all of them are flat. An SAE learns the
+    same beside others as alone, bit for bit.
     """
 
     def __init__(
@@ -125,6 +78,7 @@ class SAETrainer:
         folder: str | Path | None = None,
         accelerator: Accelerator | None = None,
         on_log: Callable[[dict[str, Any]], None] | None = None,
+        heldout: HeldActivations | None = None,
     ):
         if not configs:
             raise SteerError("no SAE to train; give at least one")
@@ -134,7 +88,19 @@ class SAETrainer:
                     f"SAE {name!r} has d_in={config.d_in}, the activations a width of {stream.width}; "
                     f"give d_in={stream.width}"
                 )
-        self.stream, self.training, self.on_log = stream, training, on_log
+        if training.early_stopping_threshold and heldout is None:
+            raise SteerError(
+                f"early_stopping_threshold={training.early_stopping_threshold} needs held-out activations to "
+                "measure; give heldout, or early_stopping_threshold=0"
+            )
+        if heldout is not None and heldout.width != stream.width:
+            raise SteerError(
+                f"the held-out activations have a width of {heldout.width}, those of training "
+                f"{stream.width}; read "
+                "both at the same site of one model"
+            )
+        self.stream, self.training, self.on_log, self.heldout = stream, training, on_log, heldout
+        self.stopping = EarlyStopping(training)
         self.folder = Path(folder) if folder is not None else None
         self.accelerator = accelerator or Accelerator(cpu=True)
         world = self.accelerator.num_processes
@@ -162,7 +128,7 @@ class SAETrainer:
         """All steps that are left; then the SAEs with the normalisation folded away."""
         batches = self.stream.batches(self.local_batch, self.step)
         began, first = time.perf_counter(), self.step
-        while self.step < self.training.steps:
+        while self.step < self.stopping.end:
             batch = next(batches, None)
             if not self._all(batch is not None):
                 self._stop_early()
@@ -179,12 +145,36 @@ class SAETrainer:
             scaled = x * self.scale
             metrics = {name: self._update(run, scaled) for name, run in self.runs.items()}
             self.step += 1
-            if self.step % self.training.log_every == 0 or self.step == self.training.steps:
+            if self.heldout is not None:
+                self._measure(self.heldout)
+            self.stopping.advance(self.step)
+            if self.step % self.training.log_every == 0 or self.step == self.stopping.end:
                 self._log(metrics, (time.perf_counter() - began) / (self.step - first))
             if self.step % self.training.save_every == 0:
                 self.save()
         self.save()
         return self.folded()
+
+    def _measure(self, heldout: HeldActivations) -> None:
+        """
+        Explained variance of the held-out activations, by the rule used after training; every `eval_every`
+        steps and where the decay starts and ends. The same in all processes.
+        """
+        known = (
+            {self.training.latest_decay_start, self.stopping.end}
+            if self.training.schedule == "wsd"
+            else set()
+        )
+        if self.step % self.training.eval_every and self.step not in known:
+            return
+        explained, scale = {}, self.scale or 1.0
+        for name, run in self.runs.items():
+            batches = (heldout.take(rows) * scale for rows in torch.arange(len(heldout)).split(1024))
+            run.sae.eval()
+            found = torch.tensor(quality(run.sae, batches).explained[run.sae.cfg.k], dtype=torch.float64)
+            run.sae.train()
+            explained[name] = broadcast(found.to(self.accelerator.device)).item()
+        self.stopping.record(self.step, explained)
 
     def _start(self, x: Tensor) -> float:
         """
@@ -210,6 +200,8 @@ class SAETrainer:
             active = sae.active(x, low_precision=low)
             if cfg.loss == "hierarchical":
                 loss, x_hat = hierarchical_loss(sae, x, active, cfg.prefixes), None
+            elif cfg.loss == "matryoshka":
+                loss, x_hat = matryoshka_loss(sae, x, active, cfg.prefixes or [cfg.d_sae])
             else:
                 x_hat = sae.decode_active(active)
                 loss = reconstruction_loss(x, x_hat)
@@ -224,7 +216,7 @@ class SAETrainer:
         loss.backward()
         self._share_gradients(sae)
         for group in run.optimizer.param_groups:
-            group["lr"] = self.training.lr_at(self.step)
+            group["lr"] = self.training.lr_at(self.step, self.stopping.decay_start)
         run.optimizer.step()
         run.optimizer.zero_grad()
         sae.normalise_decoder()
@@ -274,9 +266,9 @@ class SAETrainer:
         line: dict[str, Any] = {
             "step": self.step,
             "tokens": self.step * self.training.batch_size,
-            "lr": self.training.lr_at(self.step - 1),
+            "lr": self.training.lr_at(self.step - 1, self.stopping.decay_start),
             "tokens_per_second": round(self.training.batch_size / seconds),
-            "eta_seconds": round((self.training.steps - self.step) * seconds),
+            "eta_seconds": round((self.stopping.end - self.step) * seconds),
         }
         for name, values in metrics.items():
             run = self.runs[name]
@@ -289,6 +281,11 @@ class SAETrainer:
                 "l0": (values["values"] > 0).sum(1).float().mean().item(),
                 "dead": (run.silent >= self.training.dead_after).float().mean().item(),
             }
+        if self.stopping.history:
+            at, heldout = self.stopping.history[-1]
+            line["heldout"] = {"step": at, "explained_variance": heldout, "rise": self.stopping.rises(at)}
+        if self.step == self.stopping.end and (outcome := self.stopping.outcome()):
+            line["outcome"] = outcome
         if self.accelerator.is_main_process:
             if self.folder is not None:
                 with (self.folder / METRICS).open("a") as file:
@@ -317,6 +314,7 @@ class SAETrainer:
             "asked": self._asked(),
             "step": self.step,
             "scale": self.scale,
+            "stopping": self.stopping.state_dict(),
             "saes": {
                 name: {"sae": run.sae.state_dict(), "adam": run.optimizer.state_dict(), "silent": run.silent}
                 for name, run in self.runs.items()
@@ -332,7 +330,8 @@ class SAETrainer:
         saes = {}
         for name, run in self.runs.items():
             saes[name] = {k: v for k, v in run.sae.cfg.to_dict().items() if k != "source"}
-        return {"training": training, "saes": saes}
+        heldout = self.heldout and {"tokens": len(self.heldout), "source": self.heldout.describe()}
+        return {"training": training, "saes": saes, "heldout": heldout}
 
     def _resume(self) -> None:
         assert self.folder is not None
@@ -341,7 +340,7 @@ class SAETrainer:
             return
         try:
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            asked, saes = state["asked"], state["saes"]
+            asked, saes, stopping = state["asked"], state["saes"], state["stopping"]
         except Exception as error:  # torch raises many kinds on a damaged file
             raise SteerError(
                 f"{path} is not a checkpoint of this recipe ({type(error).__name__}); remove it or give "
@@ -355,6 +354,7 @@ class SAETrainer:
             run.optimizer.load_state_dict(saes[name]["adam"])
             run.silent.copy_(saes[name]["silent"])
         self.step, self.scale = state["step"], state["scale"]
+        self.stopping.load_state_dict(stopping)
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str:

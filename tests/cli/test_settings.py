@@ -18,7 +18,7 @@ from steer.cli import main, train, train_baseline, train_sae
 from steer.config import SteeringArguments
 from steer.evaluation import options
 from steer.sae import SAEConfig
-from steer.sae.trainer import TrainConfig
+from steer.sae.schedule import TrainConfig
 from steer.training.arguments import FinderArguments, PopulationArguments, SweepArguments
 from steer.training.baselines import Baseline
 from steer.training.config import SteeringGRPOConfig

@@ -42,6 +42,12 @@ def rows(count: int = 60) -> torch.Tensor:
 CASES = [
     *[("steer", {"encoder": e, "activation": a}) for e in ("dense", "kron") for a in ("topk", "jumprelu")],
     ("steer", {"loss": "hierarchical", "prefixes": [1, 5]}),
+    *[("steer", {"encoder": "kron", "interaction": i}) for i in ("relu_product", "product")],
+    ("steer", {"encoder": "kron", "loss": "matryoshka", "activation": "batchtopk"}),
+    *[
+        (format, {"loss": "matryoshka", "activation": "batchtopk", "prefixes": [4, 48]})
+        for format in ("steer", "saelens", "dictionary_learning")
+    ],
     *[
         ("saelens", {"activation": a, "bias": b})
         for a in ("topk", "jumprelu", "batchtopk")
@@ -175,6 +181,7 @@ def test_what_a_format_cannot_express_is_refused(tmp_path):
     for sae, format, part in (
         (make(activation="jumprelu"), "sparsify", "no jumprelu SAEs"),
         (SAE(SAEConfig(12, 48, 5, activation="batchtopk")), "saelens", "no threshold"),
+        (make(encoder="kron", interaction="product"), "saelens", "quadratic in the input"),
         (make(), "onnx", "steer, saelens, sparsify, dictionary_learning"),
     ):
         with pytest.raises(SteerError) as error:

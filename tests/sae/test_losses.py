@@ -14,7 +14,13 @@ from helpers.steering import message
 
 from steer.errors import SteerError
 from steer.sae import SAE, SAEConfig
-from steer.sae.losses import auxiliary_loss, hierarchical_loss, prefix_weights, reconstruction_loss
+from steer.sae.losses import (
+    auxiliary_loss,
+    hierarchical_loss,
+    matryoshka_loss,
+    prefix_weights,
+    reconstruction_loss,
+)
 
 K = 7
 
@@ -148,6 +154,76 @@ def test_auxiliary_loss_shrinks_with_few_dead_features():
     full = auxiliary_loss(sae, x, residual, dead, k=1)
     torch.testing.assert_close(auxiliary_loss(sae, x, residual, dead, k=4), full / 4)
     assert auxiliary_loss(sae, x, residual, dead[:0]).item() == 0
+
+
+# --- Matryoshka
+
+
+def latents_by_hand(sae: SAE, token: torch.Tensor) -> torch.Tensor:
+    """All features of one token, feature by feature, from the rows of its head."""
+    cfg, weight, bias = sae.cfg, sae.encoder.weight, sae.encoder.bias
+    shifted = token - sae.b_dec if cfg.bias == "tied" else token
+    if cfg.encoder == "dense":
+        return torch.stack([row @ shifted + b for row, b in zip(weight, bias, strict=True)]).relu()
+    features = []
+    for head in range(cfg.heads):
+        rows = [part * cfg.heads + head for part in range(cfg.m + cfg.n)]
+        values = [weight[row] @ shifted + bias[row] for row in rows]
+        for p in values[: cfg.m]:
+            for q in values[cfg.m :]:
+                both = bool(p > 0 and q > 0)
+                product = {"mand": both, "relu_product": both, "product": bool(p * q > 0)}[cfg.interaction]
+                z = (p * q if product else 0 * p).clone()
+                features.append(z.sqrt() if cfg.interaction == "mand" and product else z)
+    return torch.stack(features)
+
+
+def matryoshka_by_hand(sae: SAE, x: torch.Tensor, prefixes: list[int]) -> torch.Tensor:
+    """arXiv 2503.17547, section 3: BatchTopK or TopK, then token by token and feature by feature."""
+    z = torch.stack([latents_by_hand(sae, token) for token in x])
+    if sae.cfg.activation == "batchtopk":
+        least = z.detach().flatten().sort(descending=True).values[sae.cfg.k * len(x) - 1]
+        kept = z.detach() >= least
+    else:
+        kept = z.detach() >= z.detach().sort(1, descending=True).values[:, sae.cfg.k - 1 : sae.cfg.k]
+    total = 0.0
+    for size in prefixes:
+        for token, features, keep in zip(x, z, kept, strict=True):
+            x_hat = sae.b_dec
+            for index in range(size):
+                if keep[index]:
+                    x_hat = x_hat + features[index] * sae.W_dec[index]
+            total = total + (token - x_hat).square().sum() / len(x)
+    return total
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "topk"])
+@pytest.mark.parametrize(
+    ("encoder", "interaction"),
+    [("dense", "mand"), ("kron", "mand"), ("kron", "relu_product"), ("kron", "product")],
+)
+@pytest.mark.parametrize("prefixes", [None, [32], [8, 16, 32]])
+def test_matryoshka_is_the_sum_of_nested_dictionaries(activation, encoder, interaction, prefixes):
+    """Value and gradients in float64; 1e-10 leaves five digits for the other order of summation."""
+    bias = "tied" if prefixes else "free"
+    settings = {"encoder": encoder, "interaction": interaction, "bias": bias, "prefixes": prefixes}
+    config = SAEConfig(12, 32, k=4, activation=activation, loss="matryoshka", **settings)
+    sae = SAE(config).double().train()
+    with torch.no_grad():
+        sae.b_dec.normal_(generator=torch.Generator().manual_seed(1))
+        sae.encoder.weight.normal_(generator=torch.Generator().manual_seed(2))
+        sae.encoder.bias.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+    assert config.prefixes == (prefixes or {"dense": [1, 3, 7, 15, 32], "kron": [8, 32]}[encoder])
+    x = inputs(20)
+    active = sae.active(x)
+    expected = value_and_gradients(sae, matryoshka_by_hand(sae, x, config.prefixes))
+    loss, x_hat = matryoshka_loss(sae, x, active, config.prefixes)
+    torch.testing.assert_close(x_hat, sae.decode_active(active).detach(), rtol=1e-10, atol=1e-10)
+    for a, b in zip(value_and_gradients(sae, loss), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        assert b.abs().max() > 1e-3
+    if prefixes == [32]:
+        torch.testing.assert_close(loss, reconstruction_loss(x, x_hat), rtol=1e-12, atol=0)
 
 
 # --- the Triton kernel, in Triton's own interpreter where there is no GPU

@@ -7,6 +7,7 @@ import torch
 from helpers.steering import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from steer.errors import SteerError
 from steer.sae import SAE, SAEConfig
@@ -39,7 +40,10 @@ def pre_activations(sae: SAE, x: torch.Tensor) -> torch.Tensor:
             for j in range(n):
                 p, q = z[:, i * sae.cfg.heads + head], z[:, (m + j) * sae.cfg.heads + head]
                 both = (p > 0) & (q > 0)
-                features.append(torch.where(both, (p * q).abs().clamp(min=1e-300).sqrt(), 0))
+                if sae.cfg.interaction == "mand":
+                    features.append(torch.where(both, (p * q).abs().clamp(min=1e-300).sqrt(), 0))
+                else:
+                    features.append(torch.where(both, p * q, 0) if "relu" in sae.cfg.interaction else p * q)
     return torch.stack(features, 1)
 
 
@@ -60,6 +64,9 @@ def dense_top_k(z: torch.Tensor, k: int) -> torch.Tensor:
         {"encoder": "kron", "m": 3, "n": 4},
         {"encoder": "kron", "k": 20},  # more than there are P_i
         {"encoder": "kron", "k": 48},
+        {"encoder": "kron", "interaction": "relu_product"},
+        {"encoder": "kron", "interaction": "product"},
+        {"encoder": "kron", "interaction": "product", "m": 3, "n": 4, "k": 20},
     ],
 )
 def test_topk_features_and_gradients_are_those_of_the_formula(shape, bias):
@@ -141,6 +148,38 @@ def test_kron_costs_what_the_paper_says(m, n, ratio):
         sae = SAE(config)
         assert sae.encoder.weight.numel() == encoder_parameters(config)
         assert sae.W_dec.numel() == 64 * 4096
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"encoder": "kron"},
+        {"encoder": "kron", "m": 4, "n": 4},
+        {"loss": "hierarchical"},
+        {"loss": "matryoshka", "activation": "batchtopk"},
+        {"loss": "matryoshka", "encoder": "kron"},
+    ],
+    ids=str,
+)
+def test_the_flops_of_the_formula_are_those_that_torch_counts(settings):
+    """A dense re-computation whose every product is a matmul; torch counts 2 FLOPs a multiply-add."""
+    tokens, config = 7, SAEConfig(d_in=24, d_sae=64, k=5, **settings)
+    sae, x = SAE(config), rows(7, 24, dtype=torch.float32)
+    active = sae.eval().strongest(x, config.k)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        z = sae.encoder(x - sae.b_dec).relu()
+        if config.encoder == "kron":
+            p, q = sae.kron.factors(z.T)  # (heads, m, tokens), (heads, n, tokens)
+            z = (p.permute(0, 2, 1)[..., None] @ q.permute(0, 2, 1)[..., None, :]).sqrt()
+            z = z.permute(1, 0, 2, 3).flatten(1)
+        x_hat = (active.values[:, None] @ sae.W_dec[active.indices])[:, 0] + sae.b_dec
+    assert counter.get_total_flops() == 2 * tokens * forward_flops(config)
+    torch.testing.assert_close(z.gather(1, active.indices), active.values)
+    torch.testing.assert_close(x_hat, sae.decode_active(active).detach())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        sae.train().active(x)  # the module itself: its only matrix product is the encoder's
+    assert counter.get_total_flops() == 2 * tokens * encoder_parameters(config)
 
 
 # --- activations
@@ -276,12 +315,16 @@ def test_geometric_median_is_least_distant():
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
-@pytest.mark.parametrize("encoder", ["dense", "kron"])
-def test_rescaling_folds_a_factor_on_the_input(activation, encoder):
-    sae, x = make(activation=activation, encoder=encoder), rows(40)
+@pytest.mark.parametrize("encoder", ["dense", "kron", "relu_product", "product"])
+@pytest.mark.parametrize("bias", ["tied", "free"])
+def test_rescaling_folds_a_factor_on_the_input(activation, encoder, bias):
+    shape = {"encoder": "kron", "interaction": encoder} if "product" in encoder else {"encoder": encoder}
+    sae, x = make(activation=activation, bias=bias, **shape), rows(40)
     sae.start_from(x)
     sae.train().active(x)
     sae.threshold.mul_(0.999)  # no feature stands exactly at it, where rounding decides
+    if activation == "jumprelu":
+        sae.log_threshold.data.sub_(1e-3)
     expected = sae.eval()(x)
     sae.rescale(7.0)
     torch.testing.assert_close(sae(7 * x), 7 * expected, rtol=1e-9, atol=1e-9)
@@ -304,7 +347,13 @@ def test_rescaling_folds_a_factor_on_the_input(activation, encoder):
         ({"heads": 5}, "heads=5 with a dense encoder"),
         ({"loss": "hierarchical", "activation": "batchtopk"}, "needs activation='topk'"),
         ({"loss": "hierarchical", "prefixes": [1, 6]}, "whole numbers from 1 to k=5"),
-        ({"prefixes": [1]}, "loss='hierarchical'"),
+        ({"prefixes": [1]}, "loss='hierarchical' or 'matryoshka'"),
+        ({"loss": "matryoshka", "activation": "jumprelu"}, "needs activation='batchtopk' or 'topk'"),
+        ({"loss": "matryoshka", "prefixes": [4, 24]}, "must be the whole dictionary, d_sae=48"),
+        ({"loss": "matryoshka", "prefixes": [4, 49]}, "whole numbers from 1 to d_sae=48"),
+        ({"loss": "matryoshka", "encoder": "kron", "prefixes": [12, 48]}, "multiples of m*n=2*4=8"),
+        ({"interaction": "product"}, "interaction='product' with a dense encoder"),
+        ({"encoder": "kron", "interaction": "sum"}, "mand, relu_product, product"),
         ({"bias": "none"}, "tied, free"),
     ],
 )
@@ -318,6 +367,9 @@ def test_config_survives_a_dictionary():
     config = SAEConfig(d_in=12, d_sae=48, k=5, loss="hierarchical", prefixes=[5, 1, 1])
     assert SAEConfig.from_dict(config.to_dict()) == config
     assert config.prefixes == [1, 5]
+    nested = SAEConfig(12, 64, 5, encoder="kron", loss="matryoshka", activation="batchtopk")
+    assert nested.prefixes == [8, 24, 64]  # whole heads of 2 x 4 below 2, 6, 14, 30 and 64
+    assert SAEConfig.from_dict(nested.to_dict()) == nested
     with pytest.raises(SteerError) as error:
         SAEConfig.from_dict({"d_in": 1, "d_sae": 2, "depth": 3})
     assert "depth" in message(error)

@@ -17,7 +17,7 @@ from helpers.steering import message
 from steer.cli import train_sae
 from steer.errors import SteerError
 from steer.sae import SAEConfig, load_sae
-from steer.sae.trainer import TrainConfig
+from steer.sae.schedule import TrainConfig
 
 RECIPE = ROOT / "recipes" / "train_sae.py"
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("sae-*.yaml"))
@@ -85,6 +85,22 @@ def test_a_stream_that_ends_early_leaves_a_checkpoint(config, tmp_path):
     assert state["step"] > 10
 
 
+def test_a_run_until_flat_says_how_it_ended(config, tmp_path, capsys):
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text(json.dumps({"text": "What is 77 + 5? It is 82. " * 40}))
+    words = ["schedule=wsd", f"heldout={unseen}", "heldout_tokens=100", "eval_every=2", "epochs=3"]
+    for threshold, said in (("1.0", "flat after"), ("1e-9", "not flat: stopped by the cap of 2,048")):
+        folder = tmp_path / threshold
+        words_now = [*words, f"early_stopping_threshold={threshold}", f"output_dir={folder}"]
+        train_sae.main(["--config", str(config), *words_now])
+        out = capsys.readouterr().out
+        assert said in out and "over the last 20% of the steps: kron +0." in out, out
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["outcome"]["stopped"] == {"1.0": "flat", "1e-9": "capped"}[threshold]
+        assert last["step"] == last["outcome"]["steps"] == last["heldout"]["step"]
+    assert set(last["heldout"]["explained_variance"]) == {"topk", "kron"}
+
+
 def test_two_processes_train_one_sae(config, tmp_path):
     """Data parallel on two CPU processes: it finishes, and both read their share of the texts."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
@@ -121,6 +137,10 @@ def test_two_processes_train_one_sae(config, tmp_path):
         (["saes.topk.d_in=31"], "give d_in=32"),
         (["layer=7"], "layer 7 does not exist"),
         (["texts=nowhere.txt"], "no file 'nowhere.txt'"),
+        (["schedule=wsd", "early_stopping_threshold=0.1"], "needs texts to measure on"),
+        (["texts=a.txt", "heldout=a.txt"], "heldout=a.txt is among the texts of training"),
+        (["heldout_tokens=0"], "heldout_tokens=0"),
+        (["saes.kron.loss=matryoshka", "saes.kron.prefixes=[12,64]"], "cuts a head of KronSAE in two"),
     ],
 )
 def test_mistakes_are_named(config, overrides, part):

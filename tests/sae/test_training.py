@@ -12,7 +12,9 @@ from helpers.steering import message
 
 from steer.errors import SteerError
 from steer.sae import SAE, SAEConfig
-from steer.sae.trainer import SAETrainer, TrainConfig
+from steer.sae.cache import HeldActivations
+from steer.sae.schedule import TrainConfig
+from steer.sae.trainer import SAETrainer
 
 WIDTH, FEATURES = 16, 24
 
@@ -66,11 +68,15 @@ VARIANTS = {
     "hierarchical": {"loss": "hierarchical"},
     "hierarchical_kron": {"loss": "hierarchical", "encoder": "kron", "m": 2, "n": 2},
     "prefixes": {"loss": "hierarchical", "prefixes": [1, 3]},
+    "matryoshka": {"loss": "matryoshka", "activation": "batchtopk"},
+    "matryoshka_kron": {"loss": "matryoshka", "encoder": "kron", "m": 2, "n": 2},
+    "relu_product": {"encoder": "kron", "m": 2, "n": 2, "interaction": "relu_product"},
+    "product": {"encoder": "kron", "m": 2, "n": 2, "interaction": "product"},
 }
 
 
 def test_every_variant_learns_on_one_stream():
-    """One stream, eight SAEs; each explains most of what an untrained one does not."""
+    """One stream, every kind of SAE; each explains most of what an untrained one does not."""
     stream = Made()
     lines: list[dict[str, Any]] = []
     configs = {name: sae(**changes) for name, changes in VARIANTS.items()}
@@ -83,7 +89,9 @@ def test_every_variant_learns_on_one_stream():
         assert 1.5 < l0 < 4.5, (name, l0)
     assert [line["step"] for line in lines] == [20, 40, 60, 80, 100]
     for name in VARIANTS:
-        assert lines[-1][name]["loss"] < 0.8 * lines[0][name]["loss"]
+        # a Matryoshka loss has the errors of small dictionaries in it, which stay
+        share = 0.85 if "matryoshka" in name else 0.8
+        assert lines[-1][name]["loss"] < share * lines[0][name]["loss"]
         last = max(lines[-1][name]["explained_variance"].items(), key=lambda item: int(item[0]))
         # the running value is of training batches and before the last step
         assert last[1] == pytest.approx(explained(trained[name], x), abs=0.1)
@@ -110,17 +118,18 @@ def test_schedule_is_a_rise_and_a_cosine():
     assert config.lr_at(99) == pytest.approx(0.1, abs=1e-3)
 
 
-def test_the_scale_of_the_activations_is_folded_away():
+@pytest.mark.parametrize("variant", ["topk", "matryoshka", "product", "relu_product"])
+def test_the_scale_of_the_activations_is_folded_away(variant):
     """Activations a thousand times as large give the same SAE, for activations that large."""
     small, large = Made(scale=1.0), Made(scale=1000.0)
-    one = SAETrainer({"a": sae()}, small, training()).train()["a"]
-    other = SAETrainer({"a": sae()}, large, training()).train()["a"]
+    one = SAETrainer({"a": sae(**VARIANTS[variant])}, small, training()).train()["a"]
+    other = SAETrainer({"a": sae(**VARIANTS[variant])}, large, training()).train()["a"]
     x = next(small.batches(500, start=10**6))
     torch.testing.assert_close(other(1000 * x), 1000 * one(x), rtol=1e-2, atol=1)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
-    names = ("topk", "batchtopk", "jumprelu", "hierarchical_kron")
+    names = ("topk", "batchtopk", "jumprelu", "hierarchical_kron", "matryoshka", "product")
     configs = {name: VARIANTS[name] for name in names}
     whole = SAETrainer({n: sae(**c) for n, c in configs.items()}, Made(), training()).train()
     with pytest.raises(SteerError) as error:
@@ -136,6 +145,96 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40, 60]
     assert {"tokens_per_second", "eta_seconds", "lr"} <= set(lines[0])
+
+
+def test_several_saes_on_one_stream_learn_what_each_learns_alone():
+    """Bit for bit: every batch is read once, and no SAE sees another."""
+
+    class Counted(Made):
+        read = 0
+
+        def batches(self, size: int, start: int = 0) -> Iterator[torch.Tensor]:
+            for batch in super().batches(size, start):
+                self.read += 1
+                yield batch
+
+    names = ("topk", "kron", "hierarchical", "matryoshka")
+    stream = Counted()
+    together = SAETrainer({n: sae(**VARIANTS[n]) for n in names}, stream, training(tokens=256 * 25)).train()
+    assert stream.read == 25
+    for name in names:
+        alone = SAETrainer({"one": sae(**VARIANTS[name])}, Made(), training(tokens=256 * 25)).train()["one"]
+        for key, value in alone.state_dict().items():
+            assert torch.equal(together[name].state_dict()[key], value), (name, key)
+
+
+def heldout(count: int = 500) -> HeldActivations:
+    return HeldActivations(next(Made().batches(count, start=10**6)), {"texts": ["unseen"]})
+
+
+def until_flat(**changes: Any) -> TrainConfig:
+    settings = {"schedule": "wsd", "early_stopping_threshold": 0.02, "eval_every": 10, "tokens": 256 * 400}
+    return training(**{**settings, "warmup": 0.05, "lr": 3e-3, **changes})
+
+
+def test_a_run_ends_where_the_heldout_variance_is_flat():
+    lines: list[dict[str, Any]] = []
+    trainer = SAETrainer(
+        {"a": sae(), "b": sae(encoder="kron")}, Made(), until_flat(), None, None, lines.append, heldout()
+    )
+    trained = trainer.train()
+    outcome, history = trainer.stopping.outcome(), dict(trainer.stopping.history)
+    start = outcome["decay_start"]
+    assert outcome["stopped"] == "flat" and start < 333 and trainer.step == outcome["steps"] == start * 6 // 5
+    for step in range(
+        30, start + 1, 10
+    ):  # the rule, written again: the first measurement that is flat ends it
+        before = max(at for at in history if at <= 0.8 * step)
+        flat = before >= 20 and all(history[step][n] - history[before][n] < 0.02 for n in "ab")
+        assert flat == (step == start), step
+    assert lines[-1]["outcome"] == outcome and lines[-1]["step"] == trainer.step
+    x = heldout().rows
+    assert history[trainer.step]["a"] == pytest.approx(explained(trained["a"], x), abs=1e-5)
+    rates = [trainer.training.lr_at(step, start) for step in range(trainer.step)]
+    assert rates[19] == rates[start - 1] == 3e-3 > rates[start] > rates[-2] > rates[-1]
+    assert rates[-1] == pytest.approx(1e-6)
+
+
+def test_a_run_that_is_never_flat_is_capped():
+    settings = until_flat(early_stopping_threshold=1e-9, tokens=256 * 60)
+    trainer = SAETrainer({"a": sae()}, Made(), settings, heldout=heldout())
+    trainer.train()
+    outcome = trainer.stopping.outcome()
+    assert (outcome["stopped"], outcome["decay_start"], outcome["steps"]) == ("capped", 50, 60)
+    assert trainer.step == 60 and outcome["rise"]["a"] > 1e-9
+    fixed = SAETrainer({"a": sae()}, Made(), until_flat(early_stopping_threshold=0.0, tokens=256 * 60))
+    fixed.train()
+    assert fixed.stopping.outcome()["stopped"] == "tokens"
+    assert torch.equal(fixed.folded()["a"].W_dec, trainer.folded()["a"].W_dec)
+
+
+@pytest.mark.parametrize("after_decay_start", [-13, 2])
+def test_a_run_until_flat_goes_on_where_it_was(tmp_path, after_decay_start):
+    """Stopped before and within the decay."""
+    settings = until_flat(tokens=256 * 80, early_stopping_threshold=0.05)
+    whole = SAETrainer({"a": sae()}, Made(), settings, heldout=heldout())
+    expected = whole.train()["a"]
+    stop = whole.stopping.outcome()["decay_start"] + after_decay_start
+    with pytest.raises(SteerError, match="the stream ended"):
+        SAETrainer({"a": sae()}, Made(stop), settings, tmp_path, heldout=heldout()).train()
+    again = SAETrainer({"a": sae()}, Made(), settings, tmp_path, heldout=heldout())
+    assert again.step == stop
+    assert torch.equal(again.train()["a"].W_dec, expected.W_dec)
+    assert again.stopping.outcome() == whole.stopping.outcome()
+    with pytest.raises(SteerError, match=r"heldout\.tokens was 500, now 400"):
+        SAETrainer({"a": sae()}, Made(), settings, tmp_path, heldout=heldout(400))
+
+
+def test_flat_needs_heldout_activations_of_that_width():
+    with pytest.raises(SteerError, match="needs held-out activations"):
+        SAETrainer({"a": sae()}, Made(), until_flat())
+    with pytest.raises(SteerError, match="have a width of 17"):
+        SAETrainer({"a": sae()}, Made(), until_flat(), heldout=HeldActivations(torch.ones(5, 17), {}))
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_lose_nothing(tmp_path):
@@ -175,6 +274,12 @@ def test_another_width_is_refused():
         ({"precision": "float8"}, "float32, bfloat16 or fast"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"warmup": 2.0}, "warmup=2.0"),
+        ({"early_stopping_threshold": 0.002}, "choose schedule='wsd'"),
+        ({"schedule": "linear"}, "cosine, wsd"),
+        ({"schedule": "wsd", "warmup": 0.9}, "warmup=0.9 reaches into the decay"),
+        ({"decay": 1.0}, "decay=1.0"),
+        ({"early_stopping_window": 0}, "early_stopping_window=0"),
+        ({"eval_every": 0}, "eval_every=0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, part):
