@@ -6,6 +6,7 @@ The command line of `steer lens`: one analysis a command, and a report of all. W
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from steer.arguments import (
@@ -45,7 +46,17 @@ HELP = {
         "Unembedding times vector: the tokens whose logits a vector raises (+) and lowers (-) when nothing "
         "is between it and the output. That is the whole story for the last layer; for early layers it "
         "says little.",
-        "steer lens logit my-vectors --reading cosine --scripts --plot lens.png",
+        "steer lens logit my-vectors --reading cosine --scripts --plot lens.png\n"
+        "    steer lens logit my-vectors --jacobian smollm2.lens.safetensors",
+    ),
+    "jacobian": (
+        "fit a Jacobian lens of a model, to read vectors of early layers with",
+        "The mean derivative of the last layer's stream with respect to each layer's, over the positions of "
+        "texts: `steer lens logit ARTIFACT --jacobian LENS` then shows the tokens that a vector promotes "
+        "through the layers above it. Written after each batch of texts; the same command goes on where it "
+        "was stopped. A backward pass for each number of the hidden size and each batch, to the earliest "
+        "layer: later layers alone take less time.",
+        "steer lens jacobian smollm2-135m-instruct --texts texts.txt --out smollm2.lens.safetensors",
     ),
     "shift": (
         "whose probability the vectors change, and where in the answer",
@@ -139,12 +150,19 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     logit = _command(kinds, "logit", data=False)
     logit.add_argument("--reading", default="dot", help="dot or cosine (default: dot)")
     logit.add_argument("--no-final-norm", action="store_true", help="leave the final norm's scale out")
+    logit.add_argument(
+        "--jacobian",
+        metavar="LENS",
+        help="read through the layers above, with a file of `steer lens jacobian`",
+    )
     logit.add_argument("--top", type=count, default=10, help="tokens on either side (default: 10)")
     logit.add_argument(
         "--scripts",
         action="store_true",
         help="instead: writing systems of the top and bottom tokens, against the vocabulary",
     )
+
+    _add_jacobian(kinds)
 
     shift = _command(kinds, "shift")
     shift.add_argument("--layers", help="vectors of these layers alone, e.g. 29 or 4-20; default: all")
@@ -217,6 +235,31 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     _output(transfer)
 
 
+def _add_jacobian(kinds: Any) -> None:
+    parser = _parser(kinds, "jacobian")
+    parser.set_defaults(run=_fit_jacobian)
+    parser.add_argument("model", help="hub id, folder, .gguf file or short name of a model")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help=".txt (a text a line) or .jsonl files, or data sets on the hub (owner/name:split)",
+    )
+    parser.add_argument("--out", required=True, metavar="LENS", help="the .safetensors file to write")
+    parser.add_argument("--layers", default="all", help="e.g. 4-20 or 8,16 (default: all)")
+    parser.add_argument("--site", default="resid_post", help="where the vectors are (default: resid_post)")
+    parser.add_argument("--limit", type=count, default=32, help="texts to read (default: 32)")
+    parser.add_argument("--length", type=count, default=32, help="tokens of each to read (default: 32)")
+    parser.add_argument(
+        "--skip", type=whole, default=1, help="tokens at the start of each that are left out (default: 1)"
+    )
+    parser.add_argument("--batch-size", type=count, default=8, help="texts in a pass (default: 8)")
+    add_base_options(parser)
+    parser.add_argument("--dtype", default="float32", help="precision of the model (default: float32)")
+    add_force(parser)
+
+
 def _parser(kinds: Any, name: str) -> argparse.ArgumentParser:
     about, description, example = HELP[name]
     parser: argparse.ArgumentParser = kinds.add_parser(
@@ -276,6 +319,14 @@ def _output(parser: argparse.ArgumentParser, plot: bool = True) -> None:
         parser.add_argument("--plot", metavar="FILE", help="write the figure (.png, .svg, .pdf)")
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="print all data as JSON")
+
+
+def _fit_jacobian(args: argparse.Namespace) -> None:
+    going_on = not args.replace and Path(args.out).is_file()
+    check_output(args.out, args.replace or going_on, args.model, *args.texts)
+    from steer.lens import runs  # torch comes with it
+
+    runs.jacobian(args, going_on)
 
 
 def _run(args: argparse.Namespace) -> None:

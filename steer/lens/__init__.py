@@ -5,6 +5,7 @@ A `subject.Subject` is a model with vectors in it, its tokenizer and the prompt 
 analysis is a function of a subject that returns plain data with `to_dict()` and `plot(path)`:
 
 - `logit_lens`: which tokens a vector promotes and suppresses by itself; `scripts` counts writing systems
+- `jacobian`: the same through the average derivative of the layers above
 - `token_shift`: whose probability changes, and where; what a forced opening gives without any vector
 - `patching`: through which attention, MLP, head or residual path the effect reaches the output
 - `decomposition`: the change of the last stream as a sum over components

@@ -32,7 +32,7 @@ class LogitLens(Result):
     """
     `scores` (layers, vocabulary): what each vector adds to each token's logit, or its cosine with the token's
     row. `top` and `bottom` (layers, k) are the ids with the largest and the smallest scores, first the
-    extreme.
+    extreme. `jacobian` says which Jacobian lens the vectors were read through, None for the plain logit lens.
     """
 
     layers: list[int]
@@ -43,6 +43,7 @@ class LogitLens(Result):
     bottom: torch.Tensor
     top_tokens: list[list[str]]
     bottom_tokens: list[list[str]]
+    jacobian: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Without the scores of the whole vocabulary: those of the top and bottom tokens."""
@@ -56,7 +57,10 @@ class LogitLens(Result):
             }
             for i, layer in enumerate(self.layers)
         ]
-        return {"reading": self.reading, "final_norm": self.final_norm, "layers": rows}
+        return {
+            **{"reading": self.reading, "final_norm": self.final_norm, "jacobian": self.jacobian},
+            "layers": rows,
+        }
 
     def figure(self) -> Figure:
         """
@@ -76,7 +80,7 @@ class LogitLens(Result):
             rows=[str(layer) for layer in self.layers],
             ylabel="layer",
             xlabel="most promoted, first to fourth    |    fourth to first, most suppressed",
-            title=f"Logit lens ({self.reading}{', final norm' if self.final_norm else ''})",
+            title=f"{'Jacobian' if self.jacobian else 'Logit'} lens ({self.reading}{', final norm' if self.final_norm else ''})",
             colour="standard deviations from the mean",
         )
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import steer
 from steer import artifact
-from steer.base_adapter import artifact_base
+from steer.base_adapter import artifact_base, base_source
+from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.lens.attention import attention_distance
@@ -34,6 +35,7 @@ from steer.lens.inputs import (
     right_answers,
     write_answers,
 )
+from steer.lens.jacobian import JacobianLens, fit, sample_windows
 from steer.lens.logit_lens import logit_lens
 from steer.lens.page import render
 from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes
@@ -50,6 +52,8 @@ from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
 from steer.models import load_model, load_tokenizer
 from steer.outputs import output
+from steer.sae.texts import Texts
+from steer.sites import find_decoder
 from steer.tasks.grading import MathGrader
 
 
@@ -66,14 +70,21 @@ def _show(args: argparse.Namespace, result: Result, lines: Iterator[str]) -> Non
 def logit(args: argparse.Namespace) -> None:
     subject = read_subject(args)
     apply_control(args, subject)
+    vectors, through = subject.vectors.effective(), None
+    if args.jacobian is not None:
+        lens = JacobianLens.load(args.jacobian)
+        lens.check(subject.model, subject.vectors.config)
+        vectors, through = lens.transport(vectors), lens.told()
+        print(through, file=sys.stderr)
     result = logit_lens(
         subject.model,
         subject.tokenizer,
-        subject.vectors.effective(),
+        vectors,
         reading=args.reading,
         final_norm=not args.no_final_norm,
         top=50 if args.scripts else args.top,
     )
+    result.jacobian = through
     if args.scripts:
         _show(args, counts := count_scripts(result, subject.tokenizer), _script_lines(counts))
         return
@@ -84,6 +95,24 @@ def logit(args: argparse.Namespace) -> None:
             yield f"{'':9}  - {' '.join(map(repr, bottom))}"
 
     _show(args, result, lines())
+
+
+def jacobian(args: argparse.Namespace, going_on: bool) -> None:
+    name, revision = base_source(args.model, args.base_adapter, args.revision, args.trust_remote_code)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    texts = Texts(args.texts)
+    sample = sample_windows(texts, tokenizer, args.limit, args.length, args.skip)
+    start = JacobianLens.load(args.out) if going_on else None
+    model = load_model(name, dtype=args.dtype, revision=revision, trust_remote_code=args.trust_remote_code)
+    layers = SteeringConfig(layers=args.layers).resolve_layers(find_decoder(model).num_hidden_layers)
+    lens = start
+    steps = fit(
+        model, sample, layers, site=args.site, batch_size=args.batch_size, start=start, label="Jacobian lens"
+    )
+    for lens in steps:
+        lens.save(args.out)
+    assert lens is not None
+    print(f"{lens.told()}: {args.out}")
 
 
 def _script_lines(counts: ScriptCounts) -> Iterator[str]:

@@ -51,6 +51,7 @@ REQUIRED = {
     "feature": ["1"],
     "token": ["7"],
     "repo_id": ["me/vectors"],
+    "texts": ["sums.jsonl"],
 }
 # Further arguments, which let a command come as far as it can in little time.
 MORE = {
@@ -62,6 +63,7 @@ MORE = {
     "pack push": ["--dry-run"],
     "calibrate": ["--model", "model", "--target-kl", "0.001"],
     "lens logit": ["--model", "model", "--top", "1"],
+    "lens jacobian": ["--limit", "1", "--length", "2"],
     "lens transfer": LENS[2:],
     **{f"lens {name}": LENS for name in ("report", "shift", "patch", "persistence", "compose", "sweep")},
     "lens scales": LENS,

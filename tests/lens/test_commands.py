@@ -94,6 +94,29 @@ def test_directions_reads_artifacts_alone(artifact, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["to_last"][0][0] == pytest.approx(1)
 
 
+def test_a_jacobian_lens_is_fitted_and_read(artifact, tmp_path, capsys) -> None:
+    texts, lens = tmp_path / "texts.txt", tmp_path / "lens.safetensors"
+    texts.write_text("1+2=3\n12-4=8\n7\n")
+    fitted = ("jacobian", tmp_path / "model", "--texts", texts, "--out", lens, "--limit", "2", "--length", "5")
+    call(*fitted)
+    assert "resid_post, fitted on 8 tokens of 2 texts" in capsys.readouterr().out
+    read = {}
+    for chosen in ((), ("--jacobian", lens)):
+        call("logit", artifact, "--top", "3", "--json", *chosen)
+        read[len(chosen)] = json.loads(capsys.readouterr().out)
+    assert read[2]["layers"][2] == pytest.approx(read[0]["layers"][2])
+    assert read[2]["layers"][0] != read[0]["layers"][0]
+    assert read[2]["jacobian"].startswith("Jacobian lens of ") and read[0]["jacobian"] is None
+    call(*fitted, "--batch-size", "1")  # nothing is left to do
+    with pytest.raises(SteerError, match="another sample"):
+        call(*fitted, "--skip", "0")
+    call(*fitted, "--skip", "0", "--force", "--layers", "1")
+    with pytest.raises(SteerError, match="fitted for layers 1, the vectors are in layers 0, 2"):
+        call("logit", artifact, "--jacobian", lens)
+    with pytest.raises(SteerError, match="cannot read a Jacobian lens"):
+        call("logit", artifact, "--jacobian", texts)
+
+
 def test_report_writes_a_page(artifact, tmp_path, capsys) -> None:
     call("report", artifact, *COMMON, "--out", tmp_path / "page.html", "--figures", tmp_path / "lens")
     table = (tmp_path / "lens" / "findings.md").read_text()
