@@ -20,7 +20,7 @@ from steer.arguments import (
     text,
     whole,
 )
-from steer.outputs import add_force, check_output
+from steer.outputs import add_force, check_output, output
 
 CONTROLS = ("random", "shuffled", "mean-difference")
 
@@ -323,10 +323,10 @@ def _output(parser: argparse.ArgumentParser, plot: bool = True) -> None:
 
 def _fit_jacobian(args: argparse.Namespace) -> None:
     going_on = not args.replace and Path(args.out).is_file()
-    check_output(args.out, args.replace or going_on, args.model, *args.texts)
-    from steer.lens import runs  # torch comes with it
+    with output(args.out, args.replace or going_on, args.model, *args.texts):
+        from steer.lens import runs  # torch comes with it
 
-    runs.jacobian(args, going_on)
+        runs.jacobian(args, going_on)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -130,7 +130,7 @@ class JacobianLens:
             target.parent.mkdir(parents=True, exist_ok=True)
             replace_file(target, with_metadata(save(tensors), {"jacobian_lens": json.dumps(described)}))
         except OSError as error:
-            raise SteerError(f"cannot save the Jacobian lens to {target}: {one_line(error)}") from error
+            raise SteerError(f"cannot save the Jacobian lens to {target}: {error.strerror}") from error
         return target
 
     @classmethod
@@ -230,7 +230,9 @@ def fit(
             )
         lens = start
     size = find_decoder(model).hidden_size
-    with tqdm(total=(len(sample) - lens.texts) * size, desc=label, unit="row", disable=label is None) as bar:
+    with tqdm(
+        total=(len(sample) - lens.texts) * size, desc=label, unit="row", leave=False, disable=label is None
+    ) as bar:
         while lens.texts < len(sample):
             batch = sample[lens.texts : lens.texts + batch_size]
             sums, tokens = _sums(model, batch, layers, site, bar)

@@ -74,13 +74,14 @@ class LogitLens(Result):
         deviation = self.scores.std(1, keepdim=True).clamp(min=1e-12)
         values = (self.scores.gather(1, ids) - self.scores.mean(1, keepdim=True)) / deviation
         sides = zip(self.top_tokens, self.bottom_tokens, strict=True)
+        lens = "Jacobian" if self.jacobian else "Logit"
         return plots.token_heatmap(
             values,
             [[*top[:shown], *bottom[:shown][::-1]] for top, bottom in sides],
             rows=[str(layer) for layer in self.layers],
             ylabel="layer",
             xlabel="most promoted, first to fourth    |    fourth to first, most suppressed",
-            title=f"{'Jacobian' if self.jacobian else 'Logit'} lens ({self.reading}{', final norm' if self.final_norm else ''})",
+            title=f"{lens} lens ({self.reading}{', final norm' if self.final_norm else ''})",
             colour="standard deviations from the mean",
         )
 
@@ -128,8 +129,8 @@ def logit_lens(
     known = min(len(tokenizer), scores.shape[1])
     k = min(top, known)
     best, worst = scores[:, :known].topk(k).indices, (-scores[:, :known]).topk(k).indices
-    named = [[[token_text(tokenizer, i) for i in row] for row in ids.tolist()] for ids in (best, worst)]
-    return LogitLens(layers, reading, final_norm, scores, best, worst, *named)
+    up, down = ([[token_text(tokenizer, i) for i in row] for row in ids.tolist()] for ids in (best, worst))
+    return LogitLens(layers, reading, final_norm, scores, best, worst, up, down)
 
 
 def _named(tokens: list[str], ids: torch.Tensor, scores: torch.Tensor) -> list[dict[str, Any]]:

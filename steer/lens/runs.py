@@ -106,9 +106,8 @@ def jacobian(args: argparse.Namespace, going_on: bool) -> None:
     model = load_model(name, dtype=args.dtype, revision=revision, trust_remote_code=args.trust_remote_code)
     layers = SteeringConfig(layers=args.layers).resolve_layers(find_decoder(model).num_hidden_layers)
     lens = start
-    steps = fit(
-        model, sample, layers, site=args.site, batch_size=args.batch_size, start=start, label="Jacobian lens"
-    )
+    options: dict[str, Any] = {"site": args.site, "batch_size": args.batch_size, "label": "Jacobian lens"}
+    steps = fit(model, sample, layers, start=start, **options)
     for lens in steps:
         lens.save(args.out)
     assert lens is not None
