@@ -212,14 +212,14 @@ def last_writer(module: nn.Module, hidden_size: int) -> tuple[nn.Module, int] | 
     """The last matrix in `module` that writes `hidden_size` numbers, and how many it reads, or None."""
     writers: dict[str, tuple[nn.Module, int]] = {}
     for name, part in module.named_modules():
-        size = _matrix_size(part)
+        size = matrix_size(part)
         inside = any(name.startswith(f"{outer}.") for outer in writers if outer)  # an adapter's own matrices
         if size and size[1] == hidden_size and not inside:
             writers[name] = part, size[0]
     return list(writers.values())[-1] if writers else None
 
 
-def _matrix_size(module: nn.Module) -> tuple[int, int] | None:
+def matrix_size(module: nn.Module) -> tuple[int, int] | None:
     """Inputs and outputs of a linear layer, quantised ones included; None for other modules."""
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features  # type: ignore[return-value]

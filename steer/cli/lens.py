@@ -72,6 +72,7 @@ HELP = {
         "without it. 1 is the whole effect, 0 none of it; shares of routes need not add up to 1.",
         "steer lens patch my-vectors --layers 28 --solve\n"
         "    steer lens patch my-vectors --layers 28 --heads 29\n"
+        "    steer lens patch my-vectors --layers 28 --heads 29 --qkv v\n"
         "    steer lens patch my-vectors --frozen --direction remove",
     ),
     "attention": (
@@ -187,6 +188,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     which = patch.add_mutually_exclusive_group()
     which.add_argument(
         "--heads", type=int, metavar="LAYER", help="through single heads and key-value groups of this layer"
+    )
+    patch.add_argument(
+        "--qkv",
+        metavar="PARTS",
+        help="with --heads: through the queries (q), keys (k) or values (v) of single heads or groups, or "
+        "several of them, e.g. kv; all others are computed from the input without the change",
     )
     which.add_argument(
         "--frozen", action="store_true", help="through the layers up to each one, all later ones frozen"

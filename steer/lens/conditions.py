@@ -22,6 +22,7 @@ from torch import nn
 from steer import hooks
 from steer.errors import SteerError
 from steer.hooks import Site, hidden_out, hooked, replace_out
+from steer.lens.attention_inputs import Projection, dead, projections
 from steer.lens.subject import Subject
 from steer.sites import Decoder, find_sites, last_writer
 
@@ -33,13 +34,23 @@ class EffectPath:
     """
     Where a change of the residual stream may pass. `attention` and `mlp` are the layers whose module passes
     it on (None: all of them), `heads` the query heads of those attentions that do, `residual` whether the
-    change itself is in the stream that the final norm reads.
+    change itself is in the stream that the final norm reads. `q`, `k` and `v`: the heads of those attentions
+    whose queries, keys and values are computed from the input with the change (None: all of them); query
+    heads for `q`, key-value heads for `k` and `v`.
     """
 
     residual: bool = True
     attention: frozenset[int] | None = None
     mlp: frozenset[int] | None = None
     heads: frozenset[int] | None = None
+    q: frozenset[int] | None = None
+    k: frozenset[int] | None = None
+    v: frozenset[int] | None = None
+
+    @property
+    def splits_input(self) -> bool:
+        """Whether some queries, keys or values do not get the change."""
+        return (self.q, self.k, self.v) != (None, None, None)
 
     def passes(self, kind: str, layer: int) -> bool:
         allowed: frozenset[int] | None = getattr(self, kind)
@@ -157,7 +168,10 @@ class _Routes:
                 f"routes of several {where} vectors at once are not defined: a vector inside a module has no "
                 "stream of its own to follow; take one layer at a time"
             )
-        self.heads = heads(subject) if any(effect_path.heads for effect_path in self.routed.values()) else 0
+        paths = self.routed.values()
+        split = any(effect_path.splits_input for effect_path in paths)
+        self.heads = heads(subject) if split or any(effect_path.heads for effect_path in paths) else 0
+        self.groups = groups(subject) if split else 0
 
     def hook(self, handles: list[Any]) -> None:
         """Adds its hooks to `handles`, as they come: SteerError where a layer has no module to hold."""
@@ -187,6 +201,12 @@ class _Routes:
                 if kind == "attention" and some:
                     projection = output_projection(place.module, self.heads, self.decoder.hidden_size)
                     handles.append(projection.register_forward_pre_hook(partial(self._hold_heads, some)))
+                split = {i: r for i, r in self.routed.items() if r.splits_input and r.passes(kind, layer)}
+                if kind == "attention" and split:
+                    for part, where in projections(place.module, self.heads, self.groups).items():
+                        live = {i: getattr(r, part) for i, r in split.items() if getattr(r, part) is not None}
+                        hold = partial(self._hold_inputs, live, where)
+                        handles.append(where.module.register_forward_hook(hold))
         if closed := [i for i, effect_path in self.routed.items() if not effect_path.residual]:
             for layer in self.sources:
                 block = self.decoder.layers[layer]
@@ -211,9 +231,25 @@ class _Routes:
         z = args[0]
         blocks = self._split(z).unflatten(-1, (self.heads, -1)).clone()
         for i, live in some.items():
-            dead = [head for head in range(self.heads) if head not in live]
-            blocks[i, ..., dead, :] = blocks[self.conditions[i].reference][..., dead, :]
+            held = dead(live, self.heads)
+            blocks[i, ..., held, :] = blocks[self.conditions[i].reference][..., held, :]
         return (blocks.reshape(z.shape), *args[1:])
+
+    def _hold_inputs(
+        self,
+        some: Mapping[int, frozenset[int]],
+        where: Projection,
+        module: nn.Module,
+        args: tuple,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        made = output.clone(memory_format=torch.contiguous_format)
+        blocks = self._split(made)  # a view, as is what `where` makes of it
+        for i, live in some.items():
+            held = dead(live, where.heads)
+            reference = blocks[self.conditions[i].reference]
+            where.split(blocks[i])[..., held, :] = where.split(reference)[..., held, :]
+        return made
 
     def _note_vector(self, layer: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         added = self._split(output - args[0])
@@ -237,6 +273,12 @@ def heads(subject: Subject) -> int:
     if (count := getattr(config, "num_attention_heads", None)) is None:
         raise SteerError(f"the config of {type(subject.model).__name__} does not say how many heads it has")
     return int(count)
+
+
+def groups(subject: Subject) -> int:
+    """Key-value heads of an attention: as many as query heads where the config names no other number."""
+    config = subject.model.config.get_text_config()
+    return int(getattr(config, "num_key_value_heads", None) or heads(subject))
 
 
 def output_projection(attention: nn.Module, heads: int, hidden_size: int) -> nn.Module:

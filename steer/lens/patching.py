@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steer.errors import SteerError
-from steer.lens.conditions import EVERYTHING, NONE, NOTHING, Condition, EffectPath, heads
+from steer.lens.conditions import (
+    EVERYTHING,
+    NONE,
+    NOTHING,
+    Condition,
+    EffectPath,
+    groups,
+    heads,
+)
+from steer.lens.input_routes import check_inputs, heads_of
 from steer.lens.passes import passes
 from steer.lens.results import Result, spread
 from steer.lens.sampling import complete, graded
@@ -62,13 +71,8 @@ def head_routes(subject: Subject, layer: int) -> dict[str, EffectPath]:
 
 def group_routes(subject: Subject, layer: int) -> dict[str, EffectPath]:
     """The same for each key-value group: all query heads that read one key-value head."""
-    config = subject.model.config.get_text_config()
-    groups = int(getattr(config, "num_key_value_heads", None) or heads(subject))
-    size, only = heads(subject) // groups, frozenset([layer])
-    return {
-        f"group {g}": EffectPath(False, only, NONE, frozenset(range(g * size, (g + 1) * size)))
-        for g in range(groups)
-    }
+    only = frozenset([layer])
+    return {f"group {g}": EffectPath(False, only, NONE, heads_of(subject, g)) for g in range(groups(subject))}
 
 
 @dataclass
@@ -159,6 +163,9 @@ def patch(
     ends = [Condition(rest), Condition(rest | chosen, directions=directions)]  # base, steered
     reference = 0 if direction == "add" else 1
     _check_closed(subject, rows[0], ends, reference)
+    split = [effect_path for effect_path in effect_paths.values() if effect_path.splits_input]
+    for layer in sorted(frozenset().union(*(effect_path.attention or NONE for effect_path in split))):
+        check_inputs(subject, rows[0], layer, ends, reference)
     conditions = [
         *ends,
         *(

@@ -24,6 +24,7 @@ from steer.lens.composition import compose as pairs_of
 from steer.lens.conditions import steered
 from steer.lens.directions import checkpoints
 from steer.lens.directions import directions as along
+from steer.lens.input_routes import input_routes
 from steer.lens.inputs import (
     answer_limit,
     apply_control,
@@ -156,11 +157,15 @@ def shift(args: argparse.Namespace) -> None:
 
 
 def patch(args: argparse.Namespace) -> None:
+    if args.qkv and args.heads is None:
+        raise SteerError(f"--qkv {args.qkv} needs a layer whose heads are looked at; give --heads LAYER")
     subject, problems = read_both(args)
     effect_paths = ROUTES
     if args.heads is not None:
         layer = range(subject.decoder.num_hidden_layers)[_in(args.heads, subject.decoder.num_hidden_layers)]
         effect_paths = {**head_routes(subject, layer), **group_routes(subject, layer)}
+        if args.qkv:
+            effect_paths = input_routes(subject, layer, args.qkv)
     if args.frozen:
         effect_paths = frozen_routes(subject, min(chosen_layers(args, subject) or subject.layers))
     common: dict[str, Any] = {

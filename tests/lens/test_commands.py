@@ -72,6 +72,7 @@ COMMON = ("--problems", "4")
         (("shift", *COMMON, "--opening", "7"), "share"),
         (("patch", *COMMON), "recovered"),
         (("patch", *COMMON, "--layers", "1", "--heads", "-1", "--direction", "remove"), "recovered"),
+        (("patch", *COMMON, "--layers", "0", "--heads", "1", "--qkv", "kv"), "recovered"),
         (("patch", *COMMON, "--frozen", "--control", "random"), "recovered"),
         (("attention", *COMMON, "--draws", "2"), "random_heads"),
         (("persistence", *COMMON, "--layers", "0-1"), "diff_diff"),
@@ -153,6 +154,8 @@ def test_compose_with_a_jointly_trained_set(artifact, tmp_path, capsys) -> None:
     [
         (("scales", *COMMON), "scale maps need adaptive vectors"),
         (("patch", *COMMON, "--heads", "3"), "layer 3 does not exist"),
+        (("patch", *COMMON, "--qkv", "q"), "give --heads LAYER"),
+        (("patch", *COMMON, "--heads", "1", "--qkv", "z"), "give q, k, v"),
         (("compose", *COMMON, "--likelihood"), "none of the 4 steered answers is right"),
         (("logit", "--plot", "figure.doc"), "must end in .png, .svg, .pdf"),
         (("logit", "--plot", "."), "names no file to write"),

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from steer.errors import SteerError
+from steer.lens.attention_inputs import PARTS
+from steer.lens.conditions import EffectPath
 from steer.lens.controls import values
+from steer.lens.input_routes import input_routes
 from steer.lens.patching import ROUTES, by_layer, group_routes, head_routes, patch
 from steer.lens.results import Result, spread
 from steer.lens.sections.base import Block, Section
@@ -53,6 +56,10 @@ class LastLayers(Section):
         "heads of the last layer": (
             "That vector through one query head of the last attention, or one key-value group."
         ),
+        "inputs of the last attention": (
+            "That vector through the queries, keys or values of single heads or groups of the last "
+            "attention; all others are computed from the input without it."
+        ),
         "paths by layer": "Single vectors: what passes through attention, MLPs or the residual stream alone.",
     }
 
@@ -77,6 +84,14 @@ class LastLayers(Section):
             effect_paths = {**head_routes(subject, study.last), **group_routes(subject, study.last)}
             heads = patch(subject, rows, effect_paths, layers=[before], label="heads")
             results["heads of the last layer"] = heads
+            try:
+                inputs: dict[str, EffectPath] = {}
+                for part in PARTS:
+                    inputs |= input_routes(subject, study.last, part)
+                own = patch(subject, rows, inputs, layers=[before], label="inputs of the last attention")
+                results["inputs of the last attention"] = own
+            except SteerError as error:
+                study.report.notes.append(f"Inputs of the last attention left out: {error}.")
         some = spread([layer for layer in subject.layers if layer < study.last], 8)
         kept = {name: ROUTES[name] for name in ("attention only", "MLP only", "residual only")}
         if some:
