@@ -93,7 +93,8 @@ HELP = {
         "Greedy accuracy with one layer's vector, with two, and with all. The score of a pair is (pair - "
         "best of the two) / (all trained together - best of the two), undefined where the jointly trained "
         "set is not better than the best of the two. All pairs of n layers are n(n+1)/2 runs: choose with "
-        "--layers.",
+        "--layers. Of four pairs or more, Spearman's correlation of scores and gains with the cosine of the "
+        "vectors and the distance of the layers.",
         "steer lens compose my-vectors --layers 0,8,16,24\n    steer lens compose my-vectors --leave-one-out",
     ),
     "sweep": (
@@ -118,6 +119,35 @@ HELP = {
         "Accuracy of every artifact's vectors in every other one's model, and the published score, (donor's "
         "- base) / (own - base), with random vectors of the own ones' length beside it.",
         "steer lens transfer vectors-of-one vectors-of-another",
+    ),
+    "conventions": (
+        "logit lens and Diff-Diff as the published code has them, beside ours",
+        "Two analyses, each by the conventions of steer and by those of the paper's code. Logit lens: with "
+        "the final norm's gain, or without it by dot product and by cosine. Diff-Diff: one mean change over "
+        "all texts, the first token left out; or each text's own mean, the first token included, along what "
+        "each vector writes alone. Random vectors are beside both.",
+        "steer lens conventions my-vectors --layers 0,10,20 --problems 8 --draws 3",
+    ),
+    "downstream": (
+        "tokens that each single vector promotes by way of all later layers",
+        "The mean change of the last layer's state, one vector on at a time, through the final norm's gain "
+        "and the unembedding. agreement: 1 where all tokens' states change alike; peak: the top token's "
+        "score in standard deviations; overlap: the top tokens that `steer lens logit` has too. In "
+        "brackets the mean of random vectors.",
+        "steer lens downstream my-vectors --layers 0,10,20 --problems 8",
+    ),
+    "entropy": (
+        "whether the vectors act at uncertain or at certain tokens",
+        "The entropy of the base model's next-token distribution against how far the vectors move it, token "
+        "by token along the steered model's answers: Spearman's correlation, beside that of random sets of "
+        "vectors, which also move uncertain tokens more.",
+        "steer lens entropy my-vectors --layers last --problems 8",
+    ),
+    "spectrum": (
+        "singular values and stable rank of the set of vectors",
+        "Whether the layers' vectors are one direction (stable rank 1) or many, as trained and divided by "
+        "the length of the residual stream at their layer, beside random sets of equal length.",
+        "steer lens spectrum my-vectors --draws 100",
     ),
     "report": (
         "everything, as one self-contained HTML page",
@@ -228,6 +258,24 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     _command(kinds, "scales")
 
+    both = _command(kinds, "conventions", problems=8)
+    both.add_argument("--layers", help="vectors of these layers for Diff-Diff; default: six, evenly")
+    _draws(both, 3)
+
+    last = _command(kinds, "downstream", problems=8)
+    last.add_argument("--layers", help="vectors of these layers, one at a time; default: all")
+    last.add_argument("--top", type=count, default=50, help="promoted tokens to compare (default: 50)")
+    _draws(last, 5)
+
+    uncertain = _command(kinds, "entropy", problems=8)
+    uncertain.add_argument("--layers", help="vectors of these layers alone, e.g. 29 or 4-20; default: all")
+    uncertain.add_argument(
+        "--temperature", type=at_least(0), default=0.0, help="of the answers (default: 0, greedy)"
+    )
+    _draws(uncertain, 20)
+
+    _draws(_command(kinds, "spectrum", problems=8), 20)
+
     walk = _parser(kinds, "directions")
     walk.add_argument("artifacts", nargs="+", metavar="ARTIFACT", help="the earliest checkpoint first")
     _output(walk)
@@ -319,6 +367,12 @@ def _input(parser: argparse.ArgumentParser, problems: int = 32) -> None:
         "--batch-size", type=count, default=128, help="sequences a forward pass (default: 128)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of controls (default: 0)")
+
+
+def _draws(parser: argparse.ArgumentParser, number: int) -> None:
+    parser.add_argument(
+        "--draws", type=count, default=number, help=f"random sets to compare with (default: {number})"
+    )
 
 
 def _output(parser: argparse.ArgumentParser, plot: bool = True) -> None:

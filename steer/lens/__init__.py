@@ -10,9 +10,13 @@ analysis is a function of a subject that returns plain data with `to_dict()` and
 - `patching`: through which attention, MLP, head or residual path the effect reaches the output
 - `decomposition`: the change of the last stream as a sum over components
 - `persistence`: whether the change survives the layers above; `directions`: the vectors themselves
-- `composition`: pairs, leave-one-out, scales; `transfer_matrix`: several models
+- `spectrum`: singular values and stable rank of the set; `entropy`: at certain or uncertain tokens
+- `downstream`: which tokens a vector promotes by way of all later layers
+- `conventions`: the logit lens and Diff-Diff as the published code has them
+- `composition`: pairs, leave-one-out, scales; `pair_correlation`: what goes with a good pair
+- `transfer_matrix`: several models
 - `scale_maps`: how much of an adaptive vector each token of a text gets
-- `controls`: random, shuffled and mean-difference vectors, for whatever is claimed
+- `controls`: random, shuffled and mean-difference vectors, for whatever is claimed; `random_sets`: many
 
 All of them run base and steered conditions as conditions of one batch (`conditions`, `passes`, `sampling`)
 with exact hooks on the unmodified model. `report` does everything and writes one page.

@@ -26,6 +26,8 @@ from steer.tasks.grading import MathGrader
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from steer.lens.pair_correlation import PairCorrelations
+
 
 @dataclass
 class Composition(Result):
@@ -38,6 +40,7 @@ class Composition(Result):
     `score` (layers, layers) is the published one, (pair - best of the two) / (joint - best of the two). It is
     undefined, NaN, on the diagonal, where the jointly trained set is not better than the best of the two,
     since there is then no gain to have a share of, and everywhere without a jointly trained set.
+    `correlations` are those of `steer.lens.pair_correlation`, None where they were not measured.
     """
 
     layers: list[int]
@@ -49,6 +52,7 @@ class Composition(Result):
     problems: int
     measure: str = "accuracy"
     joint: float | None = None
+    correlations: PairCorrelations | None = None
 
     @property
     def score(self) -> torch.Tensor:

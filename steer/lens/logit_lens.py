@@ -104,6 +104,35 @@ def logit_lens(
     none. Ids that the tokenizer does not know are never among the top tokens. Raises SteerError for an
     unknown reading, an empty or badly shaped `vectors`, and a model without an unembedding.
     """
+    layers = sorted(vectors)
+    scores = lens_scores(model, vectors, reading=reading, final_norm=final_norm)
+    known = min(len(tokenizer), scores.shape[1])
+    k = min(top, known)
+    best, worst = scores[:, :known].topk(k).indices, (-scores[:, :known]).topk(k).indices
+    up, down = ([[token_text(tokenizer, i) for i in row] for row in ids.tolist()] for ids in (best, worst))
+    return LogitLens(layers, reading, final_norm, scores, best, worst, up, down)
+
+
+@torch.no_grad()
+def lens_scores(
+    model: PreTrainedModel,
+    vectors: Mapping[int, torch.Tensor],
+    *,
+    reading: str = "dot",
+    final_norm: bool = True,
+) -> torch.Tensor:
+    """
+    The scores of a `logit_lens`, without the tokens.
+
+    Args:
+        vectors: (hidden_size,) by layer.
+
+    Returns:
+        (layers, vocabulary) in float32 on the CPU, the layers in ascending order.
+
+    Raises:
+        SteerError: An unknown reading, an empty or badly shaped `vectors`, a model without an unembedding.
+    """
     if reading not in READINGS:
         raise SteerError(f"reading={reading!r} is unknown; choose one of {', '.join(READINGS)}")
     head = model.get_output_embeddings()
@@ -113,8 +142,7 @@ def logit_lens(
     if not vectors or any(vector.shape != (hidden_size,) for vector in vectors.values()):
         seen = ", ".join(sorted({str(tuple(vector.shape)) for vector in vectors.values()})) or "none"
         raise SteerError(f"the logit lens takes vectors of shape ({hidden_size},) by layer, got {seen}")
-    layers = sorted(vectors)
-    stack = torch.stack([vectors[layer] for layer in layers]).to(head.weight.device, torch.float32)
+    stack = torch.stack([vectors[layer] for layer in sorted(vectors)]).to(head.weight.device, torch.float32)
     if final_norm:
         stack = through_final_norm(model, stack)
     parts = []
@@ -126,11 +154,7 @@ def logit_lens(
     scores = torch.cat(parts, 1).cpu()
     if reading == "cosine":
         scores = scores / stack.norm(dim=1, keepdim=True).clamp(min=1e-30).cpu()
-    known = min(len(tokenizer), scores.shape[1])
-    k = min(top, known)
-    best, worst = scores[:, :known].topk(k).indices, (-scores[:, :known]).topk(k).indices
-    up, down = ([[token_text(tokenizer, i) for i in row] for row in ids.tolist()] for ids in (best, worst))
-    return LogitLens(layers, reading, final_norm, scores, best, worst, up, down)
+    return scores
 
 
 def _named(tokens: list[str], ids: torch.Tensor, scores: torch.Tensor) -> list[dict[str, Any]]:

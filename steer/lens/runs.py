@@ -39,15 +39,20 @@ from steer.lens.inputs import (
 from steer.lens.jacobian import JacobianLens, fit, sample_windows
 from steer.lens.logit_lens import logit_lens
 from steer.lens.page import render
+from steer.lens.pair_correlation import pair_correlations
 from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes
 from steer.lens.patching import patch as patch_routes
 from steer.lens.persistence import persistence as measure_persistence
 from steer.lens.prose import markdown
 from steer.lens.report import save_figures, study
-from steer.lens.results import Result
 from steer.lens.sampling import accuracies
 from steer.lens.scale_maps import check_adaptive, scale_maps
 from steer.lens.scripts import ScriptCounts, count_scripts
+from steer.lens.set_runs import conventions as conventions
+from steer.lens.set_runs import downstream as downstream
+from steer.lens.set_runs import entropy as entropy
+from steer.lens.set_runs import spectrum as spectrum
+from steer.lens.show import show as _show
 from steer.lens.subject import Subject
 from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
@@ -56,16 +61,6 @@ from steer.outputs import output
 from steer.sae.texts import Texts
 from steer.sites import find_decoder
 from steer.tasks.grading import MathGrader
-
-
-def _show(args: argparse.Namespace, result: Result, lines: Iterator[str]) -> None:
-    if args.plot:
-        with output(args.plot, args.replace, option="--plot"):
-            print(f"figure: {result.plot(args.plot)}", file=sys.stderr)
-    if args.json:
-        print(json.dumps(result.to_dict(), ensure_ascii=False))
-    else:
-        print("\n".join(lines))
 
 
 def logit(args: argparse.Namespace) -> None:
@@ -242,6 +237,7 @@ def _joint(source: str, subject: Subject) -> Subject:
 
 def compose(args: argparse.Namespace) -> None:
     subject, problems = read_both(args)
+    own_vectors = subject.vectors.effective()
     with MathGrader() as grader:
         if args.leave_one_out:
             out = leave_one_out(subject, problems, grader, label="leave one out")
@@ -265,6 +261,7 @@ def compose(args: argparse.Namespace) -> None:
             else:
                 measured = accuracies(trained, problems, [steered(trained)], grader, "jointly trained")
             result.joint = measured[0].item()
+    correlated = result.correlations = pair_correlations(result, own_vectors)
 
     def lines() -> Iterator[str]:
         yield f"base {result.base:.3f}, all vectors {result.whole:.3f}, these together {result.together:.3f}"
@@ -273,6 +270,8 @@ def compose(args: argparse.Namespace) -> None:
                 name = f"layer {layer}" if i == j else f"layers {result.layers[j]} and {layer}"
                 score = "" if i == j else f"  score {result.told(i, j)}"
                 yield f"{name:20} {result.pairs[i, j].item():.3f}{score}"
+        for measure, against, told in correlated.rows():
+            yield f"Spearman, {measure} with {against}: {told}"
 
     _show(args, result, lines())
 

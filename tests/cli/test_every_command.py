@@ -67,7 +67,10 @@ MORE = {
     "lens transfer": LENS[2:],
     **{f"lens {name}": LENS for name in ("report", "shift", "patch", "persistence", "compose", "sweep")},
     "lens scales": LENS,
-    "lens attention": [*LENS, "--draws", "1"],
+    **{
+        f"lens {name}": [*LENS, "--draws", "1"]
+        for name in ("attention", "conventions", "downstream", "entropy", "spectrum")
+    },
     "lens patch": [*LENS, "--layers", "1"],
     "lens compose": [*LENS, "--layers", "0-1"],
     "lens sweep": [*LENS, "--scales", "1"],

@@ -79,6 +79,10 @@ COMMON = ("--problems", "4")
         (("compose", *COMMON, "--layers", "0,2"), "score"),
         (("compose", *COMMON, "--leave-one-out"), "likelihood"),
         (("sweep", *COMMON, "--scales", "-1", "0", "1"), "accuracy"),
+        (("conventions", *COMMON, "--draws", "1", "--layers", "0-1"), "persistence"),
+        (("downstream", *COMMON, "--draws", "1", "--top", "3"), "statistics"),
+        (("entropy", *COMMON, "--draws", "2", "--layers", "last"), "correlations"),
+        (("spectrum", *COMMON, "--draws", "2"), "stable_ranks"),
     ],
 )
 def test_json_and_text_and_figure(artifact, argv, key, capsys, tmp_path) -> None:
@@ -160,6 +164,7 @@ def test_compose_with_a_jointly_trained_set(artifact, tmp_path, capsys) -> None:
         (("logit", "--plot", "figure.doc"), "must end in .png, .svg, .pdf"),
         (("logit", "--plot", "."), "names no file to write"),
         (("logit", "--reading", "angle"), "choose one of dot, cosine"),
+        (("downstream", *COMMON, "--layers", "7"), "layer"),
     ],
 )
 def test_mistakes(artifact, argv, expected) -> None:
