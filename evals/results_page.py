@@ -47,6 +47,7 @@ def render(results: Path = RESULTS) -> str:
         layers_table=layers(data("layer-sweep/sweep.json"), data("layer-sweep/halving.json")),
         sweep_table=sweep_cost(data("population-speed/population-speed.json")),
         transfer_table=transfer(data("transfer.json")),
+        contention_table=contention(data("contention/contention.json")),
         speed_table=re.sub(r"@float32", "", table("speed/speed.md")),
     )
     return made.rstrip() + "\n"
@@ -203,6 +204,16 @@ def sweep_cost(found: dict[str, Any]) -> str:
     ]
     members = found["settings"]["members"]
     return markdown([f"{members} members", "one after another", "together", "ratio"], rows)
+
+
+def contention(record: dict[str, Any]) -> str:
+    rows = []
+    for name, seconds in record["seconds"].items():
+        if name.startswith("default, beside "):
+            others = name.removeprefix("default, beside ")
+            runs = ", ".join(f"{taken:.1f}" for taken in seconds)
+            rows.append([others, f"{median(seconds):.1f}", runs, f"{record['ratios'][name]:.2f}"])
+    return markdown(["other processes", "seconds, median", "each run", "times alone"], rows)
 
 
 def transfer(found: dict[str, Any]) -> str:
