@@ -15,6 +15,7 @@ from steer.arguments import (
     text,
     whole,
 )
+from steer.cli.sae import SAE_HELP
 from steer.config import POSITIONS, SITES
 from steer.outputs import add_force, check_output, output
 
@@ -42,8 +43,11 @@ HELP = {
     ),
     "sae": (
         "from a feature of a sparse autoencoder",
-        "The feature's row of the decoder, at the layer and site that the SAE was trained on.",
-        "steer extract sae runs/sae-demo/topk --feature 17 --share 0.3 --out feature",
+        "The feature's row of the decoder, at the layer and site that the SAE was trained on. The row gives "
+        "the direction, and --share the length, in units of the model's residual stream.",
+        "steer extract sae runs/sae-demo/topk --feature 17 --share 0.3 --out feature\n"
+        "    steer extract sae gemma-scope-2-270m-pt-res:layer_12_width_16k_l0_medium --feature 17 "
+        "--model google/gemma-3-270m --out feature",
     ),
     "token": (
         "from a token: the direction that raises its logit",
@@ -135,7 +139,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             help="tokens whose activations are read: the last of each text, all but the first, or those "
             "after the prompt",
         )  # fmt: skip
-    sae = source("sae", "folder", "folder of an SAE, in any format of `steer sae`", None, _sae)
+    sae = source("sae", "sae", SAE_HELP, None, _sae)
     sae.add_argument("--feature", type=whole, required=True, help="index of the feature")
     source("token", "token", "text of one token, leading space included", "last", _token)
     short, long, example = HELP["condition"]
@@ -215,24 +219,27 @@ def _sae(args: argparse.Namespace) -> None:
     from steer.sae import load_sae
     from steer.sites import find_decoder
 
-    sae = load_sae(args.folder)
+    check_output(args.out, args.replace, args.sae, folder=True)
+    sae = load_sae(args.sae)
     source: dict[str, Any] = sae.cfg.source or {}
     name = args.model or source.get("model")
     if not args.model:
         args.revision = args.revision or source.get("base_revision")
         args.base_adapter = args.base_adapter or source.get("base_adapter")
     if not name:
-        raise SteerError(f"{args.folder} does not say which model it is of; give --model")
-    model, tokenizer = _load(args, name, args.folder)
+        raise SteerError(f"{args.sae} does not say which model it is of; give --model")
+    if not args.model and source.get("tool") and "/" not in name:  # a name of TransformerLens
+        raise SteerError(f"{args.sae} is an SAE of {name!r}, which is no hub id; give --model")
+    model, tokenizer = _load(args, name, args.sae)
     layers = None
     if args.layers is not None:
         layers = SteeringConfig(layers=args.layers).resolve_layers(find_decoder(model).num_hidden_layers)
-    direction, layer, site, told = sae_direction(args.folder, args.feature, model, layers, args.site, sae)
+    direction, layer, site, told = sae_direction(args.sae, args.feature, model, layers, args.site, sae)
     made = from_direction(
         model, tokenizer, direction, told,
         layers=str(layer), site=site, share=args.share, positions=args.positions, batch_size=args.batch_size,
     )  # fmt: skip
-    _write(args, made, args.folder, f"feature {args.feature} of {args.folder}")
+    _write(args, made, args.sae, f"feature {args.feature} of {args.sae}")
 
 
 def _token(args: argparse.Namespace) -> None:

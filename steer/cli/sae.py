@@ -1,12 +1,22 @@
-"""`steer sae`: train sparse autoencoders, look into them, and write them in another tool's format."""
+"""`steer sae`: train sparse autoencoders, inspect them, and write them in another tool's format."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from steer.arguments import Help
 from steer.cli.programs import PROGRAMS
 from steer.outputs import add_force, output
+
+SAE_HELP = (
+    "folder of an SAE (steer, saelens, sparsify or dictionary_learning), hub id, or RELEASE:ID of SAELens, "
+    "where sae-lens is installed"
+)
+EXAMPLE = """\
+    steer sae info runs/sae-demo/topk
+    steer sae info gemma-scope-2-270m-pt-res:layer_12_width_16k_l0_medium
+"""
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -16,11 +26,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("train", help=PROGRAMS["sae train"][1])  # listed here; `programs.find` runs it
-    info = actions.add_parser("info", help="what a folder holds: format, shape, cost, source")
-    info.add_argument("folder", help="folder of an SAE: steer, saelens, sparsify or dictionary_learning")
+    info = actions.add_parser(
+        "info", help="what an SAE is: format, shape, cost, source", epilog=EXAMPLE, formatter_class=Help
+    )
+    info.add_argument("sae", metavar="SAE", help=SAE_HELP)
     info.set_defaults(run=_info)
     convert = actions.add_parser("convert", help="write an SAE in another format", formatter_class=Help)
-    convert.add_argument("folder", help="folder of an SAE, in any of the formats")
+    convert.add_argument("sae", metavar="SAE", help=SAE_HELP)
     convert.add_argument("target", help="folder to write")
     convert.add_argument(
         "--format",
@@ -35,9 +47,10 @@ def _info(args: argparse.Namespace) -> None:
     from steer.sae.config import encoder_flops, encoder_parameters
     from steer.sae.files import detect, load_sae
 
-    sae = load_sae(args.folder)
+    sae = load_sae(args.sae)
     cfg = sae.cfg
-    print(f"format      {detect(args.folder)}")
+    there = (cfg.source or {}).get("tool", "steer")  # of the hub
+    print(f"format      {detect(args.sae) if Path(args.sae).exists() else there}")
     print(f"features    {cfg.d_sae} for activations of width {cfg.d_in}, {cfg.activation} with k={cfg.k}")
     shape = f"kron: {cfg.heads} heads of {cfg.m} x {cfg.n}" if cfg.encoder == "kron" else "dense"
     print(
@@ -52,6 +65,6 @@ def _info(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from steer.sae.files import load_sae, save_sae
 
-    sae = load_sae(args.folder)
-    with output(args.target, args.replace, args.folder, option="target", folder=True):
+    sae = load_sae(args.sae)
+    with output(args.target, args.replace, args.sae, option="target", folder=True):
         print(save_sae(sae, args.target, args.format))

@@ -21,8 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steer.errors import SteerError, shown
 from steer.extract.activations import Activations
 from steer.final_norm import onto_stream
-from steer.identity import describe
-from steer.weights import public_name
 
 if TYPE_CHECKING:
     from steer.sae import SAE
@@ -116,7 +114,7 @@ def sae_direction(
     What a feature of a sparse autoencoder writes: its row of the decoder.
 
     Args:
-        folder: of the SAE, in any format that `steer.sae.load_sae` reads.
+        folder: of the SAE, or its name: whatever `steer.sae.load_sae` takes.
         feature: its index.
         model: the base model.
         layers: the layer, for an SAE that does not say which it was trained on.
@@ -130,37 +128,20 @@ def sae_direction(
         SteerError: an SAE of another model, layer, site or width; a feature that it does not have; no layer.
     """
     from steer.sae import load_sae
-    from steer.sae.activations import check_base
-    from steer.sites import find_decoder
+    from steer.sae.place import sae_place
 
-    sae, decoder = sae or load_sae(folder), find_decoder(model)
-    source: Mapping[str, Any] = sae.cfg.source or {}
-    here, there = describe(model)["base_model_name_or_path"], source.get("model")
-    if here and there and public_name(here) != public_name(there):
-        raise SteerError(
-            f"{folder} is an SAE of {there}, the model is {here}; give the model it was trained on"
-        )
-    if sae.cfg.d_in != decoder.hidden_size:
-        raise SteerError(
-            f"{folder} is an SAE of width {sae.cfg.d_in}, the model's hidden size is {decoder.hidden_size}"
-        )
-    check_base(source, model, str(folder))
-    if not 0 <= feature < sae.cfg.d_sae:
-        raise SteerError(f"{folder} has features 0 to {sae.cfg.d_sae - 1}, not {feature}")
-    known = source.get("layer")
-    if layers is None and known is None:
-        raise SteerError(f"{folder} does not say which layer it was trained on; give it with --layers")
-    asked: list[int] = list(layers) if layers is not None else [known or 0]
-    if len(asked) != 1 or (known is not None and asked != [known]):
+    sae = sae or load_sae(folder)
+    known = (sae.cfg.source or {}).get("layer")
+    if layers is not None and (len(layers) != 1 or known not in (None, layers[0])):
         was = "one layer" if known is None else f"layer {known}"
         raise SteerError(
-            f"{folder} is an SAE of {was}, --layers asks for {asked}; leave it out or correct it"
+            f"{folder} is an SAE of {was}, --layers asks for {list(layers)}; leave it out or correct it"
         )
-    if site is not None and source.get("site", site) != site:
-        raise SteerError(f"{folder} is an SAE of site {source['site']}, --site asks for {site}; leave it out")
-    told = {"from": f"feature {feature} of the SAE {folder}", "sae": dict(source)}
-    place = site or source.get("site", "resid_post")
-    return sae.W_dec[feature].detach().double().cpu(), asked[0], place, told
+    layer, place = sae_place(sae, model, str(folder), layers[0] if layers else None, site)
+    if not 0 <= feature < sae.cfg.d_sae:
+        raise SteerError(f"{folder} has features 0 to {sae.cfg.d_sae - 1}, not {feature}")
+    told = {"from": f"feature {feature} of the SAE {folder}", "sae": dict(sae.cfg.source or {})}
+    return sae.W_dec[feature].detach().double().cpu(), layer, place, told
 
 
 def scaled(

@@ -9,8 +9,8 @@ SAE files: our own, and those of SAELens, sparsify and dictionary_learning, to r
 
 Features and reconstructions are equal after either way. An SAE that a format cannot express is refused with
 the reason: the other three know dense encoders only, and a KronSAE equals one only where all p and q of each
-head read the same direction. Settings of other tools that are not known are refused (`foreign`). Nothing that
-is read can execute code.
+head read the same direction. Settings of other tools that are not known are refused (`saelens`, `foreign`).
+Nothing that is read can execute code.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from steer import hub
 from steer.errors import SteerError
 from steer.files import replace_files
 from steer.sae import own
 from steer.sae.config import SAEConfig
-from steer.sae.foreign import from_dictionary_learning, from_saelens, from_sparsify
+from steer.sae.foreign import from_dictionary_learning, from_sparsify
 from steer.sae.model import SAE
 from steer.sae.own import check_finite
+from steer.sae.saelens import from_release, from_saelens
 
 # By format: the file of its settings and that of its weights.
 FILES = {
@@ -69,12 +71,26 @@ def save_sae(sae: SAE, folder: str | os.PathLike[str], format: str = "steer") ->
     return path
 
 
-def load_sae(folder: str | os.PathLike[str]) -> SAE:
+def load_sae(name_or_path: str | os.PathLike[str]) -> SAE:
     """
-    The SAE in `folder`, of whichever format its files are, in eval mode. SteerError for a folder without an
-    SAE, damaged files, weights that do not fit the settings or are not finite, and variants not known here.
+    An SAE in any of the formats, in eval mode.
+
+    Args:
+        name_or_path: a folder; RELEASE:ID of SAELens, such as
+            "gemma-scope-2-270m-pt-res:layer_12_width_16k_l0_medium", or user/name:FOLDER of a repository in
+            its format (SAELens must be installed); or a hub id, user/name, of an SAE in steer's own format.
+
+    Raises:
+        SteerError: there is no such SAE, its files are damaged, its weights do not fit the settings or are
+            not finite, or it is of a variant that is not known here.
     """
-    path = Path(folder)
+    path, name = Path(name_or_path), str(name_or_path)
+    if not path.exists():
+        release, colon, sae_id = name.partition(":")
+        if colon and release and sae_id:
+            return _published(name, release, sae_id)
+        if hub.is_hub_id(name):
+            return SAE.from_pretrained(name)
     format = detect(path)
     if format == "steer":
         return SAE.from_pretrained(path)
@@ -106,6 +122,17 @@ def load_sae(folder: str | os.PathLike[str]) -> SAE:
     except SteerError as error:
         raise SteerError(f"{path}: {error}") from error
     return SAE.from_state(sae_config, state, path)
+
+
+def _published(name: str, release: str, sae_id: str) -> SAE:
+    try:
+        config, state = from_release(release, sae_id)
+        check_finite(state, Path(name))
+    except KeyError as error:
+        raise SteerError(f"{name}: a SAELens SAE must have {error.args[0]!r}, and it is not there") from error
+    except SteerError as error:
+        raise SteerError(f"{name}: {error}") from error
+    return SAE.from_state(config, state, Path(name))
 
 
 def detect(folder: str | os.PathLike[str]) -> str:

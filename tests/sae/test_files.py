@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from steer.errors import SteerError
-from steer.sae import SAE, SAEConfig, foreign, load_sae, save_sae
+from steer.sae import SAE, SAEConfig, foreign, load_sae, saelens, save_sae
 from steer.sae.files import FILES, as_dense, detect
 
 SOURCE = {"model": "made", "layer": 4, "site": "resid_post"}
@@ -299,11 +299,9 @@ def test_saelens_counts_activations_in_units_of_the_decoder_only_where_it_says_s
 
 
 FOREIGN = ["saelens", "sparsify", "dictionary_learning"]
-HONOURED = {"d_in", "d_sae", "k", "architecture", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm"}
-HONOURED |= {"activation_fn", "activation_fn_str", "activation_fn_kwargs", "num_latents", "expansion_factor"}
-HONOURED |= {"dict_class", "activation_dim", "dict_size"}
-KNOWN = HONOURED | {*foreign.SAELENS_IRRELEVANT, *foreign.SPARSIFY_IRRELEVANT, *foreign.DICTIONARY_IRRELEVANT}
-KNOWN |= {*foreign.SAELENS_PLAIN, *foreign.SPARSIFY_PLAIN}
+KNOWN = {*saelens.HONOURED, *saelens.ACTIVATION, *saelens.PLACE, *saelens.IRRELEVANT, *saelens.PLAIN}
+KNOWN |= {"d_in", "k", "num_latents", "expansion_factor", "dict_class", "activation_dim", "dict_size"}
+KNOWN |= {*foreign.SPARSIFY_IRRELEVANT, *foreign.SPARSIFY_PLAIN, *foreign.DICTIONARY_IRRELEVANT, "metadata"}
 VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
 
 
@@ -359,7 +357,18 @@ def test_any_value_of_a_known_setting_changes_nothing_or_is_refused(foreign_sae,
         ("saelens", {"architecture": "standard"}, "k=5 is not known for architecture 'standard'"),
         ("saelens", {"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input='false' is neither"),
         ("saelens", {"finetuning_scaling_factor": True}, "finetuning_scaling_factor=True"),
-        ("saelens", {"hook_name": "blocks.1.attn.hook_z", "reshape_activations": None}, "reshapes its input"),
+        ("saelens", {"hook_name": "blocks.1.attn.hook_z"}, "hook_name='blocks.1.attn.hook_z' is not known"),
+        ("saelens", {"hook_name": "blocks.4.hook_resid_post", "hook_layer": 5}, "hook_layer=5 does not fit"),
+        ("saelens", {"hook_head_index": 3}, "hook_head_index=3 is not known here: it is an SAE of one head"),
+        (
+            "saelens",
+            {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+            "model_from_pretrained_kwargs center_writing_weights=True is not known here",
+        ),
+        ("saelens", {"metadata": ["x"]}, "metadata=['x'] is not a mapping"),
+        ("saelens", {"normalize_activations": "expected_average_only_in"}, "'expected_average_only_in' is"),
+        ("saelens", {"normalize_activations": "constant_norm_rescale"}, "'constant_norm_rescale' is not"),
+        ("saelens", {"use_error_term": True}, "use_error_term=True is not known here"),
         ("sparsify", {"k": None}, "must have 'k'"),
         ("sparsify", {"signed": True}, "signed=True"),
         ("sparsify", {"num_latents": 40}, "num_latents=40, the weights have 48"),
@@ -393,7 +402,7 @@ def test_unknown_weights_are_refused(format, tmp_path):
 @pytest.mark.parametrize(
     ("format", "change", "part"),
     [
-        ("saelens", {"architecture": "gated"}, "gated"),
+        ("saelens", {"architecture": "transcoder"}, "transcoder"),
         ("saelens", {"normalize_activations": "layer_norm"}, "layer_norm"),
         ("sparsify", {"activation": "groupmax"}, "groupmax"),
         ("sparsify", {"transcode": True}, "transcoder"),
