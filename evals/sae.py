@@ -19,7 +19,6 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,18 +27,16 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from evals import sae_diff, sae_speed
+from evals.sae_measure import Measure, stored
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.generation.cpu import keep_freed_memory
 from steer.models import load_model, load_tokenizer
 from steer.sae import SAE, SAEConfig, load_sae, save_sae
-from steer.sae.activations import ActivationStream, Reader, Window, windows
-from steer.sae.cache import CachedActivations, write_cache
-from steer.sae.config import encoder_parameters, forward_flops
-from steer.sae.evaluate import LossRecovered, loss_recovered, nearest_cosines, quality
-from steer.sae.letters import absorption, first_letters
+from steer.sae.activations import Reader
+from steer.sae.cache import CachedActivations
+from steer.sae.config import forward_flops
 from steer.sae.schedule import TrainConfig
-from steer.sae.texts import Texts
 from steer.sae.trainer import CHECKPOINT, SAETrainer
 
 L0 = (8, 16, 32, 64, 128)
@@ -83,12 +80,10 @@ def tables(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, model = load_tokenizer(args.model), load_model(args.model, dtype=args.dtype)
     reader = Reader(model, args.layer)
-    train = _stored(reader, tokenizer, args.texts, work / "train", args.cache_tokens)
-    heldout = _stored(reader, tokenizer, args.heldout, work / "heldout", args.heldout_tokens)
-    words = None
-    unchanged: LossRecovered | None = None
-    known = [w for w in windows(Texts(args.heldout), tokenizer) if len(w.ids) > 32]
-    spliced: list[Window] = known[:: max(1, len(known) // args.windows)][: args.windows]
+    stored(reader, tokenizer, args.texts, work / "train", args.cache_tokens)
+    train = CachedActivations(work / "train", epochs=1000)
+    heldout = stored(reader, tokenizer, args.heldout, work / "heldout", args.heldout_tokens)
+    measure = Measure(model, tokenizer, reader, args.texts, args.heldout, heldout, args.windows, BATCH)
     chosen = {run.name: run for run in runs(args.small, args.large)}
     results = _read(out / "tables.json")
     dtype = str(model.dtype).removeprefix("torch.")
@@ -104,32 +99,9 @@ def tables(args: argparse.Namespace) -> None:
             continue
         tokens = _tokens(run, chosen, reader.width, args.tokens)
         sae = _train(run, tokens, train, work, args)
-        with torch.no_grad():
-            l0 = [n for n in L0 if n <= sae.cfg.k] if sae.cfg.loss == "hierarchical" else [sae.cfg.k]
-            measured = quality(sae, heldout.batches(BATCH), l0)
-            if words is None:
-                words = first_letters(
-                    reader, tokenizer, list(islice(windows(Texts(args.texts), tokenizer), 120))
-                )
-            recovered: dict[int, LossRecovered] = {}
-            for n in l0:
-                recovered[n] = loss_recovered(sae, model, spliced, args.layer, k=n, known=unchanged)
-                unchanged = recovered[n]
-        absorbed = absorption(sae, words)
-        results.setdefault("saes", {})[run.name] = {
-            "config": {**sae.cfg.to_dict(), "source": None},
-            "trained_tokens": tokens // BATCH * BATCH,
-            "encoder_parameters": encoder_parameters(sae.cfg),
-            "forward_flops": forward_flops(sae.cfg),
-            **measured.to_dict(),
-            "loss_recovered": {n: found.recovered for n, found in recovered.items()},
-            "cross_entropy": {n: found.spliced for n, found in recovered.items()},
-            "clean_cross_entropy": next(iter(recovered.values())).clean,
-            "absorption": absorbed.rate,
-            "letter_probe_accuracy": absorbed.probe_accuracy,
-            "letter_f1": absorbed.f1,
-            "nearest_cosine": nearest_cosines(sae.W_dec).mean().item(),
-        }
+        l0 = [n for n in L0 if n <= sae.cfg.k] if sae.cfg.loss == "hierarchical" else [sae.cfg.k]
+        row = {**measure(sae, l0), "trained_tokens": tokens // BATCH * BATCH}
+        results.setdefault("saes", {})[run.name] = row
         _write(out / "tables.json", results)
         print(f"{run.name:28} " + _explained(results["saes"][run.name]))
     results = _read(out / "tables.json")
@@ -150,15 +122,6 @@ def _tokens(run: Run, runs: dict[str, Run], width: int, tokens: int) -> int:
 
 def _names(paths: Sequence[str]) -> list[str]:
     return [Path(path).name for path in paths]
-
-
-def _stored(reader: Reader, tokenizer: Any, texts: list[str], folder: Path, limit: int) -> CachedActivations:
-    """The activations of `texts`, from the folder or written there now; many epochs are allowed."""
-    stream = ActivationStream(reader, Texts(texts), tokenizer, block=1 << 15)
-    with tqdm(total=limit, unit=" activations", desc=f"storing {folder.name}") as bar:
-        write_cache(stream, folder, limit, lambda done: bar.update(done - bar.n))
-    epochs = 1 if folder.name == "heldout" else 1000
-    return CachedActivations(folder, epochs)
 
 
 def _train(run: Run, tokens: int, train: CachedActivations, work: Path, args: argparse.Namespace) -> SAE:

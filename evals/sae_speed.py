@@ -213,7 +213,9 @@ def training(args: argparse.Namespace, x: Tensor, k: int = 32) -> dict[str, Any]
     """
     sides: dict[str, Callable[[], Any]] = {}
     for precision in precisions():
-        sides[f"steer, {precision}"] = _ours(args, x, k, precision)
+        settings = TrainConfig(tokens=args.batch * 10_000, batch_size=args.batch, precision=precision)
+        config = SAEConfig(args.width, args.features, k)
+        sides[f"steer, {precision}"] = training_step(config, settings, x)
     if _installed("sparsify"):
         sides["sparsify"] = _sparsify(args, x, k)
     if _installed("sae_lens"):
@@ -232,9 +234,8 @@ def _installed(name: str) -> bool:
         return False
 
 
-def _ours(args: argparse.Namespace, x: Tensor, k: int, precision: str) -> Callable[[], None]:
-    config = SAEConfig(args.width, args.features, k)
-    settings = TrainConfig(tokens=args.batch * 10_000, batch_size=args.batch, precision=precision)
+def training_step(config: SAEConfig, settings: TrainConfig, x: Tensor) -> Callable[[], None]:
+    """A step of `SAETrainer` with one SAE on the batch `x` (tokens, width), the same batch every time."""
     trainer = SAETrainer({"a": config}, HeldActivations(x, {}), settings)
     scale = trainer._start(x)
 

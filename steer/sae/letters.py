@@ -58,12 +58,14 @@ def first_letters(reader: Reader, tokenizer: PreTrainedTokenizerBase, windows: S
 @dataclass(frozen=True)
 class Absorption:
     """
-    `rate`: absorbed words per word that the probe sees, the mean over `letters`. `f1` of their own features.
+    `rate`: absorbed words per word that the probe sees, the mean over `letters`. `f1` of the letters' own
+    features and `probe_f1` of the probe, means over the letters, on words that chose and trained neither.
     """
 
     rate: float
     probe_accuracy: float
     f1: float
+    probe_f1: float
     letters: int
     words: int
 
@@ -87,11 +89,13 @@ def absorption(sae: SAE, words: Words, seed: int = 0) -> Absorption:
     guess = (rows @ probe.T + bias).argmax(1)
     with torch.no_grad():
         features = torch.cat([sae.encode(part) for part in words.rows.to(sae.dtype).split(1024)])
-    rates, scores, counted = [], [], 0
+    rates, scores, probe_scores, counted = [], [], [], 0
     test = ~train
     for letter in letters:
-        own, f1 = _own_features(features[train], words.letters[train] == letter)
-        scores.append(f1)
+        own = _own_features(features[train], words.letters[train] == letter)
+        right = words.letters[test] == letter
+        scores.append(_f1((features[test][:, own] > 0).any(1), right))
+        probe_scores.append(_f1(guess[test] == letter, right))
         direction = torch.nn.functional.normalize(probe[letter], dim=0).to(sae.dtype)
         seen = test & (words.letters == letter) & (guess == letter)
         if not seen.any():
@@ -108,6 +112,7 @@ def absorption(sae: SAE, words: Words, seed: int = 0) -> Absorption:
         sum(rates) / max(1, len(rates)),
         (guess[test] == words.letters[test]).float().mean().item(),
         sum(scores) / len(scores),
+        sum(probe_scores) / len(probe_scores),
         len(letters),
         counted,
     )
@@ -129,7 +134,12 @@ def _probe(rows: Tensor, letters: Tensor, decay: float = 1e-3) -> tuple[Tensor, 
     return weight.detach(), bias.detach()
 
 
-def _own_features(features: Tensor, positive: Tensor, most: int = 5) -> tuple[list[int], float]:
+def _f1(told: Tensor, right: Tensor) -> float:
+    """F1 of the words told, (words,) bool, against those that are right."""
+    return (2 * (told & right).sum() / (told.sum() + right.sum())).item()
+
+
+def _own_features(features: Tensor, positive: Tensor, most: int = 5) -> list[int]:
     """The features that tell the positive words: the best by F1, then more while F1 rises by `GAIN`."""
     fires = features > 0
     hits = fires[positive].sum(0).double()
@@ -148,4 +158,4 @@ def _own_features(features: Tensor, positive: Tensor, most: int = 5) -> tuple[li
             break
         own.append(choice)
         best, union = gains[choice], union | fires[:, choice]
-    return own, best
+    return own

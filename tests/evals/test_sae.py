@@ -10,6 +10,7 @@ import pytest
 from helpers.steering import message
 
 from evals import sae as evals_sae
+from evals import sae_measure
 from steer.errors import SteerError
 from steer.sae import load_sae
 from steer.sae.config import SAEConfig, forward_flops
@@ -26,8 +27,7 @@ def command(build_tiny, tiny_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(evals_sae, "L0", (2, 4, 32))
     monkeypatch.setattr(evals_sae, "BATCH", 64)
-    monkeypatch.setattr(evals_sae, "first_letters", lambda *args: None)
-    monkeypatch.setattr(evals_sae, "absorption", lambda *args: Absorption(0.25, 0.5, 0.5, 3, 30))
+    monkeypatch.setattr(sae_measure, "absorption", lambda *args: Absorption(0.25, 0.5, 0.5, 0.5, 3, 30))
     texts = str(tmp_path / "texts.jsonl")
     return [
         *("sae.py", "tables", "--model", str(folder), "--layer", "1", "--texts", texts, "--heldout", texts),

@@ -168,6 +168,8 @@ def test_absorption_is_found_where_it_is():
     found = absorption(sae, words)
     assert found.letters == 2
     assert found.probe_accuracy > 0.98
+    # silent on the absorbed words, so the letter's features tell it less well than the probe
+    assert found.f1 < found.probe_f1 and found.probe_f1 > 0.98
     # one in 25 of one letter's words and none of the other's; which tokens are tested is drawn
     assert 0.01 < found.rate < 0.03
 
@@ -176,7 +178,7 @@ def test_absorption_is_not_found_where_it_is_not():
     sae, words = worded(absorbing=False)
     found = absorption(sae, words)
     assert found.rate == 0
-    assert found.f1 > 0.98
+    assert found.f1 > 0.98 and found.probe_f1 > 0.98
 
 
 def test_absorption_needs_words():
