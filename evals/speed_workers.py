@@ -67,7 +67,10 @@ class Batch:
 
 
 def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, float]:
-    """`measured` for a model by its name and problems of arithmetic."""
+    """
+    `measured` for a model by its name and problems of arithmetic. For the method `profile` the share of each
+    kind of operation in the last update.
+    """
     from steer.models import load_model, load_tokenizer
     from steer.tasks.prompts import format_prompt
 
@@ -78,7 +81,12 @@ def step(method: str, dtype: str, model_name: str, steps: int) -> dict[str, floa
     texts = [format_prompt(p, tokenizer) for p in problems(PROMPTS * steps)]
     tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
     tokenizer.chat_template = None
-    return measured(method, model, tokenizer, texts, steps, Batch(PROMPTS, SAMPLES, TOKENS))
+    batch = Batch(PROMPTS, SAMPLES, TOKENS)
+    if method != "profile":
+        return measured(method, model, tokenizer, texts, steps, batch)
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    measured("steer", model, tokenizer, texts, steps, batch, profiler=profiler)
+    return shares(profiler)
 
 
 def measured(
@@ -89,13 +97,14 @@ def measured(
     steps: int,
     batch: Batch,
     rollout: bool = True,
+    profiler: Any = None,
     **options: Any,
 ) -> dict[str, float]:
     """
     Seconds of a GRPO step, of its rollout and of its update alone, and the memory that training took beyond
-    the base: medians, without the first of several steps. For the method `profile` the share of each kind of
-    operation in the last update. Without `rollout` the completions are random tokens, so that the update
-    alone is measured. `options` are settings of the trainer.
+    the base: medians, without the first of several steps. Without `rollout` the completions are random
+    tokens, so that the update alone is measured; `cpu s` is the processor time of the step. A `profiler` of
+    torch runs during the last update. `options` are settings of the trainer.
 
     Nobody stops early: the end token of `tokenizer` must be one that the model has no logit for, so that all
     methods compute the same tokens.
@@ -120,9 +129,8 @@ def measured(
     names = ("step", "rollout", "update", "tokens", "cpu")
     spent: dict[str, list[float]] = {name: [] for name in names}
     now = dict.fromkeys(("rollout", "training"), 0.0)  # of the step that runs
-    ours = method in ("steer", "profile")
+    ours = method == "steer"
     base: type = SteeringGRPOTrainer if ours else GRPOTrainer
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
     class Timed(base):
         def _generate_and_score_completions(self, inputs: Any) -> Any:
@@ -133,7 +141,7 @@ def measured(
                 output = random_completions(tokenizer, [row["prompt"] for row in inputs], batch.tokens)
             now["rollout"] += _now() - start
             spent["tokens"].append(float(output["completion_mask"].sum()))
-            if method == "profile" and len(spent["tokens"]) == steps:
+            if profiler and len(spent["tokens"]) == steps:
                 profiler.start()
             return output
 
@@ -190,12 +198,12 @@ def measured(
         )
         trainer.train()
         memory = memory_peak() - before
-    if method == "profile":
+    if profiler:
         profiler.stop()
-        return shares(profiler)
     assert set(spent["tokens"]) == {size * batch.tokens}, f"rows ended early: {spent['tokens']}"
     middle = {name: statistics.median(values[1:] or values) for name, values in spent.items()}
     result = {f"{name} s": middle[name] for name in ("step", "rollout", "update")}
+    result["cpu s"] = middle["cpu"]
     result["rollout tokens/s"] = size * batch.tokens / middle["rollout"]
     result["cores at work"] = middle["cpu"] / middle["step"]
     result["memory MB"] = memory / 1e6
