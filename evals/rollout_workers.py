@@ -141,8 +141,8 @@ def answer(sampler: Any, inputs: dict[str, Any], asked: dict[str, Any]) -> dict[
     made = sampler.sample(prompts, asked["tokens"], asked["seed"], stop)
     spent = {"cpu": cpu_seconds() - cpu, "wall": time.perf_counter() - wall}
     if "save" in asked:
-        rows = {"prompts": prompts, "ids": [one.ids for one in made], "logps": [one.logps for one in made]}
-        torch.save(rows, asked["save"])
+        drawn = {"prompts": prompts, "ids": [one.ids for one in made], "logps": [one.logps for one in made]}
+        torch.save(drawn, asked["save"])
     else:
         assert all(len(one.ids) == asked["tokens"] for one in made), "a row ended early"
     return spent | {"tokens": sum(len(one.ids) for one in made), "resident GB": resident()}

@@ -88,14 +88,17 @@ def main() -> None:
     parser.add_argument(
         "--mismatch", type=count, help="score rows of at most so many tokens as a trainer does"
     )
-    parser.add_argument("--out", type=Path, help="the result, as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file of the result; the table is written beside it")
     args = parser.parse_args()
     if args.mismatch and "torch" not in args.variants:
         parser.error("--mismatch needs the variant torch, which scores")
     for name, value in {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}.items():
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory() as work:
-        print(markdown(measure(args, Path(work))))
+        table = markdown(measure(args, Path(work)))
+    if args.out:
+        args.out.with_suffix(".md").write_text(table + "\n")
+    print(table)
 
 
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def kind(name: str, shapes: Iterable[Any], vocabulary: int) -> str:
 
 def shares(profiler: Any, vocabulary: int) -> tuple[dict[str, float], dict[str, float]]:
     """Of the time of all operations: the share of each kind, and that of the 20 largest operations."""
-    kinds, operations = dict.fromkeys(KINDS, 0.0), {}
+    kinds = dict.fromkeys(KINDS, 0.0)
+    operations: dict[str, float] = {}
     for event in profiler.key_averages(group_by_input_shape=True):
         of = kind(event.key, event.input_shapes, vocabulary)
         kinds[of] += event.self_cpu_time_total
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=count, default=4, help="updates; of several the first is left out (default: 4)"
     )
-    parser.add_argument("--out", type=Path, help="the result, as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file of the result; the table is written beside it")
     args = parser.parse_args()
     batch = Batch(args.prompts, args.samples, args.tokens)
     found = profile(args.model, args.dtype, batch, args.steps)
@@ -154,6 +155,7 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(markdown(record) + "\n")
     print(markdown(record))
     print(f"\n{found['share of peak']:.1%} of the peak, {found['cpu seconds']:.1f} CPU seconds an update")
 
