@@ -103,8 +103,8 @@ def measured(
     """
     Seconds of a GRPO step, of its rollout and of its update alone, and the memory that training took beyond
     the base: medians, without the first of several steps. Without `rollout` the completions are random
-    tokens, so that the update alone is measured; `cpu s` is the processor time of the step. A `profiler` of
-    torch runs during the last update. `options` are settings of the trainer.
+    tokens, so that the update alone is measured; `cpu s` is the processor time of the step. A `profiler` is
+    started before the last update and stopped after it. `options` are settings of the trainer.
 
     Nobody stops early: the end token of `tokenizer` must be one that the model has no logit for, so that all
     methods compute the same tokens.

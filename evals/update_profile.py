@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evals.speed import _processor
 from evals.speed_workers import Batch, measured, problems, prompt_tokens, update_flops
@@ -27,49 +28,75 @@ from steer.models import cpu_dtype, load_model, load_tokenizer
 from steer.versions import versions
 
 LAYERS, HEAD, ATTENTION = "matrix products of the layers", "LM head and loss", "attention"
-ELEMENTWISE, COPIES, OTHER = "norms, rotary, elementwise", "conversions and copies", "other"
+ELEMENTWISE, COPIES = "norms, rotary, elementwise", "conversions and copies"
+OTHER = "other operations, Python and autograd"
 KINDS = (LAYERS, HEAD, ATTENTION, ELEMENTWISE, COPIES, OTHER)
 _OPERATIONS = {
     LAYERS: ("mm", "addmm"),
-    ATTENTION: ("bmm", "baddbmm", "softmax", "attention"),
-    COPIES: ("copy_", "_to_copy", "to", "clone", "contiguous", "cat"),
+    ATTENTION: ("bmm", "baddbmm"),
+    COPIES: ("copy", "_to_copy", "clone", "cat"),
     ELEMENTWISE: (
-        *("mul", "add", "sub", "div", "neg", "pow", "mean", "rsqrt", "sqrt", "silu", "sigmoid", "sum", "exp"),
-        *("where", "masked_fill", "fill_", "zero_", "silu_backward"),
+        *("mul", "add", "sub", "div", "neg", "pow", "mean", "rsqrt", "sqrt", "silu", "sigmoid", "sum"),
+        *("exp", "where", "masked_fill", "fill", "zero", "silu_backward"),
     ),
 }
 
 
-def kind(name: str, shapes: Iterable[Any], vocabulary: int) -> str:
+class Timer(TorchDispatchMode):
+    """
+    Processor time of every operation between `start` and `stop`, with what it belongs to. Unlike times on the
+    clock, it does not grow while other programs have the processor.
+    """
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.operations: dict[tuple[str, str], float] = {}
+        self.seconds = 0.0
+
+    def start(self) -> None:
+        self.seconds = -time.process_time()
+        self.__enter__()
+
+    def stop(self) -> None:
+        self.__exit__(None, None, None)
+        self.seconds += time.process_time()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.process_time()
+        result = func(*args, **(kwargs or {}))
+        spent = time.process_time() - start
+        name = func.overloadpacket.__name__
+        shapes = [value.shape for value in (*args, result) if isinstance(value, torch.Tensor)]
+        key = name, kind(name, shapes, self.vocabulary)
+        self.operations[key] = self.operations.get(key, 0.0) + spent
+        return result
+
+    def shares(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Of all processor time: the share of each kind, and that of the 20 largest operations."""
+        kinds = dict.fromkeys(KINDS, 0.0)
+        for (_, of), spent in self.operations.items():
+            kinds[of] += spent / self.seconds
+        kinds[OTHER] += 1 - sum(kinds.values())
+        largest = sorted(self.operations.items(), key=lambda item: -item[1])[:20]
+        return kinds, {f"{name} ({of})": spent / self.seconds for (name, of), spent in largest}
+
+
+def kind(name: str, shapes: Iterable[Sequence[int]], vocabulary: int) -> str:
     """
     What an operation belongs to.
 
     Args:
-        name: torch's, such as `aten::mm`.
-        shapes: of its inputs.
-        vocabulary: size; only the LM head and the loss have tensors with that many columns.
+        name: of torch's operation, such as `mm`.
+        shapes: of its tensors.
+        vocabulary: size; only the LM head and the loss have tensors of that size.
     """
-    if any(vocabulary in shape for shape in shapes if isinstance(shape, (list, tuple))):
+    if any(vocabulary in shape for shape in shapes):
         return HEAD
-    operation = name.removeprefix("aten::")
-    for found, names in _OPERATIONS.items():
-        if operation in names or operation.rstrip("_") in names:
-            return found
-    return ATTENTION if "attention" in operation or "softmax" in operation else OTHER
-
-
-def shares(profiler: Any, vocabulary: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Of the time of all operations: the share of each kind, and that of the 20 largest operations."""
-    kinds = dict.fromkeys(KINDS, 0.0)
-    operations: dict[str, float] = {}
-    for event in profiler.key_averages(group_by_input_shape=True):
-        of = kind(event.key, event.input_shapes, vocabulary)
-        kinds[of] += event.self_cpu_time_total
-        name = f"{event.key} ({of})"
-        operations[name] = operations.get(name, 0.0) + event.self_cpu_time_total
-    total = sum(kinds.values())
-    largest = sorted(operations.items(), key=lambda item: -item[1])[:20]
-    return {n: t / total for n, t in kinds.items()}, {n: t / total for n, t in largest}
+    if "attention" in name or "softmax" in name:
+        return ATTENTION
+    plain = name.removesuffix("_")
+    return next((found for found, names in _OPERATIONS.items() if plain in names), OTHER)
 
 
 def peak(dtype: torch.dtype, size: int = 2048) -> float:
@@ -98,10 +125,10 @@ def profile(model_name: str, dtype: str, batch: Batch, steps: int) -> dict[str, 
     read = prompt_tokens(ids)
     flops, head = update_flops(model, read, made), 4.0 * made * model.get_output_embeddings().weight.numel()
 
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+    timer = Timer(model.config.vocab_size)
     again = load_model(model_name, dtype=dtype)
-    measured("steer", again, tokenizer, texts, 2, batch, rollout=False, profiler=profiler)
-    kinds, operations = shares(profiler, model.config.vocab_size)
+    measured("steer", again, tokenizer, texts, 2, batch, rollout=False, profiler=timer)
+    kinds, operations = timer.shares()
     best = max(peaks)
     return {
         "prompt tokens": read,

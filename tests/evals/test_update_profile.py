@@ -11,17 +11,17 @@ from evals.update_profile import ATTENTION, COPIES, ELEMENTWISE, HEAD, LAYERS, O
 @pytest.mark.parametrize(
     ("name", "shapes", "expected"),
     [
-        ("aten::mm", [[64, 32], [32, 128]], LAYERS),
-        ("aten::mm", [[64, 32], [32, 97]], HEAD),
-        ("aten::exp", [[64, 97]], HEAD),
-        ("aten::bmm", [[8, 16, 4], [8, 4, 16]], ATTENTION),
-        ("aten::_softmax", [[8, 16, 16], [], []], ATTENTION),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", [[1, 2, 3, 4]], ATTENTION),
-        ("aten::copy_", [[64, 32], [64, 32], []], COPIES),
-        ("aten::add_", [[64, 32], [64, 32], []], ELEMENTWISE),
-        ("aten::silu_backward", [[64, 32]], ELEMENTWISE),
-        ("aten::view", [[64, 32], []], OTHER),
-        ("autograd::engine::evaluate_function: MmBackward0", [], OTHER),
+        ("mm", [[64, 32], [32, 128]], LAYERS),
+        ("mm", [[64, 32], [32, 97]], HEAD),
+        ("exp", [[64, 97]], HEAD),
+        ("bmm", [[8, 16, 4], [8, 4, 16]], ATTENTION),
+        ("_softmax", [[8, 16, 16]], ATTENTION),
+        ("_scaled_dot_product_flash_attention_for_cpu_backward", [[1, 2, 3, 4]], ATTENTION),
+        ("_to_copy", [[64, 32], [64, 32]], COPIES),
+        ("copy_", [[64, 32], [64, 32]], COPIES),
+        ("add_", [[64, 32], [64, 32]], ELEMENTWISE),
+        ("silu_backward", [[64, 32]], ELEMENTWISE),
+        ("view", [[64, 32]], OTHER),
     ],
 )
 def test_kinds(name: str, shapes: list, expected: str) -> None:
