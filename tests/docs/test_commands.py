@@ -146,7 +146,7 @@ def test_commands_exist(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_flags_in_the_text_exist(name: str) -> None:
     known = set(FOREIGN)
-    others = ("steer compare --config x", "evals.gpu_check")
+    others = ("steer compare --config x", "evals.gpu_check", "evals.sae_study")
     others += ("steer train --method sft", "steer train --method dpo")
     for start in ("steer", *(f"steer {name}" for name in PROGRAMS), *others):
         known |= flags(parser(start))
