@@ -147,7 +147,7 @@ HELP = {
         "singular values and stable rank of the set of vectors",
         "Whether the layers' vectors are one direction (stable rank 1) or many, as trained and divided by "
         "the length of the residual stream at their layer, beside random sets of equal length.",
-        "steer lens spectrum my-vectors --draws 100",
+        "steer lens spectrum my-vectors",
     ),
     "report": (
         "everything, as one self-contained HTML page",
@@ -272,9 +272,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     uncertain.add_argument(
         "--temperature", type=at_least(0), default=0.0, help="of the answers (default: 0, greedy)"
     )
-    _draws(uncertain, 20)
+    _draws(uncertain, 40)
 
-    _draws(_command(kinds, "spectrum", problems=8), 20)
+    _draws(_command(kinds, "spectrum", problems=8), 100)
 
     walk = _parser(kinds, "directions")
     walk.add_argument("artifacts", nargs="+", metavar="ARTIFACT", help="the earliest checkpoint first")

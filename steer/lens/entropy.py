@@ -17,13 +17,14 @@ from steer.lens.conditions import BASE, Condition
 from steer.lens.passes import passes
 from steer.lens.random_sets import DRAWS, two_sided_p, with_random_sets
 from steer.lens.results import Result
-from steer.lens.subject import Row, Subject
+from steer.lens.subject import Row, Subject, chunks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHIFTS = {"variation": "total variation", "gain": "largest gain of probability"}
 QUARTERS = 4
+TEXTS = 4  # whose base distributions are held at once
 
 
 @dataclass
@@ -117,27 +118,39 @@ def entropy_shift(
     """
     on = Condition(frozenset(subject.layers if layers is None else layers))
 
-    def measure() -> list[torch.Tensor]:
-        found = []
-        for done in passes(subject, rows, [BASE, on], label=label):
-            for index in range(len(done.rows)):
-                logs = done.next_token(index).log_softmax(-1).cpu()
-                before, after = logs.exp()
-                moved = after - before
-                base, steered = _entropy(logs)
-                found.append((base, moved.abs().sum(-1) / 2, moved.amax(-1), steered - base))
-        return [torch.cat(part) for part in zip(*found, strict=True)]
+    parts = []
+    for _, some in chunks(rows, TEXTS):
+        base = _probabilities(subject, some, BASE, label)
+        entropy = _entropy(base)
 
-    entropy, own_variation, own_gain, change = measure()
-    null = with_random_sets(subject.vectors, measure, draws, seed)
-    _, variation, gain, _ = (torch.stack(part) for part in zip(*null, strict=True))
-    layers = sorted(on.layers)
-    return EntropyShift(layers, len(rows), entropy, own_variation, own_gain, change, variation, gain)
+        def shifts(some: Sequence[Row] = some, base: torch.Tensor = base) -> torch.Tensor:
+            """Total variation, largest gain, and entropy: (3, tokens)."""
+            steered = _probabilities(subject, some, on)
+            moved = steered - base
+            return torch.stack([moved.abs().sum(-1) / 2, moved.amax(-1), _entropy(steered)])
+
+        own, null = shifts(), torch.stack(with_random_sets(subject.vectors, shifts, draws, seed))
+        parts.append((entropy, own[0], own[1], own[2] - entropy, null[:, 0], null[:, 1]))
+    found = [torch.cat(part, -1) for part in zip(*parts, strict=True)]
+    return EntropyShift(sorted(on.layers), len(rows), *found)
 
 
-def _entropy(logs: torch.Tensor) -> torch.Tensor:
-    """Of distributions given by their logarithms (..., vocabulary): (...) in nats."""
-    return -(logs.exp() * logs.clamp(min=-1e4)).sum(-1)
+def _probabilities(
+    subject: Subject, rows: Sequence[Row], condition: Condition, label: str | None = None
+) -> torch.Tensor:
+    """Of the next token at each token that predicts a completion, row by row: (tokens, vocabulary)."""
+    return torch.cat(
+        [
+            done.next_token(index)[0].softmax(-1).cpu()
+            for done in passes(subject, rows, [condition], label=label)
+            for index in range(len(done.rows))
+        ]
+    )
+
+
+def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Of distributions (tokens, vocabulary): (tokens,) in nats."""
+    return torch.special.entr(probabilities).sum(-1)
 
 
 def _spearman(one: torch.Tensor, other: torch.Tensor) -> float:

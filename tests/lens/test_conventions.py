@@ -192,7 +192,7 @@ def test_the_last_layer_s_reading_is_its_own_lens(loud_llama, tiny_tokenizer) ->
 def test_entropies_and_shifts_are_those_of_a_plain_loop(loud_llama, tiny_tokenizer) -> None:
     """Token by token in float64; tolerance 1e-5."""
     subject = subject_of(loud_llama, tiny_tokenizer, std=1.0)
-    rows = texts()
+    rows = [*texts(), *texts(seed=1)]
     found = entropy_shift(subject, rows, layers=[1], draws=3, seed=2)
     entropy, variation, gain, change = [], [], [], []
     for row in rows:
@@ -215,7 +215,7 @@ def test_entropies_and_shifts_are_those_of_a_plain_loop(loud_llama, tiny_tokeniz
     with values(subject.vectors, random_vectors(subject.vectors, 2 + 2)):
         again = entropy_shift(subject, rows, layers=[1], draws=1)
     torch.testing.assert_close(found.random_variation[1], again.variation, rtol=1e-5, atol=1e-6)
-    order = sorted(range(len(entropy)), key=lambda n: entropy[n])[:3]
+    order = sorted(range(len(entropy)), key=lambda n: entropy[n])[:6]
     first = found.quarters()[0]
     assert first[0] == pytest.approx(np.mean([entropy[n] for n in order]), rel=1e-4)
     assert first[1] == pytest.approx(np.mean([variation[n] for n in order]), rel=1e-3)

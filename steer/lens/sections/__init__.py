@@ -12,6 +12,7 @@ from steer.lens.sections.entropy import Entropy
 from steer.lens.sections.last_layers import LastLayers
 from steer.lens.sections.layers import Layers
 from steer.lens.sections.logit_lens import LogitLens
+from steer.lens.sections.pair_correlation import PairCorrelation
 from steer.lens.sections.paths import PathPatching
 from steer.lens.sections.persistence import Persistence
 from steer.lens.sections.prefix import Prefix
@@ -33,6 +34,7 @@ SECTIONS: tuple[Section, ...] = (
     Persistence(),
     Layers(),
     Composition(),
+    PairCorrelation(),
     Scales(),
     Conventions(),
 )

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 from steer.lens.composition import compose
 from steer.lens.controls import values
-from steer.lens.pair_correlation import PairCorrelations, pair_correlations
-from steer.lens.results import Result, spread
-from steer.lens.sections.base import Block, Note, Section, Table
+from steer.lens.results import spread
+from steer.lens.sections.base import Section
 from steer.lens.study import SINGLE, Report, Study
 from steer.lens.words import known_mean, percent
 
@@ -19,11 +18,6 @@ class Composition(Section):
     heading = "Together, and at other scales"
     captions: ClassVar[dict[str, str]] = {
         "composition": "Log-probability of right answers with one layer’s vector (diagonal) and with two.",
-        "pair correlations": (
-            "What a second layer adds to the better of two, against the cosine of their vectors and the "
-            "distance of the layers."
-        ),
-        "pair correlations, random": "The same for random vectors of equal length.",
     }
 
     def measure(self, study: Study) -> None:
@@ -35,23 +29,10 @@ class Composition(Section):
         study.report.results["composition"] = result
         with values(subject.vectors, study.random):
             control = compose(subject, [], None, some, rows, "pairs of layers, random")
-            random = subject.vectors.effective()
         control.joint = result.joint  # random vectors were not trained at all
-        results = study.report.results
-        results["pair correlations"] = pair_correlations(result, subject.vectors.effective())
-        results["pair correlations, random"] = pair_correlations(control, random)
         study.note(pair_gain=known_mean(result.score), random_pair_gain=known_mean(control.score))
 
-    def below(self, name: str, result: Result) -> list[Block]:
-        if not isinstance(result, PairCorrelations):
-            return []
-        head = ("pairs of layers", "with", "Spearman’s correlation")
-        text = "p by layers: permuting the layers, since pairs that share one are not independent."
-        return [Table(head, result.rows()), Note(text)]
-
     def sentences(self, name: str, report: Report) -> list[str]:
-        if name != "composition":
-            return []
         result: Any = report.results.get("composition")
         if result is None:
             return []

@@ -10,13 +10,13 @@ from steer.lens.conventions import (
     lens_conventions,
     persistence_conventions,
 )
-from steer.lens.random_sets import DRAWS
 from steer.lens.results import Result, spread
 from steer.lens.sections.base import Block, Section, Table
-from steer.lens.study import SINGLE, Report, Study
+from steer.lens.study import Report, Study
 from steer.lens.words import quoted
 
-SOURCES = 4
+SOURCES, TEXTS = 4, 4
+DRAWS = 10
 
 
 class Conventions(Section):
@@ -39,7 +39,7 @@ class Conventions(Section):
         some = spread([layer for layer in subject.layers if layer < study.last], SOURCES)
         if some:
             results["persistence, conventions"] = persistence_conventions(
-                subject, study.rows[:SINGLE], some, seed=study.seed, label="persistence, conventions"
+                subject, study.rows[:TEXTS], some, seed=study.seed, label="persistence, conventions"
             )
 
     def sentences(self, name: str, report: Report) -> list[str]:

@@ -8,11 +8,12 @@ from steer.lens.downstream import Downstream as Reading
 from steer.lens.downstream import downstream
 from steer.lens.results import Result, spread
 from steer.lens.sections.base import Block, Section, Table
-from steer.lens.study import SINGLE, Report, Study
+from steer.lens.study import Report, Study
 from steer.lens.words import quoted
 
 DRAWS = 3  # each costs as much as the vectors themselves
 SOURCES = 6
+TEXTS = 4
 
 
 class Downstream(Section):
@@ -28,7 +29,7 @@ class Downstream(Section):
         layers = spread(study.subject.layers, SOURCES)
         study.report.results["through later layers"] = downstream(
             study.subject,
-            study.rows[:SINGLE],
+            study.rows[:TEXTS],
             layers,
             draws=DRAWS,
             seed=study.seed,

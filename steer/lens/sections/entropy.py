@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from steer.lens.entropy import SHIFTS, EntropyShift, entropy_shift
+from steer.lens.random_sets import DRAWS
 from steer.lens.results import Result
 from steer.lens.sections.base import Block, Section, Table
-from steer.lens.study import SINGLE, Report, Study
+from steer.lens.study import Report, Study
 
-DRAWS = 20
+TEXTS = 4
 
 
 class Entropy(Section):
@@ -23,7 +24,7 @@ class Entropy(Section):
 
     def measure(self, study: Study) -> None:
         study.report.results["entropy"] = entropy_shift(
-            study.subject, study.rows[:SINGLE], draws=DRAWS, seed=study.seed, label="entropy"
+            study.subject, study.rows[:TEXTS], draws=DRAWS, seed=study.seed, label="entropy"
         )
 
     def sentences(self, name: str, report: Report) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from steer.lens.random_sets import DRAWS
 from steer.lens.results import Result
 from steer.lens.sections.base import Block, Section, Table
 from steer.lens.spectrum import SetSpectrum, set_spectrum
-from steer.lens.study import SINGLE, Report, Study
+from steer.lens.study import Report, Study
+
+TEXTS = 8  # that the residual norms are measured on
+DRAWS = 100
 
 
 class Spectrum(Section):
@@ -22,7 +24,7 @@ class Spectrum(Section):
 
     def measure(self, study: Study) -> None:
         if len(study.subject.layers) > 1:
-            found = set_spectrum(study.subject, study.rows[:SINGLE], draws=DRAWS, seed=study.seed)
+            found = set_spectrum(study.subject, study.rows[:TEXTS], draws=DRAWS, seed=study.seed)
             study.report.results["singular values"] = found
 
     def sentences(self, name: str, report: Report) -> list[str]:
