@@ -6,8 +6,9 @@
 
 For each layer's vector alone: the token whose next-token log-probability it raises most, in the mean over the
 tokens of texts that the lens was not fitted on, and the rank of that token in either reading (1 is the top),
-with the correlation of the readings with the measured changes over the vocabulary. The same for random vectors
-of equal length, and for the vector at a twentieth of its length: a linear reading is about small vectors.
+with the correlation of the readings with the measured changes over the vocabulary. The same for random
+vectors of equal length, and for the vector at a twentieth of its length: a linear reading is about small
+vectors.
 """
 
 from __future__ import annotations

@@ -105,8 +105,11 @@ HELP = {
     "scales": (
         "how much of an adaptive vector each token of a text gets",
         "The coefficient that each layer of an adaptive artifact gives to each token; the figure is a heat "
-        "strip over the first text.",
-        "steer lens scales my-adaptive-vectors --plot strip.png",
+        "strip over the first text. The table has its spread over tokens, and how much of that is between "
+        "types of tokens (digits, punctuation, ... of prompts and of answers). Any read-out varies over "
+        "tokens: --control random-readout shows how much, on the same texts.",
+        "steer lens scales my-adaptive-vectors --plot strip.png\n"
+        "    steer lens scales my-adaptive-vectors --control random-readout --plot random.png",
     ),
     "directions": (
         "norms and cosines of the vectors, along checkpoints",
@@ -256,7 +259,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     sweep = _command(kinds, "sweep")
     sweep.add_argument("--scales", nargs="+", type=finite, metavar="FACTOR", help="default: -1 to 2")
 
-    _command(kinds, "scales")
+    _command(kinds, "scales", controls=("random", "random-readout", *CONTROLS[1:]))
 
     both = _command(kinds, "conventions", problems=8)
     both.add_argument("--layers", help="vectors of these layers for Diff-Diff; default: six, evenly")
@@ -329,7 +332,13 @@ def _parser(kinds: Any, name: str) -> argparse.ArgumentParser:
 
 
 def _command(
-    kinds: Any, name: str, data: bool = True, plot: bool = True, control: bool = True, problems: int = 32
+    kinds: Any,
+    name: str,
+    data: bool = True,
+    plot: bool = True,
+    control: bool = True,
+    problems: int = 32,
+    controls: tuple[str, ...] = CONTROLS,
 ) -> argparse.ArgumentParser:
     parser = _parser(kinds, name)
     parser.add_argument("artifact", help="folder, .safetensors file or hub id")
@@ -339,7 +348,7 @@ def _command(
     if control:
         parser.add_argument(
             "--control",
-            choices=CONTROLS if data else CONTROLS[:2],
+            choices=controls if data else controls[:2],
             help="look at untrained vectors of equal length instead",
         )
     if not data:

@@ -41,6 +41,22 @@ def random_vectors(vectors: SteeringVectors, seed: int = 0) -> dict[str, torch.T
     return _with_directions(vectors, drawn)
 
 
+def random_readouts(vectors: SteeringVectors, seed: int = 0) -> dict[str, torch.Tensor]:
+    """
+    `random_vectors` of adaptive vectors with random read-outs, each as long as its own: what it shows, tokens
+    and lengths alone show. SteerError for vectors without read-outs.
+    """
+    if vectors.config.kind != "adaptive":
+        raise SteerError(f"{vectors.config.kind} vectors have no read-outs; use the random control")
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = random_vectors(vectors, seed)
+    for name, own in tensors.items():
+        if name.endswith(".readout"):
+            drawn = torch.randn(own.shape, generator=generator, dtype=torch.float64)
+            tensors[name] = (normalize(drawn, dim=0) * own.double().norm()).to(own.dtype)
+    return tensors
+
+
 def shuffled_layers(vectors: SteeringVectors, seed: int = 0) -> dict[str, torch.Tensor]:
     """Every layer gets the direction of another one, at its own length. SteerError for a single layer."""
     layers = vectors.layers

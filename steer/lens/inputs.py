@@ -13,7 +13,7 @@ from steer.base_adapter import artifact_base
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.lens.conditions import BASE, steered
-from steer.lens.controls import mean_difference, random_vectors, shuffled_layers
+from steer.lens.controls import mean_difference, random_readouts, random_vectors, shuffled_layers
 from steer.lens.sampling import complete, graded
 from steer.lens.subject import Row, Subject
 from steer.models import load_model, load_tokenizer
@@ -82,6 +82,8 @@ def apply_control(
     chosen = getattr(args, "control", None)
     if chosen == "random":
         subject.vectors.set_tensors(random_vectors(subject.vectors, args.seed))
+    elif chosen == "random-readout":
+        subject.vectors.set_tensors(random_readouts(subject.vectors, args.seed))
     elif chosen == "shuffled":
         subject.vectors.set_tensors(shuffled_layers(subject.vectors, args.seed))
     elif chosen == "mean-difference":

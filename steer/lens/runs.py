@@ -286,12 +286,23 @@ def sweep(args: argparse.Namespace) -> None:
 
 def scales(args: argparse.Namespace) -> None:
     check_adaptive(artifact.read(args.artifact).config)
-    subject, problems = read_both(args)
-    result = scale_maps(subject, write_answers(subject, problems))
+    subject = read_subject(args)
+    problems = read_problems(args, subject.vectors.config.provenance)
+    rows = write_answers(subject, problems)  # before the control, so that all are read on the same tokens
+    apply_control(args, subject, problems)
+    result = scale_maps(subject, rows)
 
     def lines() -> Iterator[str]:
-        for layer, mean, std in zip(result.layers, result.mean.tolist(), result.std.tolist(), strict=True):
-            yield f"layer {layer:3}  coefficient {mean:8.3f} +- {std:.3f}"
+        yield "coefficient over tokens; its size on prompts / answers; share of its variance between types"
+        numbers = (result.mean, result.std, result.on_prompt, result.explained)
+        for layer, *row in zip(result.layers, *(n.tolist() for n in numbers), strict=True):
+            mean, std, on_prompt, explained = row
+            yield f"layer {layer:3}  {mean:8.3f} +- {std:.3f}  {on_prompt:6.2f}  {explained:6.2f}"
+        yield "mean coefficient by type of token, in standard deviations from the mean, averaged over layers"
+        centred = (result.by_type - result.mean[:, None]) / result.std[:, None]
+        for name, value in zip(result.types, centred.abs().mean(0).tolist(), strict=True):
+            if not math.isnan(value):
+                yield f"{name:20} {value:.2f}"
 
     _show(args, result, lines())
 

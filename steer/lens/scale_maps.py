@@ -18,10 +18,15 @@ from steer.hooks import hooked
 from steer.lens.conditions import steered
 from steer.lens.passes import run
 from steer.lens.results import Result
+from steer.lens.scripts import script
 from steer.lens.subject import Row, Subject, chunks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# Types of tokens, in prompts and in completions.
+TYPES = ("words", "digits", "punctuation", "space", "special")
+_NAMES = {"code": "punctuation", **{name: name for name in TYPES}}  # by script; all others are words
 
 
 @dataclass
@@ -40,6 +45,9 @@ class ScaleMaps(Result):
     """
     `maps`, one a text, and their statistics by layer over all tokens but each text's first: `mean`, `std` and
     `on_prompt`, the mean size on prompts divided by that on completions (NaN without completions); (layers,).
+    `by_type` (layers, types): the mean at tokens of each type ("prompt digits", "answer words", ...), NaN for
+    a type that no token has. `explained` (layers,): the share of the variance over tokens that lies between
+    the types, 0 to 1, NaN where there is no variance.
     """
 
     layers: list[int]
@@ -47,6 +55,14 @@ class ScaleMaps(Result):
     mean: torch.Tensor
     std: torch.Tensor
     on_prompt: torch.Tensor
+    types: list[str]
+    by_type: torch.Tensor
+    explained: torch.Tensor
+
+    @property
+    def spread(self) -> torch.Tensor:
+        """The standard deviation over tokens divided by the size of the mean: (layers,)."""
+        return self.std / self.mean.abs().clamp(min=1e-12)
 
     def figure(self) -> Figure:
         """The first text as a heat strip: layers by tokens."""
@@ -83,6 +99,8 @@ def scale_maps(subject: Subject, rows: Sequence[Row], *, texts: int = 8) -> Scal
     maps: list[ScaleMap] = []
     total, square, sizes = torch.zeros(len(layers)), torch.zeros(len(layers)), torch.zeros(2, len(layers))
     counts = [0, 0]
+    types = [f"{part} {name}" for part in ("prompt", "answer") for name in TYPES]
+    by_type, of_type = torch.zeros(len(layers), len(types)), torch.zeros(len(types))
     modules = [decoder.layers[layer].get_submodule("steering") for layer in layers]
     with hooked(*(m.register_forward_hook(partial(note, n)) for n, m in enumerate(modules))):
         for _, batch in chunks(rows, subject.batch_size):
@@ -100,7 +118,19 @@ def scale_maps(subject: Subject, rows: Sequence[Row], *, texts: int = 8) -> Scal
                 for part, piece in enumerate((line[:, 1 : row.prompt], line[:, row.prompt :])):
                     sizes[part] += piece.abs().sum(1)
                     counts[part] += piece.shape[1]
+                kinds = torch.tensor([_type(subject, row, at) for at in range(1, len(row.ids))])
+                by_type.index_add_(1, kinds, line[:, 1:])
+                of_type += kinds.bincount(minlength=len(types))
     n = max(1, sum(counts))
     mean = total / n
     on = [size / count if count else size * torch.nan for size, count in zip(sizes, counts, strict=True)]
-    return ScaleMaps(layers, maps, mean, (square / n - mean.square()).clamp(min=0).sqrt(), on[0] / on[1])
+    variance = (square / n - mean.square()).clamp(min=0)
+    by_type /= of_type  # NaN for a type without tokens
+    between = ((by_type - mean[:, None]).square() * of_type).nansum(1) / n
+    return ScaleMaps(layers, maps, mean, variance.sqrt(), on[0] / on[1], types, by_type, between / variance)
+
+
+def _type(subject: Subject, row: Row, at: int) -> int:
+    """The index in `ScaleMaps.types` of token `at` of a row."""
+    name = _NAMES.get(script(subject.token(row.ids[at])), "words")
+    return TYPES.index(name) + len(TYPES) * (at >= row.prompt)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.steering import fill
 from helpers.training import model_folder
 
 import steer
@@ -122,6 +123,31 @@ def test_a_jacobian_lens_is_fitted_and_read(artifact, tmp_path, capsys) -> None:
         call("logit", artifact, "--jacobian", lens)
     with pytest.raises(SteerError, match="cannot read a Jacobian lens"):
         call("logit", artifact, "--jacobian", texts)
+
+
+def test_scales_of_random_readouts_are_on_the_same_texts(artifact, tmp_path, build_tiny, capsys) -> None:
+    model = build_tiny("llama")
+    config = steer.read(artifact).config
+    adaptive = steer.SteeringConfig(
+        "adaptive", base_model_name_or_path=config.base_model_name_or_path, provenance=config.provenance
+    )
+    source = fill(steer.attach(model, adaptive)).save(tmp_path / "adaptive")
+    found = {}
+    for chosen in (None, "random", "random-readout"):
+        control = ("--control", chosen) if chosen else ()
+        call("scales", source, *COMMON, "--json", *control)
+        found[chosen] = json.loads(capsys.readouterr().out)
+    for other in ("random", "random-readout"):
+        assert [one["tokens"] for one in found[other]["maps"]] == [
+            one["tokens"] for one in found[None]["maps"]
+        ]
+    first = {name: one["maps"][0]["coefficients"][0] for name, one in found.items()}
+    assert first["random"] == pytest.approx(first[None])  # nothing is before the first layer
+    assert first["random-readout"] != pytest.approx(first[None])
+    call("scales", source, *COMMON)
+    assert "answer " in capsys.readouterr().out
+    with pytest.raises(SteerError, match="scale maps need adaptive vectors"):
+        call("scales", artifact, *COMMON, "--control", "random-readout")
 
 
 def test_report_writes_a_page(artifact, tmp_path, capsys) -> None:

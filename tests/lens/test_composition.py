@@ -18,6 +18,7 @@ from steer.lens.composition import Composition, compose, leave_one_out, likeliho
 from steer.lens.conditions import BASE, Condition, steered
 from steer.lens.sampling import complete
 from steer.lens.scale_maps import scale_maps
+from steer.lens.scripts import script
 from steer.lens.token_shift import PrefixSubstitution
 from steer.lens.transfer_matrix import Entry, TransferMatrix, transfer_matrix
 from steer.prompt import PromptSpec
@@ -158,6 +159,28 @@ def test_scale_maps_are_the_readouts(tiny_llama, tiny_tokenizer) -> None:
     torch.testing.assert_close(
         found.maps[1].coefficients[1], 3.0 * inputs[0][0] @ readout, rtol=1e-4, atol=1e-6
     )
+    by_type: dict[str, list[torch.Tensor]] = {}
+    for one, row in zip(scale_maps(subject, rows, texts=9).maps, rows, strict=True):
+        for at in range(1, len(row.ids)):
+            kind = {"digits": "digits", "code": "punctuation", "space": "space", "special": "special"}.get(
+                script(one.tokens[at]), "words"
+            )
+            name = f"{'prompt' if at < row.prompt else 'answer'} {kind}"
+            by_type.setdefault(name, []).append(one.coefficients[:, at])
+    assert len(by_type) > 3
+    values = torch.cat([torch.stack(found) for found in by_type.values()])
+    within = sum(
+        (torch.stack(found) - torch.stack(found).mean(0)).square().sum(0) for found in by_type.values()
+    )
+    expected = 1 - within / (values - values.mean(0)).square().sum(0)
+    torch.testing.assert_close(found.explained, expected, rtol=1e-3, atol=1e-5)
+    for name, expected, shown in zip(
+        found.types, map(by_type.get, found.types), found.by_type.T, strict=True
+    ):
+        if expected is None:
+            assert shown.isnan().all(), name
+        else:
+            torch.testing.assert_close(shown, torch.stack(expected).mean(0), rtol=1e-3, atol=1e-5)
     subject.batch_size, subject.padding_side = 1, "right"
     again = scale_maps(subject, rows)
     torch.testing.assert_close(again.mean, found.mean, rtol=1e-3, atol=1e-6)

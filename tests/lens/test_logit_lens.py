@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from steer import SteerError
 from steer.final_norm import find_final_norm, through_final_norm
 from steer.lens.conditions import BASE, steered
-from steer.lens.controls import random_vectors, values
+from steer.lens.controls import random_readouts, random_vectors, values
 from steer.lens.logit_lens import logit_lens
 from steer.lens.passes import streams
 from steer.lens.scripts import FOREIGN, SCRIPTS, count_scripts, script, vocabulary_scripts
@@ -183,3 +183,11 @@ def test_random_vectors_are_as_long_and_leave_no_trace(build_tiny, tiny_tokenize
             torch.testing.assert_close(drawn[layer].norm(), vector.norm(), rtol=1e-4, atol=0)
             assert abs(torch.cosine_similarity(drawn[layer], vector, dim=0)) < 0.9
         assert all(torch.equal(t, before[name]) for name, t in subject.vectors.tensors().items())
+        if kind != "adaptive":
+            with pytest.raises(SteerError, match="have no read-outs"):
+                random_readouts(subject.vectors)
+            continue
+        drawn = random_readouts(subject.vectors, seed=1)
+        for name, tensor in drawn.items():
+            torch.testing.assert_close(tensor.norm(), before[name].norm(), rtol=1e-4, atol=0)
+            assert abs(torch.cosine_similarity(tensor, before[name], dim=0)) < 0.9

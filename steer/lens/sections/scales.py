@@ -31,9 +31,7 @@ class Scales(Section):
             with values(subject.vectors, study.random):
                 control = scale_maps(subject, study.rows)
             for name, result in (("", maps), ("random_", control)):
-                study.note(
-                    **{f"{name}adaptive_spread": known_mean(result.std / result.mean.abs().clamp(min=1e-12))}
-                )
+                study.note(**{f"{name}adaptive_spread": known_mean(result.spread)})
 
     def sentences(self, name: str, report: Report) -> list[str]:
         if name != "scale sweep":
