@@ -20,6 +20,8 @@ from steer.arguments import (
     text,
     whole,
 )
+from steer.cli.sae import SAE_HELP
+from steer.config import SITES
 from steer.outputs import add_force, check_output, output
 
 CONTROLS = ("random", "shuffled", "mean-difference")
@@ -152,6 +154,18 @@ HELP = {
         "the length of the residual stream at their layer, beside random sets of equal length.",
         "steer lens spectrum my-vectors",
     ),
+    "features": (
+        "features of a sparse autoencoder that the vectors write and read",
+        "Cosine and projection of a vector on the rows of the SAE's decoder (what it writes), its cosine "
+        "with the rows of the encoder (what it reads), and how the mean activation of each feature changes "
+        "on texts while the vectors are on. Random vectors of equal length are beside each number; p is how "
+        "often the strongest feature of random vectors is as strong. A vector at the SAE's own layer and "
+        "site is read as it is. Vectors in earlier places are read by the mean change that arrives at the "
+        "SAE; those after it are refused. Texts: --texts; else the steered model's answers to --data or "
+        "what the vectors were trained on; else a neutral text.",
+        "steer lens features my-vectors --sae runs/sae-demo/topk --plot features.png\n"
+        "    steer lens features my-vectors --sae gemma-scope-2-270m-pt-res:layer_12_width_16k_l0_medium",
+    ),
     "report": (
         "everything, as one self-contained HTML page",
         "Runs every analysis with its controls, judges the paper's findings by stated rules, and writes one "
@@ -279,6 +293,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     _draws(_command(kinds, "spectrum", problems=8), 100)
 
+    _add_features(kinds)
+
     walk = _parser(kinds, "directions")
     walk.add_argument("artifacts", nargs="+", metavar="ARTIFACT", help="the earliest checkpoint first")
     _output(walk)
@@ -291,6 +307,29 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_trust(transfer)
     _input(transfer)
     _output(transfer)
+
+
+def _add_features(kinds: Any) -> None:
+    parser = _command(kinds, "features", control=False)
+    parser.add_argument("--sae", metavar="SAE", required=True, help=SAE_HELP)
+    parser.add_argument(
+        "--sae-layer", type=whole, help="of an SAE that does not say its layer; default: the SAE's"
+    )
+    parser.add_argument(
+        "--sae-site",
+        choices=SITES,
+        help="of an SAE that does not say its site; default: the SAE's, or resid_post",
+    )
+    parser.add_argument("--layers", help="vectors of these layers alone; default: all together")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        metavar="SOURCE",
+        help=".txt (a text a line) or .jsonl files, or data sets on the hub, in the place of problems; as "
+        "many texts as --problems says; default: none",
+    )
+    parser.add_argument("--top", type=count, default=10, help="features in each table (default: 10)")
+    _draws(parser, 20)
 
 
 def _add_jacobian(kinds: Any) -> None:

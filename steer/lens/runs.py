@@ -24,6 +24,7 @@ from steer.lens.composition import compose as pairs_of
 from steer.lens.conditions import steered
 from steer.lens.directions import checkpoints
 from steer.lens.directions import directions as along
+from steer.lens.feature_runs import features as features
 from steer.lens.input_routes import input_routes
 from steer.lens.inputs import (
     answer_limit,

@@ -71,6 +71,7 @@ MORE = {
         f"lens {name}": [*LENS, "--draws", "1"]
         for name in ("attention", "conventions", "downstream", "entropy", "spectrum")
     },
+    "lens features": [*LENS, "--sae-layer", "1", "--draws", "1", "--max-new-tokens", "4"],
     "lens patch": [*LENS, "--layers", "1"],
     "lens compose": [*LENS, "--layers", "0-1"],
     "lens sweep": [*LENS, "--scales", "1"],
