@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 import steer
+from steer.errors import SteerError
 from steer.files import replace_file
 from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.models import load_model, load_tokenizer
@@ -25,7 +26,7 @@ from steer.sae.activations import Reader
 from steer.sae.browser import write_browser
 from steer.sae.cache import HeldActivations
 from steer.sae.evaluate import quality
-from steer.sae.features import Feature, GradedCompletion, analyse, read_completions
+from steer.sae.features import Feature, GradedCompletion, analyse, of_equal_mass, read_completions
 from steer.sae.intervene import answer_without, shifted
 from steer.sae.schedule import TrainConfig
 from steer.sae.trainer import SAETrainer
@@ -38,6 +39,7 @@ from steer.tasks.lenient import extract_lenient
 from steer.tasks.prompts import choose_prompt, formatter
 
 ROWS = 256  # completions sampled at once
+SETS = 5  # of other features that are ablated beside those of right answers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
             key=lambda f: abs(f.right + f.wrong - top.right - top.wrong),
         )
         table, good = sae.W_dec.detach(), [f.index for f in features if f.q < 0.05 and f.difference > 0]
+        sets = _sets(features, good)
         changes = {
             "base": Change(steered=False),
             "base + mean difference of this layer": Change(steered=False, added=rows.mean(0)),
@@ -97,6 +100,10 @@ def run(args: argparse.Namespace) -> None:
             "steered, top feature of wrong answers ablated": Change(ablated=[wrong.index]),
             "steered, another as frequent feature ablated": Change(ablated=[other.index]),
             f"steered, the {len(good)} features of right answers ablated": Change(ablated=good),
+            **{
+                f"steered, {len(good)} others ablated, set {n}": Change(ablated=others)
+                for n, others in enumerate(sets, 1)
+            },
             f"steered, all {len(table)} features ablated": Change(ablated=list(range(len(table)))),
         }
         accuracy: dict[str, dict[str, float]] = {}
@@ -117,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
         "top_feature": _facts(top),
         "top_feature_of_wrong_answers": _facts(wrong),
         "other_feature": _facts(other),
+        "mass": {"right answers": _mass(features, good), "others": [_mass(features, one) for one in sets]},
         "heldout_problems": len(subject.heldout),
         "accuracy": accuracy,
     }
@@ -208,6 +216,20 @@ def _train(args: argparse.Namespace, reader: Reader, rows: torch.Tensor) -> SAE:
     return SAETrainer({"diff": config}, stream, training).train()["diff"]
 
 
+def _sets(features: list[Feature], good: list[int]) -> list[list[int]]:
+    """Sets of as many other features of nearly the same mass; none where there are not so many."""
+    try:
+        return [of_equal_mass(features, good, seed) for seed in range(SETS)] if good else []
+    except SteerError as error:
+        print(error)
+        return []
+
+
+def _mass(features: list[Feature], some: list[int]) -> float:
+    """Their share of the mean strength of all tested features."""
+    return sum(f.mean for f in features if f.index in some) / sum(f.mean for f in features)
+
+
 def _first(features: list[Feature], sign: int) -> Feature:
     """The feature that fires more often, most surely, in right (sign 1) or wrong (-1) completions."""
     return next((f for f in features if sign * f.difference > 0), features[0])
@@ -235,4 +257,12 @@ def markdown(content: dict[str, Any]) -> str:
         lenient = f"{row['lenient']:.3f}" if "lenient" in row else ""
         span = f"{row['low']:.3f} to {row['high']:.3f}"
         lines.append(f"| {label} | {row['accuracy']:.3f} | {span} | {lenient} |")
+    mass = content["mass"]
+    if mass["others"]:
+        others = ", ".join(f"{one:.3f}" for one in mass["others"])
+        lines += [
+            "",
+            f"Mass, as a share of the mean strength of all tested features: features of right answers "
+            f"{mass['right answers']:.3f}, the sets of others {others}.",
+        ]
     return "\n".join(lines) + "\n"

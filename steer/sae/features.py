@@ -8,7 +8,7 @@ completions of one prompt, so a test compares right and wrong ones of the same p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -167,6 +167,44 @@ def analyse(
             )
         )
     return sorted(features, key=lambda feature: (feature.p, -abs(feature.difference)))
+
+
+def of_equal_mass(features: Sequence[Feature], chosen: Collection[int], seed: int = 0) -> list[int]:
+    """
+    As many other features as `chosen`, of nearly the same mass, the sum of their mean strengths: a control
+    for ablating the chosen ones.
+
+    Args:
+        features: of `analyse`.
+        chosen: indices of some of them. Others whose corrected p is below 0.05 are left out as well.
+        seed: of the random set that the search begins with. One feature at a time is exchanged for another
+            that brings the mass nearer, until none does.
+
+    Returns:
+        Their indices, sorted.
+
+    Raises:
+        SteerError: there are fewer others than chosen ones.
+    """
+    others = [f for f in features if f.index not in chosen and f.q >= 0.05]
+    if len(others) < len(chosen):
+        raise SteerError(
+            f"{len(others)} other features are not as many as the {len(chosen)} chosen; test more features, "
+            "or choose fewer"
+        )
+    masses = torch.tensor([f.mean for f in others], dtype=torch.float64)
+    target = sum(f.mean for f in features if f.index in chosen)
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+    used, free = order[: len(chosen)], order[len(chosen) :]
+    while len(used) and len(free):
+        off = masses[used].sum() - target
+        after = (off + masses[free][None] - masses[used][:, None]).abs()
+        best = int(after.argmin())
+        if not after.flatten()[best] < off.abs():
+            break
+        out, into = divmod(best, len(free))
+        used[out], free[into] = free[into].clone(), used[out].clone()
+    return sorted(others[index].index for index in used.tolist())
 
 
 def _strengths(sae: SAE, rows: Tensor, feature: int) -> list[float]:

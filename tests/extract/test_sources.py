@@ -24,7 +24,7 @@ from steer.extract import read_completions, read_contrast, sae_direction
 from steer.files import read_json
 from steer.identity import base_checksum
 from steer.prompt import PromptSpec
-from steer.sae import SAE, SAEConfig
+from steer.sae import SAE, SAEConfig, save_sae
 from steer.tasks.prompts import format_prompt
 
 PAIRS = [
@@ -236,6 +236,37 @@ def test_a_feature_of_an_sae(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: An
     torch.testing.assert_close(vector / vector.norm(), sae.W_dec[5].detach(), rtol=1e-5, atol=1e-6)
     # a feature's activation is a length in the stream, which the vector's own length is a share of
     assert made.config.provenance["extract"]["from"].startswith("feature 5 of the SAE")
+
+
+def test_a_feature_of_an_sae_of_another_tool(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    """Its hook says the place; the length of its decoder's rows, here ten times theirs, does not matter."""
+    model = str(model_folder(tmp_path / "model", tiny_llama, tiny_tokenizer))
+    sae = make_sae(tmp_path / "own", model=model, layer=2, site="resid_pre")
+    save_sae(sae, tmp_path / "sae", "saelens")
+    with torch.no_grad():
+        sae.W_dec.mul_(10)
+    save_sae(sae, tmp_path / "long", "saelens")
+    made = {}
+    for name in ("own", "sae", "long"):
+        asked = ["extract", "sae", str(tmp_path / name), "--feature", "5", "--share", "0.5"]
+        assert main([*asked, "--out", str(tmp_path / f"{name}-v")]) == 0
+        made[name] = steer.read(tmp_path / f"{name}-v")
+        assert (made[name].config.layers, made[name].config.site) == ("2", "resid_pre")
+        torch.testing.assert_close(made[name].by_layer()[2], made["own"].by_layer()[2])
+    told = made["sae"].config.provenance["extract"]["sae"]
+    assert (told["tool"], told["hook"]) == ("SAELens", "blocks.2.hook_resid_pre")
+
+
+def test_an_sae_that_names_its_model_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_llama: Any, tiny_tokenizer: Any
+) -> None:
+    sae = make_sae(tmp_path / "own", model="gpt2-small", layer=1)
+    save_sae(sae, tmp_path / "sae", "saelens")
+    asked = ["extract", "sae", str(tmp_path / "sae"), "--feature", "5", "--out", str(tmp_path / "v")]
+    assert main(asked) == 1
+    assert "is an SAE of 'gpt2-small', which is no hub id; give --model" in capsys.readouterr().err
+    model = str(model_folder(tmp_path / "model", tiny_llama, tiny_tokenizer))
+    assert main([*asked, "--model", model, "--layers", "1"]) == 0  # no site was saved, so no hook either
 
 
 def test_an_sae_is_extracted_for_the_weights_that_it_was_trained_on(

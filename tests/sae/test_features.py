@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from steer.sae.features import (
     Snippet,
     analyse,
     logit_effects,
+    of_equal_mass,
     read_completions,
     within_prompts,
 )
@@ -100,6 +102,26 @@ def test_equal_completions_are_read_once_and_shown_once(diff, monkeypatch):
     monkeypatch.setattr(type(reader), "read", lambda self, batch: windows.extend(batch) or plain(self, batch))
     torch.testing.assert_close(read_completions(reader, repeated), expected)
     assert len(windows) == 4
+
+
+def test_as_many_other_features_of_equal_mass():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.rand(60, generator=generator).tolist()
+    made = [Feature(i, 0.5, 0.4, 0, 0.2, 0.5, 0.5, mean, 1.0, [], [], []) for i, mean in enumerate(means)]
+    made[50] = replace(made[50], q=0.01)  # of wrong answers, say
+    chosen = list(range(12))
+    mass = sum(means[i] for i in chosen)
+    sets = [of_equal_mass(made, chosen, seed) for seed in range(4)]
+    for one in sets:
+        assert len(set(one)) == 12
+        assert not set(one) & {*chosen, 50}
+        assert sum(means[i] for i in one) == pytest.approx(mass, rel=1e-3)
+    assert len({tuple(one) for one in sets}) > 1
+    assert of_equal_mass(made, chosen, 0) == sets[0]
+    heavy = [replace(made[0], mean=100.0), *made[1:]]  # nothing else weighs as much: the heaviest others
+    assert of_equal_mass(heavy, [0], 0) == [max((m, i) for i, m in enumerate(means) if i not in (0, 50))[1]]
+    with pytest.raises(SteerError, match="29 other features are not as many as the 30 chosen"):
+        of_equal_mass(made, range(30))
 
 
 def test_one_sided_completions_are_refused(diff):
