@@ -131,8 +131,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     answers.add_argument("--variant", default="base", help="of `steer eval`: whose answers")
     for one in (pairs, answers):
         one.add_argument(
-            "--method", choices=("mean", "pca"), default="mean", help="mean difference, or first principal "
-            "component of the differences of paired texts",
+            "--method", choices=("mean", "pca", "svm"), default="mean", help="mean difference, first "
+            "principal component of the differences of paired texts, or normal of a linear SVM",
         )  # fmt: skip
         one.add_argument(
             "--tokens", choices=("last", "all", "completion"), default="last",

@@ -29,7 +29,10 @@ METHODS = {
     "mean": "the mean of the positive texts minus that of the negative ones",
     "pca": "the direction along which paired texts differ most: the first principal component of their "
     "differences, taken about zero, with the sign of the mean difference",
+    "svm": "the normal of the plane between positive and negative texts, of a linear support vector machine",
 }
+# Weight of the hinge losses against the margin, as in scikit-learn's LinearSVC, whose default it is too.
+PENALTY = 1.0
 # Of the mean length of the residual stream.
 SHARE = 0.1
 
@@ -71,6 +74,55 @@ def principal_component(
         along = rows @ component
         components[layer] = component * along.square().mean().sqrt() * (-1.0 if along.mean() < 0 else 1.0)
     return components
+
+
+def support_vector(positive: Activations, negative: Activations) -> dict[int, Tensor]:
+    """
+    The normal of the plane that a linear support vector machine puts between positive and negative texts, by
+    layer: (hidden_size,) in float64, towards the positive ones, as long as their mean difference along it.
+
+    With each text's mean activation x, less the mean of all and divided by the root mean square length of
+    that, and y = 1 or -1, it minimises |w|^2 / 2 + `PENALTY` * sum of max(0, 1 - y (w x + b))^2.
+
+    Args:
+        positive: with `texts`.
+        negative: with `texts`.
+    """
+    assert positive.texts is not None and negative.texts is not None
+    normals = {}
+    for place, layer in enumerate(positive.layers):
+        one, other = positive.texts[:, place].double(), negative.texts[:, place].double()
+        points = torch.cat([one, other])
+        points = points - points.mean(0)
+        length = points.norm(dim=1).square().mean().sqrt()
+        labels = torch.cat([torch.ones(len(one)), -torch.ones(len(other))]).double()
+        normal = _squared_hinge(points / length.clamp(min=1e-30), labels)
+        normal = normalize(normal, dim=0)
+        normals[layer] = normal * ((one.mean(0) - other.mean(0)) @ normal).abs()
+    return normals
+
+
+def _squared_hinge(points: Tensor, labels: Tensor) -> Tensor:
+    """The weights (width,) of a linear SVM with squared hinge loss and a free bias; points (texts, width)."""
+    basis = torch.eye(points.shape[1], dtype=points.dtype)
+    if len(points) < points.shape[1]:  # the weights are in the span of the points
+        basis, triangle = torch.linalg.qr(points.T)
+        points = triangle.T
+    weights = torch.zeros(points.shape[1] + 1, dtype=points.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        slack = (1 - labels * (points @ weights[:-1] + weights[-1])).clamp(min=0)
+        value = weights[:-1].square().sum() / 2 + PENALTY * slack.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return basis @ weights[:-1].detach()
 
 
 def token_direction(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

@@ -15,7 +15,14 @@ from steer.errors import SteerError
 from steer.evaluation.prose import prose
 from steer.extract.activations import TOKENS, read_activations
 from steer.extract.contrast import Contrast
-from steer.extract.directions import METHODS, SHARE, mean_difference, principal_component, scaled
+from steer.extract.directions import (
+    METHODS,
+    SHARE,
+    mean_difference,
+    principal_component,
+    scaled,
+    support_vector,
+)
 from steer.extract.rows import Row
 from steer.identity import tokenizer_checksum
 from steer.models import context_length
@@ -74,11 +81,15 @@ def from_contrast(
             "run with right and wrong answers to one problem, or method='mean'"
         )
     positive, negative = (
-        read_activations(model, rows, chosen, site, tokens, batch_size, pca, label and f"{label}, {name}")
+        read_activations(
+            model, rows, chosen, site, tokens, batch_size, method != "mean", label and f"{label}, {name}"
+        )
         for name, rows in (("positive", contrast.positive), ("negative", contrast.negative))
     )
     if pca:
         directions = principal_component(positive, negative, contrast.pairs)
+    elif method == "svm":
+        directions = support_vector(positive, negative)
     else:
         directions = mean_difference(positive, negative)
     norms = dict(zip(chosen, ((positive.norm + negative.norm) / 2).tolist(), strict=True))

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.lens import texts
 from helpers.steering import fill, logits, message, relative, tokens
+from scipy.optimize import minimize
 from transformers import PreTrainedModel
 
 import steer
@@ -91,6 +93,39 @@ def test_the_principal_component_is_that_of_an_svd(tiny_model: Any, tiny_tokeniz
             unit = made[layer].double() / made[layer].double().norm()
             # near-equal singular values turn the component by their share of the error
             assert unit @ expected > 1 - 1e-4
+
+
+@pytest.mark.parametrize("counts", [(5, 3), (20, 15)])  # fewer texts than the hidden size, and more
+def test_the_svm_is_that_of_its_dual_problem(tiny_llama: Any, tiny_tokenizer: Any, counts: tuple) -> None:
+    """A second implementation: the dual problem, by scipy's sequential quadratic programming."""
+    rows = [texts(tuple((3 + i % 4, 2) for i in range(n)), seed=seed) for seed, n in enumerate(counts, 1)]
+    made = from_contrast(tiny_llama, tiny_tokenizer, Contrast(*rows, []), method="svm").by_layer()
+    states = [last_tokens(tiny_llama, some).double().numpy() for some in rows]
+    y = np.repeat([1.0, -1.0], counts)
+    for layer in range(3):
+        points = np.concatenate([part[:, layer] for part in states])
+        points -= points.mean(0)
+        points /= np.sqrt((points**2).sum(1).mean())
+        # maximise sum(a) - |w|^2 / 2 - |a|^2 / 4 with w = sum(a y x), a >= 0 and sum(a y) = 0
+        kernel = np.outer(y, y) * (points @ points.T) + np.eye(len(y)) / 2
+        done = minimize(
+            lambda a, kernel=kernel: (a @ kernel @ a / 2 - a.sum(), kernel @ a - 1),
+            np.ones(len(y)),
+            jac=True,
+            method="SLSQP",
+            bounds=[(0, None)] * len(y),
+            constraints={"type": "eq", "fun": lambda a: a @ y, "jac": lambda a: y},
+            options={"maxiter": 1000, "ftol": 1e-14},
+        )
+        expected = (done.x * y) @ points
+        unit = made[layer].double().numpy() / made[layer].double().norm().item()
+        assert unit @ expected / np.linalg.norm(expected) > 1 - 1e-5
+
+
+def test_texts_that_are_the_same_have_no_plane_between_them(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    rows = texts(((5, 2), (6, 2)))
+    with pytest.raises(SteerError, match="positive and negative texts are the same there"):
+        from_contrast(tiny_llama, tiny_tokenizer, Contrast(rows, rows, []), method="svm")
 
 
 @pytest.mark.parametrize("site", [site for site in SITES if site != "resid_post"])
