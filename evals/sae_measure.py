@@ -16,11 +16,14 @@ from steer.sae.activations import ActivationStream, Reader, Window, windows
 from steer.sae.cache import CachedActivations, HeldActivations, write_cache
 from steer.sae.config import encoder_parameters, forward_flops
 from steer.sae.evaluate import LossRecovered, loss_recovered, nearest_cosines, quality
+from steer.sae.heads import head_correlation
 from steer.sae.letters import absorption, first_letters
 from steer.sae.texts import Texts
 
 # Windows of the training texts whose words train and test the letter probe.
 LETTER_WINDOWS = 120
+# Batches of held-out activations for the correlation of features.
+CORRELATED = 16
 
 
 def stored(
@@ -82,7 +85,17 @@ class Measure:
             "clean_cross_entropy": next(iter(recovered.values())).clean,
             "nearest_cosine": nearest_cosines(sae.W_dec).mean().item(),
         }
-        return {**row, **self._absorption(sae)}
+        return {**row, **self._absorption(sae), **self._heads(sae)}
+
+    def _heads(self, sae: SAE) -> dict[str, Any]:
+        """Of a KronSAE the correlation of features within heads and between them, on held-out activations."""
+        if sae.cfg.encoder != "kron":
+            return {}
+        try:
+            found = head_correlation(sae, lambda: islice(self.heldout.batches(self.batch), CORRELATED))
+        except SteerError:  # too few features fire
+            return {"head_correlation": None}
+        return {"head_correlation": found.to_dict()}
 
     def _absorption(self, sae: SAE) -> dict[str, float | None]:
         try:

@@ -64,7 +64,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", *_training_lines(results, size), "", *_equal_tokens(results, size)]
         lines += ["", *_equal_flops(results, size)]
     size = facts["dictionaries"][0]
-    lines += ["", *_interactions(results, size), "", *_over_l0(results, size)]
+    lines += ["", *_interactions(results, size), "", *_heads(results, size), "", *_over_l0(results, size)]
     return "\n".join(lines) + "\n"
 
 
@@ -148,6 +148,19 @@ def _interactions(results: dict[str, Any], size: int) -> list[str]:
         shown = "" if name == "kron-m2n4" else cell(differences, sign="+")
         lines.append(f"| {label} | {cell([explained(row, k) for row in rows])} | {shown} |")
     return lines
+
+
+def _heads(results: dict[str, Any], size: int) -> list[str]:
+    """Correlations of features within heads and between them; results of an earlier version have none."""
+    title = f"| {size:,}, correlation of two features | in one head | in one random head | in two heads |"
+    lines = [title, "|---|---|---|---|"]
+    for name in _names(results, size):
+        rows = [row.get("head_correlation") for row in rows_of(results, size, "equal_tokens", name)]
+        found = [row for row in rows if row is not None]
+        if found:
+            cells = [cell([row[key] for row in found], 3) for key in ("within", "random", "between")]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines if len(lines) > 2 else []
 
 
 def over_l0(results: dict[str, Any], size: int, name: str, n: int) -> list[float]:

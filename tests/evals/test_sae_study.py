@@ -74,6 +74,9 @@ def test_the_study_is_made_once_and_goes_on(arguments, tmp_path, monkeypatch):
     assert f" {(a + b) / 2:.4f} ± {half_width:.4f} " in row
     ratio = forward_flops(SAEConfig(32, 64, 4, encoder="kron")) / forward_flops(dense)
     assert f"| {ratio:.3f} | {mean_tokens(results):,.0f} |" in row
+    found = part["equal_tokens"]["kron-m2n4"]["head_correlation"]
+    assert -1 <= found["within"] <= 1 and "head_correlation" not in part["equal_tokens"]["topk"]
+    assert "| 64, correlation of two features | in one head |" in table
     for label in ("| plain product |", "| HierarchicalTopK with KronSAE, one SAE |", "64, equal FLOPs"):
         assert label in table
 
