@@ -142,12 +142,12 @@ def _peak(implementation: str, k: int, width: int, features: int, batch: int) ->
     hierarchical_loss(sae, x[:2], sae.active(x[:2]), None, implementation).backward()
     active = sae.active(x)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
-    before = _status("VmRSS")
+    before = status_kb("VmRSS")
     hierarchical_loss(sae, x, active, None, implementation).backward()
-    return (_status("VmHWM") - before) / 1024
+    return (status_kb("VmHWM") - before) / 1024
 
 
-def _status(name: str) -> float:
+def status_kb(name: str) -> float:
     """A line of /proc/self/status, in kilobytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return float(next(line for line in lines if line.startswith(name)).split()[1])
