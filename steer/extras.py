@@ -16,6 +16,7 @@ _TRAIN = (
 # Top-level modules by extra, as pyproject.toml declares them.
 MODULES = {
     **{"train": _TRAIN, "lens": _TRAIN, "sae": _TRAIN},
+    "langid": (*_TRAIN, "py3langid"),
     **{"vllm": ("vllm", "fastapi", "requests"), "play": ("gradio",), "sae-lens": (*_TRAIN, "sae_lens")},
 }
 

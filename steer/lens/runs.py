@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from steer.lens.inputs import (
     write_answers,
 )
 from steer.lens.jacobian import JacobianLens, fit, sample_windows
+from steer.lens.languages import classifier, languages
 from steer.lens.logit_lens import logit_lens
 from steer.lens.page import render
 from steer.lens.pair_correlation import pair_correlations
@@ -83,7 +85,10 @@ def logit(args: argparse.Namespace) -> None:
     )
     result.jacobian = through
     if args.scripts:
-        _show(args, counts := count_scripts(result, subject.tokenizer), _script_lines(counts))
+        counts = count_scripts(result, subject.tokenizer)
+        if find_spec("py3langid"):
+            counts.languages = languages(result, subject.tokenizer, classifier(), seed=args.seed)
+        _show(args, counts, _script_lines(counts))
         return
 
     def lines() -> Iterator[str]:
@@ -117,6 +122,18 @@ def _script_lines(counts: ScriptCounts) -> Iterator[str]:
     sides = zip(counts.layers, counts.foreign("promoted"), counts.foreign("suppressed"), strict=True)
     for layer, promoted, suppressed in sides:
         yield f"layer {layer:3}  promoted {promoted:6.1%}  suppressed {suppressed:6.1%}"
+    if counts.languages is None:
+        yield 'languages of the tokens: pip install "steer-rl[langid]"'
+        return
+    found = counts.languages
+    yield f"by the language classifier, not English; of the vocabulary {found.foreign_base:.1%}"
+    for layer, *both in zip(
+        found.layers, found.foreign("promoted"), found.foreign("suppressed"), strict=True
+    ):
+        promoted, suppressed = ("   -  " if x != x else f"{x:6.1%}" for x in both)
+        yield f"layer {layer:3}  promoted {promoted}  suppressed {suppressed}"
+    for name, decided, share, kappa, _ in found.rows():
+        yield f"script and language agree, {name:10}  {share:.3f} of {decided} tokens (kappa {kappa:.2f})"
 
 
 def shift(args: argparse.Namespace) -> None:

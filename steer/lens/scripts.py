@@ -19,6 +19,8 @@ from steer.lens.results import Result
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from steer.lens.languages import Languages
+
 SCRIPTS = (
     "latin",  # ASCII letters: English, and much else
     "accented",  # Latin letters with marks: a European language other than English
@@ -38,7 +40,8 @@ _CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO")
 class ScriptCounts(Result):
     """
     `promoted` and `suppressed` (layers, scripts): counts among each layer's top and bottom tokens; `base`
-    (scripts,) the share of each script in the whole vocabulary.
+    (scripts,) the share of each script in the whole vocabulary. `languages` is what a classifier says of
+    them, where one is installed.
     """
 
     layers: list[int]
@@ -46,6 +49,7 @@ class ScriptCounts(Result):
     promoted: torch.Tensor
     suppressed: torch.Tensor
     base: torch.Tensor
+    languages: Languages | None = None
 
     def foreign(self, side: str = "suppressed") -> torch.Tensor:
         """Share of tokens in a script other than plain Latin among those that are text: (layers,)."""

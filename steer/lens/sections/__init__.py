@@ -9,6 +9,7 @@ from steer.lens.sections.conventions import Conventions
 from steer.lens.sections.directions import Directions
 from steer.lens.sections.downstream import Downstream
 from steer.lens.sections.entropy import Entropy
+from steer.lens.sections.languages import Languages
 from steer.lens.sections.last_layers import LastLayers
 from steer.lens.sections.layers import Layers
 from steer.lens.sections.logit_lens import LogitLens
@@ -24,6 +25,7 @@ SECTIONS: tuple[Section, ...] = (
     Directions(),
     Spectrum(),
     LogitLens(),
+    Languages(),
     Downstream(),
     TokenShifts(),
     Entropy(),
