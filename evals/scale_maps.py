@@ -25,9 +25,11 @@ from steer.files import replace_file
 from steer.lens.controls import random_readouts, random_vectors, values
 from steer.lens.inputs import read_problems, write_answers
 from steer.lens.results import plain
+from steer.lens.sampling import graded
 from steer.lens.scale_maps import ScaleMaps, scale_maps
 from steer.lens.subject import Subject
 from steer.models import load_model, load_tokenizer
+from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import DEFAULT_PROMPT
 
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("artifact", help="adaptive vectors: folder, .safetensors file or hub id")
     parser.add_argument("--data", help="problems; default: what the vectors were trained on, held out")
     parser.add_argument("--problems", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=24, help="default: %(default)s")
     parser.add_argument("--draws", type=int, default=5, help="of each control (default: %(default)s)")
     parser.add_argument("--out", default="evals/results/lens/adaptive", help="default: %(default)s")
     args = parser.parse_args(argv)
@@ -50,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     vectors = steer.load(source, load_model(name, dtype="float32", revision=revision), tokenizer=tokenizer)
     prompt = source.config.prompt or DEFAULT_PROMPT
     subject = Subject(vectors, tokenizer, prompt, args.max_new_tokens)
-    rows = write_answers(subject, read_problems(args, source.config.provenance))
+    problems = read_problems(args, source.config.provenance)
+    rows = write_answers(subject, problems)
+    with MathGrader() as grader:
+        solved = int(graded(subject, rows, problems, grader).sum())
     found: dict[str, list[ScaleMaps]] = {"trained": [scale_maps(subject, rows)]}
     for kind, draw in (("random direction", random_vectors), ("random read-out too", random_readouts)):
         found[kind] = []
@@ -65,12 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": name,
         "vectors": vectors_checksum(vectors.config, vectors.tensors()),
         "texts": len(rows),
+        "solved": solved,
         "tokens": sum(len(row.ids) for row in rows),
         "layers": vectors.layers,
         "draws": {kind: [numbers(one) for one in maps] for kind, maps in found.items()},
     }
     text = json.dumps(plain(result), indent=1) + "\n"
     replace_file(out.with_name(f"{out.name}.json"), text.encode())
+    print(f"{solved} of {len(rows)} problems are solved by the trained vectors")
     print("\n".join(table(result)))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from helpers.lens import subject_of
+from helpers.paths import ROOT
 from helpers.training import model_folder
 
 from evals import jacobian_lens
@@ -54,3 +56,12 @@ def test_ranks_of_the_token_that_is_promoted_most(build_tiny, tiny_tokenizer, tm
 
     with pytest.raises(SteerError, match="fitted on these very texts"):
         jacobian_lens.main([*argv, "--limit", "2", "--texts", str(tmp_path / "fit.txt")])
+
+
+def test_the_page_quotes_the_committed_result() -> None:
+    result = json.loads((ROOT / "evals/results/lens/jacobian.json").read_text())
+    lines = jacobian_lens.table(result)
+    page = (ROOT / "docs/lens.md").read_text().splitlines()
+    quoted = [line for line in page if re.match(r"\| \d+ \| `'", line)]
+    assert len(quoted) > 9 and set(quoted) <= set(lines)
+    assert lines[0] in page
