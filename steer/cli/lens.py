@@ -168,8 +168,10 @@ HELP = {
     ),
     "report": (
         "everything, as one self-contained HTML page",
-        "Runs every analysis with its controls, judges the paper's findings by stated rules, and writes one "
-        "page. Minutes for a small model on a CPU; it shows where it is.",
+        "Runs every analysis beside 20 sets of random vectors, judges the paper's findings by stated rules "
+        "(seen, seen but not specific, not seen, untestable), and writes one page. Needs 24 problems; "
+        "what is said of gains, 24 that are solved. A quarter of an hour for a model of 135M parameters "
+        "on two CPU cores; it shows where it is.",
         "steer lens report runs/demo/vectors --out lens.html --figures lens/",
     ),
 }
@@ -186,7 +188,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     kinds = lens.add_subparsers(required=True, metavar="ANALYSIS")
 
-    report = _command(kinds, "report", plot=False, control=False, problems=24)
+    report = _command(kinds, "report", plot=False, control=False, problems=48)
     report.add_argument("--out", default="lens.html", help="the page to write (default: lens.html)")
     report.add_argument("--figures", metavar="FOLDER", help="also write the figures, findings.json and .md")
     report.add_argument(

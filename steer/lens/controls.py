@@ -41,6 +41,15 @@ def random_vectors(vectors: SteeringVectors, seed: int = 0) -> dict[str, torch.T
     return _with_directions(vectors, drawn)
 
 
+def directions(vectors: SteeringVectors, tensors: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """What `Condition.directions` takes for the vectors to act as with the values `tensors`."""
+    if vectors.config.kind == "adaptive":  # the read-outs stay
+        names = [name for name in tensors if name.endswith(".vector")]
+        return {layer: tensors[name] for layer, name in zip(vectors.layers, names, strict=True)}
+    with values(vectors, tensors):
+        return vectors.effective()
+
+
 def random_readouts(vectors: SteeringVectors, seed: int = 0) -> dict[str, torch.Tensor]:
     """
     `random_vectors` of adaptive vectors with random read-outs, each as long as its own: what it shows, tokens

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from steer.lens import plots, prose
-from steer.lens.findings import NOT_SEEN, SEEN, words
+from steer.lens.findings import NOT_SEEN, NOT_SPECIFIC, SEEN, told_null, words
+from steer.lens.null import DRAWS
 from steer.lens.sections import SECTIONS
-from steer.lens.study import SINGLE, Report
+from steer.lens.study import TEXTS, Report
 from steer.lens.words import percent
 from steer.pages import asset, render_page
 
@@ -26,9 +27,10 @@ def render(report: Report) -> str:
         trained=prose.trained(report),
         provenance=_provenance(report),
         figures=_figures(report),
-        few=max(SINGLE, report.problems // 5),
-        single=SINGLE,
-        classes={SEEN: "seen", NOT_SEEN: "not"},
+        texts=TEXTS,
+        draws=DRAWS,
+        classes={SEEN: "seen", NOT_SPECIFIC: "unspecific", NOT_SEEN: "not"},
+        told_null=told_null,
         percent=percent,
         words=words,
     )

@@ -15,6 +15,7 @@ import torch
 
 from steer.errors import SteerError
 from steer.lens.conditions import (
+    BASE,
     EVERYTHING,
     NONE,
     NOTHING,
@@ -202,6 +203,34 @@ def patch(
         steered={name: value[1].item() for name, value in scores.items()},
         positions=positions,
     )
+
+
+def kept(
+    subject: Subject,
+    rows: Sequence[Row],
+    effect_path: EffectPath,
+    ends: Sequence[Condition],
+    label: str | None = None,
+) -> list[float]:
+    """
+    For each of `ends`, the share of its effect on the logit difference that passes along `effect_path`, as in
+    `patch`: many changes and one path, in one pass.
+    """
+    pairs = [one for end in ends for one in (end, replace(end, effect_path=effect_path, reference=0))]
+    _check_closed(subject, rows[0], [BASE, ends[0]], 0)
+    lifted = torch.zeros(len(ends), 3, dtype=torch.float64)  # base, end, along the path
+    for done in passes(subject, rows, [BASE, *pairs], share=True, label=label):
+        for index in range(len(done.rows)):
+            base, *others = done.next_token(index)
+            for n in range(len(ends)):
+                three = torch.stack([base, others[2 * n], others[2 * n + 1]])
+                probabilities = three[:2].softmax(-1)
+                moved = probabilities[1] - probabilities[0]
+                pair = torch.stack([moved.argmax(-1), moved.argmin(-1)], -1)
+                up, down = three.gather(-1, pair.expand(3, -1, -1)).unbind(-1)
+                lifted[n] += (up - down).cpu().double().sum(1)
+    start, end, along = lifted.unbind(1)
+    return ((along - start) / (end - start)).tolist()
 
 
 def _check_closed(subject: Subject, row: Row, ends: list[Condition], reference: int) -> None:

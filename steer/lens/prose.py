@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from steer.lens.findings import NOT_SEEN, NOT_TESTABLE, SEEN, words
+from steer.lens.findings import UNTESTABLE, VERDICTS, Finding, told_null, words
 from steer.lens.sections import SECTIONS
 from steer.lens.study import Report
 from steer.lens.words import percent
@@ -25,10 +23,12 @@ def abstract(report: Report) -> str:
         first = next(iter(section.captions))
         if section.in_abstract and first in report.results:
             told += section.sentences(first, report)[:1]
-    counts = {v: sum(f.verdict == v for f in report.findings) for v in (SEEN, NOT_SEEN, NOT_TESTABLE)}
+    counts = [sum(finding.verdict == verdict for finding in report.findings) for verdict in VERDICTS]
+    seen, not_specific, not_seen, untestable = counts
     told.append(
-        f"Of {len(report.findings)} findings of the paper, {counts[SEEN]} are seen here, {counts[NOT_SEEN]} "
-        f"are not, and {counts[NOT_TESTABLE]} cannot be tested on this artifact."
+        f"Of {len(report.findings)} findings of the paper, {seen} are seen here, {not_specific} are seen but "
+        f"not specific (random vectors do as much), {not_seen} are not seen, and {untestable} are untestable "
+        "on this artifact."
     )
     return " ".join(told)
 
@@ -64,18 +64,26 @@ def markdown(report: Report) -> str:
         for name, (value, low, high) in report.accuracy.items()
     )
     findings = "\n".join(
-        f"| {f.claim} | {f.verdict} | {_numbers(f.numbers) or f.why} | {_numbers(f.control)} |"
-        for f in report.findings
+        f"| {f.claim} | {f.verdict} | {_measured(f)} | {_nulls(f)} |" for f in report.findings
     )
     return (
         f"{_plain(abstract(report))}\n\n| vectors ({report.problems} problems) | accuracy | 95 % interval "
-        f"|\n|---|---|---|\n{_plain(accuracies)}\n\n| the paper’s finding | here | measured | control |\n"
-        f"|---|---|---|---|\n{_plain(findings)}\n"
+        f"|\n|---|---|---|\n{_plain(accuracies)}\n\n"
+        f"| the paper’s finding | here | measured | random vectors |\n|---|---|---|---|\n{_plain(findings)}\n"
     )
 
 
-def _numbers(numbers: Mapping[str, float]) -> str:
-    return ", ".join(f"{words(name)} {value:.3g}" for name, value in numbers.items())
+def _measured(finding: Finding) -> str:
+    numbers = ", ".join(f"{words(name)} {value:.3g}" for name, value in finding.numbers.items())
+    if finding.verdict != UNTESTABLE:
+        return numbers
+    return f"{finding.why} ({numbers})" if numbers else finding.why
+
+
+def _nulls(finding: Finding) -> str:
+    several = len(finding.null) > 1
+    told = [f"{words(name)}: {told_null(n)}" if several else told_null(n) for name, n in finding.null.items()]
+    return "; ".join(told)
 
 
 def _plain(text: str) -> str:

@@ -18,7 +18,7 @@ from steer.errors import SteerError
 from steer.files import replace_file
 from steer.lens import findings
 from steer.lens.sections import SECTIONS
-from steer.lens.study import Record, Report, Study
+from steer.lens.study import TEXTS, Record, Report, Study
 from steer.lens.subject import Subject
 from steer.tasks.grading import MathGrader
 
@@ -32,12 +32,12 @@ def study(
     seed: int = 0,
 ) -> Report:
     """
-    Run everything on `problems`: accuracies on all of them, sampled answers and scales on the first half,
-    paths on a fifth, single vectors on `SINGLE` answers. Shows its progress. checkpoints: artifacts of
-    the same run, the earliest first.
+    Run everything on `problems`: accuracies on all of them, sampled answers and scales on the first half
+    (at least `TEXTS`), all else on `TEXTS` answers, with `DRAWS` sets of random vectors. Shows its progress.
+    checkpoints: artifacts of the same run, the earliest first.
     """
-    if len(problems) < 4:
-        raise SteerError(f"a report needs at least 4 problems, got {len(problems)}")
+    if len(problems) < TEXTS:
+        raise SteerError(f"a report needs at least {TEXTS} problems, got {len(problems)}; raise --problems")
     made = Study(subject, problems, grader, checkpoints, seed)
     steps: list[tuple[str, Callable[[], None]]] = [("accuracy and controls", made.answer)]
     steps += [(section.step, partial(section.measure, made)) for section in SECTIONS]
@@ -46,7 +46,7 @@ def study(
             bar.set_description(name)
             step()
         bar.set_description("report")
-    made.report.findings = findings.judge(made.report.numbers)
+    made.report.findings = findings.judge(made.report.numbers, made.report.nulls, made.report.missing)
     return made.report
 
 

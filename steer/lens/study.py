@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,12 +14,14 @@ import torch
 from steer.card import is_score
 from steer.errors import SteerError
 from steer.lens import findings as rules
-from steer.lens.conditions import BASE, steered
-from steer.lens.controls import mean_difference, random_vectors, shuffled_layers, values
+from steer.lens.composition import likelihoods
+from steer.lens.conditions import BASE, Condition, steered
+from steer.lens.controls import directions, mean_difference, random_vectors, shuffled_layers, values
 from steer.lens.findings import Finding
+from steer.lens.null import DRAWS, Null
 from steer.lens.results import Result, plain
 from steer.lens.sampling import complete, graded
-from steer.lens.subject import Row, Subject
+from steer.lens.subject import Row, Subject, chunks
 from steer.prompt import PromptSpec, recorded
 from steer.stats import wilson
 from steer.tasks.elicited import best_base
@@ -25,14 +29,15 @@ from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import DEFAULT_PROMPT
 
 Record = dict[str, Any]
-SINGLE = 4  # texts that single vectors and controls of paths are measured on, all tokens of the answer
+TEXTS = 24  # that every number is measured on, all tokens of the answer; with fewer it is untestable
 
 
 @dataclass
 class Report:
     """
-    `results` by section name, `numbers` that the findings were judged by, and `findings`. `accuracy` has, by
-    condition, (accuracy, low, high) with the 95 % Wilson interval over `problems`.
+    `results` by section name, `numbers` that the findings were judged by, `nulls`, what random vectors give
+    for them, `missing`, why some were not measured, and `findings`. `accuracy` has, by condition, (accuracy,
+    low, high) with the 95 % Wilson interval over `problems`.
     """
 
     subject: Subject
@@ -40,6 +45,8 @@ class Report:
     accuracy: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
     numbers: dict[str, float | None] = field(default_factory=dict)
+    nulls: dict[str, Null] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -58,6 +65,7 @@ class Report:
                 k: dict(zip(("accuracy", "low", "high"), v, strict=True)) for k, v in self.accuracy.items()
             },
             "numbers": plain(self.numbers),
+            "null": {name: list(null.values) for name, null in self.nulls.items()},
             "findings": rules.to_dict(self.findings),
             "notes": self.notes,
         }
@@ -78,27 +86,37 @@ class Study:
         self.checkpoints, self.seed = list(checkpoints), seed
         self.report = Report(subject, len(problems))
         self.last = subject.decoder.num_hidden_layers - 1
-        self.random = random_vectors(subject.vectors, seed)
+        self.half = self.problems[: max(TEXTS, len(problems) // 2)]
+        # Random vectors of equal length, as values and as directions of a condition; the first for figures.
+        self.draws = [random_vectors(subject.vectors, seed + draw) for draw in range(DRAWS)]
+        self.directions = [directions(subject.vectors, drawn) for drawn in self.draws]
+        self.random = self.draws[0]
         self.rows: list[Row] = []  # the steered model's greedy answers
         self.base: list[Row] = []  # the base model's
-        self.right: list[Row] = []  # those of them that are right
-        self.few = max(SINGLE, len(problems) // 5)
+        self.right: list[Row] = []  # `TEXTS` right ones, see `choose_right`; none where there are fewer
+        self.alone: dict[int, torch.Tensor] = {}  # by layer: likelihood of those, own vector and draws
 
     def answer(self) -> None:
         """Accuracies with and without the vectors and with controls; leaves the greedy answers."""
         subject, report = self.subject, self.report
         rows = subject.rows(self.problems)
         self.base, self.rows = complete(subject, rows, [BASE, steered(subject)], label="greedy answers")
-        self._score("base", graded(subject, self.base, self.problems, self.grader))
+        base = graded(subject, self.base, self.problems, self.grader)
+        self._score("base", base)
         right = graded(subject, self.rows, self.problems, self.grader)
         self._score("steered", right)
         report.notes.append(_elicited(subject.vectors.config.provenance))
-        self.right = [row for row, ok in zip(self.rows, right.tolist(), strict=True) if ok]
+        self.note(
+            base_interval_top=report.accuracy["base"][2],
+            steered_interval_bottom=report.accuracy["steered"][1],
+        )
+        drawn = self._solve_randomly(rows, right)
+        self.choose_right([_those(self.base, base), _those(self.rows, right), *drawn])
+        self.gain()
         for row, plain_row, problem in list(zip(self.rows, self.base, self.problems, strict=True))[:3]:
             texts = subject.answers([plain_row, row])
             report.samples.append({"problem": problem["problem"], "base": texts[0], "steered": texts[1]})
         controls: list[tuple[str, Callable[[], dict[str, torch.Tensor]]]] = [
-            ("random vectors of equal length", lambda: self.random),
             ("layers shuffled", lambda: shuffled_layers(subject.vectors, self.seed)),
             ("mean-difference vectors", lambda: mean_difference(subject, self.rows, self.base, "means")),
         ]
@@ -123,20 +141,73 @@ class Study:
             both = complete(other, asked, [BASE, steered(other)], label="another template")
             for name, some in zip(("base", "steered"), both, strict=True):
                 self._score(f"{name}, {title}", graded(other, some, self.problems, self.grader))
-        random = report.accuracy["random vectors of equal length"][0]
-        self.note(
-            base_interval_top=report.accuracy["base"][2],
-            steered_interval_bottom=report.accuracy["steered"][1],
-        )
-        self.note(random_vectors_accuracy=random)
+
+    def _solve_randomly(self, rows: Sequence[Row], right: torch.Tensor) -> list[list[Row | None]]:
+        """
+        All random draws answer the problems; their accuracies are the null distribution of the vectors'.
+        Returns the right answers of each. right: which problems the vectors solve.
+        """
+        answers: list[list[Row]] = []
+        for _, some in chunks(self.random_conditions(self.subject.layers), self.subject.batch_size):
+            answers += complete(self.subject, rows, some, label="random vectors")
+        solved = torch.stack([graded(self.subject, one, self.problems, self.grader) for one in answers])
+        self._score(f"random vectors of equal length ({DRAWS} draws)", solved.flatten())
+        self.compare("vectors_accuracy", right.double().mean().item(), solved.double().mean(1).tolist())
+        return [_those(*pair) for pair in zip(answers, solved, strict=True)]
+
+    def choose_right(self, writers: Iterable[Sequence[Row | None]]) -> None:
+        """
+        Leave `TEXTS` right answers in `right`, one for each of the first problems that any of `writers`
+        solved, drawn among their different answers to it. writers: by problem, the right answer or None.
+
+        A text is likelier with the vectors that wrote it. So all random draws are among the writers, and
+        random vectors in the place of the trained ones would be no likelier to have written the texts.
+        """
+        rng = random.Random(self.seed)
+        found = [list(dict.fromkeys(row for row in some if row)) for some in zip(*writers, strict=True)]
+        chosen = [rng.choice(some) for some in found if some]
+        self.right = chosen[:TEXTS] if len(chosen) >= TEXTS else []
+        if not self.right:
+            self.lack(
+                f"Only {len(chosen)} problems were solved, {TEXTS} are needed; try more (--problems).",
+                *("likelihood_gain", "layers_that_help", "layers_that_solve", "forced_likelihood"),
+                *("pair_gain", "pair_accuracy"),
+            )
+
+    def gain(self) -> None:
+        """The gain in likelihood of right answers, the vectors' and that of every draw."""
+        if not self.right:
+            return
+        conditions = [BASE, steered(self.subject), *self.random_conditions(self.subject.layers)]
+        base, own, *drawn = likelihoods(self.subject, self.right, conditions, "likelihood").tolist()
+        self.compare("likelihood_gain", own - base, (one - base for one in drawn))
 
     def _score(self, name: str, right: torch.Tensor) -> None:
         hits = int(right.sum())
         self.report.accuracy[name] = (hits / len(right), *wilson(hits, len(right)))
 
+    def random_conditions(self, layers: Collection[int]) -> list[Condition]:
+        """The vectors of `layers` replaced by random ones, a condition for each draw."""
+        return [Condition(frozenset(layers), directions=drawn) for drawn in self.directions]
+
     def note(self, **numbers: float | None) -> None:
-        """Numbers that the findings are judged by."""
-        self.report.numbers.update(numbers)
+        """Numbers that the findings are judged by; NaN is none."""
+        known = {name: None if x is None or math.isnan(x) else float(x) for name, x in numbers.items()}
+        self.report.numbers.update(known)
+
+    def compare(self, name: str, value: float, draws: Iterable[float], larger: bool = True) -> None:
+        """A number, and what random draws give for it; `larger` says which side the effect is on."""
+        self.note(**{name: value})
+        self.report.nulls[name] = Null.of(draws, larger)
+
+    def lack(self, reason: str, *names: str) -> None:
+        """Why the numbers `names` are not measured."""
+        self.report.missing.update(dict.fromkeys(names, reason))
+
+
+def _those(rows: Sequence[Row], right: torch.Tensor) -> list[Row | None]:
+    """The rows that are right, None for the others."""
+    return [row if ok and row.completion else None for row, ok in zip(rows, right.tolist(), strict=True)]
 
 
 def _elicited(provenance: dict[str, Any] | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +34,17 @@ def known_mean(values: torch.Tensor) -> float | None:
     """The mean of those that are numbers; None where none is."""
     known = values[~values.isnan()]
     return known.double().mean().item() if len(known) else None
+
+
+def null_range(report: Report, name: str, show: Callable[[float], str] = "{:.2f}".format) -> str:
+    """What random draws give for a number: the mean, and the lowest and highest of how many draws."""
+    null = report.nulls.get(name)
+    if null is None or not null.values:
+        return "not measured"
+    mean, low, high = (
+        show(x) for x in (sum(null.values) / len(null.values), min(null.values), max(null.values))
+    )
+    return f"{mean} on average, {low} to {high} in {len(null.values)} draws"
 
 
 def number(report: Report, name: str) -> float:

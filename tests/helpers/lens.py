@@ -37,6 +37,15 @@ def texts(lengths: Sequence[tuple[int, int]] = ((5, 4), (9, 2), (3, 6)), seed: i
     return [Row(tuple(torch.randint(3, 97, (p + c,), generator=generator).tolist()), p) for p, c in lengths]
 
 
+class Even:
+    """A grader by whose lights half of all texts are right, whoever wrote them."""
+
+    def check(self, completions: Sequence[str], answers: Sequence[str]) -> list[Any]:
+        from steer.tasks.grading import Verdict
+
+        return [Verdict(sum(map(ord, text)) % 2 == 0, text, "even") for text in completions]
+
+
 class Exact:
     """Grades like `steer.tasks.grading.MathGrader`, without its workers: the text must be the answer."""
 

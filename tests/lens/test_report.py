@@ -11,10 +11,11 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from helpers.lens import PROBLEMS, Exact, subject_of
+from helpers.lens import PROBLEMS, Even, subject_of
 
 from steer import SteerError
-from steer.lens.findings import NOT_SEEN, NOT_TESTABLE, RULES, SEEN, judge
+from steer.lens.findings import NOT_SEEN, NOT_SPECIFIC, RULES, SEEN, UNTESTABLE, judge
+from steer.lens.null import Null
 from steer.lens.page import render
 from steer.lens.report import save_figures, study
 from steer.lens.sections import SECTIONS
@@ -33,8 +34,8 @@ def report(build_tiny, tiny_tokenizer) -> Report:
     if "report" not in MADE:
         subject = subject_of(build_tiny("llama", num_hidden_layers=4), tiny_tokenizer, std=1.0)
         subject.vectors.config.provenance = {"run": {"model": HOSTILE}, "training": {"lr": 0.1}}
-        problems = [{"problem": HOSTILE, "answer": "7"}, *PROBLEMS * 3]
-        MADE["report"] = study(subject, problems, Exact(), seed=1)
+        numbers = [{"problem": f"{n} * {n + 3}?", "answer": "7"} for n in range(35)]
+        MADE["report"] = study(subject, [{"problem": HOSTILE, "answer": "7"}, *numbers], Even(), seed=1)
     return MADE["report"]
 
 
@@ -89,20 +90,27 @@ def test_the_page_is_whole_escaped_and_refers_to_nothing_outside(report, page) -
     assert "NaN" not in checked.text and " nan " not in checked.text
 
 
-def test_every_finding_has_its_numbers_and_its_control(report) -> None:
+def test_every_finding_has_its_numbers_and_its_draws(report) -> None:
     assert [finding.claim for finding in report.findings] == [rule.claim for rule in RULES]
-    judged = [f for f in report.findings if f.verdict != NOT_TESTABLE]
-    assert len(judged) >= 6
-    assert all(finding.numbers and finding.control for finding in judged)
+    judged = [f for f in report.findings if f.verdict != UNTESTABLE]
+    assert len(judged) >= 8
+    assert all(finding.numbers for finding in judged)
+    assert all(null["draws"] == 20 for finding in judged for null in finding.null.values())
+    assert sum(bool(finding.null) for finding in judged) >= 8
     assert {
         "base",
         "steered",
-        "random vectors of equal length",
+        "random vectors of equal length (20 draws)",
         "layers shuffled",
         "mean-difference vectors",
     } <= set(report.accuracy)
     found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert found["accuracy"]["base"]["low"] <= found["accuracy"]["base"]["accuracy"]
+
+
+def test_random_vectors_show_nothing_specific(report) -> None:
+    """The vectors of this report are random themselves."""
+    assert SEEN not in [finding.verdict for finding in report.findings]
 
 
 def test_figures_and_numbers_are_written(report, tmp_path) -> None:
@@ -127,7 +135,7 @@ def test_every_result_belongs_to_one_section(report) -> None:
         for name in report.results.keys() & section.captions.keys():
             assert all(sentence.endswith(".") for sentence in section.sentences(name, report)), name
             assert section.caption(name, report).startswith(section.captions[name])
-    keys = ["vectors", "problems", "accuracy", "numbers", "findings", "notes"]
+    keys = ["vectors", "problems", "accuracy", "numbers", "null", "findings", "notes"]
     assert list(report.to_dict()) == keys
 
 
@@ -145,31 +153,79 @@ def test_rules_by_their_numbers() -> None:
     good = {
         "base_interval_top": 0.1,
         "steered_interval_bottom": 0.8,
-        "random_vectors_accuracy": 0.0,
+        "likelihood_gain": 2.0,
+        "vectors_accuracy": 0.9,
         "last_first_share": 0.9,
         "last_concentration": 0.8,
-        "random_last_first_share": 0.2,
-        "random_last_concentration": 0.1,
         "forced_share": 0.75,
-        "control_forced_share": 0.1,
+        "usual_opening_share": 0.1,
+        "forced_likelihood": -1.0,
     }
-    verdicts = {finding.claim: finding.verdict for finding in judge(good)}
-    assert sum(v == SEEN for v in verdicts.values()) == 3
-    assert sum(v == NOT_TESTABLE for v in verdicts.values()) == len(RULES) - 3
-    # the same effect in the control is no finding
-    for control, value in (
-        ("random_vectors_accuracy", 0.9),
-        ("random_last_first_share", 0.95),
-        ("control_forced_share", 0.8),
+    nulls = {
+        "likelihood_gain": Null.of([-0.1] * 20),
+        "vectors_accuracy": Null.of([0.1] * 20),
+        "last_first_share": Null.of([n / 100 for n in range(20)]),
+        "last_concentration": Null.of([n / 100 for n in range(20)]),
+        "forced_likelihood": Null.of([-2.0] * 20),
+    }
+
+    def verdicts(numbers, nulls) -> list[str]:
+        found = {finding.claim: finding.verdict for finding in judge(numbers, nulls)}
+        return [found[RULES[place].claim] for place in (0, 4, 6)]
+
+    assert verdicts(good, nulls) == [SEEN] * 3
+    assert sum(f.verdict == UNTESTABLE for f in judge(good, nulls)) == len(RULES) - 3
+    # one draw that does as much is enough for "not specific", and so is a control that does
+    for place, name, value in (
+        (0, "likelihood_gain", 2.0),
+        (0, "vectors_accuracy", 0.9),
+        (1, "last_concentration", 0.8),
     ):
-        found = [finding.verdict for finding in judge({**good, control: value})]
-        assert found.count(SEEN) == 2 and found.count(NOT_SEEN) == 1
-    assert all(finding.verdict == NOT_TESTABLE for finding in judge({}))
+        found = verdicts(good, {**nulls, name: Null.of([*nulls[name].values[1:], value])})
+        assert found == [NOT_SPECIFIC if n == place else SEEN for n in range(3)]
+    for place, name, value in (
+        (0, "likelihood_gain", 0.0),
+        (2, "usual_opening_share", 0.8),
+    ):
+        found = verdicts({**good, name: value}, nulls)
+        assert found == [NOT_SPECIFIC if n == place else SEEN for n in range(3)]
+    # no effect, however far from the draws
+    found = verdicts(
+        {**good, "steered_interval_bottom": 0.05, "last_first_share": 0.4, "forced_share": 0.2}, nulls
+    )
+    assert found == [NOT_SEEN] * 3
+    assert all(finding.verdict == UNTESTABLE for finding in judge({}))
+
+
+def test_a_claim_without_numbers_or_draws_is_untestable_and_says_why() -> None:
+    numbers = {"base_interval_top": 0.1, "steered_interval_bottom": 0.8, "vectors_accuracy": 0.9}
+    reason = {"likelihood_gain": "Only 9 answers are right."}
+    found = judge(numbers, {}, reason)[0]
+    assert found.verdict == UNTESTABLE and "Only 9 answers are right." in found.why
+    numbers["likelihood_gain"] = 1.0
+    found = judge(numbers, {n: Null.of([0.0] * 19) for n in ("likelihood_gain", "vectors_accuracy")})[0]
+    assert found.verdict == UNTESTABLE and "only 19 random draws" in found.why
+    assert judge({**numbers, "steered_interval_bottom": 0.05})[0].verdict == NOT_SEEN
+    # a layer that has no vector
+    assert judge({"last_lens_rank": None})[5].why == "Needs a vector in the last layer."
+
+
+def test_the_rank_of_a_number_among_random_draws() -> None:
+    draws = Null.of([0.1 * n for n in range(20)] + [float("nan")])
+    assert draws.enough and len(draws.values) == 20
+    assert draws.rank(2.0) == 1 and draws.p(2.0) == pytest.approx(1 / 21) and draws.exceeded(2.0)
+    assert draws.rank(1.9) == 2 and not draws.exceeded(1.9)  # a tie counts against it
+    told = draws.to_dict(2.0)
+    assert told["draws"] == 20 and told["low"] == 0 and told["high"] == pytest.approx(1.9)
+    assert told["mean"] == pytest.approx(0.95) and told["quantile"] == pytest.approx(1.805)
+    fewer = Null(draws.values, larger=False)
+    assert fewer.exceeded(-0.1) and not fewer.exceeded(0.0)
+    assert fewer.quantile == pytest.approx(0.095)
 
 
 def test_too_few_problems(report) -> None:
-    with pytest.raises(SteerError, match="at least 4 problems, got 3"):
-        study(report.subject, PROBLEMS, Exact())
+    with pytest.raises(SteerError, match="at least 24 problems, got 23; raise --problems"):
+        study(report.subject, PROBLEMS * 7 + PROBLEMS[:2], Even())
 
 
 def test_the_page_opens_in_chromium(report, page, tmp_path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from steer.errors import SteerError
 from steer.lens.attention import attention_distance
 from steer.lens.sections.base import Section
-from steer.lens.study import SINGLE, Report, Study
+from steer.lens.study import TEXTS, Report, Study
 
 
 class AttentionMaps(Section):
@@ -24,7 +24,7 @@ class AttentionMaps(Section):
     def measure(self, study: Study) -> None:
         try:
             study.report.results["attention maps"] = attention_distance(
-                study.subject, study.rows[:SINGLE], seed=study.seed, label="attention maps"
+                study.subject, study.rows[:TEXTS], seed=study.seed, label="attention maps"
             )
         except SteerError as error:
             study.report.notes.append(f"Attention maps left out: {error}.")

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, ClassVar
 
-from steer.lens.composition import compose
-from steer.lens.controls import values
-from steer.lens.results import spread
+import torch
+
+from steer.lens.composition import accuracies, compose, likelihoods
+from steer.lens.conditions import Condition
+from steer.lens.results import share, spread
 from steer.lens.sections.base import Section
-from steer.lens.study import SINGLE, Report, Study
-from steer.lens.words import known_mean, percent
+from steer.lens.study import Report, Study
+from steer.lens.words import joined, known_mean, null_range, percent
+
+
+def compare_pairs(study: Study, layers: Sequence[int], joint: float) -> None:
+    """
+    The mean pair score of `layers` by the likelihood of right answers, that of random vectors in their place,
+    and the mean gain in accuracy. joint: the likelihood of the jointly trained set, which random vectors are
+    held against too.
+    """
+    pairs = [*combinations(layers, 2)]
+    conditions = [Condition(frozenset(pair)) for pair in pairs]
+    every = [one for pair in pairs for one in (Condition(frozenset(pair)), *study.random_conditions(pair))]
+    together = likelihoods(study.subject, study.right, every, "pairs, random").unflatten(0, (len(pairs), -1))
+    best = torch.stack([torch.maximum(study.alone[i], study.alone[j]) for i, j in pairs])
+    own, *drawn = [known_mean(one) for one in share(together - best, joint - best).T]
+    if own is not None:
+        study.compare("pair_gain", own, (one for one in drawn if one is not None))
+    single = [Condition(frozenset([layer])) for layer in layers]
+    solved = accuracies(study.subject, study.half, [*single, *conditions], study.grader, "pairs")
+    alone = dict(zip(layers, solved.tolist(), strict=False))
+    gains = [
+        pair - max(alone[i], alone[j])
+        for (i, j), pair in zip(pairs, solved[len(layers) :].tolist(), strict=True)
+    ]
+    study.note(pair_accuracy=sum(gains) / len(gains))
 
 
 class Composition(Section):
@@ -21,16 +48,13 @@ class Composition(Section):
     }
 
     def measure(self, study: Study) -> None:
-        subject, rows = study.subject, study.right[:SINGLE]
+        subject, rows = study.subject, study.right
         if len(subject.layers) < 2 or not rows:
             return
-        some = spread(subject.layers, 6)
-        result = compose(subject, [], None, some, rows, "pairs of layers")
+        result = compose(subject, [], None, spread(subject.layers, 6), rows, "pairs of layers")
         study.report.results["composition"] = result
-        with values(subject.vectors, study.random):
-            control = compose(subject, [], None, some, rows, "pairs of layers, random")
-        control.joint = result.joint  # random vectors were not trained at all
-        study.note(pair_gain=known_mean(result.score), random_pair_gain=known_mean(control.score))
+        if result.joint is not None:
+            compare_pairs(study, spread(result.layers, 3), result.joint)
 
     def sentences(self, name: str, report: Report) -> list[str]:
         result: Any = report.results.get("composition")
@@ -39,11 +63,12 @@ class Composition(Section):
         pairs = list(combinations(range(len(result.layers)), 2))
         missing = [result.told(i, j) for i, j in pairs if result.told(i, j).startswith("undefined")]
         told = [f"The pair score is {missing[0]} ({len(missing)} of {len(pairs)} pairs)."] if missing else []
-        score, control = report.numbers.get("pair_gain"), report.numbers.get("random_pair_gain")
-        if score is not None:
-            random = "undefined" if control is None else percent(control)
+        score, gain = report.numbers.get("pair_gain"), report.numbers.get("pair_accuracy")
+        if score is not None and gain is not None:
             told.append(
-                f"Adding a second layer to the better of two covers {percent(score)} of the way to the "
-                f"jointly trained set on average (random vectors: {random})."
+                f"In the pairs of layers {joined([*map(str, spread(result.layers, 3))])}, adding the second "
+                f"layer to the better one covers {percent(score)} of the way to the jointly trained set on "
+                f"average (random vectors: {null_range(report, 'pair_gain', percent)}); accuracy rises by "
+                f"{gain:.3f}."
             )
         return told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,15 +10,16 @@ import torch
 
 from steer.errors import SteerError
 from steer.lens.attention_inputs import PARTS
-from steer.lens.conditions import EffectPath
+from steer.lens.conditions import Condition, EffectPath
 from steer.lens.controls import values
 from steer.lens.input_routes import input_routes
-from steer.lens.patching import ROUTES, by_layer, group_routes, head_routes, patch
+from steer.lens.patching import ROUTES, by_layer, group_routes, head_routes, kept, patch
 from steer.lens.results import Result, spread
 from steer.lens.sections.base import Block, Section
 from steer.lens.sections.paths import ADDED, Paths, solved_table
-from steer.lens.study import SINGLE, Report, Study
-from steer.lens.words import percent
+from steer.lens.study import TEXTS, Report, Study
+from steer.lens.subject import Row
+from steer.lens.words import null_range, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,6 +48,14 @@ class PathsByLayer(Result):
         )
 
 
+def compare_penultimate(study: Study, rows: Sequence[Row]) -> None:
+    """What the vector of the last layer but one keeps without the last MLP, and what random ones keep."""
+    layer = [study.last - 1]
+    ends = [Condition(frozenset(layer)), *study.random_conditions(layer)]
+    own, *drawn = kept(study.subject, rows, ROUTES["all but MLP"], ends, "penultimate layer, random")
+    study.compare("penultimate_without_mlp", own, drawn, larger=False)
+
+
 class LastLayers(Section):
     step = "path patching, the last layers"
     heading = "The last layers"
@@ -71,16 +81,15 @@ class LastLayers(Section):
 
     def _measure(self, study: Study) -> None:
         subject, results = study.subject, study.report.results
-        rows = study.rows[:SINGLE]
+        rows = study.rows[:TEXTS]
         before = study.last - 1
         if before in subject.layers:
             result = patch(subject, rows, layers=[before], label="penultimate layer")
             with values(subject.vectors, study.random):
                 control = patch(subject, rows, layers=[before], label="penultimate layer, random")
             results["penultimate layer"] = Paths({ADDED: result, "random vector, added": control})
-            for name, done in (("", result), ("random_", control)):
-                study.note(**{f"{name}penultimate_without_attention": done["all but attention"]})
-                study.note(**{f"{name}penultimate_without_mlp": done["all but MLP"]})
+            study.note(penultimate_without_attention=result["all but attention"])
+            compare_penultimate(study, rows)
             effect_paths = {**head_routes(subject, study.last), **group_routes(subject, study.last)}
             heads = patch(subject, rows, effect_paths, layers=[before], label="heads")
             results["heads of the last layer"] = heads
@@ -93,10 +102,10 @@ class LastLayers(Section):
             except SteerError as error:
                 study.report.notes.append(f"Inputs of the last attention left out: {error}.")
         some = spread([layer for layer in subject.layers if layer < study.last], 8)
-        kept = {name: ROUTES[name] for name in ("attention only", "MLP only", "residual only")}
+        routes = {name: ROUTES[name] for name in ("attention only", "MLP only", "residual only")}
         if some:
-            each = by_layer(subject, rows, some, effect_paths=kept, label="path patching by layer")
-            shares = {name: torch.tensor([done[name] for done in each]) for name in kept}
+            each = by_layer(subject, rows, some, effect_paths=routes, label="path patching by layer")
+            shares = {name: torch.tensor([done[name] for done in each]) for name in routes}
             results["paths by layer"] = PathsByLayer(some, shares)
 
     def sentences(self, name: str, report: Report) -> list[str]:
@@ -107,7 +116,8 @@ class LastLayers(Section):
         return [
             f"The vector of the last layer but one keeps {percent(trained['all but attention'])} of its "
             f"effect without the last attention and {percent(trained['all but MLP'])} without the last MLP "
-            f"(random vector: {percent(random['all but attention'])} and {percent(random['all but MLP'])})."
+            f"(a random vector: {percent(random['all but attention'])} and {percent(random['all but MLP'])}; "
+            f"without the last MLP {null_range(report, 'penultimate_without_mlp', percent)})."
         ]
 
     def below(self, name: str, result: Result) -> list[Block]:

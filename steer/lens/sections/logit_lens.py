@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from steer.lens.controls import values
 from steer.lens.logit_lens import logit_lens
 from steer.lens.scripts import count_scripts
 from steer.lens.sections.base import Section
 from steer.lens.study import Report, Study
-from steer.lens.words import number, quoted
+from steer.lens.words import null_range, number, quoted
 
 
 class LogitLens(Section):
@@ -30,16 +29,16 @@ class LogitLens(Section):
         subject, results = study.subject, study.report.results
         read = lambda vectors: logit_lens(subject.model, subject.tokenizer, vectors)  # noqa: E731
         own = read(subject.vectors.effective())
-        with values(subject.vectors, study.random):
-            control = read(subject.vectors.effective())
         results["logit lens"] = own
-        counts, control_counts = (count_scripts(lens, subject.tokenizer) for lens in (own, control))
-        results["scripts"] = counts
+        results["scripts"] = counts = count_scripts(own, subject.tokenizer)
         middle = [n for n, i in enumerate(own.layers) if study.last / 3 <= i <= 2 * study.last / 3]
         if middle and counts.foreign_base >= 0.01:
-            study.note(middle_foreign=counts.foreign()[middle].mean().item())
             study.note(vocabulary_foreign=counts.foreign_base)
-            study.note(random_middle_foreign=control_counts.foreign()[middle].mean().item())
+            layers = [own.layers[n] for n in middle]
+            vectors = [drawn[layer] for drawn in study.directions for layer in layers]
+            control = count_scripts(read(dict(enumerate(vectors))), subject.tokenizer)
+            drawn = control.foreign().unflatten(0, (-1, len(layers))).mean(1)
+            study.compare("middle_foreign", counts.foreign()[middle].mean().item(), drawn.tolist())
 
     def sentences(self, name: str, report: Report) -> list[str]:
         if name != "logit lens":
@@ -56,7 +55,7 @@ class LogitLens(Section):
                 f"Among the 50 bottom tokens of the middle third, {number(report, 'middle_foreign'):.1%} are "
                 "in a script other than plain Latin, of the vocabulary "
                 f"{number(report, 'vocabulary_foreign'):.1%}, for random vectors "
-                f"{number(report, 'random_middle_foreign'):.1%}."
+                f"{null_range(report, 'middle_foreign', '{:.1%}'.format)}."
             )
         else:
             told.append(f"Of the vocabulary {counts.foreign_base:.1%} is in a script other than plain Latin.")

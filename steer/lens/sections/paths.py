@@ -13,7 +13,7 @@ from steer.lens.decomposition import decompose
 from steer.lens.patching import Patching, frozen_routes, patch
 from steer.lens.results import Result
 from steer.lens.sections.base import Block, Section, Table
-from steer.lens.study import SINGLE, Report, Study
+from steer.lens.study import TEXTS, Report, Study
 from steer.lens.words import joined, percent
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ class PathPatching(Section):
 
     def measure(self, study: Study) -> None:
         subject, results = study.subject, study.report.results
-        rows = study.rows[: study.few]
-        problems = study.problems[: study.few]
+        rows = study.rows[:TEXTS]
+        problems = study.problems[:TEXTS]
         try:
             added = patch(subject, rows, problems=problems, grader=study.grader, label="path patching, add")
             taken = patch(subject, rows, direction="remove", label="path patching, remove")
@@ -100,14 +100,14 @@ class PathPatching(Section):
             effect_paths = frozen_routes(subject, min(subject.layers))
             own = patch(subject, rows, effect_paths, label="later layers frozen")
             with values(subject.vectors, study.random):
-                random = patch(subject, rows[:SINGLE], label="path patching, random")
-                control = patch(subject, rows[:SINGLE], effect_paths, label="later layers frozen, random")
+                random = patch(subject, rows, label="path patching, random")
+                control = patch(subject, rows, effect_paths, label="later layers frozen, random")
             parts = {ADDED: added, "taken out of the steered run": taken, "random vectors, added": random}
             results["path patching"] = Paths(parts)
             ends = [int(name.split()[-1]) for name in effect_paths]
             results["later layers frozen"] = Frozen(ends, own.recovered(), control.recovered())
         try:
-            results["decomposition"] = decompose(subject, study.rows[: study.few], label="decomposition")
+            results["decomposition"] = decompose(subject, study.rows[:TEXTS], label="decomposition")
         except SteerError as error:
             study.report.notes.append(f"Decomposition left out: {error}.")
 

@@ -5,10 +5,41 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from tqdm.auto import tqdm
+
+from steer.lens.composition import likelihoods
+from steer.lens.conditions import BASE
+from steer.lens.first_token import likely_openings
+from steer.lens.null import DRAWS
 from steer.lens.sections.base import Section
-from steer.lens.study import Report, Study
+from steer.lens.study import TEXTS, Report, Study
+from steer.lens.subject import Row
 from steer.lens.token_shift import common_opening, prefix_substitution
 from steer.lens.words import joined, percent, quoted
+
+
+def compare_openings(study: Study, token: int) -> None:
+    """
+    How likely the base model finds the rest of right answers once `token` is put in the place of their first,
+    and once other first tokens are that it likes best.
+    """
+    rows = [row for row in study.right if len(row.completion) > 1]
+    if len(rows) < TEXTS:
+        reason = f"Only {len(rows)} right answers have two tokens or more, {TEXTS} are needed."
+        if study.right:
+            study.lack(reason, "forced_likelihood")
+        return
+    usual = likely_openings(study.subject, rows, DRAWS + 1)
+    tokens = [token, *[one for one in usual if one != token][:DRAWS]]
+    own, *others = (
+        likelihoods(
+            study.subject,
+            [Row((*row.ids[: row.prompt], first, *row.completion[1:]), row.prompt + 1) for row in rows],
+            [BASE],
+        ).item()
+        for first in tqdm(tokens, desc="other openings", leave=False)
+    )
+    study.compare("forced_likelihood", own, others)
 
 
 class Prefix(Section):
@@ -33,7 +64,8 @@ class Prefix(Section):
         study.report.results["prefix substitution"] = result
         share = dict(zip(openings, result.share.tolist(), strict=True))
         if result.steered > result.base and len(share) > 1:
-            study.note(forced_share=share[top], control_forced_share=share.get(control))
+            study.note(forced_share=share[top], usual_opening_share=share.get(control))
+            compare_openings(study, shift.top[0][1])  # type: ignore[attr-defined]
 
     def sentences(self, name: str, report: Report) -> list[str]:
         result: Any = report.results["prefix substitution"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from steer.lens.composition import scale_sweep
-from steer.lens.controls import values
+from steer.lens.controls import random_readouts, values
+from steer.lens.null import DRAWS
 from steer.lens.results import Result
 from steer.lens.scale_maps import ScaleMaps, scale_maps
 from steer.lens.sections.base import Block, Note, Section, Strip
-from steer.lens.study import Report, Study
+from steer.lens.study import TEXTS, Report, Study
 from steer.lens.words import known_mean, percent
 
 
@@ -22,16 +24,15 @@ class Scales(Section):
 
     def measure(self, study: Study) -> None:
         subject = study.subject
-        study.report.results["scale sweep"] = scale_sweep(
-            subject, study.problems[: len(study.problems) // 2], study.grader, label="scale"
-        )
+        study.report.results["scale sweep"] = scale_sweep(subject, study.half, study.grader, label="scale")
         if subject.vectors.config.kind == "adaptive":
-            maps = scale_maps(subject, study.rows)
+            rows, drawn = study.rows[:TEXTS], []
+            maps = scale_maps(subject, rows)
             study.report.results["scale maps"] = maps
-            with values(subject.vectors, study.random):
-                control = scale_maps(subject, study.rows)
-            for name, result in (("", maps), ("random_", control)):
-                study.note(**{f"{name}adaptive_spread": known_mean(result.spread)})
+            for draw in range(DRAWS):
+                with values(subject.vectors, random_readouts(subject.vectors, study.seed + draw)):
+                    drawn.append(_mean_spread(scale_maps(subject, rows, texts=0)))
+            study.compare("adaptive_spread", _mean_spread(maps), drawn)
 
     def sentences(self, name: str, report: Report) -> list[str]:
         if name != "scale sweep":
@@ -56,3 +57,9 @@ class Scales(Section):
             blocks.append(Strip(one.tokens, one.prompt, shades, hints))
         text = "Shade: size of the coefficient, averaged over layers. A bar marks the first generated token."
         return [*blocks, Note(text)]
+
+
+def _mean_spread(maps: ScaleMaps) -> float:
+    """The spread of the coefficients over tokens, in units of their mean, averaged over layers."""
+    mean = known_mean(maps.spread)
+    return math.nan if mean is None else mean

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
-
-from steer.lens.conditions import steered
-from steer.lens.controls import values
+from steer.lens.conditions import Condition, steered
+from steer.lens.first_token import first_token
 from steer.lens.logit_lens import logit_lens
 from steer.lens.results import Result
 from steer.lens.sampling import complete
 from steer.lens.sections.base import Block, Note, Section, Strip
 from steer.lens.study import Report, Study
+from steer.lens.subject import Row
 from steer.lens.token_shift import TokenShift, token_shift
-from steer.lens.words import number, percent, quoted
+from steer.lens.words import null_range, percent, quoted
 
 
 class TokenShifts(Section):
@@ -32,7 +32,7 @@ class TokenShifts(Section):
 
     def measure(self, study: Study) -> None:
         subject, results = study.subject, study.report.results
-        half = subject.rows(study.problems[: len(study.problems) // 2])
+        half = subject.rows(study.half)
         (sampled,) = complete(
             subject, half, [steered(subject)], temperature=1.0, seed=study.seed, label="sampling"
         )
@@ -41,16 +41,7 @@ class TokenShifts(Section):
             return
         last = token_shift(subject, sampled, layers=[study.last], texts=0, label="last layer")
         results["token shift, last layer"] = last
-        with values(subject.vectors, study.random):
-            control = token_shift(subject, sampled, layers=[study.last], texts=0, label="last layer, random")
-            random_lens = _last_lens(study)
-        study.note(last_first_share=last.first_share, last_concentration=last.concentration)
-        study.note(
-            random_last_first_share=control.first_share, random_last_concentration=control.concentration
-        )
-        gained = last.top[0][1]
-        study.note(last_lens_rank=_rank(_last_lens(study), gained))
-        study.note(random_last_lens_rank=_rank(random_lens, gained))
+        compare_last(study, sampled)
 
     def sentences(self, name: str, report: Report) -> list[str]:
         if name != "token shift":
@@ -66,8 +57,8 @@ class TokenShifts(Section):
         if last is not None:
             told.append(
                 f"The last layer’s vector alone moves {last.variation[0].item():.1%} there, and "
-                f"{percent(last.first_share)} of what it changes is on the first token (a random vector of "
-                f"its length: {percent(number(report, 'random_last_first_share'))})."
+                f"{percent(last.first_share)} of what it changes is on the first token (random vectors of "
+                f"its length: {null_range(report, 'last_first_share', percent)})."
             )
         return told
 
@@ -89,12 +80,19 @@ class TokenShifts(Section):
         ]
 
 
-def _last_lens(study: Study) -> torch.Tensor:
-    subject = study.subject
-    vector = {study.last: subject.vectors.effective()[study.last]}
-    return logit_lens(subject.model, subject.tokenizer, vector).scores[0]
-
-
-def _rank(scores: torch.Tensor, token: int) -> int:
-    """How many tokens score higher."""
-    return int((scores > scores[token]).sum())
+def compare_last(study: Study, rows: Sequence[Row]) -> None:
+    """The last layer's vector and random ones along `rows`: is it one token, and does the lens name it?"""
+    subject, last = study.subject, study.last
+    conditions = [Condition(frozenset([last])), *study.random_conditions([last])]
+    made = first_token(subject, rows, conditions, label="last layer, random")
+    own, *drawn = made.share.tolist()
+    study.compare("last_first_share", own, drawn)
+    own, *drawn = made.concentration.tolist()
+    study.compare("last_concentration", own, drawn)
+    vectors = [subject.vectors.effective()[last], *(drawn[last] for drawn in study.directions)]
+    lens = logit_lens(subject.model, subject.tokenizer, dict(enumerate(vectors)), top=1)
+    # how many tokens the lens of a vector ranks above the one that this vector makes gain most
+    ranks = [
+        float((scores > scores[token]).sum()) for scores, token in zip(lens.scores, made.gained, strict=True)
+    ]
+    study.compare("last_lens_rank", ranks[0], ranks[1:], larger=False)
