@@ -92,7 +92,7 @@ def _one(
                 f"The effect is there, but only {count} random draws gave a number for it ({words(name)}); "
                 f"{DRAWS} are needed.",
             )
-    beyond = all(nulls[name].exceeded(numbers[name]) for name in rule.nulls)
+    beyond = all(nulls[name].exceeded(numbers[name], rule.margin) for name in rule.nulls)
     specific = beyond and (rule.specific is None or rule.specific(numbers))
     return made(SEEN if specific else NOT_SPECIFIC, told)
 

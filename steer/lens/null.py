@@ -49,9 +49,13 @@ class Null:
         """The empirical p-value of `value`: rank / (draws + 1)."""
         return self.rank(value) / (1 + len(self.values))
 
-    def exceeded(self, value: float) -> bool:
-        """Whether `value` is beyond what random vectors do: an empirical p-value of 0.05 or less."""
-        return self.p(value) <= LEVEL
+    def exceeded(self, value: float, margin: float = 0.0) -> bool:
+        """
+        Whether `value` is beyond what random vectors do: an empirical p-value of 0.05 or less, and `margin`
+        or more beyond `quantile`.
+        """
+        beyond = value - self.quantile if self.larger else self.quantile - value
+        return self.p(value) <= LEVEL and beyond >= margin
 
     def to_dict(self, value: float) -> dict[str, float]:
         """Draws, mean, lowest, highest and quantile, and the rank and p-value of `value`."""

@@ -20,6 +20,7 @@ class Rule:
         effect: whether the effect is there; None for a claim that the report cannot test.
         missing: what is needed to test the claim, for when a number is missing.
         nulls: numbers that must be beyond what random draws give.
+        margin: how far beyond the quantile of the draws they must be.
         controls: further numbers that `specific` reads.
         specific: what else makes the effect more than that of a control.
     """
@@ -30,6 +31,7 @@ class Rule:
     effect: Test | None
     missing: str
     nulls: tuple[str, ...] = ()
+    margin: float = 0.0
     controls: tuple[str, ...] = ()
     specific: Test | None = None
 
@@ -85,11 +87,12 @@ RULES = (
         "A vector's effect persists: each token's change keeps the direction of the mean change (Diff-Diff "
         "cosine above 0.3).",
         "Mean Diff-Diff cosine of single vectors over the layers above them is more than 0.3. Specific: more "
-        "than with random vectors.",
+        "than with random vectors, by 0.1.",
         ("diff_diff",),
         lambda v: v["diff_diff"] > 0.3,
         "Needs a steered layer below the last.",
         nulls=("diff_diff",),
+        margin=0.1,
     ),
     Rule(
         "Layers find different solutions: the change is not the vector that was trained further up "
@@ -142,7 +145,7 @@ RULES = (
         "hardly changes it.",
         "All but the last attention recovers at least 90 % of the logit difference, and holding the "
         "attention costs less than holding the MLP. Specific: less is left without the MLP than with random "
-        "vectors.",
+        "vectors, by 0.05.",
         ("penultimate_without_attention", "penultimate_without_mlp"),
         lambda v: (
             v["penultimate_without_attention"] >= 0.9
@@ -150,6 +153,7 @@ RULES = (
         ),
         "Needs a vector in the last layer but one.",
         nulls=("penultimate_without_mlp",),
+        margin=0.05,
     ),
     Rule(
         "Middle layers push down non-English tokens.",

@@ -151,12 +151,16 @@ def test_scales_of_random_readouts_are_on_the_same_texts(artifact, tmp_path, bui
 
 
 def test_report_writes_a_page(artifact, tmp_path, capsys) -> None:
-    call("report", artifact, *COMMON, "--out", tmp_path / "page.html", "--figures", tmp_path / "lens")
+    where = ("--out", tmp_path / "page.html", "--figures", tmp_path / "lens")
+    with pytest.raises(SteerError, match="at least 24 problems, got 4; raise --problems"):
+        call("report", artifact, *COMMON, *where)
+    call("report", artifact, "--problems", "24", *where)
     table = (tmp_path / "lens" / "findings.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert sum(line.count("|") == 5 for line in rows) == len(RULES) + 2
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
-    assert "not testable" in capsys.readouterr().out
+    assert "Only 0 problems were solved, 24 are needed" in table
+    assert "untestable" in capsys.readouterr().out
 
 
 def test_transfer_of_one_model_is_a_mistake(artifact) -> None:
