@@ -19,6 +19,7 @@ from steer.artifact import write
 from steer.cli.lens import add_commands
 from steer.lens.findings import RULES
 from steer.lens.inputs import read_problems
+from steer.lens.sections import SECTIONS
 
 RUN = {
     "template": "plain",
@@ -150,7 +151,8 @@ def test_scales_of_random_readouts_are_on_the_same_texts(artifact, tmp_path, bui
         call("scales", artifact, *COMMON, "--control", "random-readout")
 
 
-def test_report_writes_a_page(artifact, tmp_path, capsys) -> None:
+def test_report_writes_a_page(artifact, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("steer.lens.report.SECTIONS", SECTIONS[:2])  # all of them: test_report.py
     where = ("--out", tmp_path / "page.html", "--figures", tmp_path / "lens")
     with pytest.raises(SteerError, match="at least 24 problems, got 4; raise --problems"):
         call("report", artifact, *COMMON, *where)
