@@ -99,7 +99,7 @@ def report(folder: Path, title: str) -> str:
     record["base"] = base
     pairs = folder / "pairs.json"
     if pairs.exists():
-        record["pairs"] = with_scores(read_json(pairs), members)
+        record["pairs"] = with_correlations(with_scores(read_json(pairs), members), folder)
     text = table(members, base)
     text += rates_table(members)
     if "pairs" in record:
@@ -187,6 +187,23 @@ def with_scores(pairs: dict[str, Any], members: Sequence[dict[str, Any]]) -> dic
     return {**pairs, **scored.to_dict(), "told": told, "joint_member": joint and joint["member"]}
 
 
+def with_correlations(pairs: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """
+    The record of pairs, as `with_scores` returns it, with Spearman's correlations of scores and gains with
+    the cosine of the vectors, which are in `folder`, and with the distance of the layers.
+    """
+    from steer.lens.composition import Composition
+    from steer.lens.pair_correlation import pair_correlations
+
+    own: dict[int, torch.Tensor] = {}
+    for name in pairs["norms"]:
+        own |= artifact.read(folder / MEMBERS / name / "vectors").by_layer()
+    known = {k: pairs[k] for k in ("layers", "together", "whole", "base", "problems", "measure", "joint")}
+    alone, values = (torch.tensor(pairs[k], dtype=torch.float64) for k in ("alone", "pairs"))
+    found = pair_correlations(Composition(**known, alone=alone, pairs=values), own)
+    return {**pairs, "correlations": found.to_dict(), "correlations_told": found.rows()}
+
+
 def jointly_trained(members: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """
     The member of all layers with the best held-out accuracy among those that were trained to the end, at the
@@ -217,6 +234,8 @@ def pairs_table(pairs: dict[str, Any]) -> str:
     whole = "all layers trained together - best of the two"
     lines += ["", f"Score of a pair, (pair - best of the two) / ({whole}):", ""]
     lines += [f"- layers {name}: {told}" for name, told in pairs["told"].items()]
+    lines += ["", "Spearman's correlation over the pairs:", ""]
+    lines += [f"- {measure} with {against}: {told}" for measure, against, told in pairs["correlations_told"]]
     return "\n".join(lines) + "\n"
 
 

@@ -12,9 +12,11 @@ from helpers.lens import subject_of, texts
 from helpers.steering import layers_of, message
 from scipy import stats
 
-from steer import SteerError
+from steer import SteerError, SteeringConfig
+from steer.artifact import Artifact, write
 from steer.lens.composition import Composition
 from steer.lens.controls import random_vectors, values
+from steer.lens.layer_study import pairs_table, with_correlations
 from steer.lens.pair_correlation import FEWEST, pair_correlations
 from steer.lens.random_sets import two_sided_p, with_random_sets
 from steer.lens.spectrum import residual_norms, set_spectrum, stable_rank
@@ -173,3 +175,19 @@ def test_scores_that_follow_the_cosine_are_found() -> None:
     assert score.rho == pytest.approx(1) and score.n == 36
     assert score.p_layers == pytest.approx(1 / 5000)
     assert distance.p_layers > 0.001
+
+
+def test_a_sweep_correlates_the_pairs_of_its_members(tmp_path) -> None:
+    made = composed()
+    vectors = {layer: torch.randn(8, generator=torch.Generator().manual_seed(layer)) for layer in made.layers}
+    for layer, vector in vectors.items():
+        config = SteeringConfig(layers=str(layer), hidden_size=8, num_hidden_layers=10)
+        one = Artifact(config, {f"model.layers.{layer}.steering.vector": vector})
+        write(tmp_path / "members" / f"layer-{layer}" / "vectors", one)
+    told = {"norms": {f"layer-{layer}": 1.0 for layer in made.layers}, "told": {}, **made.to_dict()}
+    found = with_correlations(told, tmp_path)
+    expected = pair_correlations(made, vectors)
+    assert found["correlations_told"] == expected.rows()
+    assert found["correlations"] == expected.to_dict()
+    lines = pairs_table(found)
+    assert f"- pair score with cosine of the two vectors: {expected.correlations[0].told()}" in lines
