@@ -52,6 +52,7 @@ def render(results: Path = RESULTS) -> str:
         sweep_table=sweep_cost(data("population-speed/population-speed.json")),
         transfer_table=transfer(data("transfer.json")),
         contention_table=contention(data("contention/contention.json")),
+        profile=data("speed/update-profile.json"),
         speed_table=re.sub(r"@float32", "", table("speed/speed.md")),
     )
     return made.rstrip() + "\n"

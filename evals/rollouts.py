@@ -212,19 +212,21 @@ def markdown(record: dict[str, Any]) -> str:
     lengths = sorted({run["length"] for found in record["variants"].values() for run in found["runs"]})
     header = [
         "sampler",
-        *(f"{n} tokens" for n in lengths),
+        *(f"tokens per CPU s, rows of {n}" for n in lengths),
         "CPU s to start",
         "GB resident",
-        "mean |difference|",
     ]
-    header += ["max", "effective rows"]
+    scored = any("mismatch" in found for found in record["variants"].values())
+    if scored:
+        header += ["mean difference", "largest", "effective rows"]
     lines = [header, ["---"] * len(header)]
     for variant, found in record["variants"].items():
         speeds = [speed(found["runs"], length) for length in lengths]
         cells = [variant, *(f"{value:.0f}" for value in speeds), f"{found['start cpu']:.0f}"]
         cells.append(f"{max(run['resident GB'] for run in found['runs']):.2f}")
-        apart = found.get("mismatch")
-        cells += [f"{apart[n]:.3g}" for n in ("mean", "max", "effective rows")] if apart else ["", "", ""]
+        if scored:
+            apart = found.get("mismatch", {})
+            cells += [f"{apart[n]:.3g}" if apart else "" for n in ("mean", "max", "effective rows")]
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -52,15 +52,12 @@ class Timer(TorchDispatchMode):
         super().__init__()
         self.vocabulary = vocabulary
         self.operations: dict[tuple[str, str], float] = {}
-        self.seconds = 0.0
 
     def start(self) -> None:
-        self.seconds = -time.process_time()
         self.__enter__()
 
     def stop(self) -> None:
         self.__exit__(None, None, None)
-        self.seconds += time.process_time()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         start = time.process_time()
@@ -72,14 +69,17 @@ class Timer(TorchDispatchMode):
         self.operations[key] = self.operations.get(key, 0.0) + spent
         return result
 
-    def shares(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Of all processor time: the share of each kind, and that of the 20 largest operations."""
+    def shares(self, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+        """
+        Of an update that takes `seconds` without this timer: the share of each kind, what is between the
+        operations among the others; and that of the 20 largest operations.
+        """
         kinds = dict.fromkeys(KINDS, 0.0)
         for (_, of), spent in self.operations.items():
-            kinds[of] += spent / self.seconds
+            kinds[of] += spent / seconds
         kinds[OTHER] += 1 - sum(kinds.values())
         largest = sorted(self.operations.items(), key=lambda item: -item[1])[:20]
-        return kinds, {f"{name} ({of})": spent / self.seconds for (name, of), spent in largest}
+        return kinds, {f"{name} ({of})": spent / seconds for (name, of), spent in largest}
 
 
 def kind(name: str, shapes: Iterable[Sequence[int]], vocabulary: int) -> str:
@@ -128,7 +128,7 @@ def profile(model_name: str, dtype: str, batch: Batch, steps: int) -> dict[str, 
     timer = Timer(model.config.vocab_size)
     again = load_model(model_name, dtype=dtype)
     measured("steer", again, tokenizer, texts, 2, batch, rollout=False, profiler=timer)
-    kinds, operations = timer.shares()
+    kinds, operations = timer.shares(timed["cpu s"])
     best = max(peaks)
     return {
         "prompt tokens": read,

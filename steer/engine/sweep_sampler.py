@@ -14,7 +14,7 @@ import torch
 from steer.artifact import Artifact
 from steer.engine.client import push, request, verify
 from steer.engine.compat import warn_version
-from steer.engine.eager import enforce_eager
+from steer.engine.eager import enforce_eager, say_whether_it_pays
 from steer.engine.logprobs import PROCESSED, logprobs_mode
 from steer.engine.receipt import Receipt
 from steer.errors import SteerError
@@ -52,6 +52,9 @@ class EngineSampler:
 
         warn_version()
         tokens = args.sampled_tokens()
+        tokens = tokens and members * tokens
+        eager = enforce_eager(tokens, args.vllm_enforce_eager)
+        say_whether_it_pays(tokens, eager)
         local = name in BUNDLED or Path(name).expanduser().exists()
         self.args, self.stop = args, list(stop)
         self.logprobs_mode = logprobs_mode(args)
@@ -63,7 +66,7 @@ class EngineSampler:
             "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
             "tensor_parallel_size": args.vllm_tensor_parallel_size,
             "logprobs_mode": self.logprobs_mode or PROCESSED,
-            "enforce_eager": enforce_eager(tokens and members * tokens, args.vllm_enforce_eager),
+            "enforce_eager": eager,
             "additional_config": {"steering_slots": members + 2},  # base model and default set have one
         }
         self.llm = LLM(**{**settings, **more})

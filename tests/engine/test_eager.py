@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.training import config
 
-from steer.engine.eager import COMPILING_PAYS, enforce_eager
+from steer.engine.eager import COMPILING_PAYS, enforce_eager, say_whether_it_pays
 
 platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
 
@@ -19,6 +19,21 @@ def test_short_work_on_a_cpu_is_not_compiled(monkeypatch: pytest.MonkeyPatch) ->
         assert enforce_eager(COMPILING_PAYS) is enforce_eager(None) is False
         for asked in (True, False):
             assert enforce_eager(1, asked) is enforce_eager(10**9, asked) is asked
+
+
+def test_a_run_for_which_an_engine_does_not_pay_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="steer")
+    for on_cpu, tokens in ((False, 1000), (True, None), (True, COMPILING_PAYS)):
+        monkeypatch.setattr(type(platforms.current_platform), "is_cpu", lambda self, on_cpu=on_cpu: on_cpu)
+        say_whether_it_pays(tokens, True)
+    assert not caplog.messages
+    say_whether_it_pays(100_000, True)
+    say_whether_it_pays(100_000, False)
+    eager, compiled = caplog.messages
+    assert "at most 100,000 sampled tokens: expect about 90 s" in eager and "(10 s to start, 80 s to" in eager
+    assert "expect about 76 s" in compiled and "use_vllm=false is cheaper" in compiled
 
 
 def test_what_a_run_samples(tmp_path: Path) -> None:

@@ -64,7 +64,12 @@ def test_the_table_has_a_speed_for_every_length() -> None:
     ]
     record = {"variants": {"torch": {"start cpu": 9.0, "runs": runs}}}
     assert rollouts.speed(runs, 8) == 60 and rollouts.speed(runs, 16) == 40
-    assert "| torch | 60 | 40 | 9 | 1.50 |  |  |  |" in rollouts.markdown(record)
+    assert rollouts.markdown(record).endswith("| torch | 60 | 40 | 9 | 1.50 |")
+    scored = {"mean": 0.0123, "max": 1.0, "effective rows": 0.5}
+    record["variants"]["torch"]["mismatch"] = scored
+    table = rollouts.markdown(record)
+    assert table.endswith("| torch | 60 | 40 | 9 | 1.50 | 0.0123 | 1 | 0.5 |")
+    assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_scoring_needs_the_sampler_that_has_the_trainers_model(
