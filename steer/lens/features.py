@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from steer.errors import SteerError
@@ -237,31 +236,19 @@ def read_features(
             return direction(means), means.features - off.features
 
         random = with_random_sets(subject.vectors, measure_random, draws, seed)
-    made = torch.stack([one for one, _ in random])
-    table = sae.W_dec.detach().double().cpu()
-    units = normalize(table, dim=1)
-    change = with_vectors.features - off.features
-    writes = _reading(
-        "cosine with decoder rows",
-        units @ normalize(own, dim=0),
-        normalize(made, dim=1) @ units.T,
-        {"projection": units @ own},
-        top,
-    )
+    directions = torch.stack([own, *(one for one, _ in random)])
+    products, lengths = _products(directions, sae.W_dec)
+    cosines = products / lengths / directions.norm(dim=1, keepdim=True)
+    along = {"projection": products[0] / lengths}
+    writes = _reading("cosine with decoder rows", cosines[0], cosines[1:], along, top)
     reads = None
     if sae.cfg.encoder == "dense":
-        encoder = sae.encoder.weight.detach().double().cpu()
-        rows_read = normalize(encoder, dim=1)
-        reads = _reading(
-            "cosine with encoder rows",
-            rows_read @ normalize(own, dim=0),
-            normalize(made, dim=1) @ rows_read.T,
-            {"change": encoder @ own},
-            top,
-        )
+        products, lengths = _products(directions, sae.encoder.weight)
+        cosines = products / lengths / directions.norm(dim=1, keepdim=True)
+        reads = _reading("cosine with encoder rows", cosines[0], cosines[1:], {"change": products[0]}, top)
     activation = _reading(
         "change of the mean activation",
-        change,
+        with_vectors.features - off.features,
         torch.stack([one for _, one in random]),
         {
             "off": off.features,
@@ -286,6 +273,16 @@ def read_features(
         reads,
         activation,
     )
+
+
+def _products(directions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Inner products (directions, rows) with the rows of a table, and the lengths of these."""
+    products, lengths = [], []
+    for part in table.detach().split(1 << 14):
+        rows = part.double().cpu()
+        products.append(directions @ rows.T)
+        lengths.append(rows.norm(dim=1).clamp(min=1e-30))
+    return torch.cat(products, 1), torch.cat(lengths)
 
 
 def _reading(measure: str, value: Tensor, random: Tensor, extra: dict[str, Tensor], top: int) -> Reading:
