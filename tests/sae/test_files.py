@@ -416,3 +416,18 @@ def test_variants_that_are_not_known_are_named(format, change, part, tmp_path):
     with pytest.raises(SteerError) as error:
         load_sae(tmp_path)
     assert part in message(error)
+
+
+def test_an_sae_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, file, revision, token):
+        asked.append((name, file))
+        return tmp_path / file
+
+    save_sae(make(), tmp_path)
+    monkeypatch.setattr("steer.hub.fetch", fetch)
+    assert load_sae("me/sae").cfg == make().cfg
+    assert asked == [("me/sae", "sae_config.json"), ("me/sae", "model.safetensors")]
+    with pytest.raises(SteerError, match="nothing holds no SAE"):
+        load_sae("nothing")
