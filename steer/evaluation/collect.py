@@ -31,6 +31,7 @@ class Method:
     # seed -> benchmark -> problem id -> sample -> completion
     rows: dict[str, dict[str, dict[str, dict[int, Row]]]] = field(default_factory=dict)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)  # side effects by seed
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # verdicts of lm-eval by seed and task
 
     @property
     def side_effects(self) -> list[dict[str, float]]:
@@ -172,6 +173,8 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
                 method.seeds.append(seed)
             if effects := settings.get("side_effects", {}).get(name):
                 method.measured[seed] = effects
+            if verdicts := settings.get("side_effect_tasks", {}).get(name):
+                method.tasks[seed] = verdicts
             names[name] = method.rows.setdefault(seed, {})
         for row in rows:
             place = names[row["variant"]].setdefault(row["benchmark"], {}).setdefault(row["problem"], {})

@@ -26,7 +26,7 @@ from typing import Any
 
 from steer.arguments import Help
 from steer.errors import SteerError, print_any_text
-from steer.evaluation import best_base, scores
+from steer.evaluation import best_base, scores, task_effects
 from steer.evaluation.collect import Cell, Collection, collect
 from steer.evaluation.tables import brevity, caution, pairs_table, sentences, single_runs, table
 from steer.files import replace_files
@@ -153,10 +153,13 @@ def report(
     rows = score(collection, base, reference)
     against = pairs(collection)
     constants = best_base.constant_rows(collection)
+    tasks = task_effects.rows(collection, base)
     collection.notes += brevity(rows, base) + single_runs(rows) + best_base.notes(collection, rows)
     print(f"\n{table(rows, constants)}\n")
     if against:
         print(f"{pairs_table(against)}\n")
+    if tasks:
+        print(f"{task_effects.table(tasks, base)}\n")
     said = [*sentences(rows, base), *best_base.sentences(rows), caution(rows), *collection.notes]
     for text in said:
         if text:
@@ -167,6 +170,7 @@ def report(
         "rows": rows,
         "constants": constants,
         "pairs": against,
+        **({"side_effect_tasks": tasks} if tasks else {}),
         "notes": collection.notes,
         "sessions": collection.sessions,
     }
@@ -177,6 +181,7 @@ def report(
 
         figures = plots.draw(collection, rows)
         blocks = [table(rows, constants), *best_base.sentences(rows), pairs_table(against)]
+        blocks.append(task_effects.table(tasks, base))
         files["table.md"] = ("\n\n".join(block for block in blocks if block) + "\n").encode()
         files |= {f"{name}.png": png for name, (png, _) in figures.items()}
         files["index.html"] = page.render(

@@ -97,6 +97,14 @@ def parser(description: str) -> argparse.ArgumentParser:
         action="store_true",
         help="also measure vectors and adapters on neutral text: KL to the base and perplexity",
     )
+    asked(
+        "--side-effect-tasks",
+        **many,
+        metavar="TASK",
+        help="side effects with the accuracy on these tasks of lm-eval, which must be installed: names of "
+        "tasks or groups, or YAML files of your own",
+    )
+    asked("--side-effect-limit", type=count, metavar="N", help="most problems of each of these tasks")
     asked("--seed", type=int, default=0, help="of the sampled answers (default: 0)")
     how = made.add_argument_group("how it runs").add_argument
     how("--out", type=text, required=True, help="folder of the run; the same command goes on with it")

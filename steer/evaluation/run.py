@@ -107,6 +107,9 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     from steer.models import context_length, load_tokenizer, skeleton
 
     chosen = _benchmarks(args)
+    if args.side_effect_limit and not args.side_effect_tasks:
+        raise SteerError("--side-effect-limit is for --side-effect-tasks; give these, or leave it out")
+    args.side_effects = args.side_effects or bool(args.side_effect_tasks)
     columns = parse_columns(args.columns)
     if columns and all(b.hub or b.arithmetic for b in chosen):
         raise SteerError("--columns are for files, and no benchmark is one; leave them out")
@@ -120,7 +123,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
     variants.tell_of_trained_on(compared, [b.name for b in chosen])
     if args.side_effects:
-        variant_effects.check(compared, args.fine_tuned)
+        variant_effects.check(compared, args.fine_tuned, args.side_effect_tasks)
     prompts = _prompts(args, compared, chosen)
     texts = {name: loaded for name, (loaded, _) in problems.items()}
     context = context_length(bones.config)

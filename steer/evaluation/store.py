@@ -2,7 +2,8 @@
 A run on disk, which a kill at any moment leaves whole:
 
     run.json             what was asked: model, engine, seed, benchmarks, variants; versions of each session;
-                         the side effects of each variant, where they were measured
+                         the side effects of each variant, and its verdicts on tasks of lm-eval, where they
+                         were measured
     problems.parquet     every problem with its benchmark, id and reference answer
     part-00000.parquet   completions, graded; one file a batch, so a stopped run loses one batch at most
     scores.json          the table, once the run is complete (`steer.evaluation.compare`)
@@ -46,6 +47,9 @@ COLUMNS = {
 LATER = ("lenient", "loop")
 # What decides which completions a row gets; the rest of a run may grow: variants, benchmarks, samples.
 FIXED = ("model", "revision", "engine", "dtype", "seed", "temperature", "top_p")
+
+# What a run keeps of its variants beside their completions, by variant.
+MEASURED = ("side_effects", "side_effect_tasks")
 
 Key = tuple[str, str, str, int]
 
@@ -186,7 +190,7 @@ def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> d
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise SteerError(f"{folder} holds another run: {'; '.join(changed[:3])}{more}; give another --out")
-    measured = {"side_effects": before["side_effects"]} if before.get("side_effects") else {}
+    measured = {key: before[key] for key in MEASURED if before.get(key)}
     return {
         **now,
         **measured,

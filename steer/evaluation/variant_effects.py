@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from steer import artifact, vectors
 from steer.errors import SteerError
+from steer.evaluation import task_effects
 from steer.evaluation.engines import HfEngine
 from steer.evaluation.side_effects import BaseText, check_positions
 from steer.evaluation.store import Store
@@ -22,8 +23,8 @@ from steer.evaluation.variants import Variant
 log = logging.getLogger("steer")
 
 
-def check(variants: Sequence[Variant], fine_tuned: bool) -> None:
-    """SteerError where the side effects of these variants cannot be measured."""
+def check(variants: Sequence[Variant], fine_tuned: bool, tasks: Sequence[str] = ()) -> None:
+    """SteerError where the side effects of these variants, or `tasks` of lm-eval, cannot be measured."""
     if fine_tuned:
         raise SteerError(
             "--side-effects compare with the base model, which a run of a fine-tune does not have; leave "
@@ -38,6 +39,8 @@ def check(variants: Sequence[Variant], fine_tuned: bool) -> None:
                 check_positions(artifact.read(variant.path).config)
             except SteerError as error:
                 raise SteerError(f"{variant.path}: {error}; leave out --side-effects") from error
+    if tasks:
+        task_effects.check(tasks, changed)
 
 
 def add(
@@ -51,11 +54,18 @@ def add(
     # other prompts (--prefixes, --systems, the elicited base) leave neutral text as it is
     told = [v for v in variants if v.kind != "base" or not (v.prefix or v.system or v.asked)]
     missing = [variant for variant in told if variant.name not in known]
-    if not missing:
+    tasks, limit = args.side_effect_tasks, args.side_effect_limit
+    unanswered = task_effects.missing(store.settings, told, tasks, limit)
+    if not missing and not unanswered:
         return None
     engine = HfEngine(args.model, args.revision, args.dtype, args.trust_remote_code)
     known.update(measure(engine, tokenizer, missing))
     store.save_settings()
+    answered = store.settings.setdefault(task_effects.KEY, {}) if tasks else {}
+    for variant, lacking in unanswered:
+        found = task_effects.measure(engine, tokenizer, variant, lacking, limit)
+        answered.setdefault(variant.name, {}).update(found)
+        store.save_settings()
     if args.engine == "hf":
         return engine
     del engine
@@ -72,8 +82,10 @@ def measure(
     The side effects of each variant by its name: `kl` (nats a token), `perplexity`, `base_perplexity` and
     `tokens`.
     """
+    found: dict[str, dict[str, float]] = {}
+    if not variants:
+        return found
     text = BaseText(engine.model, tokenizer)
-    found = {}
     for variant in variants:
         log.info("side effects of %s", variant.name)
         with engine.variant(variant):
