@@ -90,6 +90,14 @@ HELP = {
         "one direction for all tokens). Diff-Vector: its cosine with the vector trained at that layer.",
         "steer lens persistence my-vectors --layers 0,10,20",
     ),
+    "baselines": (
+        "directions from activations alone, their length tuned, beside the vectors",
+        "What a mean difference and the normal of a linear support vector machine add to the "
+        "log-probability of right answers, layer by layer and all together, beside the trained vectors and "
+        "random directions. They lead from the base model's answers to the steered ones. Of every four "
+        "problems two make the directions, one chooses each one's length, and one measures.",
+        "steer lens baselines my-vectors --problems 64 --layers 4,12,20,28",
+    ),
     "compose": (
         "single layers alone and in pairs; what leaving one out costs",
         "Greedy accuracy with one layer's vector, with two, and with all. The score of a pair is (pair - "
@@ -256,6 +264,19 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     persistence = _command(kinds, "persistence")
     persistence.add_argument("--layers", help="single vectors of these layers; default: all vectors together")
+
+    baselines = _command(kinds, "baselines", control=False, problems=64)
+    baselines.add_argument("--layers", help="layers to try; default: 8 of those with a vector, evenly")
+    baselines.add_argument(
+        "--lengths",
+        nargs="+",
+        type=finite,
+        metavar="FACTOR",
+        help="lengths to choose from, in units of the trained vector's at the layer (default: 0.25 to 32)",
+    )
+    baselines.add_argument(
+        "--draws", type=whole, default=3, help="random directions beside them (default: 3)"
+    )
 
     compose = _command(kinds, "compose")
     compose.add_argument("--layers", help="layers to pair; default: all")

@@ -20,9 +20,10 @@ from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.lens.attention import attention_distance
+from steer.lens.baselines import tuned_baselines
 from steer.lens.composition import SCALES, as_trained, leave_one_out, likelihoods, scale_sweep
 from steer.lens.composition import compose as pairs_of
-from steer.lens.conditions import steered
+from steer.lens.conditions import BASE, steered
 from steer.lens.directions import checkpoints
 from steer.lens.directions import directions as along
 from steer.lens.feature_runs import features as features
@@ -48,7 +49,8 @@ from steer.lens.patching import patch as patch_routes
 from steer.lens.persistence import persistence as measure_persistence
 from steer.lens.prose import markdown
 from steer.lens.report import save_figures, study
-from steer.lens.sampling import accuracies
+from steer.lens.results import spread
+from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.scale_maps import check_adaptive, scale_maps
 from steer.lens.scripts import ScriptCounts, count_scripts
 from steer.lens.set_runs import conventions as conventions
@@ -221,6 +223,18 @@ def attention(args: argparse.Namespace) -> None:
     subject, problems = read_both(args)
     answers = write_answers(subject, problems)
     result = attention_distance(subject, answers, draws=args.draws, seed=args.seed, label="attention maps")
+    _show(args, result, result.lines())
+
+
+def baselines(args: argparse.Namespace) -> None:
+    subject, problems = read_both(args)
+    base, answers = complete(subject, subject.rows(problems), [BASE, steered(subject)], label="answers")
+    with MathGrader() as grader:
+        right = graded(subject, answers, problems, grader).tolist()
+    layers = chosen_layers(args, subject) or spread(subject.layers, 8)
+    more: dict[str, Any] = {"lengths": args.lengths} if args.lengths else {}
+    more |= {"draws": args.draws, "seed": args.seed, "label": "baselines"}
+    result = tuned_baselines(subject, base, answers, right, layers=layers, **more)
     _show(args, result, result.lines())
 
 

@@ -192,6 +192,7 @@ def test_compose_with_a_jointly_trained_set(artifact, tmp_path, capsys) -> None:
         (("patch", *COMMON, "--heads", "3"), "layer 3 does not exist"),
         (("patch", *COMMON, "--qkv", "q"), "give --heads LAYER"),
         (("patch", *COMMON, "--heads", "1", "--qkv", "z"), "give q, k, v"),
+        (("baselines", *COMMON), "0 of 4 steered answers are right"),
         (("compose", *COMMON, "--likelihood"), "none of the 4 steered answers is right"),
         (("logit", "--plot", "figure.doc"), "must end in .png, .svg, .pdf"),
         (("logit", "--plot", "."), "names no file to write"),

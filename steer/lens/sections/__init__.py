@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from steer.lens.sections.attention import AttentionMaps
 from steer.lens.sections.base import Section
+from steer.lens.sections.baselines import TunedBaselines
 from steer.lens.sections.composition import Composition
 from steer.lens.sections.conventions import Conventions
 from steer.lens.sections.directions import Directions
@@ -35,6 +36,7 @@ SECTIONS: tuple[Section, ...] = (
     AttentionMaps(),
     Persistence(),
     Layers(),
+    TunedBaselines(),
     Composition(),
     PairCorrelation(),
     Scales(),
