@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import steer
@@ -75,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "layers": vectors.layers,
         "draws": {kind: [numbers(one) for one in maps] for kind, maps in found.items()},
     }
-    text = json.dumps(plain(result), indent=1) + "\n"
-    replace_file(out.with_name(f"{out.name}.json"), text.encode())
+    result = plain(result)  # None for what is not a number
+    replace_file(out.with_name(f"{out.name}.json"), (json.dumps(result, indent=1) + "\n").encode())
     print(f"{solved} of {len(rows)} problems are solved by the trained vectors")
     print("\n".join(table(result)))
 
@@ -106,11 +107,13 @@ def table(result: dict[str, Any]) -> list[str]:
     kinds = result["draws"]
     lines = [f"| median over layers | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     for label, name in measures.items():
-        told = [shown([draw[name].abs().median().item() for draw in draws]) for draws in kinds.values()]
+        told = [
+            shown([median(abs(value) for value in draw[name]) for draw in draws]) for draws in kinds.values()
+        ]
         lines.append(f"| {label} | {' | '.join(told)} |")
     for name in kinds["trained"][0]["types"]:
-        told = [shown([draw["types"][name] for draw in draws]) for draws in kinds.values()]
-        if "nan" not in told[0]:
+        if kinds["trained"][0]["types"][name] is not None:
+            told = [shown([draw["types"][name] for draw in draws]) for draws in kinds.values()]
             lines.append(f"| {name}: distance from the mean, in deviations | {' | '.join(told)} |")
     return lines
 

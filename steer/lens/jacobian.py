@@ -260,9 +260,9 @@ def _sums(
     for row, window in enumerate(batch):
         ids[row, : len(window.ids)], mask[row, : len(window.ids)] = torch.tensor(window.ids), 1
         keep[row, : len(window.ids)] = torch.tensor(window.keep)
-    dtype = next(decoder.layers.parameters()).dtype
+    wide = torch.promote_types(model.dtype, torch.float32)
     # A zero that is added at every kept position of a layer: its gradient is the sum over positions.
-    zeros = torch.zeros(decoder.hidden_size, dtype=dtype, device=device)
+    zeros = torch.zeros(decoder.hidden_size, dtype=wide, device=device)
     added = [zeros.clone().requires_grad_() for _ in layers]
     last: list[Tensor] = []
     vectors = model.__dict__.get("steering_vectors")
@@ -275,11 +275,10 @@ def _sums(
             handles.append(watch(last.append, Site(decoder.layers[-1]), decoder.hidden_size))
             decoder.backbone(ids.to(device), attention_mask=mask.to(device), use_cache=False)
             total = last[0][keep.to(last[0].device)].sum(0)  # (hidden_size,)
-            wide = torch.promote_types(dtype, torch.float32)
             sums = torch.zeros(len(layers), decoder.hidden_size, decoder.hidden_size, dtype=wide)
             for index in range(decoder.hidden_size):
                 rows = torch.autograd.grad(total[index], added, retain_graph=True)
-                sums[:, index] = torch.stack(rows).to("cpu", wide)
+                sums[:, index] = torch.stack(rows).cpu()
                 bar.update(len(batch))
     finally:
         model.train(was_training)
@@ -290,7 +289,8 @@ def _sums(
 
 def _add(vector: Tensor, keep: Tensor, module: torch.nn.Module, hidden: Tensor) -> Tensor:
     one_stream(hidden, module, len(vector))
-    return hidden + keep.to(hidden.device, hidden.dtype)[..., None] * vector.to(hidden.device)
+    kept = keep.to(hidden.device, hidden.dtype)[..., None]
+    return hidden + kept * vector.to(hidden.device, hidden.dtype)
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -227,19 +227,21 @@ def token_heatmap(
 
 
 def strip(values: ArrayLike, tokens: Sequence[str], layers: Sequence[int], prompt: int) -> Figure:
-    """Coefficients by layer and token, the tokens written below; a line where the completion begins."""
+    """
+    Coefficients by layer and token, each layer's as a share of its largest, first token apart: that is an
+    attention sink, out of proportion. The tokens are written below; a line where the completion begins.
+    """
     figure, axes = _figure(max(5.0, 0.24 * len(tokens)), 1.4 + 0.2 * len(layers))
     numbers = as_array(values)
-    limit = float(np.abs(numbers[:, 1:]).max()) if numbers.shape[1] > 1 else 1.0
-    image = axes.imshow(
-        numbers, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
-    )
+    largest = np.abs(numbers[:, 1:]).max(1, initial=0.0, keepdims=True)
+    shares = numbers / np.where(largest > 0, largest, 1.0)
+    image = axes.imshow(shares, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     axes.axvline(prompt - 0.5, color="black", linewidth=1.2)
     axes.set_xticks(range(len(tokens)), [text(token) for token in tokens], rotation=90, fontsize=7)
     thin_ticks(axes.set_yticks, layers)
     finish(axes, "Adaptive scale: the vector's coefficient at each token", "", "layer")
     axes.grid(False)
-    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
+    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02, label="share of the layer's largest")
     return figure
 
 

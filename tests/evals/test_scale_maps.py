@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.paths import ROOT
 from helpers.steering import fill
 from helpers.training import model_folder, write_problems
 
@@ -45,3 +46,9 @@ def test_numbers_and_strips_beside_random_readouts(tiny_llama, tiny_tokenizer, t
         float(next(line for line in told.splitlines() if "deviation / mean" in line).split(" | ")[1]),
         abs=0.006,
     )
+
+
+def test_the_page_quotes_the_committed_result() -> None:
+    lines = scale_maps.table(json.loads((ROOT / "evals/results/lens/adaptive.json").read_text()))
+    page = (ROOT / "docs/lens.md").read_text().splitlines()
+    assert set(lines[:7]) <= set(page)

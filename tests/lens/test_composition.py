@@ -14,6 +14,7 @@ from helpers.steering import fill, layers_of, message
 import steer
 from steer import SteerError
 from steer.artifact import Artifact
+from steer.lens import plots
 from steer.lens.composition import Composition, compose, leave_one_out, likelihoods, scale_sweep
 from steer.lens.conditions import BASE, Condition, steered
 from steer.lens.sampling import complete
@@ -142,6 +143,12 @@ def test_scale_sweep(tiny_llama, tiny_tokenizer) -> None:
     assert found.tokens.max() <= subject.max_new_tokens
     with pytest.raises(SteerError):
         scale_sweep(subject, wanted, Exact(), [])
+
+
+def test_a_heat_strip_shows_each_layer_by_its_largest_but_the_first() -> None:
+    figure = plots.strip([[90.0, 1.0, -4.0], [0.0, 0.0, 0.0]], ["<s>", "a", "b"], [3, 5], prompt=2)
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.tolist() == [[22.5, 0.25, -1.0], [0.0, 0.0, 0.0]]
 
 
 @torch.no_grad()
