@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure every SAE that is not measured yet, and write `memory.json`, `memory.md` and `memory.png`."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    facts = {"width": args.width, "k": args.k, "batch": args.batch, "sizes": args.sizes}
+    facts = {"width": args.width, "k": args.k, "batch": args.batch}
     path = out / "memory.json"
     found = json.loads(path.read_text()) if path.exists() else {**facts, "saes": []}
     changed = [name for name in facts if found[name] != facts[name]]
@@ -96,6 +96,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"written to {out / 'memory.md'} and {out / 'memory.png'}")
 
 
+def sizes(found: dict[str, Any]) -> list[int]:
+    """The dictionaries of which every SAE is measured."""
+    rows = [row["size"] for row in found["saes"]]
+    return sorted(size for size in set(rows) if rows.count(size) == len(HEADS))
+
+
 def markdown(found: dict[str, Any]) -> str:
     """Peak memory and time by dictionary, as numbers for TopK and relative to it for KronSAE."""
     lines = [
@@ -106,7 +112,7 @@ def markdown(found: dict[str, Any]) -> str:
         "| features | TopK MB | TopK ms | " + " | ".join(f"m={m} n={n}" for m, n in HEADS if m) + " |",
         "|---" * (2 + len(HEADS)) + "|",
     ]
-    for size in found["sizes"]:
+    for size in sizes(found):
         rows = {(row["m"], row["n"]): row for row in found["saes"] if row["size"] == size}
         topk = rows[0, 0]
         cells = []
@@ -132,10 +138,11 @@ def plot(found: dict[str, Any], path: Path) -> None:
     for axes, key, text in ((panels[0], "peak_mb", "peak memory, MB"), (panels[1], "step_ms", "a step, ms")):
         for m, n in HEADS:
             rows = [row for row in found["saes"] if (row["m"], row["n"]) == (m, n)]
+            rows.sort(key=lambda row: row["size"])
             axes.plot([r["size"] for r in rows], [r[key] for r in rows], "o-", label=label(m, n))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set_xticks(found["sizes"], [f"{size:,}" for size in found["sizes"]], fontsize=8)
+        axes.set_xticks(sizes(found), [f"{size:,}" for size in sizes(found)], fontsize=8)
         axes.set_xlabel("features")
         axes.set_ylabel(text)
         axes.grid(alpha=0.3)

@@ -52,7 +52,8 @@ def _info(args: argparse.Namespace) -> None:
     there = (cfg.source or {}).get("tool", "steer")  # of the hub
     print(f"format      {detect(args.sae) if Path(args.sae).exists() else there}")
     print(f"features    {cfg.d_sae} for activations of width {cfg.d_in}, {cfg.activation} with k={cfg.k}")
-    shape = f"kron: {cfg.heads} heads of {cfg.m} x {cfg.n}" if cfg.encoder == "kron" else "dense"
+    kron = f"kron: {cfg.heads} heads of {cfg.m} x {cfg.n}, {cfg.interaction}"
+    shape = kron if cfg.encoder == "kron" else "dense"
     print(
         f"encoder     {shape}; {encoder_parameters(cfg):,} weights, {encoder_flops(cfg):,} multiply-adds a "
         f"token"

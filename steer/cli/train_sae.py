@@ -168,16 +168,15 @@ def summary(line: dict[str, Any], names: list[str]) -> str:
 
 
 def ending(outcome: dict[str, Any], training: TrainConfig) -> str:
-    """How a wsd run ended, on one line: flat or not, and by how much the explained variance still rose."""
+    """How a wsd run ended, on one line: flat or not, and what the explained variance still gained."""
     tokens = f"{outcome['steps'] * training.batch_size:,} activations"
     found = {"flat": f"flat after {tokens}", "capped": f"not flat: stopped by the cap of {tokens}"}
     line = found.get(outcome["stopped"], f"all {tokens}")
-    if outcome["rise"] is not None:
-        rises = ", ".join(f"{name} {value:+.4f}" for name, value in outcome["rise"].items())
-        line += (
-            f"; held-out explained variance before the decay, over the last "
-            f"{training.early_stopping_window:.0%} of the steps: {rises}"
-        )
+    window = f"over the last {training.early_stopping_window:.0%} of the steps before the decay"
+    for name, text in (("rise", window), ("decay_gained", "by the decay")):
+        if outcome[name] is not None:
+            gains = ", ".join(f"{sae} {value:+.4f}" for sae, value in outcome[name].items())
+            line += f"; held-out explained variance {text}: {gains}"
     return line
 
 

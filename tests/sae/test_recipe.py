@@ -94,7 +94,11 @@ def test_a_run_until_flat_says_how_it_ended(config, tmp_path, capsys):
         words_now = [*words, f"early_stopping_threshold={threshold}", f"output_dir={folder}"]
         train_sae.main(["--config", str(config), *words_now])
         out = capsys.readouterr().out
-        assert said in out and "over the last 20% of the steps: kron +0." in out, out
+        assert (
+            said in out
+            and "over the last 20% of the steps before the decay: kron +0." in out
+            and "by the decay: kron" in out
+        ), out
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["outcome"]["stopped"] == {"1.0": "flat", "1e-9": "capped"}[threshold]
         assert last["step"] == last["outcome"]["steps"] == last["heldout"]["step"]
