@@ -69,7 +69,7 @@ MORE = {
     "lens scales": LENS,
     **{
         f"lens {name}": [*LENS, "--draws", "1"]
-        for name in ("attention", "conventions", "downstream", "entropy", "spectrum")
+        for name in ("attention", "baselines", "conventions", "downstream", "entropy", "spectrum")
     },
     "lens features": [*LENS, "--sae-layer", "1", "--draws", "1", "--max-new-tokens", "4"],
     "lens patch": [*LENS, "--layers", "1"],
@@ -314,6 +314,7 @@ def seen(name: str) -> set[str]:
 # Commands that refuse what they are given here, and what they say.
 REFUSE = {
     "lens report": "a report needs at least 4 problems, got 1",
+    "lens baselines": "0 of 1 steered answers are right",
     "extract answers": "run: benchmark 'sums' asks chats, which a run does not keep; give pairs",
 }
 OUTPUTS = ("out", "plot", "figures", "target", "output_dir")
