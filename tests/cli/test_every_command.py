@@ -314,7 +314,8 @@ def seen(name: str) -> set[str]:
 # Commands that refuse what they are given here, and what they say.
 REFUSE = {
     "lens report": "a report needs at least 4 problems, got 1",
-    "lens baselines": "0 of 1 steered answers are right",
+    "lens baselines": "0 of 1 steered answers are right, 0 of those that choose the length and 0 of those "
+    "that measure; both need one: give more problems",
     "extract answers": "run: benchmark 'sums' asks chats, which a run does not keep; give pairs",
 }
 OUTPUTS = ("out", "plot", "figures", "target", "output_dir")
