@@ -11,7 +11,9 @@ import yaml
 from steer.errors import SteerError
 from steer.recipe_files import config_file
 
-RECIPES = ("grpo_steer", "grpo_baseline")
+RECIPES = ("grpo_steer", "grpo_baseline", "sft_steer", "dpo_steer")
+# These train on answers that are given, such as the samples of a method before them (`answers_of`).
+ANSWER_RECIPES = ("sft_steer", "dpo_steer")
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,37 @@ def read_plan(path: str) -> Plan:
         like = plan.methods.get(method.get("like", name))
         if like is None or (like | method).get("recipe") not in RECIPES:
             raise SteerError(
-                f"{path}: method {name!r} has no recipe; write recipe: {RECIPES[0]}, recipe: {RECIPES[1]} "
-                "or like: METHOD"
+                f"{path}: method {name!r} has no recipe; write recipe: with one of {', '.join(RECIPES)}, or "
+                "like: METHOD"
             )
         if "learning_rate" not in like | method and not like.get("lr_sweep"):
             raise SteerError(f"{path}: method {name!r} has neither learning_rate nor lr_sweep")
+        _check_answers(path, plan.methods, name, like | method)
     return replace(plan, config=str(config_file(plan.config)))
+
+
+def _check_answers(path: str, methods: dict[str, dict[str, Any]], name: str, whole: dict[str, Any]) -> None:
+    """SteerError where a method cannot be trained on given answers as the plan says."""
+    if whole["recipe"] not in ANSWER_RECIPES:
+        if "answers_of" in whole:
+            raise SteerError(
+                f"{path}: method {name!r} samples its answers, and answers_of has no effect; leave it out, "
+                f"or write recipe: {' or '.join(ANSWER_RECIPES)}"
+            )
+        return
+    if "lr_sweep" in whole:
+        raise SteerError(
+            f"{path}: method {name!r} is trained on answers, and lr_sweep is for methods that sample them; "
+            "give learning_rate"
+        )
+    if "answers_of" not in whole:
+        return
+    before = [*methods][: [*methods].index(name)]
+    sampling = [
+        n for n in before if (methods[methods[n].get("like", n)] | methods[n])["recipe"] == RECIPES[0]
+    ]
+    if whole["answers_of"] not in sampling:
+        raise SteerError(
+            f"{path}: method {name!r} has answers_of: {whole['answers_of']}; give a method before it with "
+            f"recipe: {RECIPES[0]}" + (f", such as {sampling[0]}" if sampling else "")
+        )

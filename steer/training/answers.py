@@ -33,6 +33,11 @@ from steer.training.run_settings import RunSettings
 log = logging.getLogger("steer")
 
 TRAINING = "training"
+# Settings without effect where no answers are sampled, and where answers are given without their problems.
+OF_SAMPLES = ("rewards", "dry_run")
+OF_PROBLEMS = (
+    *("columns", "train_split", "train_limit", "levels", "max_problem_chars", "exclude", "validate_every"),
+)
 _PREFERENCES = ("prompt", "chosen", "rejected")
 
 
@@ -72,7 +77,7 @@ def load(settings: RunSettings) -> tuple[Dataset | None, Problems | None]:
     """
     run, method = settings.run, settings.training.method
     unset = RunConfig()
-    _no_effect(run, unset, ("rewards", "dry_run"), f"method={method} samples no answers")
+    _no_effect(run, unset, OF_SAMPLES, f"method={method} samples no answers")
     source = run_source(run.train_data)
     pairs_given = source is None and is_preferences(run.train_data)
     if source is None:
@@ -94,9 +99,8 @@ def load(settings: RunSettings) -> tuple[Dataset | None, Problems | None]:
             )
         if not pairs_given:
             return problems(run)
-    names_of_problems = ("columns", "train_split", "train_limit", "levels", "max_problem_chars", "exclude")
     why = f"train_data={run.train_data} holds answers and no problems"
-    _no_effect(run, unset, (*names_of_problems, "validate_every"), why)
+    _no_effect(run, unset, OF_PROBLEMS, why)
     if run.examples:
         log.info("examples=%d plays no part: there are no training problems to take them from", run.examples)
     return None, held_out_problems(run)

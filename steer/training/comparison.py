@@ -20,7 +20,7 @@ import yaml
 from steer.errors import SteerError
 from steer.evaluation import compare, plots
 from steer.evaluation.pack import pack, read_packed
-from steer.evaluation.plan import Plan
+from steer.evaluation.plan import ANSWER_RECIPES, Plan
 from steer.files import replace_file
 from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.prompts import DEFAULT_PROMPT
@@ -142,10 +142,18 @@ class Comparison:
         settings, launcher = self.settings(name)
         settings |= {"seed": seed, "learning_rate": self.rate(name)}
         job = f"{name}-{seed}"
+        if source := settings.pop("answers_of", None):
+            settings["train_data"] = str(self.work / f"{source}-{seed}")
+        elif any(method.get("answers_of") == name for method in self.plan.methods.values()):
+            settings["log_completions"] = True
         asked = {"evaluation": self.asked(), "training": settings}
         if self.done(job, asked):
             return
         folder = self.work / job
+        if source and not (Path(settings["train_data"]) / "completions").is_dir():
+            raise Failed(
+                f"there are no samples in {settings['train_data']}: {source} with seed {seed} comes first"
+            )
         self.launch(job, settings | {"output_dir": str(folder)}, launcher)
         results = json.loads((folder / "results.json").read_text())
         kind = next(kind for kind in ARTIFACTS if (folder / kind).is_dir())
@@ -170,9 +178,28 @@ class Comparison:
     def settings(self, name: str) -> tuple[dict[str, Any], str]:
         """All settings of a method's runs but seed, rate and folder, and its launcher."""
         method = self.plan.methods[name]
-        whole = {**self.shared, **self.plan.methods.get(method.get("like", name), {}), **method}
+        own = {**self.plan.methods.get(method.get("like", name), {}), **method}
+        whole = {**(self.shared if own["recipe"] not in ANSWER_RECIPES else self.of_answers(own)), **own}
         launcher = whole.pop("launcher", None) or self.plan.launcher or _launcher()
         return {k: v for k, v in whole.items() if k not in ("like", "lr_sweep", "output_dir")}, launcher
+
+    def of_answers(self, own: dict[str, Any]) -> dict[str, Any]:
+        """What a method that is trained on given answers shares: not what is about samples and rewards."""
+        from steer.tasks.data import has_own_columns, heldout_source
+        from steer.training.answers import OF_PROBLEMS, OF_SAMPLES
+        from steer.training.run_settings import setting_names
+
+        # of a loss, which is another one
+        other = {*OF_SAMPLES, "beta", "loss_type", *(OF_PROBLEMS if "answers_of" in own else ())}
+        known = setting_names(own["recipe"].partition("_")[0]) - other
+        shared = {key: value for key, value in self.shared.items() if key in known}
+        if "answers_of" in own:  # the problems to train on no longer say which ones stay unseen
+            held_out = heldout_source(self.shared.get("train_data", "arithmetic"), shared.get("eval_data"))
+            shared["eval_data"] = held_out or "none"
+            columns = self.shared.get("columns")
+            if columns and held_out and has_own_columns(held_out):
+                shared.setdefault("eval_columns", columns)
+        return shared
 
     def rate(self, name: str) -> float:
         """The learning rate of a method: given, that of the method it is like, or chosen by its sweep."""
@@ -290,7 +317,8 @@ class Comparison:
         replace_file(Path(self.plan.out, "training.md"), f"{table}\n".encode())
         curves: dict[str, list[list[float]]] = {}
         for one in trained:
-            curves.setdefault(one["method"], []).append(one["curve"]["accuracy"])
+            if one["curve"]["accuracy"]:  # given answers are not sampled
+                curves.setdefault(one["method"], []).append(one["curve"]["accuracy"])
         if curves:
             replace_file(Path(self.plan.out, "training.png"), plots.curves(curves))
         print(f"\npage  {Path(self.plan.out, 'index.html')}")

@@ -220,6 +220,11 @@ def chosen_method(words: Sequence[str]) -> str:
     return method
 
 
+def setting_names(method: str) -> set[str]:
+    """The settings that a run of this method has, without those of searches and populations."""
+    return {f.name for part in _kinds(method, {}).values() for f in fields(part) if f.init}
+
+
 def _kinds(method: str, more: dict[str, type]) -> dict[str, type]:
     """The dataclasses of a run's settings; `more` are parts that GRPO alone has."""
     own = more if method == "grpo" else {"answers": AnswerArguments}

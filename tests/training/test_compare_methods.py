@@ -390,3 +390,62 @@ def test_mistakes_in_a_plan_are_one_line(plan, tmp_path, capsys, change, expecte
 def test_no_plan_at_all(tmp_path, capsys):
     assert compare.main(["--config", str(tmp_path / "none.yaml")]) == 1
     assert "no config file" in capsys.readouterr().err
+
+
+def test_methods_are_trained_on_the_samples_of_another(plan, calls, place, tmp_path, capsys):
+    settings = yaml.safe_load(plan.read_text())
+    training = yaml.safe_load((place / "train.yaml").read_text())
+    # samples of a random model: all that end count as right
+    training |= {"max_completion_length": 12, "beta": 0.04, "per_device_train_batch_size": 64}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(training))
+    answers = {"answers_of": "steering", "learning_rate": 0.01, "per_device_train_batch_size": 4}
+    settings |= {
+        "config": str(tmp_path / "train.yaml"),
+        "seeds": [1],
+        "reference": None,
+        "examples": 0,
+        "prefixes": [],
+        "methods": {
+            "steering": {"recipe": "grpo_steer", "learning_rate": 0.02},
+            "sft": {"recipe": "sft_steer", "min_reward": 0.0, **answers},
+            "dpo": {"recipe": "dpo_steer", **answers},
+        },
+        "output_dir": str(tmp_path / "work"),
+        "out": str(tmp_path / "out"),
+    }
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert compare.main(["--config", str(path), "--methods", "sft"]) == 1
+    assert "steering with seed 1 comes first" in capsys.readouterr().err
+    assert compare.main(["--config", str(path), "--methods", "steering", "sft"]) == 0
+    about = {file.stem: read_packed(file)["about"] for file in (tmp_path / "out" / "runs").iterdir()}
+    assert about.keys() == {"steering-1", "sft-1"}
+    asked = about["sft-1"]["asked"]["training"]
+    assert asked["train_data"] == str(tmp_path / "work" / "steering-1") and asked["learning_rate"] == 0.01
+    assert not {"num_generations", "rewards", "beta"} & asked.keys() and asked["template"] == "plain"
+    assert asked["eval_data"] == training["eval_data"]
+    assert about["sft-1"]["results"]["steps"] == 2 and not about["sft-1"]["curve"]["accuracy"]
+    rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
+    assert {"steering", "sft"} == {row["method"] for row in rows}
+    dpo, _ = Comparison(read_plan(str(path))).settings("dpo")
+    assert dpo["per_device_train_batch_size"] == 4 and not {"beta", "rewards"} & dpo.keys()
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({"recipe": "sft_steer", "lr_sweep": [0.1, 0.2]}, "lr_sweep is for methods that sample them"),
+        ({"recipe": "dpo_steer", "learning_rate": 0.1, "answers_of": "full"}, "give a method before it"),
+        (
+            {"recipe": "grpo_steer", "learning_rate": 0.1, "answers_of": "steering"},
+            "answers_of has no effect",
+        ),
+    ],
+)
+def test_a_plan_of_given_answers_that_means_nothing_is_refused(plan, tmp_path, method, expected):
+    settings = yaml.safe_load(plan.read_text())
+    settings["methods"]["own"] = method
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    with pytest.raises(SteerError, match=expected):
+        read_plan(str(path))
