@@ -29,7 +29,8 @@ class Conventions(Section):
         ),
         "persistence, conventions": (
             "Diff-Diff cosine of single vectors by both conventions: one mean over all texts without the "
-            "first token, or each text’s own mean with it, along what each vector writes alone."
+            "first token, or each text’s own mean with it, along what each vector writes alone. "
+            f"On {TEXTS} texts."
         ),
     }
 

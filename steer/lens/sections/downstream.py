@@ -21,7 +21,7 @@ class Downstream(Section):
     captions: ClassVar[dict[str, str]] = {
         "through later layers": (
             "The tokens that one layer’s vector promotes by way of all later layers: the mean change of the "
-            "last layer’s state, through the final norm’s scale and the unembedding."
+            f"last layer’s state, through the final norm’s scale and the unembedding. On {TEXTS} answers."
         ),
     }
 

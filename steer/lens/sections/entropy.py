@@ -18,7 +18,8 @@ class Entropy(Section):
     captions: ClassVar[dict[str, str]] = {
         "entropy": (
             "How far the vectors move the next-token distribution against the entropy of the base model’s, a "
-            "dot a generated token; means of the quarters of tokens, with random vectors beside."
+            f"dot a generated token of {TEXTS} answers; means of the quarters of tokens, with random vectors "
+            "beside."
         ),
     }
 

@@ -9,7 +9,7 @@ from steer.lens.sections.base import Block, Section, Table
 from steer.lens.spectrum import SetSpectrum, set_spectrum
 from steer.lens.study import Report, Study
 
-TEXTS = 8  # that the residual norms are measured on
+TEXTS = 24  # that the residual norms are measured on
 DRAWS = 100
 
 
