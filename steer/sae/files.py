@@ -31,7 +31,7 @@ from steer.errors import SteerError
 from steer.files import replace_files
 from steer.sae import own
 from steer.sae.config import SAEConfig
-from steer.sae.foreign import from_dictionary_learning, from_sparsify
+from steer.sae.foreign import from_dictionary_learning, from_sparsify, sparsify_source
 from steer.sae.model import SAE
 from steer.sae.own import check_finite
 from steer.sae.saelens import from_release, from_saelens
@@ -115,6 +115,8 @@ def load_sae(name_or_path: str | os.PathLike[str]) -> SAE:
     }
     try:
         sae_config, state = read[format](config, tensors)
+        if format == "sparsify":
+            sae_config.source = sparsify_source(path)
     except KeyError as error:
         raise SteerError(
             f"{path}: a {format} SAE must have {error.args[0]!r}, and it is not there"

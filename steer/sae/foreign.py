@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from steer.config import SITES
 from steer.errors import SteerError
+from steer.files import json_object
 from steer.sae.config import SAEConfig
 
 Read = tuple[SAEConfig, dict[str, Tensor]]
@@ -92,6 +94,22 @@ def from_sparsify(config: dict[str, Any], tensors: dict[str, Tensor]) -> Read:
     return sae_config(d_in, d_sae, k, "topk", True), {name: tensors[name] for name in names}
 
 
+def sparsify_source(folder: Path) -> dict[str, Any]:
+    """
+    Layer and model of an SAE of sparsify, which its settings do not say: it is written to a folder named
+    after the module that it reads, such as `layers.12`, beside the settings of the run.
+    """
+    source: dict[str, Any] = {"tool": "sparsify"}
+    if found := re.fullmatch(r"(?:\w+\.)*layers\.(\d+)", folder.resolve().name):
+        source |= {"layer": int(found[1]), "site": "resid_post"}
+        run = folder.resolve().parent / "config.json"
+        model = json_object(run.read_bytes(), run).get("model") if run.is_file() else None
+        source |= {"model": model} if isinstance(model, str) else {}
+    elif re.match(r"(?:\w+\.)*layers\.\d+\.", folder.resolve().name):
+        source["hook"] = folder.resolve().name  # a module inside a layer
+    return source
+
+
 def from_dictionary_learning(config: dict[str, Any], tensors: dict[str, Tensor]) -> Read:
     """TopK and BatchTopK as nn.Linear layers, JumpReLU as W_enc, W_dec and threshold."""
     check_settings("dictionary_learning", config, ("trainer",), ("buffer",), {})
@@ -149,6 +167,8 @@ def _dictionary_source(trainer: Mapping[str, Any]) -> dict[str, Any]:
     )
     if named and isinstance(layer, int):
         source |= {"layer": layer, "site": named[1]}
+    elif trainer.get("submodule_name") is not None:
+        source["hook"] = str(trainer["submodule_name"])
     return source
 
 

@@ -63,6 +63,11 @@ def sae_place(
         )
     check_base(source, model, name)
     known = source.get("layer")
+    if "hook" in source and "site" not in source and (layer is None or site is None):
+        raise SteerError(
+            f"{name} reads {source['hook']}, which is not known here; say with a layer and a site which "
+            "place that is"
+        )
     if layer is None and known is None:
         raise SteerError(f"{name} does not say which layer it was trained on; give the layer")
     if known is not None and layer not in (None, known):

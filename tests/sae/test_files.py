@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from steer.errors import SteerError
 from steer.sae import SAE, SAEConfig, foreign, load_sae, saelens, save_sae
 from steer.sae.files import FILES, as_dense, detect
+from steer.sae.place import sae_place
 
 SOURCE = {"model": "made", "layer": 4, "site": "resid_post"}
 
@@ -416,6 +417,38 @@ def test_variants_that_are_not_known_are_named(format, change, part, tmp_path):
     with pytest.raises(SteerError) as error:
         load_sae(tmp_path)
     assert part in message(error)
+
+
+def test_where_an_sae_of_sparsify_reads(tmp_path, tiny_llama):
+    """It is told by the folder, and by the run's settings beside it."""
+    save_sae(make(), tmp_path / "layers.12", "sparsify")
+    assert load_sae(tmp_path / "layers.12").cfg.source == {
+        "tool": "sparsify", "layer": 12, "site": "resid_post",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model": "me/model", "lr": 1}')
+    assert load_sae(tmp_path / "layers.12").cfg.source["model"] == "me/model"
+    save_sae(make(d_in=32), tmp_path / "layers.12.mlp", "sparsify")
+    inside = load_sae(tmp_path / "layers.12.mlp")
+    assert inside.cfg.source == {"tool": "sparsify", "hook": "layers.12.mlp"}
+    tiny_llama.config.name_or_path = "me/model"
+    with pytest.raises(SteerError, match=r"it reads layers\.12\.mlp, which is not known here"):
+        sae_place(inside, tiny_llama, "it", 1)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SteerError):
+        load_sae(tmp_path / "layers.12")
+
+
+def test_where_an_sae_of_dictionary_learning_reads(tmp_path, tiny_llama):
+    save_sae(make(d_in=32), tmp_path, "dictionary_learning")
+    place = {"model": "made", "layer": 4, "site": "resid_post"}
+    assert load_sae(tmp_path).cfg.source == {"tool": "dictionary_learning", **place}
+    change_settings(tmp_path, "dictionary_learning", submodule_name="resid_post_layer_4")
+    assert load_sae(tmp_path).cfg.source == {"tool": "dictionary_learning", **place}
+    change_settings(tmp_path, "dictionary_learning", submodule_name="attention_out")
+    tiny_llama.config.name_or_path = "me/made"
+    with pytest.raises(SteerError, match="it reads attention_out, which is not known here"):
+        sae_place(load_sae(tmp_path), tiny_llama, "it", 1)
+    assert sae_place(load_sae(tmp_path), tiny_llama, "it", 1, "attn_out") == (1, "attn_out")
 
 
 def test_an_sae_on_the_hub(tmp_path, monkeypatch):
