@@ -143,6 +143,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(sizes(found), [f"{size:,}" for size in sizes(found)], fontsize=8)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("features")
         axes.set_ylabel(text)
         axes.grid(alpha=0.3)
