@@ -15,6 +15,7 @@ machine changes little. `--mismatch` compares log-probabilities with a trainer's
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -92,6 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.mismatch and "torch" not in args.variants:
         parser.error("--mismatch needs the variant torch, which scores")
+    if args.variants != ["torch"] and importlib.util.find_spec("vllm") is None:
+        sys.exit("error: vLLM is not installed here: run `make vllm`, or --variants torch")
     for name, value in {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}.items():
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory() as work:

@@ -13,9 +13,12 @@ log = logging.getLogger("steer")
 # processor time of all threads) it took 76 s at the first start and 10 s where its result was in the cache,
 # and saved 0.2 to 0.8 ms a token, the more the longer the completions were.
 COMPILING_PAYS = 200_000
-# Processor seconds of a start, and of a token without compiling beyond what it takes steer's own sampler: of
-# SmolLM2-135M, 64 rows of 64 tokens (`python -m evals.rollouts`).
-EAGER_START, EAGER_MORE, COMPILED_START = 10.0, 0.8e-3, 76.0
+# Processor seconds of an engine's start on a CPU, without and with compiling; and what a token takes without
+# compiling beyond steer's own sampler, by the length of a row (`python -m evals.rollouts`, SmolLM2-135M, 64 rows).
+# Longer rows were not measured. COMPILING_SAVES is the middle of what was measured above.
+EAGER_START, COMPILED_START = 10.0, 76.0
+MORE = {64: 0.82e-3, 256: -0.13e-3}
+COMPILING_SAVES = 0.5e-3
 
 
 def enforce_eager(tokens: int | None, asked: bool | None = None) -> bool:
@@ -37,24 +40,30 @@ def enforce_eager(tokens: int | None, asked: bool | None = None) -> bool:
     return True
 
 
-def say_whether_it_pays(tokens: int | None, eager: bool) -> None:
+def say_whether_it_pays(tokens: int | None, length: int, eager: bool) -> None:
     """
     Tell a run whose samples an engine draws on a CPU what that costs, where steer's own sampler is cheaper.
 
     Args:
         tokens: the most that the engine will sample; None where nobody knows.
+        length: the most tokens of a completion.
         eager: whether it does not compile.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or tokens is None or tokens >= COMPILING_PAYS:
+    (short, more), (long, less) = MORE.items()
+    if not current_platform.is_cpu() or tokens is None or length > long:
         return
-    start, more = (EAGER_START, EAGER_MORE * tokens) if eager else (COMPILED_START, 0.0)
-    log.info(
-        "use_vllm does not pay on a CPU for at most %s sampled tokens: expect about %.0f s of processor time "
-        "more than with steer's own sampler (%.0f s to start, %.0f s to sample); use_vllm=false is cheaper",
-        f"{tokens:,}",
-        start + more,
-        start,
-        more,
-    )
+    share = max(0, length - short) / (long - short)
+    each = more + share * (less - more) - (0 if eager else COMPILING_SAVES)
+    start = EAGER_START if eager else COMPILED_START
+    if start + each * tokens > 0:
+        log.info(
+            "use_vllm does not pay on a CPU for %s tokens in answers of at most %d: expect about %.0f s of "
+            "processor time more than with steer's own sampler, %.0f s of them to start; use_vllm=false is "
+            "cheaper",
+            f"{tokens:,}",
+            length,
+            start + each * tokens,
+            start,
+        )

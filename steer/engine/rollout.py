@@ -101,7 +101,7 @@ class VectorGeneration(VLLMGeneration):
         """The engine as trl sets it up, with the trainer's precision and the folder of a bundled model."""
         settings["logprobs_mode"] = self.logprobs_mode or PROCESSED
         settings["enforce_eager"] = enforce_eager(self.tokens, self.eager)
-        say_whether_it_pays(self.tokens, settings["enforce_eager"])
+        say_whether_it_pays(self.tokens, self.max_completion_length, settings["enforce_eager"])
         name = settings["model"]
         settings["model"] = str(model_path(name)) if name in BUNDLED or Path(name).exists() else name
         mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)

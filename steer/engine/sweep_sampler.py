@@ -54,7 +54,7 @@ class EngineSampler:
         tokens = args.sampled_tokens()
         tokens = tokens and members * tokens
         eager = enforce_eager(tokens, args.vllm_enforce_eager)
-        say_whether_it_pays(tokens, eager)
+        say_whether_it_pays(tokens, args.max_completion_length, eager)
         local = name in BUNDLED or Path(name).expanduser().exists()
         self.args, self.stop = args, list(stop)
         self.logprobs_mode = logprobs_mode(args)

@@ -25,15 +25,19 @@ def test_a_run_for_which_an_engine_does_not_pay_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="steer")
-    for on_cpu, tokens in ((False, 1000), (True, None), (True, COMPILING_PAYS)):
+    silent = [(False, 1000, 64, True), (True, None, 64, True), (True, 1000, 257, True)]
+    silent += [(True, 200_000, 256, True), (True, 200_000, 256, False)]
+    for on_cpu, tokens, length, eager in silent:
         monkeypatch.setattr(type(platforms.current_platform), "is_cpu", lambda self, on_cpu=on_cpu: on_cpu)
-        say_whether_it_pays(tokens, True)
+        say_whether_it_pays(tokens, length, eager)
     assert not caplog.messages
-    say_whether_it_pays(100_000, True)
-    say_whether_it_pays(100_000, False)
-    eager, compiled = caplog.messages
-    assert "at most 100,000 sampled tokens: expect about 90 s" in eager and "(10 s to start, 80 s to" in eager
-    assert "expect about 76 s" in compiled and "use_vllm=false is cheaper" in compiled
+    say_whether_it_pays(100_000, 16, True)
+    say_whether_it_pays(100_000, 64, False)
+    say_whether_it_pays(20_000, 256, True)
+    eager_short, compiled, eager_long = caplog.messages
+    assert "100,000 tokens in answers of at most 16: expect about 92 s" in eager_short
+    assert "expect about 108 s" in compiled and "76 s of them to start; use_vllm=false is cheaper" in compiled
+    assert "expect about 7 s" in eager_long
 
 
 def test_what_a_run_samples(tmp_path: Path) -> None:
