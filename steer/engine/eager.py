@@ -14,7 +14,7 @@ log = logging.getLogger("steer")
 # and saved 0.2 to 0.8 ms a token, the more the longer the completions were.
 COMPILING_PAYS = 200_000
 # Processor seconds of an engine's start on a CPU, without and with compiling; and what a token takes without
-# compiling beyond steer's own sampler, by the length of a row (`python -m evals.rollouts`, SmolLM2-135M, 64 rows).
+# compiling beyond steer's own sampler, by the length of a row (SmolLM2-135M, 64 rows, `evals.rollouts`).
 # Longer rows were not measured. COMPILING_SAVES is the middle of what was measured above.
 EAGER_START, COMPILED_START = 10.0, 76.0
 MORE = {64: 0.82e-3, 256: -0.13e-3}
