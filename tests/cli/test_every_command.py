@@ -313,7 +313,7 @@ def seen(name: str) -> set[str]:
 
 # Commands that refuse what they are given here, and what they say.
 REFUSE = {
-    "lens report": "a report needs at least 4 problems, got 1",
+    "lens report": "a report needs at least 24 problems, got 1; raise --problems",
     "lens baselines": "0 of 1 steered answers are right, 0 of those that choose the length and 0 of those "
     "that measure; both need one: give more problems",
     "extract answers": "run: benchmark 'sums' asks chats, which a run does not keep; give pairs",
