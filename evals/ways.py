@@ -1,7 +1,7 @@
 """
 Six ways to get a vector, at the same number of samples: accuracy, and side effects on neutral text.
 
-    python -m evals.ways --out evals/results/ways     # about 40 minutes on two cores
+    python -m evals.ways --out evals/results/ways     # about 45 minutes on two cores
     python -m evals.ways --tiny --out /tmp/ways       # everything on a tiny random model, under a minute
 
 The task is the demo's. A budget is a number of answers that a model draws for training problems: `--updates`
@@ -66,7 +66,7 @@ class Plan:
     updates: int = 32
     rows: int = 64  # samples of an update
     start: float = 0.25  # share of the budget that a mean difference to start from is made of
-    answer_updates: int = 20  # of sft and dpo
+    answer_updates: int = 16  # of sft and dpo
     answer_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)  # tried, of sft and dpo
     shares: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)  # tried: length of a mean difference (`steer extract`)
 
