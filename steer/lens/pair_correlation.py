@@ -45,7 +45,7 @@ class Correlation:
 
     def told(self) -> str:
         if math.isnan(self.rho):
-            return f"undefined ({self.n} pairs with different values; {FEWEST} needed)"
+            return f"undefined: n = {self.n}, and {FEWEST} pairs of different values are needed"
         return f"{self.rho:+.2f} (n = {self.n}, p = {self.p:.3g}, p by layers = {self.p_layers:.3g})"
 
 

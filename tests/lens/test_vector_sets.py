@@ -159,7 +159,7 @@ def test_undefined_scores_are_left_out() -> None:
     found = pair_correlations(composed(joint=None), vectors)
     score, *_ = found.correlations
     assert (score.n, math.isnan(score.rho)) == (0, True)
-    assert score.told() == f"undefined (0 pairs with different values; {FEWEST} needed)"
+    assert score.told() == f"undefined: n = 0, and {FEWEST} pairs of different values are needed"
     assert found.correlations[2].n == 6
     assert "n = 6, p = " in found.rows()[2][2]
 

@@ -35,7 +35,11 @@ class Languages(Section):
         with values(subject.vectors, study.random):
             control = logit_lens(subject.model, subject.tokenizer, subject.vectors.effective())
         own: Any = results["logit lens"]
-        results["languages"] = languages(own, subject.tokenizer, classify, seed=study.seed)
+        found = languages(own, subject.tokenizer, classify, seed=study.seed)
+        if not found.tables["vocabulary"].any():
+            study.report.notes.append("Languages of tokens left out: the classifier is sure of no token.")
+            return
+        results["languages"] = found
         results["languages, random"] = languages(control, subject.tokenizer, classify, seed=study.seed)
 
     def sentences(self, name: str, report: Report) -> list[str]:
