@@ -32,6 +32,10 @@ def render(results: Path = RESULTS) -> str:
         """The table at position `number` in a Markdown file under `results`."""
         return tables((results / file).read_text())[number]
 
+    def opening(file: str) -> str:
+        """The text before the first table of a Markdown file under `results`."""
+        return (results / file).read_text().partition("\n|")[0].strip()
+
     def data(file: str) -> Any:
         return json.loads((results / file).read_text())
 
@@ -41,6 +45,7 @@ def render(results: Path = RESULTS) -> str:
     template = environment.from_string(TEMPLATE.read_text())
     made = template.render(
         table=table,
+        opening=opening,
         data=data,
         exists=exists,
         demo_table=demo(data("demo/results.json"), {c: data(f"control-{c}/results.json") for c in CONTROLS}),

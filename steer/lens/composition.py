@@ -171,13 +171,15 @@ def leave_one_out(
     grader: MathGrader | None,
     rows: Sequence[Row] | None = None,
     label: str | None = None,
+    layers: Sequence[int] | None = None,
 ) -> LeaveOneOut:
     """
-    Leave each layer's vector out in turn. rows: completions whose likelihood is measured; by default the
-    greedy ones of the whole set. Without a grader only the likelihood is measured, and accuracies are NaN.
+    Leave the vector of each of `layers` (all by default) out in turn. rows: completions whose likelihood is
+    measured; by default the greedy ones of the whole set. Without a grader only the likelihood is measured,
+    and accuracies are NaN.
     """
-    all_layers = frozenset(subject.layers)
-    conditions = [steered(subject), BASE, *(Condition(all_layers - {layer}) for layer in subject.layers)]
+    all_layers, layers = frozenset(subject.layers), subject.layers if layers is None else list(layers)
+    conditions = [steered(subject), BASE, *(Condition(all_layers - {layer}) for layer in layers)]
     if rows is None:
         (rows,) = complete(subject, subject.rows(problems), [steered(subject)], label=label)
     likely = likelihoods(subject, rows, conditions, label)
@@ -185,7 +187,7 @@ def leave_one_out(
     if grader is not None:
         accuracy = accuracies(subject, problems, conditions, grader, label)
     return LeaveOneOut(
-        subject.layers,
+        layers,
         accuracy[2:],
         likely[2:],
         accuracy[0].item(),

@@ -105,13 +105,13 @@ def words(name: str) -> str:
 def told_number(name: str, value: float, null: Mapping[str, float] | None = None) -> str:
     """A number in words, with what random draws gave for it."""
     text = f"{words(name)} {value:.3g}"
-    return text if null is None else f"{text} ({told_null(null)})"
+    return text if null is None else f"{text} (random: {told_null(null)})"
 
 
 def told_null(null: Mapping[str, float]) -> str:
     """A null distribution in words."""
     return (
-        f"random: {null['mean']:.3g} on average, {null['low']:.3g} to {null['high']:.3g}, "
+        f"{null['mean']:.3g} on average, {null['low']:.3g} to {null['high']:.3g}, "
         f"rank {null['rank']:.0f} of {null['draws'] + 1:.0f}, p = {null['p']:.2g}"
     )
 

@@ -407,5 +407,5 @@ def report(args: argparse.Namespace) -> None:
         print(json.dumps(result.to_dict(), ensure_ascii=False))
         return
     for finding in result.findings:
-        print(f"{finding.verdict:13} {finding.claim}")
+        print(f"{finding.verdict:21} {finding.claim}")
     print(f"page: {page}")

@@ -12,6 +12,7 @@ from steer.lens.composition import accuracies, compose, likelihoods
 from steer.lens.conditions import Condition
 from steer.lens.results import share, spread
 from steer.lens.sections.base import Section
+from steer.lens.sections.layers import pair_layers
 from steer.lens.study import Report, Study
 from steer.lens.words import joined, known_mean, null_range, percent
 
@@ -54,7 +55,7 @@ class Composition(Section):
         result = compose(subject, [], None, spread(subject.layers, 6), rows, "pairs of layers")
         study.report.results["composition"] = result
         if result.joint is not None:
-            compare_pairs(study, spread(result.layers, 3), result.joint)
+            compare_pairs(study, pair_layers(subject.layers), result.joint)
 
     def sentences(self, name: str, report: Report) -> list[str]:
         result: Any = report.results.get("composition")
@@ -65,8 +66,9 @@ class Composition(Section):
         told = [f"The pair score is {missing[0]} ({len(missing)} of {len(pairs)} pairs)."] if missing else []
         score, gain = report.numbers.get("pair_gain"), report.numbers.get("pair_accuracy")
         if score is not None and gain is not None:
+            tried = joined([*map(str, pair_layers(report.subject.layers))])
             told.append(
-                f"In the pairs of layers {joined([*map(str, spread(result.layers, 3))])}, adding the second "
+                f"In the pairs of layers {tried}, adding the second "
                 f"layer to the better one covers {percent(score)} of the way to the jointly trained set on "
                 f"average (random vectors: {null_range(report, 'pair_gain', percent)}); accuracy rises by "
                 f"{gain:.3f}."

@@ -101,7 +101,7 @@ class LastLayers(Section):
                 results["inputs of the last attention"] = own
             except SteerError as error:
                 study.report.notes.append(f"Inputs of the last attention left out: {error}.")
-        some = spread([layer for layer in subject.layers if layer < study.last], 8)
+        some = spread([layer for layer in subject.layers if layer < study.last], 6)
         routes = {name: ROUTES[name] for name in ("attention only", "MLP only", "residual only")}
         if some:
             each = by_layer(subject, rows, some, effect_paths=routes, label="path patching by layer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-LAYERS = 6  # tried one at a time
+LAYERS = 5  # tried one at a time, and twice as many left out in turn
+
+
+def pair_layers(layers: Sequence[int]) -> list[int]:
+    """Three of the layers that are tried alone, to be paired; not the first where there are enough."""
+    some = spread(layers, LAYERS)
+    return spread(some[1:] if len(some) > 3 else some, 3)
 
 
 @dataclass
@@ -89,7 +96,7 @@ class Layers(Section):
         if len(subject.layers) < 2 or not rows:
             return
         study.report.results["leave one out"] = leave_one_out(
-            subject, study.problems, None, rows, "leave one out"
+            subject, study.problems, None, rows, "leave one out", spread(subject.layers, 2 * LAYERS)
         )
         study.report.results["single layers"] = single_layers(study, spread(subject.layers, LAYERS))
 

@@ -15,7 +15,7 @@ from steer.lens.study import TEXTS, Report, Study
 from steer.lens.subject import Row
 from steer.lens.words import known_mean, null_range, number
 
-SOURCES = 4  # layers whose vectors are followed one at a time
+SOURCES = 3  # layers whose vectors are followed one at a time
 
 
 def random_diff_diff(
