@@ -93,6 +93,7 @@ class Study:
         self.random = self.draws[0]
         self.rows: list[Row] = []  # the steered model's greedy answers
         self.base: list[Row] = []  # the base model's
+        self.solved: list[bool] = []  # which of the steered model's are right
         self.right: list[Row] = []  # `TEXTS` right ones, see `choose_right`; none where there are fewer
         self.alone: dict[int, torch.Tensor] = {}  # by layer: likelihood of those, own vector and draws
 
@@ -105,6 +106,7 @@ class Study:
         self._score("base", base)
         right = graded(subject, self.rows, self.problems, self.grader)
         self._score("steered", right)
+        self.solved = right.tolist()
         report.notes.append(_elicited(subject.vectors.config.provenance))
         self.note(
             base_interval_top=report.accuracy["base"][2],

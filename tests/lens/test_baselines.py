@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.lens import subject_of, texts
+from helpers.lens import Even, subject_of, texts
 from helpers.steering import fill, message
 from torch.nn.functional import normalize
 
@@ -13,6 +13,9 @@ from steer.lens.baselines import Baselines, tuned_baselines
 from steer.lens.composition import likelihoods
 from steer.lens.conditions import BASE, steered
 from steer.lens.controls import values
+from steer.lens.sampling import graded
+from steer.lens.sections.baselines import TunedBaselines
+from steer.lens.study import Study
 from steer.lens.subject import Row, Subject
 
 LENGTHS = (0.5, 1.0, 2.0, 4.0)
@@ -100,6 +103,20 @@ def test_a_mean_difference_with_a_useful_length_gains(build_tiny, tiny_tokenizer
         assert found.gain[method][0] > found.random.max()
     assert [*found.lines()][-1].endswith("10x, is chosen at all together, layer 2")
     assert found.to_dict()["length"]["linear SVM"][0] == 10
+
+
+def test_the_report_reads_every_right_answer_of_the_steered_model(tiny_llama, tiny_tokenizer) -> None:
+    """Also where too few problems are solved for the report's own likelihoods."""
+    subject = subject_of(tiny_llama, tiny_tokenizer, layers="0-1", std=1.0)
+    problems = [{"problem": f"{n} * {n + 3}?", "answer": "7"} for n in range(12)]
+    study = Study(subject, problems, Even())  # type: ignore[arg-type]
+    study.answer()
+    assert not study.right
+    TunedBaselines().measure(study)
+    right = graded(subject, study.rows, problems, Even()).tolist()  # type: ignore[arg-type]
+    found = study.report.results["tuned baselines"]
+    assert isinstance(found, Baselines)
+    assert found.texts == {"fit": 6, "choose": sum(right[1::4]), "measure": sum(right[3::4])}
 
 
 def test_the_subject_is_as_it_was(tiny_llama, tiny_tokenizer) -> None:

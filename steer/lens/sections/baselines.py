@@ -29,13 +29,12 @@ class TunedBaselines(Section):
     }
 
     def measure(self, study: Study) -> None:
-        right = set(study.right)
         try:
             study.report.results["tuned baselines"] = tuned_baselines(
                 study.subject,
                 study.base,
                 study.rows,
-                [row in right for row in study.rows],
+                study.solved,
                 layers=spread(study.subject.layers, LAYERS),
                 lengths=LENGTHS,
                 draws=DRAWS,
