@@ -84,14 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def numbers(maps: ScaleMaps) -> dict[str, Any]:
     """By layer, and by type of token the distance from the mean in standard deviations, over layers."""
-    apart = ((maps.by_type - maps.mean[:, None]) / maps.std[:, None]).abs().mean(0)
     return {
         "mean": maps.mean,
         "std": maps.std,
         "spread": maps.spread,
         "on_prompt": maps.on_prompt,
         "explained": maps.explained,
-        "types": dict(zip(maps.types, apart.tolist(), strict=True)),
+        "types": dict(zip(maps.types, maps.apart.tolist(), strict=True)),
     }
 
 
@@ -108,7 +107,8 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = [f"| median over layers | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     for label, name in measures.items():
         told = [
-            shown([median(abs(value) for value in draw[name]) for draw in draws]) for draws in kinds.values()
+            shown([median(abs(x) for x in draw[name] if x is not None) for draw in draws])
+            for draws in kinds.values()
         ]
         lines.append(f"| {label} | {' | '.join(told)} |")
     for name in kinds["trained"][0]["types"]:

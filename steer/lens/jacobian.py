@@ -57,6 +57,7 @@ class JacobianLens:
         texts: texts that are in the mean so far.
         of: texts of the sample.
         tokens: kept positions that are in the mean so far.
+        dtype: of the model that it was fitted on, such as "float32"; None in files that do not say.
     """
 
     jacobians: dict[int, Tensor]
@@ -66,6 +67,7 @@ class JacobianLens:
     texts: int
     of: int
     tokens: int
+    dtype: str | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -122,7 +124,7 @@ class JacobianLens:
         """Write one .safetensors file, whole or not at all; SteerError when it cannot be written."""
         described = {
             **{"format": FORMAT, "base": self.base, "site": self.site, "sample": self.sample},
-            **{"texts": self.texts, "of": self.of, "tokens": self.tokens},
+            **{"texts": self.texts, "of": self.of, "tokens": self.tokens, "dtype": self.dtype},
         }
         tensors = {f"layer.{layer}": value.cpu().contiguous() for layer, value in self.jacobians.items()}
         target = Path(path)
@@ -219,10 +221,12 @@ def fit(
             "another --length"
         )
     layers = sorted(layers)
-    empty = JacobianLens({}, describe(model), site, checksum(sample), 0, len(sample), 0)
+    dtype = str(model.dtype).removeprefix("torch.")
+    empty = JacobianLens({}, describe(model), site, checksum(sample), 0, len(sample), 0, dtype)
     lens = empty
     if start is not None:
-        unlike = [name for name in ("base", "site", "sample") if getattr(start, name) != getattr(empty, name)]
+        fixed = "base", "site", "sample", "dtype"
+        unlike = [name for name in fixed if getattr(start, name) != getattr(empty, name)]
         if unlike or start.layers != layers:
             raise SteerError(
                 f"the lens to go on with has another {unlike[0] if unlike else 'set of layers'}; give the "

@@ -222,7 +222,8 @@ def _in(layer: int, num_hidden_layers: int) -> int:
 def attention(args: argparse.Namespace) -> None:
     subject, problems = read_both(args)
     answers = write_answers(subject, problems)
-    result = attention_distance(subject, answers, draws=args.draws, seed=args.seed, label="attention maps")
+    seed = args.seed + (args.control == "random")  # that control is the draw of args.seed
+    result = attention_distance(subject, answers, draws=args.draws, seed=seed, label="attention maps")
     _show(args, result, result.lines())
 
 
@@ -331,8 +332,7 @@ def scales(args: argparse.Namespace) -> None:
             mean, std, on_prompt, explained = row
             yield f"layer {layer:3}  {mean:8.3f} +- {std:.3f}  {on_prompt:6.2f}  {explained:6.2f}"
         yield "mean coefficient by type of token, in standard deviations from the mean, averaged over layers"
-        centred = (result.by_type - result.mean[:, None]) / result.std[:, None]
-        for name, value in zip(result.types, centred.abs().mean(0).tolist(), strict=True):
+        for name, value in zip(result.types, result.apart.tolist(), strict=True):
             if not math.isnan(value):
                 yield f"{name:20} {value:.2f}"
 

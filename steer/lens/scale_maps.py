@@ -64,6 +64,15 @@ class ScaleMaps(Result):
         """The standard deviation over tokens divided by the size of the mean: (layers,)."""
         return self.std / self.mean.abs().clamp(min=1e-12)
 
+    @property
+    def apart(self) -> torch.Tensor:
+        """
+        (types,): distance of each type's mean from the mean over all tokens, in standard deviations, averaged
+        over the layers that have any; NaN for a type that no token has.
+        """
+        std = torch.where(self.std > 0, self.std, torch.nan)
+        return ((self.by_type - self.mean[:, None]) / std[:, None]).abs().nanmean(0)
+
     def figure(self) -> Figure:
         """The first text as a heat strip: layers by tokens."""
         from steer.lens import plots
@@ -97,10 +106,11 @@ def scale_maps(subject: Subject, rows: Sequence[Row], *, texts: int = 8) -> Scal
         now[layer] = (given if mask is None else given * mask[..., 0]).float().cpu()
 
     maps: list[ScaleMap] = []
-    total, square, sizes = torch.zeros(len(layers)), torch.zeros(len(layers)), torch.zeros(2, len(layers))
     counts = [0, 0]
     types = [f"{part} {name}" for part in ("prompt", "answer") for name in TYPES]
-    by_type, of_type = torch.zeros(len(layers), len(types)), torch.zeros(len(types))
+    zeros = partial(torch.zeros, dtype=torch.float64)
+    total, square, sizes = zeros(len(layers)), zeros(len(layers)), zeros(2, len(layers))
+    by_type, of_type = zeros(len(layers), len(types)), zeros(len(types))
     modules = [decoder.layers[layer].get_submodule("steering") for layer in layers]
     with hooked(*(m.register_forward_hook(partial(note, n)) for n, m in enumerate(modules))):
         for _, batch in chunks(rows, subject.batch_size):
@@ -113,6 +123,7 @@ def scale_maps(subject: Subject, rows: Sequence[Row], *, texts: int = 8) -> Scal
                 line = stack[:, i, start : start + len(row.ids)]
                 if len(maps) < texts:
                     maps.append(ScaleMap(subject.tokens(row.ids), row.prompt, line.clone()))
+                line = line.double()
                 total += line[:, 1:].sum(1)
                 square += line[:, 1:].square().sum(1)
                 for part, piece in enumerate((line[:, 1 : row.prompt], line[:, row.prompt :])):
@@ -127,7 +138,11 @@ def scale_maps(subject: Subject, rows: Sequence[Row], *, texts: int = 8) -> Scal
     variance = (square / n - mean.square()).clamp(min=0)
     by_type /= of_type  # NaN for a type without tokens
     between = ((by_type - mean[:, None]).square() * of_type).nansum(1) / n
-    return ScaleMaps(layers, maps, mean, variance.sqrt(), on[0] / on[1], types, by_type, between / variance)
+    variance[variance < 1e-12 * mean.square()] = 0  # rounding
+    explained = torch.where(variance > 0, between / variance, torch.nan)
+    found = mean, variance.sqrt(), on[0] / on[1], by_type, explained
+    mean, std, on_prompt, by_type, explained = (one.float() for one in found)
+    return ScaleMaps(layers, maps, mean, std, on_prompt, types, by_type, explained)
 
 
 def _type(subject: Subject, row: Row, at: int) -> int:

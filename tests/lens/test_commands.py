@@ -96,6 +96,12 @@ def test_json_and_text_and_figure(artifact, argv, key, capsys, tmp_path) -> None
     assert len(capsys.readouterr().out.splitlines()) > 1
 
 
+def test_the_random_control_is_no_draw_of_its_own_null(artifact, capsys) -> None:
+    call("attention", artifact, "--problems", "2", "--control", "random", "--draws", "1", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["random"][0] != pytest.approx(found["distance"], rel=1e-3)
+
+
 def test_directions_reads_artifacts_alone(artifact, capsys) -> None:
     call("directions", artifact, artifact, "--json")
     assert json.loads(capsys.readouterr().out)["to_last"][0][0] == pytest.approx(1)

@@ -192,6 +192,18 @@ def test_scale_maps_are_the_readouts(tiny_llama, tiny_tokenizer) -> None:
     again = scale_maps(subject, rows)
     torch.testing.assert_close(again.mean, found.mean, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(again.std, found.std, rtol=1e-3, atol=1e-5)
+    distances = (found.by_type - found.mean[:, None]).abs() / found.std[:, None]
+    torch.testing.assert_close(found.apart, distances.mean(0), equal_nan=True)
+    for readout in (0.0, 1.0):  # of layer 0, whose MLP gives every token the same
+        layers_of(tiny_llama)[0].mlp.down_proj.register_forward_pre_hook(
+            lambda m, a: (torch.full_like(a[0], 0.3),)
+        )
+        tensors = subject.vectors.tensors()
+        tensors["model.layers.0.steering.readout"].fill_(readout)
+        subject.vectors.set_tensors(tensors)
+        flat = scale_maps(subject, rows)
+        assert flat.std[0] == 0 and flat.explained[0].isnan()
+        assert flat.apart.isnan().tolist() == found.apart.isnan().tolist()
     steer.detach(tiny_llama)
     with pytest.raises(SteerError) as error:
         scale_maps(subject_of(tiny_llama, tiny_tokenizer), rows)

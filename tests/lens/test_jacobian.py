@@ -137,6 +137,19 @@ def test_it_goes_on_where_it_was_stopped(tiny_llama, tmp_path) -> None:
         whole(tiny_llama, SAMPLE[:2], start=start)
     with pytest.raises(SteerError, match="another set of layers"):
         whole(tiny_llama, layers=[1], start=start)
+    with pytest.raises(SteerError, match="another dtype"):
+        whole(tiny_llama.bfloat16(), start=start)
+
+
+def test_a_stopped_fit_ends_with_the_bits_of_one_that_was_not(tiny_llama, tmp_path) -> None:
+    expected = whole(tiny_llama, batch_size=1)
+    lens = None
+    for part in range(3):
+        lens = next(fit(tiny_llama, SAMPLE, [0, 1, 2], batch_size=1, start=lens))
+        lens = JacobianLens.load(lens.save(tmp_path / f"{part}.safetensors"))
+    assert lens is not None and lens.texts == 3
+    for layer in range(3):
+        assert torch.equal(lens.jacobians[layer], expected.jacobians[layer])
 
 
 def test_vectors_that_are_attached_are_off(build_tiny) -> None:
