@@ -9,8 +9,8 @@ For each of some features drawn at random, the judge is shown texts on which it 
 token in <<>>, and texts on which it is silent, each with "yes" or "no". It then answers for other texts, half
 of which make the feature fire, by the difference of the logits of " yes" and " no". Beside accuracy and area
 under the ROC curve stand those of the same questions with the examples' labels shuffled, which tell what the
-judge knows without them: half of the labels are exchanged, so the examples say nothing. All SAEs must come
-from one layer of one model. An SAE that is measured is not measured again.
+judge knows without them: half of the labels of each kind, drawn at random, are exchanged, so the examples say
+nothing. All SAEs must come from one layer of one model. An SAE that is measured is not measured again.
 """
 
 from __future__ import annotations
@@ -104,14 +104,19 @@ def detect(snippets: Snippets, feature: int, judge: Judge, shown: int, asked: in
     firing = others[torch.randperm(len(others), generator=generator)][:asked].tolist()
     examples = [(snippets.show(index, feature), True) for index in order[:shown].tolist()]
     examples += [(snippets.show(index), False) for index in drawn[:shown]]
+    # half of each kind, drawn at random
+    exchanged = {
+        kind * shown + place
+        for kind in range(2)
+        for place in torch.randperm(shown, generator=generator)[: shown // 2].tolist()
+    }
     mixed = torch.randperm(len(examples), generator=generator).tolist()
     questions = [*firing, *drawn[shown:]]
     labels = [True] * len(firing) + [False] * (len(questions) - len(firing))
     scores = {}
     for kind in ("true", "shuffled"):
-        # every second label of each kind is exchanged
         told = [
-            (text, label != (kind == "shuffled" and place % 2 == 1))
+            (text, label != (kind == "shuffled" and place in exchanged))
             for place, (text, label) in enumerate(examples)
         ]
         head = ASK + "".join(
@@ -142,8 +147,7 @@ def choose(snippets: Snippets, count: int, shown: int, asked: int, seed: int) ->
     if len(able) < count:
         raise SteerError(
             f"{len(able)} features fire on {shown + asked} texts or more and are silent on as many, "
-            f"{count} were "
-            "asked for; read more --snippets, or ask for fewer --features"
+            f"{count} were asked for; read more --snippets, or ask for fewer --features"
         )
     drawn = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))[:count]
     return sorted(able[drawn].tolist())
@@ -174,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "detection.json"
-    names = ("judge", "features", "shown", "asked", "snippets", "length", "seed")
+    names = ("judge", "model", "dtype", "features", "shown", "asked", "snippets", "length", "seed")
     facts = {name: getattr(args, name) for name in names} | {"texts": [Path(t).name for t in args.texts]}
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"facts": facts, "saes": {}}
     if results["facts"] != facts:
@@ -185,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
         name = args.model or source.get("model")
         if not name or "layer" not in source:
             raise SteerError(
-                f"{args.saes[0]} does not say which model and layer it is of; train it with steer sae"
+                f"{next(iter(saes))} does not say which model and layer it is of; train it with steer sae"
             )
         model, tokenizer = load_model(name, dtype=args.dtype), load_tokenizer(name)
         reader = Reader(model, source["layer"], source.get("site", "resid_post"))
@@ -199,7 +203,7 @@ def run(args: argparse.Namespace) -> None:
         own = sae.cfg.source or {}
         if (own.get("layer"), own.get("site")) != (source["layer"], source.get("site")):
             raise SteerError(
-                f"{folder} is of another layer or site than {args.saes[0]}; measure it on its own"
+                f"{folder} is of another layer or site than {next(iter(saes))}; measure it on its own"
             )
         check_base(own, model, folder)
         snippets = read(sae, reader, tokenizer, found)

@@ -67,7 +67,7 @@ class Measure:
         Absorption is None where the texts have too few words.
         """
         counts = list(l0) if sae.cfg.activation == "topk" else []
-        measured = quality(sae, self.heldout.batches(self.batch), counts)
+        measured = quality(sae, self.heldout.in_order(self.batch), counts)
         recovered: dict[int, LossRecovered] = {}
         for n in counts or [sae.cfg.k]:
             k = n if counts else None

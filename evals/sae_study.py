@@ -9,11 +9,10 @@ equal FLOPs.
 The activations of one layer are stored once. Then, for each dictionary and seed:
 
 1. Equal tokens. All SAEs learn on one stream, each batch read once, until the held-out explained variance of
-every
-   one of them has risen by less than 0.002 over the last 20 % of the steps (`steer.sae.schedule`), at most
-   --tokens.
+   every one of them has risen by less than 0.002 over the last 20 % of the steps (`steer.sae.schedule`), at
+   most --tokens.
 2. Equal FLOPs. Each KronSAE learns again, on as many tokens as make its forward FLOPs those of TopK in the
-first part.
+   first part.
 
 A seed decides the first weights and the order of the activations. The smallest dictionary gets all of its
 seeds first; a larger one is trained on TopK and KronSAE alone. What is measured is written at once and not
@@ -89,16 +88,14 @@ def study(args: argparse.Namespace) -> None:
     if len(train) < args.cache_tokens:
         raise SteerError(
             f"the texts hold {len(train):,} activations, --cache-tokens asks for {args.cache_tokens:,}; "
-            "give more "
-            "--texts or fewer --cache-tokens"
+            "give more --texts or fewer --cache-tokens"
         )
     asked = args.stopping_tokens + args.heldout_tokens
     unseen = stored(reader, tokenizer, args.heldout, work / "heldout", asked)
     if len(unseen) < asked:
         raise SteerError(
             f"the held-out texts hold {len(unseen):,} activations, {asked:,} are needed; give more "
-            "--heldout texts "
-            "or fewer --heldout-tokens"
+            "--heldout texts or fewer --heldout-tokens"
         )
     rows = torch.arange(asked)
     stopping = HeldActivations(unseen.take(rows[: args.stopping_tokens]), unseen.describe())
@@ -127,17 +124,10 @@ def study(args: argparse.Namespace) -> None:
 def _open(out: Path, model: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The results so far; SteerError where they are of other settings."""
     names = (
-        "model",
-        "layer",
-        "k",
-        "l0",
-        "batch",
-        "tokens",
-        "warmup_tokens",
-        "cache_tokens",
-        "heldout_tokens",
+        *("model", "layer", "k", "l0", "batch", "tokens", "warmup_tokens", "cache_tokens", "heldout_tokens"),
+        *("stopping_tokens", "eval_every", "windows", "dead_after", "precision"),
     )
-    facts = {name: getattr(args, name) for name in (*names, "stopping_tokens", "dead_after", "precision")}
+    facts = {name: getattr(args, name) for name in names}
     facts |= {"dtype": str(model.dtype).removeprefix("torch."), "width": args.width}
     facts |= {"dictionaries": sorted(args.dictionaries), "threshold": THRESHOLD}
     facts |= {part: [Path(path).name for path in getattr(args, part)] for part in ("texts", "heldout")}

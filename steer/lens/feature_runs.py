@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from steer.errors import SteerError
 from steer.evaluation.prose import prose
 from steer.extract.rows import Row
-from steer.lens.features import Features, Reading, check_upstream, read_features
+from steer.lens.features import Features, Reading, check_upstream, read_features, steered_site
 from steer.lens.inputs import chosen_layers, read_problems, read_subject, write_answers
 from steer.lens.show import show
 from steer.lens.subject import Subject
@@ -46,7 +46,7 @@ def features(args: argparse.Namespace) -> None:
         seed=args.seed,
         label="random vectors",
     )
-    show(args, result, _lines(result, told, subject.vectors.config.site))
+    show(args, result, _lines(result, told, steered_site(subject)))
 
 
 def _texts(args: argparse.Namespace, subject: Subject) -> tuple[list[Row], str]:
@@ -83,8 +83,8 @@ def _lines(result: Features, told: str, site: str) -> Iterator[str]:
     else:
         layers = ", ".join(map(str, result.layers))
         yield (
-            f"direction the mean change at {where}, length {result.length:.4g}: the vectors ({site} of "
-            f"layers {layers}) are upstream of the SAE"
+            f"direction the mean change at {where} that the vectors ({site} of layers {layers}) make, length "
+            f"{result.length:.4g}"
         )
     yield f"texts     {result.texts} {told}, {result.tokens} tokens"
     yield f"random    {result.draws} sets of vectors of equal length; in brackets 5 % to 95 % of them"

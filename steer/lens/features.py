@@ -88,7 +88,7 @@ class Features(Result):
         layer: that it reads.
         site: that it reads.
         direct: whether a vector is at the SAE's own place and is read as it is; otherwise the direction is
-            the mean change that vectors in earlier places make there.
+            the mean change that the vectors make there.
         layers: whose vectors are on.
         length: of the direction.
         draws: random vectors.
@@ -144,21 +144,28 @@ class _Means:
 
 def check_upstream(subject: Subject, layers: Sequence[int], layer: int, site: str, name: str) -> bool:
     """
-    Whether one of the vectors is at the SAE's place itself.
+    Whether one of the vectors is at the SAE's place itself and adds the same at every token: an adaptive one
+    does not.
 
     Raises:
         SteerError: all of them act after that place, so that nothing changes there.
     """
     place = _order(layer, site)
-    own = subject.vectors.config.site
+    own = steered_site(subject)
     steered = [_order(one, own) for one in layers]
     if not any(one <= place for one in steered):
         raise SteerError(
             f"{name} reads {site} of layer {layer}, and the vectors act after that ({own} of layers "
-            f"{subject.vectors.config.layers}): nothing changes there; give an SAE of layer {min(layers)} or "
+            f"{', '.join(map(str, layers))}): nothing changes there; give an SAE of layer {min(layers)} or "
             "later"
         )
-    return place in steered
+    return place in steered and subject.vectors.config.kind != "adaptive"
+
+
+def steered_site(subject: Subject) -> str:
+    """Where the vectors are added; adaptive ones, whose config has no site, at the MLP's down-projection."""
+    config = subject.vectors.config
+    return "mlp_out" if config.kind == "adaptive" else config.site
 
 
 def _order(layer: int, site: str) -> tuple[int, int]:
@@ -215,7 +222,11 @@ def read_features(
         nothing = sae.dense_features(torch.zeros(1, sae.cfg.d_in, device=sae.device, dtype=sae.dtype))[0]
         off = _Means(torch.zeros_like(off.stream), nothing.double(), (nothing > 0).double(), off.tokens)
     with_vectors = measure(steered)
-    here = next((one for one in on if _order(one, subject.vectors.config.site) == _order(layer, site)), None)
+    here = (
+        next(one for one in on if _order(one, steered_site(subject)) == _order(layer, site))
+        if direct
+        else None
+    )
 
     def direction(means: _Means) -> Tensor:
         if here is None:

@@ -120,6 +120,10 @@ class HeldActivations:
         """Rows (n, width) in float32."""
         return cast(Tensor, self.rows)[indices].float()
 
+    def in_order(self, size: int) -> Iterator[Tensor]:
+        """All rows once, in batches of at most `size`."""
+        return map(self.take, torch.arange(len(self)).split(size))
+
     def batches(self, size: int, start: int = 0) -> Iterator[Tensor]:
         """Batches (size, width) from the `start`-th on; this process's share where there are several."""
         per_epoch = len(self) // (size * self.world)

@@ -37,14 +37,14 @@ class TrainConfig:
         default="cosine", metadata={"help": "; ".join(f"{k} = {v}" for k, v in SCHEDULES.items()) + "."}
     )
     decay: float = field(
-        default=0.2, metadata={"help": "wsd: length of the decay_start, as a share of the steps before it."}
+        default=0.2, metadata={"help": "wsd: length of the decay, as a share of the steps before it."}
     )
     early_stopping_threshold: float = field(
         default=0.0,
         metadata={
-            "help": "wsd: begin the decay_start, and so end, where the held-out explained variance of "
-            "every SAE has risen "
-            "by less than this over the last early_stopping_window of the steps; 0 trains on all tokens."
+            "help": "wsd: begin the decay, and so end, where the held-out explained variance of every SAE "
+            "has risen by less than this over the last early_stopping_window of the steps; 0 trains on all "
+            "tokens."
         },
     )
     early_stopping_window: float = field(

@@ -169,7 +169,7 @@ class SAETrainer:
             return
         explained, scale = {}, self.scale or 1.0
         for name, run in self.runs.items():
-            batches = (heldout.take(rows) * scale for rows in torch.arange(len(heldout)).split(1024))
+            batches = (rows * scale for rows in heldout.in_order(1024))
             run.sae.eval()
             found = torch.tensor(quality(run.sae, batches).explained[run.sae.cfg.k], dtype=torch.float64)
             run.sae.train()

@@ -41,6 +41,22 @@ def test_a_judge_that_uses_the_examples_is_right_and_learns_nothing_from_shuffle
     assert found.asked == 12
 
 
+def test_which_labels_are_exchanged_is_drawn_at_random():
+    """The strongest example keeps its label for some seeds alone, and half of each kind are exchanged."""
+    kept = set()
+    for seed in range(8):
+        asked: list[str] = []
+        sae_detection.detect(made(), 0, lambda p, asked=asked: asked.extend(p) or [0.0] * len(p), 4, 6, seed)
+        told = re.findall(r"Text: a (.*) (\d+)\nHas it: (yes|no)", asked[-1])
+        for fires in (True, False):
+            assert (
+                sorted(answer for word, _, answer in told if ("<<" in word) == fires)
+                == ["no"] * 2 + ["yes"] * 2
+            )
+        kept |= {answer for _, number, answer in told if number == "59"}
+    assert kept == {"yes", "no"}
+
+
 def test_a_judge_that_always_says_yes_is_at_chance():
     found = sae_detection.detect(made(), 0, lambda prompts: [3.0] * len(prompts), shown=4, asked=6, seed=0)
     assert (found.accuracy, found.auc, found.shuffled_accuracy) == (0.5, 0.5, 0.5)

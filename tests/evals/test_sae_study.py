@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.steering import message
 
 from evals import sae_study, sae_study_tables
@@ -74,6 +76,7 @@ def test_the_study_is_made_once_and_goes_on(arguments, tmp_path, monkeypatch):
     assert f" {(a + b) / 2:.4f} ± {half_width:.4f} " in row
     ratio = forward_flops(SAEConfig(32, 64, 4, encoder="kron")) / forward_flops(dense)
     assert f"| {ratio:.3f} | {mean_tokens(results):,.0f} |" in row
+    assert part["equal_tokens"]["kron-m2n4"]["tokens"] == 100  # all of them, though no whole batches
     found = part["equal_tokens"]["kron-m2n4"]["head_correlation"]
     assert -1 <= found["within"] <= 1 and "head_correlation" not in part["equal_tokens"]["topk"]
     assert "| 64, correlation of two features | in one head |" in table
@@ -121,6 +124,15 @@ def test_results_of_other_settings_and_too_few_texts_are_refused(arguments, tmp_
     with pytest.raises(SteerError) as error:
         sae_study.main([*arguments, "--k", "3"])
     assert "--k 3 is not among --l0 [2, 4, 8]" in message(error)
+
+
+@pytest.mark.parametrize("name", ["eval_every", "windows"])
+def test_settings_that_change_the_numbers_are_not_mixed(tmp_path, name):
+    args, model = sae_study.parser().parse_args([]), SimpleNamespace(dtype=torch.float32)
+    (tmp_path / "study.json").write_text(json.dumps(sae_study._open(tmp_path, model, args)))
+    setattr(args, name, 7)
+    with pytest.raises(SteerError, match=f"results with another {name}"):
+        sae_study._open(tmp_path, model, args)
 
 
 def test_the_estimate_counts_every_sae(arguments, capsys):

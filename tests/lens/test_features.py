@@ -118,6 +118,18 @@ def test_activations_and_the_change_downstream(
 
 
 @torch.no_grad()
+def test_an_adaptive_vector_is_read_by_what_it_adds(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    """It adds another multiple at every token, so its own length and sign are not those of the change."""
+    subject = subject_of(tiny_llama, tiny_tokenizer, layers="1", kind="adaptive")
+    off, on = (torch.cat(states(subject, 1, state)) for state in (False, True))  # with nothing after it
+    change = (on - off).double().mean(0).norm().item()
+    for site in ("mlp_out", "resid_post"):
+        found = read(subject, make_sae(), 1, site, top=64, draws=2)
+        assert not found.direct
+        assert found.length == pytest.approx(change, rel=1e-4)
+
+
+@torch.no_grad()
 def test_an_sae_of_differences_reads_differences(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     sae = make_sae(source={"what": "difference"})
     subject = subject_of(tiny_llama, tiny_tokenizer, layers="0")
@@ -194,7 +206,7 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 sets of vectors of equal length" in told
     assert main([*asked, "--sae", "kron", "--texts", "texts.txt", "--problems", "5"]) == 0
     told = capsys.readouterr().out
-    assert "the vectors (resid_post of layers 1) are upstream of the SAE" in told
+    assert "the mean change at resid_post of layer 2 that the vectors (resid_post of layers 1) make" in told
     assert "a KronSAE's feature has no encoder row" in told
     assert "texts     5 texts" in told
     options = ["--sae", "plain", "--sae-layer", "1", "--json", "--plot", "f.svg"]
