@@ -1,22 +1,19 @@
-"""What each command of `steer lens` does: measure, draw where asked, print lines or JSON."""
+"""What the commands of `steer lens` do, some in `*_runs.py`: measure, draw if asked, print lines or JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import steer
 from steer import artifact
-from steer.base_adapter import artifact_base, base_source
-from steer.config import SteeringConfig
+from steer.base_adapter import artifact_base
 from steer.errors import SteerError
 from steer.files import replace_file
 from steer.lens.attention import attention_distance
@@ -39,20 +36,18 @@ from steer.lens.inputs import (
     right_answers,
     write_answers,
 )
-from steer.lens.jacobian import JacobianLens, fit, sample_windows
-from steer.lens.languages import classifier, languages
-from steer.lens.logit_lens import logit_lens
 from steer.lens.page import render
 from steer.lens.pair_correlation import pair_correlations
 from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes
 from steer.lens.patching import patch as patch_routes
 from steer.lens.persistence import persistence as measure_persistence
 from steer.lens.prose import markdown
+from steer.lens.reading_runs import jacobian as jacobian
+from steer.lens.reading_runs import logit as logit
 from steer.lens.report import save_figures, study
 from steer.lens.results import spread
 from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.scale_maps import check_adaptive, scale_maps
-from steer.lens.scripts import ScriptCounts, count_scripts
 from steer.lens.set_runs import conventions as conventions
 from steer.lens.set_runs import downstream as downstream
 from steer.lens.set_runs import entropy as entropy
@@ -63,79 +58,7 @@ from steer.lens.token_shift import prefix_substitution, token_shift
 from steer.lens.transfer_matrix import Entry, transfer_matrix
 from steer.models import load_model, load_tokenizer
 from steer.outputs import output
-from steer.sae.texts import Texts
-from steer.sites import find_decoder
 from steer.tasks.grading import MathGrader
-
-
-def logit(args: argparse.Namespace) -> None:
-    subject = read_subject(args)
-    apply_control(args, subject)
-    vectors, through = subject.vectors.effective(), None
-    if args.jacobian is not None:
-        lens = JacobianLens.load(args.jacobian)
-        lens.check(subject.model, subject.vectors.config)
-        vectors, through = lens.transport(vectors), lens.told()
-        print(through, file=sys.stderr)
-    result = logit_lens(
-        subject.model,
-        subject.tokenizer,
-        vectors,
-        reading=args.reading,
-        final_norm=not args.no_final_norm,
-        top=50 if args.scripts else args.top,
-    )
-    result.jacobian = through
-    if args.scripts:
-        counts = count_scripts(result, subject.tokenizer)
-        if find_spec("py3langid"):
-            counts.languages = languages(result, subject.tokenizer, classifier(), seed=args.seed)
-        _show(args, counts, _script_lines(counts))
-        return
-
-    def lines() -> Iterator[str]:
-        for layer, top, bottom in zip(result.layers, result.top_tokens, result.bottom_tokens, strict=True):
-            yield f"layer {layer:3}  + {' '.join(map(repr, top))}"
-            yield f"{'':9}  - {' '.join(map(repr, bottom))}"
-
-    _show(args, result, lines())
-
-
-def jacobian(args: argparse.Namespace, going_on: bool) -> None:
-    name, revision = base_source(args.model, args.base_adapter, args.revision, args.trust_remote_code)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    texts = Texts(args.texts)
-    sample = sample_windows(texts, tokenizer, args.limit, args.length, args.skip)
-    start = JacobianLens.load(args.out) if going_on else None
-    model = load_model(name, dtype=args.dtype, revision=revision, trust_remote_code=args.trust_remote_code)
-    layers = SteeringConfig(layers=args.layers).resolve_layers(find_decoder(model).num_hidden_layers)
-    lens = start
-    options: dict[str, Any] = {"site": args.site, "batch_size": args.batch_size, "label": "Jacobian lens"}
-    steps = fit(model, sample, layers, start=start, **options)
-    for lens in steps:
-        lens.save(args.out)
-    assert lens is not None
-    print(f"{lens.told()}: {args.out}")
-
-
-def _script_lines(counts: ScriptCounts) -> Iterator[str]:
-    yield "of the 50 most promoted and the 50 most suppressed tokens of each layer, in a script other than"
-    yield f"plain Latin; of the whole vocabulary {counts.foreign_base:.1%}"
-    sides = zip(counts.layers, counts.foreign("promoted"), counts.foreign("suppressed"), strict=True)
-    for layer, promoted, suppressed in sides:
-        yield f"layer {layer:3}  promoted {promoted:6.1%}  suppressed {suppressed:6.1%}"
-    if counts.languages is None:
-        yield 'languages of the tokens: pip install "steer-rl[langid]"'
-        return
-    found = counts.languages
-    yield f"by the language classifier, not English; of the vocabulary {found.foreign_base:.1%}"
-    for layer, *both in zip(
-        found.layers, found.foreign("promoted"), found.foreign("suppressed"), strict=True
-    ):
-        promoted, suppressed = ("   -  " if x != x else f"{x:6.1%}" for x in both)
-        yield f"layer {layer:3}  promoted {promoted}  suppressed {suppressed}"
-    for name, decided, share, kappa, _ in found.rows():
-        yield f"script and language agree, {name:10}  {share:.3f} of {decided} tokens (kappa {kappa:.2f})"
 
 
 def shift(args: argparse.Namespace) -> None:

@@ -66,7 +66,7 @@ def study_of(model: Any, tokenizer: Any, values: dict[int, torch.Tensor], seed: 
         for parameter, value in zip(vectors.parameters(), values.values(), strict=True):
             parameter.copy_(value)
     study = Study(
-        Subject(vectors, tokenizer, PromptSpec("plain"), max_new_tokens=4, batch_size=64),
+        Subject(vectors, tokenizer, PromptSpec("plain"), max_new_tokens=4, batch_size=4096),
         PROBLEMS,
         Even(),  # type: ignore[arg-type]
         seed=seed,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.lens import PROBLEMS, Even, subject_of
+from matplotlib.figure import Figure
 
 from steer import SteerError
 from steer.lens.findings import NOT_SEEN, NOT_SPECIFIC, RULES, SEEN, UNTESTABLE, judge
@@ -29,19 +30,27 @@ MADE: dict[str, Any] = {}  # once for all tests: it takes seconds
 
 
 @pytest.fixture
-def report(build_tiny, tiny_tokenizer) -> Report:
+def report(build_tiny, tiny_tokenizer, monkeypatch) -> Report:
     """The study of a tiny model, with a problem that is hostile to a page."""
     if "report" not in MADE:
-        subject = subject_of(build_tiny("llama", num_hidden_layers=4), tiny_tokenizer, std=1.0)
+        for section in ("entropy", "spectrum", "downstream", "conventions"):  # no verdict depends on these
+            monkeypatch.setattr(f"steer.lens.sections.{section}.DRAWS", 2)
+        subject = subject_of(
+            build_tiny("llama", num_hidden_layers=4), tiny_tokenizer, std=1.0, batch_size=1024
+        )
         subject.vectors.config.provenance = {"run": {"model": HOSTILE}, "training": {"lr": 0.1}}
-        numbers = [{"problem": f"{n} * {n + 3}?", "answer": "7"} for n in range(35)]
+        numbers = [{"problem": f"{n} * {n + 3}?", "answer": "7"} for n in range(23)]
         MADE["report"] = study(subject, [{"problem": HOSTILE, "answer": "7"}, *numbers], Even(), seed=1)
     return MADE["report"]
 
 
 @pytest.fixture
-def page(report) -> str:
+def page(report, monkeypatch) -> str:
+    """Its figures are small, and drawn once each: those of full size are drawn twice, for their margins."""
     if "page" not in MADE:
+        own = Figure.savefig
+        small = lambda figure, file, **options: own(figure, file, format=options["format"], dpi=30)  # noqa: E731
+        monkeypatch.setattr(Figure, "savefig", small)
         MADE["page"] = render(report)
     return MADE["page"]
 
@@ -249,9 +258,13 @@ def test_the_page_opens_in_chromium(report, page, tmp_path) -> None:
         "--disable-quic",
         f"--user-data-dir={tmp_path / 'profile'}",
     ]
-    common = [chromium, *flags, "--window-size=900,1400"]
-    subprocess.run(
-        [*common, f"--screenshot={picture}", file.as_uri()], check=True, capture_output=True, timeout=120
+    size = "--window-size=900,1400"
+    done = subprocess.run(
+        [chromium, *flags, size, f"--screenshot={picture}", "--dump-dom", file.as_uri()],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     from matplotlib.image import imread
 
@@ -259,8 +272,5 @@ def test_the_page_opens_in_chromium(report, page, tmp_path) -> None:
     assert pixels.shape[:2] == (1400, 900)
     dark = (pixels.mean(-1) < 0.5).mean()
     assert 0.01 < dark < 0.5  # text on white, not an empty or an error page
-    done = subprocess.run(
-        [*common, "--dump-dom", file.as_uri()], check=True, capture_output=True, text=True, timeout=120
-    )
     assert len(re.findall(r"<img ", done.stdout)) == len(report.results)
     assert "The paper’s findings" in done.stdout
