@@ -8,9 +8,8 @@ Activations x = L e have a known covariance S = L L^T of blocks, 1 on the diagon
 feature for each coordinate is trained on them. Its features are matched to the coordinates (the assignment
 with the largest sum of |W_dec|), and the matrix of the products of its decoder's rows, C = W_dec W_dec^T in
 that order, is compared with S by the RV coefficient tr(S C) / sqrt(tr(S S) tr(C C)). It is 1 where C is a
-multiple of S and positive for any two
-covariances, so three controls stand beside it: rows drawn at random, every autoencoder before its training,
-and the identity matrix.
+multiple of S and positive for any two covariances, so three controls stand beside it: rows drawn at random,
+every autoencoder before its training, and the identity matrix.
 
 This is the question of the paper on data of our own: its covariances, sizes and training are not published in
 full. Takes about half a minute.
@@ -116,10 +115,9 @@ def markdown(found: dict[str, Any]) -> str:
     controls = {name: cell([part["controls"][name] for part in parts], 3) for name in parts[0]["controls"]}
     lines = [
         f"{len(parts)} covariances of {WIDTH} coordinates in {', '.join(map(str, BLOCKS))} blocks; {WIDTH} "
-        "features, "
-        f"{K} active, {found['steps']} steps of {found['batch']}. Mean and 95 % interval of the RV "
-        "coefficient "
-        f"(Student's t). Controls: identity {controls['identity']}, random rows {controls['random rows']}.",
+        f"features, {K} active, {found['steps']} steps of {found['batch']}. Mean and 95 % interval of the RV "
+        "coefficient (Student's t). "
+        f"Controls: identity {controls['identity']}, random rows {controls['random rows']}.",
         "",
         "| decoder | before training | after training | gained | explained variance |",
         "|---|---|---|---|---|",

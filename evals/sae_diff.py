@@ -16,7 +16,6 @@ import torch
 from tqdm.auto import tqdm
 
 import steer
-from steer.errors import SteerError
 from steer.files import replace_file
 from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.models import load_model, load_tokenizer
@@ -87,7 +86,11 @@ def run(args: argparse.Namespace) -> None:
             key=lambda f: abs(f.right + f.wrong - top.right - top.wrong),
         )
         table, good = sae.W_dec.detach(), [f.index for f in features if f.q < 0.05 and f.difference > 0]
-        sets = _sets(features, good)
+        compared = _comparable(features, good)
+        sets = [of_equal_mass(features, compared, seed) for seed in range(SETS)] if compared else []
+        of_right = {f"{len(good)} features": good}
+        if compared and compared != good:
+            of_right[f"{len(compared)} surest features"] = compared
         changes = {
             "base": Change(steered=False),
             "base + mean difference of this layer": Change(steered=False, added=rows.mean(0)),
@@ -99,9 +102,12 @@ def run(args: argparse.Namespace) -> None:
             "steered, top feature ablated": Change(ablated=[top.index]),
             "steered, top feature of wrong answers ablated": Change(ablated=[wrong.index]),
             "steered, another as frequent feature ablated": Change(ablated=[other.index]),
-            f"steered, the {len(good)} features of right answers ablated": Change(ablated=good),
             **{
-                f"steered, {len(good)} others ablated, set {n}": Change(ablated=others)
+                f"steered, the {which} of right answers ablated": Change(ablated=some)
+                for which, some in of_right.items()
+            },
+            **{
+                f"steered, {len(compared)} others ablated, set {n}": Change(ablated=others)
                 for n, others in enumerate(sets, 1)
             },
             f"steered, all {len(table)} features ablated": Change(ablated=list(range(len(table)))),
@@ -124,7 +130,10 @@ def run(args: argparse.Namespace) -> None:
         "top_feature": _facts(top),
         "top_feature_of_wrong_answers": _facts(wrong),
         "other_feature": _facts(other),
-        "mass": {"right answers": _mass(features, good), "others": [_mass(features, one) for one in sets]},
+        "mass": {
+            "right answers": _mass(features, compared),
+            "others": [_mass(features, one) for one in sets],
+        },
         "heldout_problems": len(subject.heldout),
         "accuracy": accuracy,
     }
@@ -216,13 +225,13 @@ def _train(args: argparse.Namespace, reader: Reader, rows: torch.Tensor) -> SAE:
     return SAETrainer({"diff": config}, stream, training).train()["diff"]
 
 
-def _sets(features: list[Feature], good: list[int]) -> list[list[int]]:
-    """Sets of as many other features of nearly the same mass; none where there are not so many."""
-    try:
-        return [of_equal_mass(features, good, seed) for seed in range(SETS)] if good else []
-    except SteerError as error:
-        print(error)
-        return []
+def _comparable(features: list[Feature], good: list[int]) -> list[int]:
+    """
+    The surest of the features of right answers, at most half as many as there are others that `of_equal_mass`
+    chooses from: so sets of as many others differ, and their mass can be made alike.
+    """
+    others = sum(f.index not in good and f.q >= 0.05 for f in features)
+    return good[: others // 2]
 
 
 def _mass(features: list[Feature], some: list[int]) -> float:
@@ -262,7 +271,7 @@ def markdown(content: dict[str, Any]) -> str:
         others = ", ".join(f"{one:.3f}" for one in mass["others"])
         lines += [
             "",
-            f"Mass, as a share of the mean strength of all tested features: features of right answers "
-            f"{mass['right answers']:.3f}, the sets of others {others}.",
+            f"Mass, as a share of the mean strength of all tested features: the surest features of right "
+            f"answers {mass['right answers']:.3f}, the sets of others {others}.",
         ]
     return "\n".join(lines) + "\n"

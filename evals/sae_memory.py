@@ -106,8 +106,7 @@ def markdown(found: dict[str, Any]) -> str:
     """Peak memory and time by dictionary, as numbers for TopK and relative to it for KronSAE."""
     lines = [
         f"A training step on {found['batch']:,} activations of width {found['width']}, k = {found['k']}, "
-        "float32, "
-        "AdamW, one CPU thread. KronSAE relative to TopK; in brackets what its parameters promise.",
+        "float32, AdamW, one CPU thread. KronSAE relative to TopK; in brackets what its parameters promise.",
         "",
         "| features | TopK MB | TopK ms | " + " | ".join(f"m={m} n={n}" for m, n in HEADS if m) + " |",
         "|---" * (2 + len(HEADS)) + "|",

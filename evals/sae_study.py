@@ -265,8 +265,7 @@ def estimate(args: argparse.Namespace) -> dict[str, float]:
         hours[str(size)] = each * args.tokens * args.seeds
         print(
             f"{size:6} {args.seeds} seeds: {each * args.seeds * 1e6:.2f} hours for each million tokens "
-            "until flat, "
-            f"at most {hours[str(size)]:.1f} hours ({args.tokens:,} tokens)"
+            f"until flat, at most {hours[str(size)]:.1f} hours ({args.tokens:,} tokens)"
         )
     return hours
 

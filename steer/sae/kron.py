@@ -27,8 +27,7 @@ class Heads(NamedTuple):
         The encoder's rows P_i and Q_j, (tokens, k) each, of the k largest products p_i q_j of one head.
 
         Products compare as their roots do. Only the k rows P_i with the largest max_j p_i q_j can be in one
-        of
-        them, so of all products only k n are computed: exact, and nothing of size d_sae is held.
+        of them, so of all products only k n are computed: exact, and nothing of size d_sae is held.
 
         factors: (tokens, rows), none negative unless `signed`.
         """

@@ -14,7 +14,7 @@ from evals import sae_diff, sae_measure
 from steer.errors import SteerError
 from steer.sae import load_sae
 from steer.sae.config import SAEConfig, forward_flops
-from steer.sae.features import Feature
+from steer.sae.features import Feature, of_equal_mass
 from steer.sae.letters import Absorption
 
 
@@ -90,22 +90,25 @@ def test_results_of_other_settings_are_not_mixed(command, tmp_path, monkeypatch)
     assert "other settings" in message(error)
 
 
-def test_others_of_equal_mass_are_told_beside_the_features_of_right_answers(capsys):
+def test_others_of_equal_mass_are_told_beside_the_surest_features_of_right_answers():
+    """Of 12 features 9 are of right answers, so 3 others are left: as many cannot be compared."""
     features = [Feature(i, 0.5, 0.4, 0, 0.2, 0.5, 0.5, 1.0 + i % 3, 1.0, [], [], []) for i in range(12)]
-    good = [0, 1, 2]
-    sets = sae_diff._sets(features, good)
-    assert len(sets) == sae_diff.SETS and all(len(one) == 3 and not set(one) & set(good) for one in sets)
-    assert sae_diff._mass(features, good) == pytest.approx(6 / 24)
-    assert [sae_diff._mass(features, one) for one in sets] == pytest.approx([6 / 24] * sae_diff.SETS)
-    assert sae_diff._sets(features, []) == []
-    assert sae_diff._sets(features, range(7)) == []
-    assert "5 other features are not as many as the 7 chosen" in capsys.readouterr().out
+    assert sae_diff._comparable(features, [0, 1, 2]) == [0, 1, 2]
+    assert sae_diff._comparable(features, [4, 1, 5, 2, 6, 7]) == [4, 1, 5]
+    assert sae_diff._comparable(features, list(range(9))) == [0]
+    assert sae_diff._comparable(features, list(range(12))) == sae_diff._comparable(features, []) == []
+    chosen = sae_diff._comparable(features, [0, 1, 2])
+    sets = [of_equal_mass(features, chosen, seed) for seed in range(sae_diff.SETS)]
+    assert [sae_diff._mass(features, one) for one in (chosen, *sets)] == pytest.approx([6 / 24] * 6)
     content = {
         **{"model": "m", "vectors": "v", "layer": 1, "completions": 4, "problems": 2, "right": 2},
         **{"differences": 9, "tested_features": 12, "significant": 3, "heldout_problems": 5, "accuracy": {}},
         "sae": {"features": 64, "k": 4, "explained": {4: 0.5}},
         "mass": {"right answers": 0.25, "others": [0.25, 0.24]},
     }
-    assert "features of right answers 0.250, the sets of others 0.250, 0.240." in sae_diff.markdown(content)
+    assert (
+        "the surest features of right answers 0.250, the sets of others 0.250, 0.240."
+        in sae_diff.markdown(content)
+    )
     content["mass"]["others"] = []
     assert "Mass" not in sae_diff.markdown(content)
