@@ -56,9 +56,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"{facts['heldout_tokens']:,} held-out activations. Mean and 95 % interval over seeds (Student's t); "
         "differences are from TopK with the same seed. FLOPs are those of a token's forward pass, of TopK. "
         f"An SAE is flat where its held-out explained variance rose by less than {facts['threshold']} over "
-        "the last 20 % of the steps at a constant learning rate; the rise is that of the seed with the largest. "
-        f"FLOPs, absorption and dead features of HierarchicalTopK are those of all {max(facts['l0'])} active "
-        "features.",
+        "the last 20 % of the steps at a constant learning rate; the rise is that of the seed with the "
+        "largest. FLOPs, absorption and dead features of HierarchicalTopK are those of all "
+        f"{max(facts['l0'])} active features.",
     ]
     for size in facts["dictionaries"]:
         lines += ["", *_training_lines(results, size), "", *_equal_tokens(results, size)]
