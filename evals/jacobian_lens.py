@@ -49,7 +49,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("artifact", help="folder, .safetensors file or hub id of vectors")
     parser.add_argument("--lens", required=True, help="a file of `steer lens jacobian`, of the same model")
-    parser.add_argument("--texts", nargs="+", required=True, help="texts to measure on: .txt or .jsonl files")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        required=True,
+        help="texts to measure on, .txt or .jsonl files; give others than the lens was fitted on (only "
+        "the very same sample is noticed)",
+    )
     parser.add_argument("--limit", type=int, default=8, help="texts (default: %(default)s)")
     parser.add_argument("--length", type=int, default=16, help="tokens of each (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=2, help="random sets of vectors (default: %(default)s)")

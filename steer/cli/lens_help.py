@@ -67,9 +67,10 @@ HELP = {
     "baselines": (
         "directions from activations alone, their length tuned, beside the vectors",
         "What a mean difference and the normal of a linear support vector machine add to the "
-        "log-probability of right answers, layer by layer and all together, beside the trained vectors and "
-        "random directions. They lead from the base model's answers to the steered ones. Of every four "
-        "problems two make the directions, one chooses each one's length, and one measures.",
+        "log-probability of the steered model's right answers, layer by layer and together, beside the "
+        "trained vectors, whose length stays, and random directions. They lead from the base model's answers "
+        "to the steered ones. Of every four problems two make the directions, one chooses each one's length, "
+        "and one measures.",
         "steer lens baselines my-vectors --problems 64 --layers 4,12,20,28",
     ),
     "compose": (

@@ -3,7 +3,9 @@ Directions from activations alone beside the trained vectors, as long as suits t
 normals of linear support vector machines (the baselines of arXiv 2509.06608), the length tuned
 layer by layer.
 
-One part of the problems makes the directions, another chooses each one's length, and the rest measures.
+One part of the problems makes the directions, another chooses each one's length, and the rest measures. The
+trained vectors keep their length. The right answers are the steered model's own, which the trained vectors
+make likely; no direction from activations wrote any.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ Directions = dict[int, torch.Tensor]  # (hidden_size,) of length 1, by layer
 class Baselines(Result):
     """
     What single directions add to the log-probability of right answers, in nats a token, on problems that took
-    no part in making them or choosing their length. Rows of a tensor are `layers`, and last all layers
-    together, where one factor of the trained lengths is chosen for all.
+    no part in making them or choosing their length. The trained vectors keep their length. Rows of a tensor
+    are `layers`, and last all of them together, where one factor of the trained lengths is chosen for all.
 
     Args:
         layers: the layers.
@@ -68,7 +70,7 @@ class Baselines(Result):
     @property
     def names(self) -> list[str]:
         """Of the rows."""
-        return [*(f"layer {layer}" for layer in self.layers), "all together"]
+        return [*(f"layer {layer}" for layer in self.layers), "these together"]
 
     def figure(self) -> Figure:
         """Gains over the layers, with a band from the lowest to the highest of the random draws."""
@@ -94,9 +96,9 @@ class Baselines(Result):
         )
 
     def lines(self) -> Iterator[str]:
-        """A table with a line for each layer, and one for all together."""
+        """A table with a line for each layer, and one for these layers together."""
         yield (
-            "gain in log-probability of right answers, nats a token; directions from "
+            "gain in log-probability of the steered model's right answers, nats a token; directions from "
             f"{self.texts['fit']} answers of either side, lengths from {self.texts['choose']}, measured on "
             f"{self.texts['measure']} others"
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers.lens import Even, subject_of, texts
+from helpers.paths import ROOT
 from helpers.steering import fill, message
 from torch.nn.functional import normalize
 
@@ -53,7 +56,7 @@ def plain_gain(subject: Subject, rows: list[Row], vectors: dict[int, torch.Tenso
 def test_gains_and_lengths_are_those_of_plain_runs(tiny_llama, tiny_tokenizer) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer, layers="0-2")
     found, base, answers = measured(subject, layers=[0, 1], seed=3)
-    assert found.names == ["layer 0", "layer 1", "all together"]
+    assert found.names == ["layer 0", "layer 1", "these together"]
     choose, rest = ([answers[n] for n in range(12) if n % 4 == part and RIGHT[n]] for part in (1, 3))
     fit = range(0, 12, 2)
     assert found.texts == {"fit": 6, "choose": 3, "measure": len(rest)}
@@ -101,7 +104,7 @@ def test_a_mean_difference_with_a_useful_length_gains(build_tiny, tiny_tokenizer
         assert found.length[method][0] == 10
         assert found.gain[method][0] > 3 * found.untuned[method][0].abs()
         assert found.gain[method][0] > found.random.max()
-    assert [*found.lines()][-1].endswith("10x, is chosen at all together, layer 2")
+    assert [*found.lines()][-1].endswith("10x, is chosen at layer 2, these together")
     assert found.to_dict()["length"]["linear SVM"][0] == 10
 
 
@@ -147,3 +150,16 @@ def test_other_kinds_are_refused(tiny_llama, tiny_tokenizer) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer, kind="shared", rank=2, layers="0-1")
     with pytest.raises(SteerError, match="need constant vectors, these are shared"):
         measured(subject)
+
+
+def test_the_page_quotes_the_committed_result() -> None:
+    found = json.loads((ROOT / "evals/results/lens/baselines.json").read_text())
+    page = (ROOT / "docs/lens.md").read_text().splitlines()
+    names = [*(f"layer {layer}" for layer in found["layers"]), "these two together"]
+    for n, name in enumerate(names):
+        values = [f"{found['trained'][n]:.3f}"]
+        for method in found["gain"]:
+            assert found["length"][method][n] == found["gain"][method][n] == 0
+            values += ["0", f"{found['untuned'][method][n]:.3f}"]
+        assert f"| {name} | {' | '.join(values)} |" in page
+    assert f"{found['texts']['measure']} answers measure" in " ".join(page)

@@ -21,10 +21,10 @@ class TunedBaselines(Section):
     heading = "Directions from activations alone"
     captions: ClassVar[dict[str, str]] = {
         "tuned baselines": (
-            "What one direction adds to the log-probability of right answers: the trained vector’s, the mean "
-            "difference between steered and base answers, the normal of a linear support vector machine "
-            "between the two, and random directions. All but the trained have the length that suits them "
-            "best on other problems."
+            "What one direction adds to the log-probability of right answers that the steered model wrote: "
+            "the trained vector’s, the mean difference between steered and base answers, the normal of a "
+            "linear support vector machine between the two, and random directions. All but the trained have "
+            "the length that suits them best on other problems."
         ),
     }
 
@@ -52,7 +52,8 @@ class TunedBaselines(Section):
             for method, gain in found.gain.items()
         ]
         return [
-            f"All layers together, the trained vectors bring {found.trained[-1].item():.2f} nats a token, "
+            f"In layers {joined(list(map(str, found.layers)))} together, the trained vectors bring "
+            f"{found.trained[-1].item():.2f} nats a token, "
             f"{joined(parts)}, random directions {found.random[:, -1].max().item():.2f} at best."
         ]
 
