@@ -180,10 +180,7 @@ def patch(
         for index in range(len(done.rows)):
             logits = done.next_token(index)  # (conditions, positions, vocabulary)
             logs = logits.log_softmax(-1)
-            moved = logs[1].exp() - logs[0].exp()
-            pair = torch.stack([moved.argmax(-1), moved.argmin(-1)], -1)
-            up, down = logits.gather(-1, pair.expand(len(conditions), -1, -1)).unbind(-1)
-            lifted += (up - down).cpu().double().sum(1)
+            lifted += _lifted(logits)
             kl += (logs[1].exp() * (logs[1] - logs)).sum(-1).cpu().double().sum(1)
             agree += (logits.argmax(-1) == logits[1].argmax(-1)).cpu().double().sum(1)
             positions += logits.shape[1]
@@ -223,14 +220,21 @@ def kept(
         for index in range(len(done.rows)):
             base, *others = done.next_token(index)
             for n in range(len(ends)):
-                three = torch.stack([base, others[2 * n], others[2 * n + 1]])
-                probabilities = three[:2].softmax(-1)
-                moved = probabilities[1] - probabilities[0]
-                pair = torch.stack([moved.argmax(-1), moved.argmin(-1)], -1)
-                up, down = three.gather(-1, pair.expand(3, -1, -1)).unbind(-1)
-                lifted[n] += (up - down).cpu().double().sum(1)
+                lifted[n] += _lifted(torch.stack([base, others[2 * n], others[2 * n + 1]]))
     start, end, along = lifted.unbind(1)
     return ((along - start) / (end - start)).tolist()
+
+
+def _lifted(logits: torch.Tensor) -> torch.Tensor:
+    """
+    The logit difference of each condition, summed over positions: (conditions,). logits: (conditions,
+    positions, vocabulary); the first two conditions are base and steered, and say which two tokens.
+    """
+    base, steered = logits[:2].softmax(-1)
+    moved = steered - base
+    pair = torch.stack([moved.argmax(-1), moved.argmin(-1)], -1)
+    up, down = logits.gather(-1, pair.expand(len(logits), -1, -1)).unbind(-1)
+    return (up - down).cpu().double().sum(1)
 
 
 def _check_closed(subject: Subject, row: Row, ends: list[Condition], reference: int) -> None:

@@ -19,6 +19,7 @@ from steer.artifact import write
 from steer.cli.lens import add_commands
 from steer.lens.findings import RULES
 from steer.lens.inputs import read_problems
+from steer.lens.jacobian import JacobianLens
 from steer.lens.sections import SECTIONS
 
 RUN = {
@@ -107,7 +108,7 @@ def test_directions_reads_artifacts_alone(artifact, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["to_last"][0][0] == pytest.approx(1)
 
 
-def test_a_jacobian_lens_is_fitted_and_read(artifact, tmp_path, capsys) -> None:
+def test_a_jacobian_lens_is_fitted_and_read(artifact, tmp_path, capsys, monkeypatch) -> None:
     texts, lens = tmp_path / "texts.txt", tmp_path / "lens.safetensors"
     texts.write_text("1+2=3\n12-4=8\n7\n")
     fitted = ("jacobian", tmp_path / "model", "--texts", texts, "--out", lens)
@@ -123,6 +124,25 @@ def test_a_jacobian_lens_is_fitted_and_read(artifact, tmp_path, capsys) -> None:
     assert read[2]["layers"][0] != read[0]["layers"][0]
     assert read[2]["jacobian"].startswith("Jacobian lens of ") and read[0]["jacobian"] is None
     call(*fitted, "--batch-size", "1")  # nothing is left to do
+    stopped, saves = tmp_path / "stopped.safetensors", []
+    again = (*fitted[:5], stopped, *fitted[6:], "--batch-size", "1")
+
+    def stop(lens: JacobianLens, path: str) -> None:
+        if saves:
+            raise KeyboardInterrupt
+        saves.append(save(lens, path))
+
+    save = JacobianLens.save
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(JacobianLens, "save", stop)
+        call(*again)
+    assert JacobianLens.load(stopped).texts == 1
+    capsys.readouterr()
+    call(*again)
+    assert "fitted on 8 tokens of 2 texts" in capsys.readouterr().out
+    whole = tmp_path / "whole.safetensors"
+    call(*fitted[:5], whole, *fitted[6:], "--batch-size", "1")
+    assert stopped.read_bytes() == whole.read_bytes()
     with pytest.raises(SteerError, match="another sample"):
         call(*fitted, "--skip", "0")
     call(*fitted, "--skip", "0", "--force", "--layers", "1")

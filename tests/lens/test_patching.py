@@ -18,7 +18,7 @@ from steer.lens.composition import likelihoods
 from steer.lens.conditions import BASE, EVERYTHING, NONE, NOTHING, Condition, EffectPath, steered
 from steer.lens.decomposition import decompose
 from steer.lens.passes import passes, streams
-from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes, later_frozen, patch
+from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes, kept, later_frozen, patch
 from steer.lens.sampling import complete
 from steer.lens.subject import Subject
 from steer.lens.token_shift import token_shift
@@ -201,6 +201,19 @@ def test_scores_of_the_ends_and_shares(tiny_llama, tiny_tokenizer) -> None:
     inside = patch(subject, texts(), {"everything": EVERYTHING}, layers=[0], others=True)
     alone = patch(subject, texts(), {"everything": EVERYTHING}, layers=[0])
     assert inside.base["logit_difference"] != pytest.approx(alone.base["logit_difference"])
+
+
+def test_what_many_changes_keep_along_one_path_is_as_in_a_patch_of_each(build_tiny, tiny_tokenizer) -> None:
+    subject = subject_of(build_tiny("llama", initializer_range=0.3), tiny_tokenizer, layers="0-1")
+    name, other = "all but MLP", {1: torch.ones(32)}
+    ends = [Condition(frozenset([1])), Condition(frozenset([1]), directions=other), Condition(frozenset([0]))]
+    found = kept(subject, texts(), ROUTES[name], ends)
+    one = {name: ROUTES[name]}
+    expected = [
+        patch(subject, texts(), one, layers=end.layers, directions=end.directions)[name] for end in ends
+    ]
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert len({round(share, 2) for share in found}) == 3
 
 
 def test_scores_do_not_depend_on_batch_size_or_padding(tiny_model, tiny_tokenizer) -> None:
