@@ -34,8 +34,10 @@ def write_cache(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     wanted = {"source": stream.describe(), "width": stream.width, "window": stream.length, "asked": tokens}
+    wanted["skip"] = stream.skip
     fresh: dict[str, Any] = {**wanted, "tokens": 0, "blocks": 0, "done": False}
-    meta = _read_meta(path) if (path / META_FILE).exists() else fresh
+    # caches of 0.1.0 do not say what was skipped: the default, most likely
+    meta = {"skip": 1, **_read_meta(path)} if (path / META_FILE).exists() else fresh
     changed = [name for name in wanted if meta.get(name) != wanted[name]]
     if changed:
         raise SteerError(

@@ -331,12 +331,13 @@ class SAETrainer:
         for name, run in self.runs.items():
             saes[name] = {k: v for k, v in run.sae.cfg.to_dict().items() if k != "source"}
         heldout = self.heldout and {"tokens": len(self.heldout), "source": self.heldout.describe()}
-        return {"training": training, "saes": saes, "heldout": heldout}
+        return {"training": training, "saes": saes, "heldout": heldout, "stream": self.stream.describe()}
 
     def _resume(self) -> None:
         assert self.folder is not None
         path = self.folder / CHECKPOINT
         if not path.exists():
+            self._forget_metrics()
             return
         try:
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
@@ -355,6 +356,16 @@ class SAETrainer:
             run.silent.copy_(saes[name]["silent"])
         self.step, self.scale = state["step"], state["scale"]
         self.stopping.load_state_dict(stopping)
+        self._forget_metrics()
+
+    def _forget_metrics(self) -> None:
+        """Drop the metrics of steps after the checkpoint, which are taken again."""
+        assert self.folder is not None
+        path = self.folder / METRICS
+        if path.exists() and self.accelerator.is_main_process:
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            replace_file(path, "".join(kept).encode())
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str:

@@ -259,6 +259,9 @@ def test_a_cache_stops_at_the_tokens_asked_for(stream, tmp_path):
     with pytest.raises(SteerError) as error:
         write_cache(stream(), tmp_path, tokens=444)
     assert "another asked: 233, now 444" in message(error)
+    with pytest.raises(SteerError) as error:
+        write_cache(stream(skip=2), tmp_path, tokens=233)
+    assert "another skip: 1, now 2" in message(error)
 
 
 def test_a_cache_of_other_weights_or_vectors_is_not_reused(tiny_llama, build_tiny, tiny_tokenizer, tmp_path):

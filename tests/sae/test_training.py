@@ -147,6 +147,21 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
     assert {"tokens_per_second", "eta_seconds", "lr"} <= set(lines[0])
 
 
+def test_metrics_of_steps_after_the_last_checkpoint_are_not_told_twice(tmp_path):
+    def stop(line: dict[str, Any]) -> None:
+        if line["step"] == 40:
+            raise KeyboardInterrupt
+
+    for settings in (training(save_every=500), training(save_every=30)):
+        with pytest.raises(KeyboardInterrupt):
+            SAETrainer({"a": sae()}, Made(), settings, tmp_path, on_log=stop).train()
+    again = SAETrainer({"a": sae()}, Made(), settings, tmp_path)
+    assert again.step == 30
+    again.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40, 60]
+
+
 def test_several_saes_on_one_stream_learn_what_each_learns_alone():
     """Bit for bit: every batch is read once, and no SAE sees another."""
 
@@ -254,6 +269,11 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     with pytest.raises(SteerError) as error:
         SAETrainer({"a": sae()}, Made(), training(tokens=512, lr=1e-3), tmp_path)
     assert "training.lr was 0.01, now 0.001" in message(error)
+    other = Made()
+    other.describe = lambda: {"model": "made", "layer": 1}
+    with pytest.raises(SteerError) as error:
+        SAETrainer({"a": sae()}, other, training(tokens=512), tmp_path)
+    assert "stream.layer was 0, now 1" in message(error)
     (tmp_path / "checkpoint.pt").write_bytes(b"nonsense")
     with pytest.raises(SteerError) as error:
         SAETrainer({"a": sae()}, Made(), training(tokens=512), tmp_path)
