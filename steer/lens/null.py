@@ -28,8 +28,8 @@ class Null:
 
     @classmethod
     def of(cls, values: Iterable[float], larger: bool = True) -> Null:
-        """The null distribution of those `values` that are numbers."""
-        return cls(tuple(float(value) for value in values if not math.isnan(value)), larger)
+        """The null distribution of those `values` that are finite."""
+        return cls(tuple(float(value) for value in values if math.isfinite(value)), larger)
 
     @property
     def enough(self) -> bool:

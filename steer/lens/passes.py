@@ -50,9 +50,9 @@ def passes(
 ) -> Iterator[Pass]:
     """
     Every row in every condition, batch by batch: memory depends on `batch_size` and the longest text, not on
-    the number of rows, and no more than `MAX_LOGITS` logits are held. `whole` keeps those of the prompt too.
-    `share` computes the layers below the first difference of the conditions once; it is for callers that
-    have no hooks of their own there.
+    the number of rows, and no more than `MAX_LOGITS` logits are held, or those of one row. `whole` keeps
+    those of the prompt too. `share` computes the layers below the first difference of the conditions once; it
+    is for callers that have no hooks of their own there.
     """
     longest = max(len(row.ids) for row in rows)
     kept = longest if whole else longest - min(row.prompt for row in rows) + 1

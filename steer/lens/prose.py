@@ -13,7 +13,10 @@ _CONTROLS = ("random", "layers", "mean-difference")  # how the names of control 
 def abstract(report: Report) -> str:
     """The report in one paragraph."""
     base, on = report.accuracy["base"], report.accuracy["steered"]
-    best = max(v[0] for k, v in report.accuracy.items() if k.split()[0] in _CONTROLS)
+    best = max(
+        *(v[0] for k, v in report.accuracy.items() if k.split()[0] in _CONTROLS),
+        *report.nulls["vectors_accuracy"].values,
+    )
     told = [
         f"With the vectors the model solves {percent(on[0])} of {report.problems} problems (95 % interval "
         f"{percent(on[1])} to {percent(on[2])}), without them {percent(base[0])}; vectors of equal length "

@@ -153,7 +153,7 @@ class Study:
         for _, some in chunks(self.random_conditions(self.subject.layers), self.subject.batch_size):
             answers += complete(self.subject, rows, some, label="random vectors")
         solved = torch.stack([graded(self.subject, one, self.problems, self.grader) for one in answers])
-        self._score(f"random vectors of equal length ({DRAWS} draws)", solved.flatten())
+        self._score(f"random vectors of equal length ({DRAWS} draws)", solved)
         self.compare("vectors_accuracy", right.double().mean().item(), solved.double().mean(1).tolist())
         return [_those(*pair) for pair in zip(answers, solved, strict=True)]
 
@@ -185,16 +185,18 @@ class Study:
         self.compare("likelihood_gain", own - base, (one - base for one in drawn))
 
     def _score(self, name: str, right: torch.Tensor) -> None:
-        hits = int(right.sum())
-        self.report.accuracy[name] = (hits / len(right), *wilson(hits, len(right)))
+        """right: (problems,), or (draws, problems), whose draws are averaged: they are the same problems."""
+        count = right.shape[-1]
+        accuracy = right.double().mean().item()
+        self.report.accuracy[name] = (accuracy, *wilson(accuracy * count, count))
 
     def random_conditions(self, layers: Collection[int]) -> list[Condition]:
         """The vectors of `layers` replaced by random ones, a condition for each draw."""
         return [Condition(frozenset(layers), directions=drawn) for drawn in self.directions]
 
     def note(self, **numbers: float | None) -> None:
-        """Numbers that the findings are judged by; NaN is none."""
-        known = {name: None if x is None or math.isnan(x) else float(x) for name, x in numbers.items()}
+        """Numbers that the findings are judged by; what is not finite is none."""
+        known = {name: None if x is None or not math.isfinite(x) else float(x) for name, x in numbers.items()}
         self.report.numbers.update(known)
 
     def compare(self, name: str, value: float, draws: Iterable[float], larger: bool = True) -> None:

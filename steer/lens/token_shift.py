@@ -213,7 +213,7 @@ class PrefixSubstitution(Result):
 def prefix_substitution(
     subject: Subject,
     problems: Sequence[dict[str, Any]],
-    openings: Sequence[str],
+    openings: Sequence[str | Sequence[int]],
     grader: MathGrader,
     *,
     layers: Collection[int] | None = None,
@@ -222,8 +222,9 @@ def prefix_substitution(
 ) -> PrefixSubstitution:
     """
     Train nothing: put each of `openings` (such as the top promoted token, "To") at the head of the base
-    model's answer, let it go on greedily, and grade. The steered model writes with the vectors of `layers`
-    (all by default) and nothing forced. ends: the accuracies without and with vectors, where they are known.
+    model's answer, let it go on greedily, and grade. An opening is a text or token ids, since the text of a
+    token need not be read as that token. The steered model writes with the vectors of `layers` (all by
+    default) and nothing forced. ends: the accuracies without and with vectors, where they are known.
     """
     if not openings:
         raise SteerError("prefix substitution needs an opening to force, such as 'To'")
@@ -235,7 +236,12 @@ def prefix_substitution(
     for opening in openings:
         (rows,) = complete(subject, subject.rows(problems, forced=opening), [BASE], label=label)
         forced.append(graded(subject, rows, problems, grader).double().mean())
-    return PrefixSubstitution(list(openings), torch.stack(forced), *ends, len(problems))
+    names = [one if isinstance(one, str) else _text(subject, one) for one in openings]
+    return PrefixSubstitution(names, torch.stack(forced), *ends, len(problems))
+
+
+def _text(subject: Subject, ids: Sequence[int]) -> str:
+    return subject.token(ids[0]) if len(ids) == 1 else str(subject.tokenizer.decode([*ids]))
 
 
 def common_opening(rows: Sequence[Row], share: float = 0.9) -> tuple[int, ...]:

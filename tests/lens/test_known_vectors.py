@@ -8,6 +8,7 @@ model chooses evenly among eight tokens each time, `FIRST` and `LATER`.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ import steer
 from steer.config import SteeringConfig
 from steer.lens.controls import random_vectors
 from steer.lens.findings import NOT_SEEN, NOT_SPECIFIC, RULES, SEEN, UNTESTABLE, Finding, judge
+from steer.lens.sampling import complete
 from steer.lens.sections.composition import compare_pairs
 from steer.lens.sections.last_layers import compare_penultimate
 from steer.lens.sections.layers import single_layers
 from steer.lens.sections.persistence import random_diff_diff
+from steer.lens.sections.prefix import Prefix
 from steer.lens.sections.token_shift import compare_last
 from steer.lens.study import Study
 from steer.lens.subject import Row, Subject
@@ -31,7 +34,7 @@ from steer.prompt import PromptSpec
 END, FIRST, LATER = 10, range(20, 28), range(30, 38)  # token ids
 AXES = {token: 2 + n for n, token in enumerate((*FIRST, *LATER))}  # each one's own dimension
 PROBLEMS = [{"problem": f"{n}?", "answer": "1"} for n in range(24)]
-LAST_TOKEN, LENS, PENULTIMATE, SINGLE, PAIRS, PERSISTS, DIFFERENT = 4, 5, 7, 1, 9, 2, 3
+LAST_TOKEN, LENS, FORCED, PENULTIMATE, SINGLE, PAIRS, PERSISTS, DIFFERENT = 4, 5, 6, 7, 1, 9, 2, 3
 
 
 @pytest.fixture
@@ -196,6 +199,34 @@ def test_persistence_of_any_vector_is_not_specific_where_nothing_turns_it(model,
     assert drawn == pytest.approx([1.0] * 20, abs=1e-4)
     study.compare("diff_diff", 1.0, [1.0] * 20)
     assert finding(study, PERSISTS).verdict == NOT_SPECIFIC
+
+
+def test_what_is_forced_is_the_token_itself(model, tiny_tokenizer, monkeypatch) -> None:
+    """A part of a character has a name that the tokenizer reads as other tokens."""
+    study = right_study(model, tiny_tokenizer, {3: unit(AXES[FIRST[0]])})
+    study.base = study.rows
+    study.report.accuracy = {"base": (0.1, 0.0, 1.0), "steered": (0.9, 0.0, 1.0)}
+    study.report.results["token shift"] = SimpleNamespace(top=[("<0xE2>", 60, 0.5)])  # type: ignore[assignment]
+    asked: list[Row] = []
+
+    def record(subject: Subject, rows: list[Row], *more: Any, **options: Any) -> list[list[Row]]:
+        asked.extend(rows)
+        return complete(subject, rows, *more, **options)
+
+    monkeypatch.setattr("steer.lens.token_shift.complete", record)
+    Prefix().measure(study)
+    assert {row.completion for row in asked[:24]} == {(60,)}
+
+
+def test_a_forced_token_that_is_the_usual_one_is_not_specific(model, tiny_tokenizer) -> None:
+    study = right_study(model, tiny_tokenizer, {3: unit(AXES[FIRST[0]])})
+    study.base = study.rows = study.right
+    study.report.accuracy = {"base": (0.1, 0.0, 1.0), "steered": (0.15, 0.0, 1.0)}
+    study.report.results["token shift"] = SimpleNamespace(top=[("", FIRST[0], 0.5)])  # type: ignore[assignment]
+    Prefix().measure(study)
+    numbers = study.report.numbers
+    assert numbers["forced_share"] == numbers["usual_opening_share"] is not None
+    assert finding(study, FORCED).verdict in (NOT_SEEN, NOT_SPECIFIC)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))])

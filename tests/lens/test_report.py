@@ -18,9 +18,12 @@ from steer import SteerError
 from steer.lens.findings import NOT_SEEN, NOT_SPECIFIC, RULES, SEEN, UNTESTABLE, judge
 from steer.lens.null import Null
 from steer.lens.page import render
+from steer.lens.prose import abstract
 from steer.lens.report import save_figures, study
 from steer.lens.sections import SECTIONS
 from steer.lens.study import Report
+from steer.lens.words import percent
+from steer.stats import wilson
 
 HOSTILE = '<script>alert("1")</script> & <b>'
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -116,6 +119,16 @@ def test_every_finding_has_its_numbers_and_its_draws(report) -> None:
     } <= set(report.accuracy)
     found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert found["accuracy"]["base"]["low"] <= found["accuracy"]["base"]["accuracy"]
+
+
+def test_several_draws_are_no_more_problems(report) -> None:
+    """The interval of random vectors is over problems, however many draws there are."""
+    accuracy, *interval = report.accuracy["random vectors of equal length (20 draws)"]
+    draws = report.nulls["vectors_accuracy"].values
+    assert accuracy == pytest.approx(sum(draws) / len(draws))
+    assert interval == pytest.approx(wilson(accuracy * report.problems, report.problems))
+    best = max(*draws, *(report.accuracy[k][0] for k in ("layers shuffled", "mean-difference vectors")))
+    assert f"reach {percent(best)} at best" in abstract(report)
 
 
 def test_random_vectors_show_nothing_specific(report) -> None:
@@ -221,7 +234,7 @@ def test_a_claim_without_numbers_or_draws_is_untestable_and_says_why() -> None:
 
 
 def test_the_rank_of_a_number_among_random_draws() -> None:
-    draws = Null.of([0.1 * n for n in range(20)] + [float("nan")])
+    draws = Null.of([0.1 * n for n in range(20)] + [float("nan"), float("inf")])
     assert draws.enough and len(draws.values) == 20
     assert draws.rank(2.0) == 1 and draws.p(2.0) == pytest.approx(1 / 21) and draws.exceeded(2.0)
     assert draws.rank(1.9) == 2 and not draws.exceeded(1.9)  # a tie counts against it

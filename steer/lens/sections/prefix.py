@@ -51,21 +51,18 @@ class Prefix(Section):
 
     def measure(self, study: Study) -> None:
         subject, shift = study.subject, study.report.results["token shift"]
-        top: str = shift.top[0][0]  # type: ignore[attr-defined]
+        top: int = shift.top[0][1]  # type: ignore[attr-defined]
         usual = common_opening(study.base, share=0.01)[:1]
-        opening = str(subject.tokenizer.decode([*common_opening(study.rows)]))
-        control = str(subject.tokenizer.decode([*usual]))
-        openings = list(dict.fromkeys([top, control, opening]))
-        openings = [text for text in openings if text]
+        openings = [ids for ids in dict.fromkeys([(top,), usual, common_opening(study.rows)]) if ids]
         ends = study.report.accuracy["base"][0], study.report.accuracy["steered"][0]
         result = prefix_substitution(
             subject, study.problems, openings, study.grader, ends=ends, label="forced openings"
         )
         study.report.results["prefix substitution"] = result
         share = dict(zip(openings, result.share.tolist(), strict=True))
-        if result.steered > result.base and len(share) > 1:
-            study.note(forced_share=share[top], usual_opening_share=share.get(control))
-            compare_openings(study, shift.top[0][1])  # type: ignore[attr-defined]
+        if result.steered > result.base:
+            study.note(forced_share=share[top,], usual_opening_share=share.get(usual))
+            compare_openings(study, top)
 
     def sentences(self, name: str, report: Report) -> list[str]:
         result: Any = report.results["prefix substitution"]

@@ -30,6 +30,8 @@ class Spectrum(Section):
     def sentences(self, name: str, report: Report) -> list[str]:
         result: Any = report.results[name]
         (_, raw, random, *_), (_, scaled, random_scaled, *_) = result.rows()
+        if raw != raw:
+            return []
         return [
             f"The {len(result.layers)} vectors have a stable rank of {raw:.1f} (random sets {random:.1f}), "
             f"in units of the residual stream {scaled:.1f} (random sets {random_scaled:.1f})."
@@ -39,5 +41,7 @@ class Spectrum(Section):
         assert isinstance(result, SetSpectrum)
         head = ("vectors", "stable rank", "random sets: mean", "least", "largest", "p")
         names = {"raw": "as trained", "scaled": "divided by the residual norm"}
-        rows = [(names[kind], *(f"{x:.2f}" for x in rest)) for kind, *rest in result.rows()]
+        rows = [
+            (names[kind], *("–" if x != x else f"{x:.2f}" for x in rest)) for kind, *rest in result.rows()
+        ]
         return [Table(head, rows)]
