@@ -119,15 +119,19 @@ def markdown(found: dict[str, Any]) -> str:
         "coefficient (Student's t). "
         f"Controls: identity {controls['identity']}, random rows {controls['random rows']}.",
         "",
-        "| decoder | before training | after training | gained | explained variance |",
-        "|---|---|---|---|---|",
+        "| decoder | before training | after training | gained | more than TopK | more than the identity | "
+        "explained variance |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in SAES:
         rows = [part[name] for part in parts]
         gained: list[float | None] = [row["trained"] - row["untrained"] for row in rows]
+        ahead: list[float | None] = [part[name]["trained"] - part["TopK"]["trained"] for part in parts]
+        shown: list[float | None] = [part[name]["trained"] - part["controls"]["identity"] for part in parts]
         cells = [cell([row[key] for row in rows], 3) for key in ("untrained", "trained")]
         lines.append(
             f"| {name} | {cells[0]} | {cells[1]} | {cell(gained, 3, '+')} | "
+            f"{'' if name == 'TopK' else cell(ahead, 3, '+')} | {cell(shown, 3, '+')} | "
             f"{cell([row['explained'] for row in rows], 3)} |"
         )
     return "\n".join(lines) + "\n"

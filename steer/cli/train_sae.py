@@ -229,6 +229,10 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
     if both := sorted(set(run.heldout or []) & set(run.texts)):
         raise SteerError(f"heldout={both[0]} is among the texts of training; give texts that are not")
     check_count("heldout_tokens", run.heldout_tokens)
+    if run.cache is None and run.cache_tokens is not None:
+        raise SteerError(
+            f"cache_tokens={run.cache_tokens} without a cache; give cache=FOLDER, or leave it out"
+        )
     if not isinstance(run.saes, dict) or not all(isinstance(v, dict) for v in run.saes.values()):
         raise SteerError("saes must be a mapping from names to settings, such as topk: {d_sae: 4096, k: 32}")
     for name, settings in run.saes.items():

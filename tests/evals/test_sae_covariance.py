@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,17 @@ def test_activations_have_the_covariance(s):
     assert torch.linalg.eigvalsh(s).min() > 0
     sizes = [len(set(row.tolist())) for row in s.unique(dim=0)]
     assert len(s.unique()) == 1 + 1 + 4 and max(sizes) <= 3  # 0, 1 and a correlation for each block
+
+
+def test_the_committed_table_is_that_of_the_committed_numbers():
+    folder = Path(toy.__file__).parent / "results" / "sae"
+    found = json.loads((folder / "covariance.json").read_text())
+    assert (folder / "covariance.md").read_text() == toy.markdown(found)
+    row = toy.markdown(found).splitlines()[-1]
+    ahead = [
+        part["KronSAE h=16 m=2 n=4"]["trained"] - part["TopK"]["trained"] for part in found["covariances"]
+    ]
+    assert f"| {sum(ahead) / len(ahead):+.3f} ± " in row  # of the same covariance
 
 
 def test_the_study_writes_a_row_for_every_autoencoder(tmp_path, monkeypatch):

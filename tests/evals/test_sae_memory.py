@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,12 @@ def test_what_is_measured_is_written_and_not_measured_again(tmp_path, monkeypatc
     with pytest.raises(SteerError) as error:
         sae_memory.main([*words, "--batch", "8"])
     assert "results with another batch" in message(error)
+
+
+def test_the_committed_table_is_that_of_the_committed_numbers():
+    folder = Path(sae_memory.__file__).parent / "results" / "sae"
+    found = json.loads((folder / "memory.json").read_text())
+    assert (folder / "memory.md").read_text() == sae_memory.markdown(found)
 
 
 @pytest.mark.slow

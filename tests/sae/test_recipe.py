@@ -144,6 +144,7 @@ def test_two_processes_train_one_sae(config, tmp_path):
         (["schedule=wsd", "early_stopping_threshold=0.1"], "needs texts to measure on"),
         (["texts=a.txt", "heldout=a.txt"], "heldout=a.txt is among the texts of training"),
         (["heldout_tokens=0"], "heldout_tokens=0"),
+        (["cache_tokens=5"], "cache_tokens=5 without a cache"),
         (["saes.kron.loss=matryoshka", "saes.kron.prefixes=[12,64]"], "cuts a head of KronSAE in two"),
     ],
 )
