@@ -52,7 +52,7 @@ class ScriptCounts(Result):
     languages: Languages | None = None
 
     def foreign(self, side: str = "suppressed") -> torch.Tensor:
-        """Share of tokens in a script other than plain Latin among those that are text: (layers,)."""
+        """Share of tokens in a script other than plain Latin, of all that were counted: (layers,)."""
         counts: torch.Tensor = getattr(self, side)
         chosen = [self.scripts.index(name) for name in FOREIGN]
         return counts[:, chosen].sum(1) / counts.sum(1).clamp(min=1)

@@ -10,6 +10,7 @@ from helpers.lens import subject_of, texts
 
 from steer.lens.composition import likelihoods
 from steer.lens.conditions import BASE, Condition, steered
+from steer.lens.controls import directions as random_directions
 from steer.lens.controls import random_vectors, values
 from steer.lens.passes import passes
 from steer.lens.patching import ROUTES, patch
@@ -65,6 +66,36 @@ def test_layers_below_the_first_difference_may_be_passed_once(build_tiny, tiny_t
     subject.decoder.layers[1].mlp.register_forward_hook(lambda m, a, out: calls.append(len(out)))
     logits(subject, texts(), [BASE, *[Condition(frozenset([2]))] * 5], share=True)
     assert calls == [3]  # each text once
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"site": "resid_pre"},
+        {"site": "mlp_out"},
+        {"positions": "last_prompt"},
+        {"kind": "adaptive"},
+        {"kind": "shared", "rank": 2},
+    ],
+)
+def test_sharing_layers_changes_nothing_for_any_vectors(build_tiny, tiny_tokenizer, fields) -> None:
+    subject = subject_of(build_tiny("llama", num_hidden_layers=4), tiny_tokenizer, std=1.0, **fields)
+    drawn = random_directions(subject.vectors, random_vectors(subject.vectors, 3))
+    both = frozenset([0, 2])
+    conditions = [Condition(frozenset([0])), Condition(both), Condition(both | {3}, directions={**drawn})]
+    for some in (conditions[:2], conditions):
+        found = logits(subject, texts(), some, share=True)
+        torch.testing.assert_close(found, logits(subject, texts(), some), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_layers_depend_on_the_batch_shares_nothing(build_tiny, tiny_tokenizer) -> None:
+    """Nothing fails in it, but the logits would be others."""
+    subject = subject_of(build_tiny("llama", num_hidden_layers=4), tiny_tokenizer, std=1.0)
+    subject.decoder.layers[0].mlp.register_forward_hook(lambda m, a, out: out * (1 + 0.1 * len(out)))
+    conditions, rows = [BASE, Condition(frozenset([2]))], texts([(5, 4)] * 3)
+    found = logits(subject, rows, conditions, share=True)
+    assert subject.shares == {2: False}
+    torch.testing.assert_close(found, logits(subject, rows, conditions), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_whose_layers_read_earlier_ones_shares_nothing(build_tiny, tiny_tokenizer) -> None:
