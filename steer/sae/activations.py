@@ -216,6 +216,11 @@ class ActivationStream:
     def describe(self) -> dict[str, Any]:
         return {**self.reader.describe(), "texts": getattr(self.texts, "sources", None)}
 
+    def order(self) -> dict[str, Any]:
+        """What decides, with the texts, which activations a batch holds."""
+        names = ("block", "seed", "skip", "world")
+        return {"window": self.length, **{name: getattr(self, name) for name in names}}
+
     def windows(self) -> Iterator[Window]:
         """The windows of this process, all epochs."""
         for _ in range(self.epochs):

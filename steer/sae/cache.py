@@ -118,6 +118,10 @@ class HeldActivations:
     def describe(self) -> dict[str, Any]:
         return self.source
 
+    def order(self) -> dict[str, Any]:
+        """What decides which activations a batch holds."""
+        return {"stored": len(self), "seed": self.seed, "world": self.world}
+
     def take(self, indices: Tensor) -> Tensor:
         """Rows (n, width) in float32."""
         return cast(Tensor, self.rows)[indices].float()

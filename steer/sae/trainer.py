@@ -46,6 +46,8 @@ class Batches(Protocol):
 
     def describe(self) -> dict[str, Any]: ...
 
+    def order(self) -> dict[str, Any]: ...
+
 
 @dataclass
 class _Run:
@@ -254,12 +256,15 @@ class SAETrainer:
 
     def _stop_early(self) -> None:
         self.save()
-        where = (
-            f"; the {self.step} steps done are saved in {self.folder}" if self.folder and self.step else ""
-        )
+        remedy = ": give more texts or epochs, or lower tokens"
+        if self.folder and self.step:
+            remedy = (
+                f"; the {self.step} steps done are saved in {self.folder} and continue with more epochs; "
+                "give another folder for more texts or fewer tokens"
+            )
         raise SteerError(
             f"the stream ended after {self.step * self.training.batch_size} of {self.training.tokens} "
-            f"activations{where}: give more texts or epochs, or lower tokens"
+            f"activations{remedy}"
         )
 
     def _log(self, metrics: dict[str, dict[str, Tensor]], seconds: float) -> None:
@@ -331,7 +336,8 @@ class SAETrainer:
         for name, run in self.runs.items():
             saes[name] = {k: v for k, v in run.sae.cfg.to_dict().items() if k != "source"}
         heldout = self.heldout and {"tokens": len(self.heldout), "source": self.heldout.describe()}
-        return {"training": training, "saes": saes, "heldout": heldout, "stream": self.stream.describe()}
+        stream = {**self.stream.describe(), **self.stream.order()}
+        return {"training": training, "saes": saes, "heldout": heldout, "stream": stream}
 
     def _resume(self) -> None:
         assert self.folder is not None

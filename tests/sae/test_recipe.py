@@ -83,6 +83,17 @@ def test_a_stream_that_ends_early_leaves_a_checkpoint(config, tmp_path):
     assert "the stream ended after" in message(error)
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["step"] > 10
+    again = ["--config", str(config), "tokens=1000000", "save_every=5"]
+    for override, part in (
+        ("layer=2", "stream.layer was 1, now 2"),
+        ("window=16", "stream.window was 32, now 16"),
+    ):
+        with pytest.raises(SteerError) as error:
+            train_sae.main([*again, override])
+        assert part in message(error)
+    with pytest.raises(SteerError) as error:
+        train_sae.main([*again, "epochs=2"])
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] > state["step"]
 
 
 def test_a_run_until_flat_says_how_it_ended(config, tmp_path, capsys):

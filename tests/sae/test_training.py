@@ -33,6 +33,9 @@ class Made:
     def describe(self) -> dict[str, Any]:
         return {"model": "made", "layer": 0}
 
+    def order(self) -> dict[str, Any]:
+        return {"window": 8}
+
     def batches(self, size: int, start: int = 0) -> Iterator[torch.Tensor]:
         for step in range(start, self.count):
             generator = torch.Generator().manual_seed(step)
@@ -274,6 +277,11 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     with pytest.raises(SteerError) as error:
         SAETrainer({"a": sae()}, other, training(tokens=512), tmp_path)
     assert "stream.layer was 0, now 1" in message(error)
+    other = Made()
+    other.order = lambda: {"window": 16}
+    with pytest.raises(SteerError) as error:
+        SAETrainer({"a": sae()}, other, training(tokens=512), tmp_path)
+    assert "stream.window was 8, now 16" in message(error)
     (tmp_path / "checkpoint.pt").write_bytes(b"nonsense")
     with pytest.raises(SteerError) as error:
         SAETrainer({"a": sae()}, Made(), training(tokens=512), tmp_path)
