@@ -89,9 +89,9 @@ def kind(name: str, shapes: Iterable[Sequence[int]], vocabulary: int) -> str:
     Args:
         name: of torch's operation, such as `mm`.
         shapes: of its tensors.
-        vocabulary: size; only the LM head and the loss have tensors of that size.
+        vocabulary: size; beside the embedding only the LM head and the loss have tensors of that size.
     """
-    if any(vocabulary in shape for shape in shapes):
+    if any(vocabulary in shape for shape in shapes) and name != "embedding":
         return HEAD
     if "attention" in name or "softmax" in name:
         return ATTENTION

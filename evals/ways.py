@@ -30,12 +30,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 from steer.arguments import count, whole
 from steer.errors import SteerError
 from steer.files import read_json, replace_file
-from steer.threads import prepare_environment, usable_cpus
+from steer.threads import prepare_environment, processor, usable_cpus
 from steer.versions import versions
 
 if TYPE_CHECKING:
@@ -111,6 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan = Plan(configs, rate, tuple(args.seeds), updates=args.updates or Plan.updates)
     if plan.tuning_seed in plan.seeds:
         sys.exit(f"error: seed {plan.tuning_seed} chooses rates and strengths; give others as --seeds")
+    if len(set(plan.seeds)) < len(plan.seeds):
+        sys.exit(f"error: --seeds {' '.join(map(str, plan.seeds))} has a seed twice; give each of them once")
+    if plan.updates <= plan.start_updates:
+        sys.exit(f"error: --updates {plan.updates} leaves none after a mean difference to start from; give 2")
     study = Study(plan, args.out, work)
     for part in args.parts:
         study.make(part)
@@ -213,7 +216,7 @@ class Study:
 
     def from_mean(self, seed: int) -> None:
         """The first updates of the run of `grpo` give the start; the rest of the budget is trained."""
-        first = self.plan.start_updates
+        first, share = self.plan.start_updates, self.share()
 
         def make() -> None:
             run, folder = self.work / f"grpo-{seed}", self.work / f"start-{seed}"
@@ -222,7 +225,7 @@ class Study:
             shutil.copy(run / "run.json", folder)
             for path in sorted((run / "completions").glob("*.parquet"))[:first]:
                 shutil.copy(path, folder / "completions")
-            self.extract(folder, folder / "vectors", self.share())
+            self.extract(folder, folder / "vectors", share)
             left = self.plan.updates - first
             start = ["--init", str(folder / "vectors")]
             self.train("grpo", made.parent, seed, self.plan.rate, left, *start)
@@ -366,15 +369,6 @@ class Study:
         replace_file(self.out / "ways.md", text.encode())
         plot(self.record, self.out / "ways.png")
         return text
-
-
-def processor() -> str:
-    """The name of this machine's processor, where the system tells."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

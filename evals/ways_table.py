@@ -40,7 +40,8 @@ def table(record: Mapping[str, Any]) -> str:
     notes += [f"not made: {name}: {reason}" for name, reason in record["impossible"].items()]
     cells = record["cells"].values()
     minutes, cpu = (sum(one[name] for one in cells) / 60 for name in ("seconds", "cpu_seconds"))
-    notes.append(f"{minutes:.0f} minutes, {cpu:.0f} minutes of processor time")
+    took = f"{minutes:.0f} minutes, {cpu:.0f} minutes of processor time"
+    notes.append(f"{took}; of what was stopped, since its last start")
     return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in notes)]) + "\n"
 
 

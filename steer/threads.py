@@ -10,8 +10,10 @@ and sleep only where something else computes.
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 # OMP_WAIT_POLICY is OpenMP's own variable; GNU's library still spins a little unless GOMP_SPINCOUNT is 0.
@@ -50,6 +52,19 @@ def prepare_environment() -> None:
 def usable_cpus() -> int:
     """How many CPUs this process may use; macOS does not say, and gives all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The name of the GPU, where torch uses one; else of the CPU, where the system tells."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def busy_cpus(seconds: float = 0.1) -> float:

@@ -17,13 +17,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evals.word_problems.templates import names, nearest, place, template
-from steer.arguments import Help
+from steer.arguments import Help, count
+from steer.errors import SteerError
 from steer.files import replace_file
 from steer.tasks.data import load_problems
 
@@ -38,7 +40,7 @@ def main() -> None:
     parser.add_argument("--gsm8k-test", help="a .jsonl file of the test problems, where --gsm8k is a file")
     parser.add_argument("--multiarith", required=True, help="hub id or .jsonl file")
     parser.add_argument("--addsub", required=True, help="hub id or .jsonl file")
-    parser.add_argument("--validation", type=int, default=400, help="validation problems, about")
+    parser.add_argument("--validation", type=count, default=400, help="validation problems, about")
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     args = parser.parse_args()
     if args.gsm8k.endswith(".jsonl") != bool(args.gsm8k_test):
@@ -82,6 +84,9 @@ def split(
         The problems by file (train, validation, gsm8k and one for each of `others`), the number of
         `templates` of each set, how many training problems are `dropped` for being nearly the same as a test
         or validation problem, and the `overlap` of those with the training problems that are left.
+
+    Raises:
+        SteerError: one of the files would have no problems.
     """
     sets = {"gsm8k": [*train, *test], **others}
     known = names(row["problem"] for rows in sets.values() for row in rows)
@@ -100,6 +105,11 @@ def split(
     made: dict[str, Any] = {"train": kept, "validation": validating, **tests}
     made["templates"] = {name: len({of[row["problem"]] for row in rows}) for name, rows in sets.items()}
     made["dropped"] = len(pool) - len(kept) - len(validating)
+    if lacking := [name for name in ("train", "validation", *tests) if not made[name]]:
+        raise SteerError(
+            f"{', '.join(lacking)}: no problems are left of {len(pool)} to train on and "
+            f"{sum(map(len, tests.values()))} to test; give more problems, or another --validation"
+        )
     others_text = [of[row["problem"]] for row in kept]
     made["overlap"] = {}
     for name in ("validation", *tests):
@@ -122,4 +132,7 @@ def _unlike(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SteerError as error:
+        sys.exit(f"error: {error}")

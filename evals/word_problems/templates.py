@@ -43,17 +43,18 @@ def names(texts: Iterable[str]) -> frozenset[str]:
 
 def template(text: str, known: frozenset[str]) -> str:
     """
-    `text` in lower case, with "0" for a number in digits or words, "name" for one of the `known` names, and
-    one pronoun for both sexes.
+    `text` in lower case, with "0" for a number in digits or words, "name" for one of the `known` names or of
+    the text's own (Rose, who is a word elsewhere), and one pronoun for both sexes.
     """
-    made = []
+    known |= names([text])
+    made: list[str] = []
     for word in _WORDS.findall(text):
         lower = word.lower()
         if lower in ".?!":
             continue
         stem = lower.removesuffix("'s")
         if lower[0].isdigit() or lower[0] == "$" or lower in _SPELLED:
-            made.append("0")
+            made += ["0"] if made[-1:] != ["0"] else []  # "twenty-five" is one number
         elif stem in known:
             made.append("name")
         else:

@@ -15,7 +15,8 @@ log = logging.getLogger("steer")
 COMPILING_PAYS = 200_000
 # Processor seconds of an engine's start on a CPU, without and with compiling; and what a token takes without
 # compiling beyond steer's own sampler, by the length of a row (SmolLM2-135M, 64 rows, `evals.rollouts`).
-# Longer rows were not measured. COMPILING_SAVES is the middle of what was measured above.
+# Longer rows were not measured; shorter ones count as rows of 64. COMPILING_SAVES is the middle of what was
+# measured above.
 EAGER_START, COMPILED_START = 10.0, 76.0
 MORE = {64: 0.82e-3, 256: -0.13e-3}
 COMPILING_SAVES = 0.5e-3
@@ -42,7 +43,8 @@ def enforce_eager(tokens: int | None, asked: bool | None = None) -> bool:
 
 def say_whether_it_pays(tokens: int | None, length: int, eager: bool) -> None:
     """
-    Tell a run whose samples an engine draws on a CPU what that costs, where steer's own sampler is cheaper.
+    Tell a run whose samples an engine draws on a CPU what that costs with SmolLM2-135M, where steer's own
+    sampler is expected to be cheaper.
 
     Args:
         tokens: the most that the engine will sample; None where nobody knows.
@@ -59,9 +61,9 @@ def say_whether_it_pays(tokens: int | None, length: int, eager: bool) -> None:
     start = EAGER_START if eager else COMPILED_START
     if start + each * tokens > 0:
         log.info(
-            "use_vllm does not pay on a CPU for %s tokens in answers of at most %d: expect about %.0f s of "
-            "processor time more than with steer's own sampler, %.0f s of them to start; use_vllm=false is "
-            "cheaper",
+            "use_vllm is not expected to pay on a CPU for %s tokens in answers of at most %d: SmolLM2-135M "
+            "with 64 rows takes about %.0f s of processor time more than with steer's own sampler, %.0f s of "
+            "them to start (other models were not measured); use_vllm=false avoids that",
             f"{tokens:,}",
             length,
             start + each * tokens,

@@ -7,6 +7,7 @@ What is kept is its verdict on each problem, so that variants are paired with th
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -71,10 +72,11 @@ def missing(
 ) -> list[tuple[Variant, list[str]]]:
     """The variants, with the tasks that a run has no verdicts on, on at most `limit` problems each."""
     known = settings.get(KEY, {})
+    asked = {task: (limit, _checksum(task)) for task in tasks}
     wanted = []
     for variant in variants:
-        have = known.get(variant.name, {})
-        lacking = [t for t in tasks if have.get(_name(t), {}).get("limit", -1) != limit]
+        have = {name: (one["limit"], one.get("file")) for name, one in known.get(variant.name, {}).items()}
+        lacking = [task for task, of in asked.items() if have.get(_name(task)) != of]
         wanted += [(variant, lacking)] if lacking else []
     return wanted
 
@@ -91,7 +93,8 @@ def measure(
 
     Returns:
         By task: `values`, one in [0, 1] for each problem, the same problems for every variant; the name of
-        the `metric`; and the `limit`. The problems of a group are those of all its tasks.
+        the `metric`; the `limit`; and the checksum of the `file` of a task that is one. The problems of a
+        group are those of all its tasks.
 
     Raises:
         SteerError: a task that cannot be read, and one without a verdict on each problem.
@@ -116,7 +119,8 @@ def measure(
                 ) from error
             metric, values = _verdicts(name, result["samples"])
             made_by = versions("lm-eval")["lm-eval"]
-            found[name] = {"metric": metric, "limit": limit, "lm-eval": made_by, "values": values}
+            about = {"metric": metric, "limit": limit, "file": _checksum(task), "lm-eval": made_by}
+            found[name] = {**about, "values": values}
     return found
 
 
@@ -131,6 +135,11 @@ def _manager(tasks: tuple[str, ...]) -> Any:
 
 def _is_file(task: str) -> bool:
     return Path(task).suffix in (".yaml", ".yml")
+
+
+def _checksum(task: str) -> str | None:
+    """Of the file of a task; None for one of lm-eval's own."""
+    return hashlib.sha256(Path(task).read_bytes()).hexdigest()[:16] if _is_file(task) else None
 
 
 def _name(task: str) -> str:

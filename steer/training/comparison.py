@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from steer.evaluation.plan import ANSWER_RECIPES, Plan
 from steer.files import replace_file
 from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.prompts import DEFAULT_PROMPT
-from steer.threads import usable_cpus
+from steer.threads import processor, usable_cpus
 from steer.training.neutral import WATCHING, differences
 
 if TYPE_CHECKING:
@@ -142,17 +141,19 @@ class Comparison:
         settings, launcher = self.settings(name)
         settings |= {"seed": seed, "learning_rate": self.rate(name)}
         job = f"{name}-{seed}"
+        asked = {"evaluation": self.asked(), "training": settings}
         if source := settings.pop("answers_of", None):
             settings["train_data"] = str(self.work / f"{source}-{seed}")
+            asked["samples_of"] = self.finished(f"{source}-{seed}")
         elif any(method.get("answers_of") == name for method in self.plan.methods.values()):
             settings["log_completions"] = True
-        asked = {"evaluation": self.asked(), "training": settings}
         if self.done(job, asked):
             return
         folder = self.work / job
         if source and not (Path(settings["train_data"]) / "completions").is_dir():
             raise Failed(
-                f"there are no samples in {settings['train_data']}: {source} with seed {seed} comes first"
+                f"{settings['train_data']} holds no samples to train on; move "
+                f"{self.runs / f'{source}-{seed}.json'} away to have them drawn again"
             )
         self.launch(job, settings | {"output_dir": str(folder)}, launcher)
         results = json.loads((folder / "results.json").read_text())
@@ -174,6 +175,13 @@ class Comparison:
         self.evaluate(job, [*model, "--dtype", dtype], asked, about)
         for checkpoint in folder.glob("checkpoint-*"):  # the run is finished, and these are its bulk
             shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def finished(self, job: str) -> str:
+        """The hash of a finished run's settings. Samples of an unfinished one are not all there."""
+        file = self.runs / f"{job}.json"
+        if not file.exists():
+            raise Failed(f"{job} comes first: it is not finished")
+        return read_packed(file)["about"]["hash"]
 
     def settings(self, name: str) -> tuple[dict[str, Any], str]:
         """All settings of a method's runs but seed, rate and folder, and its launcher."""
@@ -269,7 +277,7 @@ class Comparison:
         what = ["--benchmarks", *self.asked()["benchmarks"], "--samples", str(self.asked()["samples"])]
         self.call([*self.evals(out), *what, *model])
         self.runs.mkdir(parents=True, exist_ok=True)
-        machine = {"processor": _processor(), "cores": usable_cpus()}
+        machine = {"processor": processor(), "cores": usable_cpus()}
         known = {"hash": _hash(asked), "asked": asked, **(about or {}), "machine": machine}
         pack(out, self.runs / f"{job}.json", known)
 
@@ -390,15 +398,3 @@ def _launcher() -> str:
     import torch
 
     return "gpu" if torch.cuda.is_available() else "cpu"
-
-
-def _processor() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -22,6 +22,7 @@ from evals.update_profile import ATTENTION, COPIES, ELEMENTWISE, HEAD, LAYERS, O
         ("add_", [[64, 32], [64, 32]], ELEMENTWISE),
         ("silu_backward", [[64, 32]], ELEMENTWISE),
         ("view", [[64, 32]], OTHER),
+        ("embedding", [[97, 32], [4, 16], [4, 16, 32]], OTHER),
     ],
 )
 def test_kinds(name: str, shapes: list, expected: str) -> None:

@@ -57,6 +57,15 @@ def test_the_seed_that_chooses_is_not_reported(tmp_path: Path) -> None:
         ways.main(["--tiny", "--seeds", "0", "3", "--out", str(tmp_path)])
 
 
+def test_a_study_that_would_train_other_than_it_says_is_refused(tmp_path: Path) -> None:
+    words = ["--tiny", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="has a seed twice"):
+        ways.main([*words, "--seeds", "1", "1"])
+    with pytest.raises(SystemExit, match="--updates 1 leaves none after a mean difference"):
+        ways.main([*words, "--updates", "1"])
+    assert not (tmp_path / "ways.json").exists()
+
+
 def test_the_best_on_training_problems_is_chosen_and_the_smaller_of_equals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,14 @@ def test_a_template_has_no_numbers_and_no_names() -> None:
     assert template("Mary's 12 apples and seven of hers", known) == "name 0 apples and 0 of his"
 
 
+def test_names_that_are_words_elsewhere_and_numbers_of_several_words() -> None:
+    known = names(["A rose will grow.", "Rose and Will had 25 cards.", "So Rose and Will left."])
+    assert not {"rose", "will"} & known
+    first = template("Rose has 25 cards. How many does Rose have?", known)
+    assert first == template("Will has twenty-five cards. How many does Will have?", known)
+    assert first == "name has 0 cards how many does name have"
+
+
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(["Ann", "Bob"]))
 @settings(max_examples=30, deadline=None)
 def test_numbers_and_names_do_not_change_a_template(first: int, second: int, name: str) -> None:
@@ -84,6 +92,8 @@ def test_no_template_is_on_two_sides() -> None:
     assert {row["source"] for row in files["train"]} == {"gsm8k", "addsub"}
     assert made["templates"] == {"gsm8k": 22, "addsub": 18}
     assert all(0 <= found["largest"] < 0.8 for found in made["overlap"].values())
+    with pytest.raises(SteerError, match="validation: no problems are left of 2 to train on"):
+        split(rows("gsm8k", pairs[:1]), rows("gsm8k", pairs[1:2]), {}, 0)
 
 
 def test_the_warm_start_is_an_adapter_that_a_base_takes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from steer import SteeringConfig
 from steer.evaluation import compare, run, task_effects
 from steer.evaluation.collect import collect
 from steer.evaluation.store import read_settings
+from steer.evaluation.variants import Variant
 
 needs_lm_eval = pytest.mark.skipif(
     not find_spec("lm_eval"), reason="lm-eval is not installed: pip install 'lm-eval[hf]==0.4.13'"
@@ -151,6 +153,18 @@ def test_what_is_missing_is_told(
     vectors = ["--vectors", str(base / "vectors")]
     assert run.main(arguments(base, tmp_path / "run", *vectors, *more)) == 1
     assert expected in capsys.readouterr().err
+
+
+def test_a_task_is_answered_again_when_its_file_or_limit_changes(tmp_path: Path) -> None:
+    variants, path = [Variant("base", "base"), Variant("v", "vectors", "v")], task_file(tmp_path)
+    known = {"limit": 4, "file": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "values": [1.0]}
+    named = {"limit": 4, "values": [1.0]}
+    settings = {"side_effect_tasks": {"v": {"choose": known, "hellaswag": named}}}
+    tasks = [str(path), "hellaswag", str(path)]
+    assert task_effects.missing(settings, variants, tasks, 4) == [(variants[0], tasks[:2])]
+    assert task_effects.missing(settings, variants, tasks, None)[1] == (variants[1], tasks[:2])
+    task_file(tmp_path, metric="exact_match")
+    assert task_effects.missing(settings, variants[1:], tasks, 4) == [(variants[1], tasks[:1])]
 
 
 def test_seeds_are_compared_with_the_base(tmp_path: Path) -> None:

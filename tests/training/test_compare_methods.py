@@ -415,8 +415,11 @@ def test_methods_are_trained_on_the_samples_of_another(plan, calls, place, tmp_p
     }
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    samples = tmp_path / "work" / "steering-1" / "completions"
+    samples.mkdir(parents=True)  # as a run that was stopped leaves them
     assert compare.main(["--config", str(path), "--methods", "sft"]) == 1
-    assert "steering with seed 1 comes first" in capsys.readouterr().err
+    assert "steering-1 comes first: it is not finished" in capsys.readouterr().err
+    samples.rmdir()
     assert compare.main(["--config", str(path), "--methods", "steering", "sft"]) == 0
     about = {file.stem: read_packed(file)["about"] for file in (tmp_path / "out" / "runs").iterdir()}
     assert about.keys() == {"steering-1", "sft-1"}
@@ -427,7 +430,18 @@ def test_methods_are_trained_on_the_samples_of_another(plan, calls, place, tmp_p
     assert about["sft-1"]["results"]["steps"] == 2 and not about["sft-1"]["curve"]["accuracy"]
     rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
     assert {"steering", "sft"} == {row["method"] for row in rows}
-    dpo, _ = Comparison(read_plan(str(path))).settings("dpo")
+    # samples of other settings are not taken for these
+    file = tmp_path / "out" / "runs" / "steering-1.json"
+    packed = read_packed(file)
+    packed["about"]["hash"] = "other"
+    file.write_text(json.dumps(packed))
+    comparison = Comparison(read_plan(str(path)))
+    with pytest.raises(SteerError, match=r"sft-1\.json was made with other settings .*: samples_of was"):
+        comparison.trained("sft", 1)
+    with pytest.raises(Failed, match=r"steering-1\.json away to have them drawn again"):
+        samples.rename(tmp_path / "elsewhere")
+        comparison.trained("dpo", 1)
+    dpo, _ = comparison.settings("dpo")
     assert dpo["per_device_train_batch_size"] == 4 and not {"beta", "rewards"} & dpo.keys()
 
 
