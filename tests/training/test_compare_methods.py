@@ -392,7 +392,9 @@ def test_no_plan_at_all(tmp_path, capsys):
     assert "no config file" in capsys.readouterr().err
 
 
-def test_methods_are_trained_on_the_samples_of_another(plan, calls, place, tmp_path, capsys):
+def test_methods_are_trained_on_the_samples_of_another(plan, calls, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("steer.training.recipe.plot_training", lambda *_, **__: None)
+    monkeypatch.setattr("steer.evaluation.plots.draw", lambda *_: {})
     settings = yaml.safe_load(plan.read_text())
     training = yaml.safe_load((place / "train.yaml").read_text())
     # samples of a random model: all that end count as right
