@@ -141,7 +141,7 @@ class Comparison:
         settings, launcher = self.settings(name)
         settings |= {"seed": seed, "learning_rate": self.rate(name)}
         job = f"{name}-{seed}"
-        asked = {"evaluation": self.asked(), "training": settings}
+        asked: dict[str, Any] = {"evaluation": self.asked(), "training": settings}
         if source := settings.pop("answers_of", None):
             settings["train_data"] = str(self.work / f"{source}-{seed}")
             asked["samples_of"] = self.finished(f"{source}-{seed}")
