@@ -56,7 +56,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         metavar="LENS",
         help="read through the layers above, with a file of `steer lens jacobian`",
     )
-    logit.add_argument("--top", type=count, default=10, help="tokens on either side (default: 10)")
+    logit.add_argument("--top", type=count, help="tokens on either side (default: 10, with --scripts 50)")
     logit.add_argument(
         "--scripts",
         action="store_true",
@@ -122,7 +122,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
 
     compose = _command(kinds, "compose")
-    compose.add_argument("--layers", help="layers to pair; default: all")
+    compose.add_argument("--layers", help="layers to pair, or to leave out in turn; default: all")
     compose.add_argument("--leave-one-out", action="store_true", help="instead: all vectors but one")
     compose.add_argument(
         "--joint",

@@ -176,9 +176,11 @@ def leave_one_out(
     """
     Leave the vector of each of `layers` (all by default) out in turn. rows: completions whose likelihood is
     measured; by default the greedy ones of the whole set. Without a grader only the likelihood is measured,
-    and accuracies are NaN.
+    and accuracies are NaN. SteerError for a layer without a vector.
     """
     all_layers, layers = frozenset(subject.layers), subject.layers if layers is None else list(layers)
+    if missing := sorted(set(layers) - all_layers):
+        raise SteerError(f"layers {missing} have no vector to leave out; the artifact has {subject.layers}")
     conditions = [steered(subject), BASE, *(Condition(all_layers - {layer}) for layer in layers)]
     if rows is None:
         (rows,) = complete(subject, subject.rows(problems), [steered(subject)], label=label)

@@ -36,14 +36,14 @@ def logit(args: argparse.Namespace) -> None:
         vectors,
         reading=args.reading,
         final_norm=not args.no_final_norm,
-        top=50 if args.scripts else args.top,
+        top=args.top or (50 if args.scripts else 10),
     )
     result.jacobian = through
     if args.scripts:
         counts = count_scripts(result, subject.tokenizer)
         if find_spec("py3langid"):
             counts.languages = languages(result, subject.tokenizer, classifier(), seed=args.seed)
-        show(args, counts, _script_lines(counts))
+        show(args, counts, _script_lines(counts, result.top.shape[1]))
         return
 
     def lines() -> Iterator[str]:
@@ -71,9 +71,9 @@ def jacobian(args: argparse.Namespace, going_on: bool) -> None:
     print(f"{lens.told()}: {args.out}")
 
 
-def _script_lines(counts: ScriptCounts) -> Iterator[str]:
-    yield "of the 50 most promoted and the 50 most suppressed tokens of each layer, in a script other than"
-    yield f"plain Latin; of the whole vocabulary {counts.foreign_base:.1%}"
+def _script_lines(counts: ScriptCounts, top: int) -> Iterator[str]:
+    yield f"of the {top} most promoted and the {top} most suppressed tokens of each layer, in a script other"
+    yield f"than plain Latin; of the whole vocabulary {counts.foreign_base:.1%}"
     sides = zip(counts.layers, counts.foreign("promoted"), counts.foreign("suppressed"), strict=True)
     for layer, promoted, suppressed in sides:
         yield f"layer {layer:3}  promoted {promoted:6.1%}  suppressed {suppressed:6.1%}"

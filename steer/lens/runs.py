@@ -62,6 +62,11 @@ from steer.tasks.grading import MathGrader
 
 
 def shift(args: argparse.Namespace) -> None:
+    if args.opening and args.temperature > 0:
+        raise SteerError(
+            f"--temperature {args.temperature:g} has no effect with --opening, whose answers are greedy; "
+            "leave one of them out"
+        )
     subject, problems = read_both(args)
     layers = chosen_layers(args, subject)
     if args.opening:
@@ -192,11 +197,15 @@ def _joint(source: str, subject: Subject) -> Subject:
 
 
 def compose(args: argparse.Namespace) -> None:
+    if args.leave_one_out and (args.joint or args.likelihood):
+        option = "--joint" if args.joint else "--likelihood"
+        raise SteerError(f"{option} has no effect with --leave-one-out; leave one of them out")
     subject, problems = read_both(args)
     own_vectors = subject.vectors.effective()
     with MathGrader() as grader:
         if args.leave_one_out:
-            out = leave_one_out(subject, problems, grader, label="leave one out")
+            chosen = chosen_layers(args, subject)
+            out = leave_one_out(subject, problems, grader, label="leave one out", layers=chosen)
             rows = zip(out.layers, out.accuracy.tolist(), out.likelihood.tolist(), strict=True)
             told = [f"without {layer:3}  accuracy {a:.3f}  {p:7.3f} nats a token" for layer, a, p in rows]
             whole = f"with all     accuracy {out.whole:.3f}  {out.whole_likelihood:7.3f} nats a token"

@@ -226,5 +226,5 @@ def _elicited(provenance: dict[str, Any] | None) -> str:
     name, score = best
     return (
         f"The best elicited base of the training run is {name}: {score['lenient']:.3f} of "
-        f"{score['problems']} problems, read leniently. A gain over the base that is above that is not form."
+        f"{score['problems']} problems, read leniently. What the vectors solve beyond that is not form alone."
     )

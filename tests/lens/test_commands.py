@@ -97,6 +97,20 @@ def test_json_and_text_and_figure(artifact, argv, key, capsys, tmp_path) -> None
     assert len(capsys.readouterr().out.splitlines()) > 1
 
 
+def test_no_setting_is_ignored(artifact, capsys) -> None:
+    call("compose", artifact, *COMMON, "--leave-one-out", "--layers", "1", "--json")
+    assert json.loads(capsys.readouterr().out)["layers"] == [1]
+    call("logit", artifact, "--scripts", "--top", "7", "--json")
+    assert {sum(row) for row in json.loads(capsys.readouterr().out)["promoted"]} == {7}
+    for command, *options in (
+        ("shift", "--opening", "7", "--temperature", "1"),
+        ("compose", "--leave-one-out", "--likelihood"),
+        ("compose", "--leave-one-out", "--joint", artifact),
+    ):
+        with pytest.raises(SteerError, match="has no effect with"):
+            call(command, artifact, *COMMON, *options)
+
+
 def test_the_random_control_is_no_draw_of_its_own_null(artifact, capsys) -> None:
     call("attention", artifact, "--problems", "2", "--control", "random", "--draws", "1", "--json")
     found = json.loads(capsys.readouterr().out)

@@ -121,6 +121,14 @@ def test_leaving_a_layer_out(tiny_model, tiny_tokenizer) -> None:
     assert found.base_likelihood == pytest.approx(expected["base"], abs=1e-4)
 
 
+def test_a_layer_without_a_vector_cannot_be_left_out(tiny_llama, tiny_tokenizer) -> None:
+    with pytest.raises(SteerError) as error:
+        leave_one_out(
+            subject_of(tiny_llama, tiny_tokenizer, layers="0-1"), PROBLEMS, None, texts(), layers=[2]
+        )
+    assert "layers [2] have no vector to leave out" in message(error)
+
+
 def test_leave_one_out_with_answers(tiny_llama, tiny_tokenizer) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer, std=2.0)
     found = leave_one_out(subject, goal(subject, [0, 1, 2]), Exact())
