@@ -32,7 +32,10 @@ ENVIRONMENT = {
 
 class Sampler(Protocol):
     def sample(self, prompts: list[list[int]], tokens: int, seed: int, stop: list[int]) -> list[Completion]:
-        """One completion of each prompt at temperature 1, of `tokens` tokens or up to one of `stop`."""
+        """
+        One completion of each prompt at temperature 1, of `tokens` tokens or up to one of `stop`. vLLM has no
+        `seed` of a call, and draws by its engine's own.
+        """
 
 
 class TorchSampler:

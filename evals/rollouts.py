@@ -91,6 +91,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file of the result; the table is written beside it")
     args = parser.parse_args()
+    if args.rows % SAMPLES:
+        parser.error(f"--rows {args.rows} is no multiple of {SAMPLES}, the rows of a prompt")
     if args.mismatch and "torch" not in args.variants:
         parser.error("--mismatch needs the variant torch, which scores")
     if args.variants != ["torch"] and importlib.util.find_spec("vllm") is None:
@@ -150,7 +152,7 @@ def prepared(args: argparse.Namespace, work: Path) -> tuple[Path, Path]:
     from transformers import AutoConfig
 
     noise = torch.Generator().manual_seed(0)
-    wanted = args.rows // SAMPLES or 1
+    wanted = args.rows // SAMPLES
     if args.shape:
         folder = work / "model"
         random_model(args.shape, "steer", cpu_dtype()).save_pretrained(folder)

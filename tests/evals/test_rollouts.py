@@ -79,6 +79,10 @@ def test_scoring_needs_the_sampler_that_has_the_trainers_model(
     with pytest.raises(SystemExit):
         rollouts.main()
     assert "--mismatch needs the variant torch" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["rollouts", "--rows", "12"])
+    with pytest.raises(SystemExit):
+        rollouts.main()
+    assert "--rows 12 is no multiple of 8" in capsys.readouterr().err
     monkeypatch.setattr(rollouts.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("sys.argv", ["rollouts"])
     with pytest.raises(SystemExit, match="vLLM is not installed here"):
