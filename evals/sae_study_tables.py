@@ -34,11 +34,14 @@ def cell(values: Sequence[float | None], digits: int = 4, sign: str = "") -> str
 
 def rows_of(results: dict[str, Any], size: int, stage: str, name: str) -> list[dict[str, Any]]:
     """The measurements of one SAE, a seed each, in the order of the seeds."""
-    found = []
-    for key, part in sorted(results["passes"].items()):
-        if key.split("/")[0] == str(size) and name in part.get(stage, {}):
-            found.append(part[stage][name])
-    return found
+    return [part[stage][name] for _, part in _parts(results, size) if name in part.get(stage, {})]
+
+
+def _parts(results: dict[str, Any], size: int) -> list[tuple[int, dict[str, Any]]]:
+    """The seeds of one size of dictionary, each with its results, in the order of the seeds."""
+    keys = [key.split("/") for key in results["passes"]]
+    seeds = sorted(int(seed) for own, seed in keys if own == str(size))
+    return [(seed, results["passes"][f"{size}/{seed}"]) for seed in seeds]
 
 
 def explained(row: dict[str, Any], k: int) -> float:
@@ -70,11 +73,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _training_lines(results: dict[str, Any], size: int) -> list[str]:
     ends = []
-    for key, part in sorted(results["passes"].items()):
-        if key.split("/")[0] == str(size):
-            gained = (part["outcome"]["decay_gained"] or {}).get("topk")
-            text = f"seed {key.split('/')[1]} {part['outcome']['stopped']} after {part['tokens']:,} tokens"
-            ends.append(text + ("" if gained is None else f" (the decay gave TopK {gained:+.4f})"))
+    for seed, part in _parts(results, size):
+        gained = (part["outcome"]["decay_gained"] or {}).get("topk")
+        text = f"seed {seed} {part['outcome']['stopped']} after {part['tokens']:,} tokens"
+        ends.append(text + ("" if gained is None else f" (the decay gave TopK {gained:+.4f})"))
     return [f"Dictionary of {size:,} features: {'; '.join(ends)}."]
 
 

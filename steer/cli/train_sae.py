@@ -245,10 +245,26 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
             f"early_stopping_threshold={training.early_stopping_threshold} needs texts to measure on; give "
             "heldout=FILE, or early_stopping_threshold=0"
         )
+    _check_effect(run, training)
     if parsed.print_config:
         print(_as_yaml(run, training), end="")
         sys.exit(0)
     return run, training
+
+
+def _check_effect(run: RunConfig, training: TrainConfig) -> None:
+    """SteerError for a value that is not the default and has no effect, since another setting is missing."""
+    measured, stops = run.heldout is not None, training.early_stopping_threshold > 0
+    for settings, name, has_effect, needed in (
+        (run, "heldout_tokens", measured, "heldout=FILE"),
+        (training, "eval_every", measured, "heldout=FILE"),
+        (training, "decay", training.schedule == "wsd", "schedule=wsd"),
+        (training, "early_stopping_window", stops, "early_stopping_threshold"),
+    ):
+        value = getattr(settings, name)
+        default = next(f.default for f in fields(settings) if f.name == name)
+        if not has_effect and value != default:
+            raise SteerError(f"{name}={value} has no effect without {needed}; give that, or leave {name} out")
 
 
 def _as_yaml(run: RunConfig, training: TrainConfig) -> str:

@@ -79,15 +79,9 @@ class AttentionDistance(Result):
         """The distance over the layers, with a band from the lowest to the highest of the random draws."""
         from steer.lens import plots
 
-        shown: dict[str, Any] = {"trained": self.distance}
-        bands = {}
-        if len(self.random):
-            name = f"random, equal length ({len(self.random)} draws)"
-            shown[name] = self.random.mean(0)
-            low, high = self.random.min(0).values.tolist(), self.random.max(0).values.tolist()
-            bands[name] = list(zip(low, high, strict=True))
+        random, bands = plots.draws_line(self.random, "equal length")
         return plots.lines(
-            shown,
+            {"trained": self.distance, **random},
             x=self.layers,
             xlabel="attention of layer",
             ylabel="Jensen–Shannon distance",

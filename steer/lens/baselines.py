@@ -78,15 +78,9 @@ class Baselines(Result):
 
         shown: dict[str, Any] = {"trained": self.trained[:-1]}
         shown |= {f"{name}, length tuned": values[:-1] for name, values in self.gain.items()}
-        bands = {}
-        if len(self.random):
-            name = f"random, length tuned ({len(self.random)} draws)"
-            single = self.random[:, :-1]
-            shown[name] = single.mean(0)
-            low, high = single.min(0).values.tolist(), single.max(0).values.tolist()
-            bands[name] = list(zip(low, high, strict=True))
+        random, bands = plots.draws_line(self.random[:, :-1], "length tuned")
         return plots.lines(
-            shown,
+            shown | random,
             x=self.layers,
             xlabel="layer of the vector",
             ylabel="nats a token",

@@ -93,6 +93,19 @@ def lines(
     return figure
 
 
+def draws_line(draws: Any, what: str) -> tuple[dict[str, Any], dict[str, list[tuple[float, float]]]]:
+    """
+    The mean of random draws (draws, x) as a line of `lines`, and their range as its band; nothing for none.
+    `what` they are, such as "equal length".
+    """
+    if not len(draws):
+        return {}, {}
+    values = as_array(draws)
+    name = f"random, {what} ({len(values)} draws)"
+    band = zip(values.min(0).tolist(), values.max(0).tolist(), strict=True)
+    return {name: values.mean(0)}, {name: list(band)}
+
+
 def bars(
     names: Sequence[str],
     values: Sequence[float],

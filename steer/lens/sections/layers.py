@@ -46,12 +46,11 @@ class SingleLayers(Result):
     def figure(self) -> Figure:
         from steer.lens import plots
 
-        name = f"random, equal length ({len(self.random)} draws)"
-        ends = zip(self.random.min(0).values.tolist(), self.random.max(0).values.tolist(), strict=True)
+        random, bands = plots.draws_line(self.random, "equal length")
         return plots.lines(
-            {"trained": self.gain, name: self.random.mean(0)},
+            {"trained": self.gain, **random},
             x=self.layers,
-            bands={name: list(ends)},
+            bands=bands,
             xlabel="layer of the vector",
             ylabel="nats a token",
             title="One vector alone: likelihood of right answers",
