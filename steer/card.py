@@ -172,6 +172,9 @@ def _limits(config: SteeringConfig, made: dict[str, Any]) -> str:
             f"They were trained on answers to problems of {names}, so scores on those do not show what "
             "they do on new problems."
         )
+    if isinstance(tools := _part(made, "run").get("tools"), list) and tools:
+        names = ", ".join(f"`{_line(name)}`" for name in tools)
+        limits.append(f"They were trained to answer with tools ({names}). Without them they may do worse.")
     if config.condition is None:
         limits.append("They change every answer, wanted or not. Compare with the base: `steer play`.")
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)

@@ -132,6 +132,21 @@ APIS: tuple[Api, ...] = (
         (*_SELF, "prompt_ids", "images", "multimodal_fields", MORE),
     ),
     Api(f"{_GRPO}._generate", _TRL, "calls it", (*_SELF, "prompts")),
+    Api(
+        f"{_GRPO}._tool_call_loop",
+        _TRL,
+        "calls it",
+        (
+            *(*_SELF, "prompts", "prompt_ids", "completion_ids", "completions", "logprobs", "images"),
+            "multimodal_fields",
+        ),
+    ),
+    Api(
+        "trl.chat_template_utils.parse_response",
+        _TRL,
+        "calls it",
+        ("tokenizer", "ids", "prefix", "tools"),
+    ),
     Api(f"{_GRPO}._generate_and_score_completions", _TRL, "overrides it", (*_SELF, "inputs")),
     Api(f"{_GRPO}._calculate_rewards", _TRL, "overrides it", (*_SELF, MORE)),
     Api(f"{_GRPO}._prepare_inputs", _TRL, "overrides it", (*_SELF, "generation_batch")),
@@ -177,6 +192,8 @@ TRAINER_ATTRIBUTES = (
     *("reward_weights", "top_entropy_quantile", "use_transformers_continuous_batching", "use_vllm"),
     *("vllm_importance_sampling_correction",),
 )
+# Those that it sets for each batch, where the model has tools; tests/training/test_tool_calls.py reads them.
+BATCH_ATTRIBUTES = ("_async_tool_dicts", "_sync_tool_dicts")
 # The one of a `VLLMGeneration` in sleep mode; trl sets it where an engine sleeps.
 ENGINE_ATTRIBUTES = ("_llm_weights_sleeping",)
 # Those of a `torch.nn.Module`, torch 2.13.0.

@@ -18,7 +18,16 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
 from steer import compat, engine
-from steer.compat import APIS, ENGINE_ATTRIBUTES, MODULE_ATTRIBUTES, MORE, TRAINER_ATTRIBUTES, Api, changed
+from steer.compat import (
+    APIS,
+    BATCH_ATTRIBUTES,
+    ENGINE_ATTRIBUTES,
+    MODULE_ATTRIBUTES,
+    MORE,
+    TRAINER_ATTRIBUTES,
+    Api,
+    changed,
+)
 from steer.engine import compat as engine_compat
 from steer.training.answer_trainers import SteeringDPOTrainer, SteeringSFTTrainer
 from steer.training.baselines import BaselineGRPOTrainer
@@ -103,7 +112,7 @@ def private_names() -> dict[str, set[str]]:
 
 def test_every_private_name_of_another_library_is_in_the_table() -> None:
     named = {api.name.rpartition(".")[2] for api in TABLES} | {
-        *(*TRAINER_ATTRIBUTES, *ENGINE_ATTRIBUTES, *MODULE_ATTRIBUTES)
+        *(*TRAINER_ATTRIBUTES, *BATCH_ATTRIBUTES, *ENGINE_ATTRIBUTES, *MODULE_ATTRIBUTES)
     }
     found = private_names()
     assert {path: names - named for path, names in found.items() if names - named} == {}

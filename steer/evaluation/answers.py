@@ -85,6 +85,11 @@ def read_answers(
         rows = list(_evaluated(folder, settings, variant, tokenizer))
         return Answers(rows, what, None, tuple(settings["benchmarks"]))
     spec = asked_with(settings)
+    if tools := settings["run"].get("tools"):
+        raise SteerError(
+            f"the answers of {folder} hold calls of tools ({', '.join(tools)}) and their results, which are "
+            "no text to train on or to extract from; give another run"
+        )
     if stage not in STAGES:
         raise SteerError(f"stage={stage!r} is unknown; choose one of {', '.join(STAGES)}")
     if stage == "training":

@@ -140,9 +140,14 @@ def check(
 
 
 def tell_of_trained_on(variants: Sequence[Variant], names: Sequence[str]) -> None:
-    """Warn of vectors that were trained on answers to problems of a benchmark among `names`."""
+    """Warn of vectors trained on answers to problems of a benchmark among `names`, or with tools."""
     for path in dict.fromkeys(variant.path for variant in variants if variant.kind == "vectors"):
-        scored = recorded(artifact.read(path).config.provenance, "data").get("scored_on", [])
+        provenance = artifact.read(path).config.provenance
+        if tools := recorded(provenance, "run").get("tools"):
+            log.warning(
+                "warning: %s was trained with tools (%s), and answers without", path, ", ".join(tools)
+            )
+        scored = recorded(provenance, "data").get("scored_on", [])
         known = {name for source in scored for name in (source, Path(source).stem)}
         if seen := [name for name in names if name in known]:
             log.warning(

@@ -158,10 +158,14 @@ class Majority:
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion given as a string or as messages (the last one's content)."""
+    """
+    The text of a completion given as a string or as messages: that of the last one, where the model wrote it.
+    The result of a tool that nothing follows is no answer.
+    """
     if isinstance(completion, str):
         return completion
-    content = completion[-1].get("content") if completion else ""
+    last = completion[-1] if completion else {}
+    content = last.get("content") if last.get("role", "assistant") == "assistant" else ""
     if isinstance(content, list):  # content blocks, as multimodal chats have them
         content = "".join(block.get("text", "") for block in content)
     return content or ""

@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import os
-import re
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
 
 from steer.errors import SteerError, one_line, shown
 from steer.tasks.grading import MathGrader
+from steer.tasks.own_code import FORM, own_function
 from steer.tasks.rewards import REWARDS, RewardFunction, check_arguments, make_reward
 
 Entry = str | dict[str, Any]
 
-_FORM = "file.py:function or package.module:function"
 # What a reward function is given beside the columns of the data set.
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
@@ -46,7 +38,7 @@ def reward_entries(given: object) -> list[Entry]:
     """
     entries = list(given) if isinstance(given, list | tuple) else [given]
     if not entries:
-        raise SteerError(f"rewards is empty; name at least one of {', '.join(REWARDS)}, or {_FORM}")
+        raise SteerError(f"rewards is empty; name at least one of {', '.join(REWARDS)}, or {FORM}")
     return [_entry(one) for one in entries]
 
 
@@ -66,7 +58,7 @@ def _entry(given: Any) -> Entry:
             raise SteerError(f"reward {shown(given)} has no name; write '{{name: NAME, argument: value}}'")
         return dict(entry) if len(entry) > 1 else str(entry["name"])
     if not isinstance(entry, str) or not entry.strip():
-        raise SteerError(f"reward {shown(given)} is not a name; give one of {', '.join(REWARDS)}, or {_FORM}")
+        raise SteerError(f"reward {shown(given)} is not a name; give one of {', '.join(REWARDS)}, or {FORM}")
     return entry
 
 
@@ -110,16 +102,6 @@ def load_rewards(
     return functions
 
 
-def source_checksums(entries: Sequence[Entry]) -> dict[str, str]:
-    """Of each reward that is the user's own, 16 hex digits of the text of its file: edited, it is another."""
-    checksums = {}
-    for name in reward_names(entries):
-        if ":" in name:
-            file = _file(_module(name))
-            checksums[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file else "no file"
-    return checksums
-
-
 def _parts(entry: Entry) -> tuple[str, dict[str, Any]]:
     if isinstance(entry, str):
         return entry, {}
@@ -130,7 +112,7 @@ def _built_in(name: str, grader: MathGrader, arguments: dict[str, Any]) -> Rewar
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise SteerError(f"unknown reward {name!r}{hint}; expected one of {', '.join(REWARDS)}, or {_FORM}")
+        raise SteerError(f"unknown reward {name!r}{hint}; expected one of {', '.join(REWARDS)}, or {FORM}")
     return make_reward(name, grader, **arguments)
 
 
@@ -138,21 +120,12 @@ def _built_in(name: str, grader: MathGrader, arguments: dict[str, Any]) -> Rewar
 
 
 def _own(name: str, arguments: dict[str, Any]) -> RewardFunction:
-    attribute = name.rpartition(":")[2]
-    module = _module(name)
-    if not hasattr(module, attribute):
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = difflib.get_close_matches(attribute, there, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(there[:10]) or 'none'}"
-        raise SteerError(f"reward {name!r}: no function {attribute!r} there{hint}")
-    made = getattr(module, attribute)
-    if not callable(made):
-        raise SteerError(f"reward {name!r} is a {type(made).__name__}, which cannot be called")
+    made = own_function("reward", name)
     if inspect.isclass(made):
         return _constructed(name, made, arguments)
     if arguments:
         _check_arguments(name, made, arguments)
-        return _partial(made, arguments, attribute)
+        return _partial(made, arguments, name.rpartition(":")[2])
     return made
 
 
@@ -209,60 +182,3 @@ def _named(function: Any, label: str) -> RewardFunction:
         return _partial(function, {}, label)
     function.__name__ = label  # an object of its own for this entry
     return function
-
-
-def _module(name: str) -> ModuleType:
-    place = name.rpartition(":")[0]
-    if place.endswith(".py"):
-        return _from_file(name, Path(place).expanduser())
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", place):
-        raise SteerError(f"reward {name!r} names no file and no module; write {_FORM}")
-    _find_in(os.getcwd())
-    try:
-        return importlib.import_module(place)
-    except Exception as error:  # whatever the user's module raises
-        raise SteerError(
-            f"reward {name!r}: cannot import {place} ({type(error).__name__}: {one_line(error)}); install "
-            "it, start in the folder that holds it, or write file.py:function"
-        ) from error
-
-
-def _from_file(name: str, path: Path) -> ModuleType:
-    """
-    The module in `path`, under the name of the file: processes that its author starts find it by that name,
-    as its folder is on their search path.
-    """
-    if not path.is_file():
-        raise SteerError(f"reward {name!r}: no file {str(path)!r} (from {os.getcwd()}); correct the path")
-    file = path.resolve()
-    if (known := sys.modules.get(file.stem)) is None:
-        _find_in(str(file.parent))
-        importlib.invalidate_caches()
-        spec = importlib.util.find_spec(file.stem) if "." not in file.stem else None
-        there = spec.origin if spec else None
-    else:
-        there = getattr(known, "__file__", None)
-    if there is None or Path(there).resolve() != file:
-        raise SteerError(
-            f"reward {name!r}: another module is called {file.stem!r} ({there or 'built in'}); rename the "
-            "file"
-        )
-    try:
-        return importlib.import_module(file.stem)
-    except Exception as error:
-        sys.modules.pop(file.stem, None)
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise SteerError(
-            f"reward {name!r}: {path}{line} cannot be imported ({type(error).__name__}: {one_line(error)})"
-        ) from error
-
-
-def _find_in(folder: str) -> None:
-    # At the end: nothing there takes the place of an installed module.
-    if folder not in sys.path:
-        sys.path.append(folder)
-
-
-def _file(module: ModuleType) -> Path | None:
-    path = getattr(module, "__file__", None)
-    return Path(path) if path and Path(path).is_file() else None

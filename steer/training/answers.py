@@ -34,7 +34,7 @@ log = logging.getLogger("steer")
 
 TRAINING = "training"
 # Settings without effect where no answers are sampled, and where answers are given without their problems.
-OF_SAMPLES = ("rewards", "dry_run")
+OF_SAMPLES = ("rewards", "tools", "dry_run")
 OF_PROBLEMS = (
     *("columns", "train_split", "train_limit", "levels", "max_problem_chars", "exclude", "validate_every"),
 )

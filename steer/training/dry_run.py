@@ -13,13 +13,13 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from steer.sharded import shape
-from steer.tasks.prompts import formatter, question
 from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
+from steer.tasks.tools import load_tools
 from steer.training.config import SteeringGRPOConfig
 from steer.training.estimate import memory, shape_of
 from steer.training.group_trainer import GroupGRPOTrainer
-from steer.training.problems import fitting
+from steer.training.problems import asked
 from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
 from steer.training.validation import SHARE, split
@@ -43,10 +43,9 @@ def dry_run(
     """
     run, training = settings.run, settings.training
     model, tokenizer = run.load(recipe.dtype, training.trust_remote_code)
-    format_problem = formatter(settings.prompt, tokenizer)
-    data = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
+    tools = load_tools(run.tools)
     limit = training.max_completion_length
-    data = fitting(data, held_out, format_problem, tokenizer, model, limit)
+    data = asked(train, held_out, settings.prompt, tokenizer, model, limit, tools)
     validation: list[dict[str, Any]] = []
     if run.validate_every:
         data, validation = split(data, run.validation or SHARE)
@@ -55,7 +54,12 @@ def dry_run(
     with MathGrader() as grader, tempfile.TemporaryDirectory() as folder:
         rewards = load_rewards(run.rewards, grader, set(data.column_names) - {"prompt"})
         trainer = recipe.make(
-            model, rewards, small(training, folder), train_dataset=data, processing_class=tokenizer
+            model,
+            rewards,
+            small(training, folder),
+            train_dataset=data,
+            processing_class=tokenizer,
+            **({"tools": tools} if tools else {}),
         )
         trained = sum(shape(p).numel() for p in trainer.model.parameters() if p.requires_grad)
         trainer.train()

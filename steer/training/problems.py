@@ -12,10 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.errors import SteerError
 from steer.models import check_context, context_length
+from steer.prompt import PromptSpec
 from steer.tasks.columns import parse_columns
 from steer.tasks.data import has_own_columns, heldout_source, load_problems
-from steer.tasks.prompts import Question, question
+from steer.tasks.prompts import Question, formatter, question
+from steer.tasks.tools import Tool
 from steer.training.run import RunConfig
+from steer.training.tool_calls import asker, with_tools
 
 log = logging.getLogger("steer")
 
@@ -88,6 +91,39 @@ def check_held_out(
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def asked(
+    train: Dataset,
+    held_out: Problems | None,
+    prompt: PromptSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    answer: int,
+    tools: Sequence[Tool] = (),
+) -> Dataset:
+    """
+    The training problems that fit the model's context, with a column `prompt` of what a trainer is given.
+
+    Args:
+        train: the training problems.
+        held_out: the held-out problems, which must fit.
+        prompt: how a problem is put.
+        tokenizer: of the model.
+        model: the base model.
+        answer: tokens of the longest answer.
+        tools: what the model may call.
+
+    Raises:
+        SteerError: none fits, or a held-out problem does not; a prompt that cannot be put, or not with tools.
+    """
+    text = formatter(with_tools(prompt, tools) if tools else prompt, tokenizer)
+    data = train.map(lambda row: {"prompt": text(question(row))}, desc="formatting prompts")
+    data = fitting(data, held_out, text, tokenizer, model, answer)
+    if not tools:
+        return data
+    chat = asker(prompt, tokenizer, tools)
+    return data.map(lambda row: {"prompt": chat(question(row))}, desc="formatting chats")
 
 
 def fitting(

@@ -22,7 +22,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch.distributed import DistBackendError
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from steer.errors import SteerError, print_any_text
@@ -32,17 +31,19 @@ from steer.models import context_length
 from steer.prompt import PromptSpec
 from steer.sharded import shape
 from steer.tasks.elicited import UNTRAINED, choose
-from steer.tasks.prompts import formatter, question
+from steer.tasks.prompts import Question
 from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
+from steer.tasks.tools import load_tools
 from steer.training import init
 from steer.training import run as runs
-from steer.training.problems import Problems, check_held_out, fitting
+from steer.training.problems import Problems, asked, check_held_out
 from steer.training.resuming import newest_checkpoint
 from steer.training.run import RunConfig
 from steer.training.run_settings import RunSettings
 from steer.training.settings import check_recipe, idle, refusals
 from steer.training.summary import plot_training, sample_answers, score_table, validation_line
+from steer.training.tool_calls import asker
 from steer.training.validation import SHARE, Validation, answer_together, split
 from steer.versions import versions
 
@@ -151,7 +152,32 @@ def _check_sampling(settings: RunSettings) -> None:
             "one for each with --reward_weights, also where the config file has others"
         )
     weighted = zip(weights or [1.0] * len(names), names, strict=True)
+    if run.tools:
+        _check_tools(settings)
+    elif training.max_tool_calling_iterations is not None:
+        raise SteerError(
+            f"max_tool_calling_iterations={training.max_tool_calling_iterations} has no effect without "
+            "tools; name some with --tools, or leave it out"
+        )
     log.info("reward: %s", " + ".join(f"{weight:g} x {name}" for weight, name in weighted))
+
+
+def _check_tools(settings: RunSettings) -> None:
+    """SteerError for what a run whose model calls tools cannot do."""
+    run, training = settings.run, settings.training
+    load_tools(run.tools)
+    population = settings.population is not None and settings.population.asked
+    if population or (settings.finder is not None and settings.finder.find_lr):
+        what = "a population" if population else "find_lr, which trains a population,"
+        raise SteerError(f"{what} draws one turn of each answer and calls no tools; leave tools out")
+    if run.examples:
+        raise SteerError(
+            f"examples={run.examples} would show the elicited base answers without a call; set --examples 0 "
+            "with tools"
+        )
+    log.info("tools: %s (answers are sampled with generate())", ", ".join(run.tools))
+    if training.sample_rows:
+        log.info("sample_rows=%s plays no part: generate() samples", training.sample_rows)
 
 
 # ---- the run
@@ -193,20 +219,20 @@ def _train_run(
     if state.is_main_process:
         runs.claim_output_dir(folder, settings.identity(), settings.defaults())
     state.wait_for_everyone()
-    asked = [training.max_steps, training.num_train_epochs]
+    length = [training.max_steps, training.num_train_epochs]
     done = runs.read_results(folder)
-    if done.get("asked") == asked and (held_out is None or "after" in done):
+    if done.get("asked") == length and (held_out is None or "after" in done):
         log.info("this run is finished; its results:")
         return done
 
     model, tokenizer = run.load(recipe.dtype, training.trust_remote_code)
-    format_problem = formatter(settings.prompt, tokenizer)
+    tools = load_tools(run.tools)
+    format_problem = asker(settings.prompt, tokenizer, tools)
     limit = training.max_completion_length
     data: Any = train
     validation: Problems = []
     if recipe.examples is None:
-        data = data.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
-        data = fitting(data, held_out, format_problem, tokenizer, model, limit)
+        data = asked(data, held_out, settings.prompt, tokenizer, model, limit, tools)
     if run.validate_every:
         data, validation = split(data, run.validation or SHARE)
         log.info("%d problems to validate on, %d to train on", len(validation), len(data))
@@ -217,7 +243,10 @@ def _train_run(
         columns = set(data.column_names) - {"prompt"}
         rewards = load_rewards(run.rewards, grader, columns) if recipe.examples is None else []
         with refusals():
-            trainer = recipe.make(model, rewards, training, train_dataset=data, processing_class=tokenizer)
+            more: dict[str, Any] = {"tools": tools} if tools else {}
+            trainer = recipe.make(
+                model, rewards, training, train_dataset=data, processing_class=tokenizer, **more
+            )
         if run.init and state.is_main_process:
             init.keep(run.init, training.output_dir)
         if trainer.sharded and held_out is not None:
@@ -241,7 +270,8 @@ def _train_run(
         def evaluate(stage: str) -> None:
             wanted = stage in stages and stage in way and stage not in runs.read_results(folder)
             if held_out is not None and wanted:
-                _evaluate(folder, stage, trainer, tokenizer, held_out, way[stage], grader, samples)
+                ask = asker(way[stage][0], tokenizer, tools)
+                _evaluate(folder, stage, trainer, ask, held_out, way[stage], grader, samples)
 
         with trainer.reference():
             for stage in UNTRAINED:
@@ -250,7 +280,7 @@ def _train_run(
             always = constant(held_out, grader)
             runs.write_results(folder, {**runs.read_results(folder), "constant": always})
         state.wait_for_everyone()
-        _train(trainer, recipe, folder, asked, validator)
+        _train(trainer, recipe, folder, length, validator)
         state.wait_for_everyone()
         evaluate("after")
     state.wait_for_everyone()
@@ -261,7 +291,7 @@ def _evaluate(
     folder: Path,
     stage: str,
     trainer: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    format_problem: Callable[[Question], Any],
     held_out: Problems,
     way: tuple[PromptSpec, int],
     grader: MathGrader,
@@ -273,7 +303,7 @@ def _evaluate(
     answered = answer_together(
         trainer,
         rows,
-        formatter(prompts, tokenizer),
+        format_problem,
         grader,
         limit,
         f"held-out problems, {stage}",
@@ -293,7 +323,7 @@ def _train(
     trainer: Any,
     recipe: Recipe,
     folder: Path,
-    asked: list[float],
+    length: list[float],
     validator: Validation | None = None,
 ) -> None:
     """
@@ -314,7 +344,7 @@ def _train(
     each = max(1, int(trainer.args.logging_steps))  # logs hold the mean over this many updates
     results.update(
         **validated,
-        asked=asked,
+        asked=length,
         steps=trainer.state.global_step,
         training_seconds=round(each * sum(row.get("seconds/wall") or 0 for row in history), 3),
         training_cpu_seconds=round(each * sum(row.get("seconds/cpu") or 0 for row in history), 3),

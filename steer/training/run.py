@@ -19,6 +19,7 @@ from steer.tasks.elicited import EXAMPLES
 from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES
 from steer.tasks.reward_loading import reward_entries
 from steer.tasks.rewards import REWARDS
+from steer.tasks.tools import TOOLS, tool_names
 from steer.training.neutral import Settings, differences
 
 if TYPE_CHECKING:
@@ -151,6 +152,14 @@ class RunConfig:
             "as trl calls it. With arguments: '{name: my_rewards.py:brevity, target: 50}'."
         },
     )
+    tools: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Functions that the model may call while it answers, in training and in the greedy "
+            f"scores: {', '.join(TOOLS)}, or one of your own, as file.py:function or "
+            "package.module:function. The chat template must know tools."
+        },
+    )
     operators: str = field(default="+-", metadata={"help": "Operators of generated arithmetic."})
     digits: int = field(default=2, metadata={"help": "Largest number of digits in generated arithmetic."})
     terms: int = field(default=2, metadata={"help": "Operands of a generated problem."})
@@ -171,6 +180,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.rewards = reward_entries(self.rewards)  # type: ignore[assignment]
+        self.tools = tool_names(self.tools)
         self.columns = columns_text(parse_columns(self.columns))
         for name, least in (("validate_every", 1), ("patience", 1), ("validation", 1e-9)):
             value = getattr(self, name)

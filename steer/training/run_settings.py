@@ -25,7 +25,8 @@ from steer.errors import SteerError, shown
 from steer.models import fast_dtype
 from steer.prompt import PromptSpec
 from steer.recipe_files import config_file
-from steer.tasks.reward_loading import source_checksums
+from steer.tasks.own_code import source_checksums
+from steer.tasks.reward_loading import reward_names
 from steer.training import init
 from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
 from steer.training.arguments import AnswerArguments
@@ -146,7 +147,8 @@ class RunSettings:
         if self.answers is not None:
             parts["answers"] = {"method": self.training.method, **asdict(self.answers)}
         kept = {part: {k: v for k, v in s.items() if k not in WATCHING} for part, s in parts.items()}
-        sources = source_checksums(self.run.rewards)
+        sources = source_checksums("reward", reward_names(self.run.rewards))
+        sources |= source_checksums("tool", self.run.tools)
         if self.run.base_adapter:
             sources["base_adapter"] = adapter_checksum(Path(self.run.base_adapter).expanduser())
         if self.run.init:

@@ -120,7 +120,6 @@ IGNORED_BY_RECIPES: dict[str, str] = {
     "load_best_model_at_end": _NO_EVALUATION,
     "resume_from_checkpoint": _RESUMES,
     "save_only_model": f"{_RESUMES}, and without the optimizer's state it would go on as another run",
-    "max_tool_calling_iterations": "a recipe gives the model no tools",
 }
 _PREPARES = (
     "a recipe makes the tokens itself: prompts as they are asked, answers with the token that ends them, and "

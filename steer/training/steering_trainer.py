@@ -18,7 +18,9 @@ from steer.training.loading import check_engine
 from steer.training.loss import importance_weights, limited_shares
 from steer.training.mismatch import MismatchCheck, mismatch
 from steer.training.steering_mixin import SteeringTrainerMixin
+from steer.training.tool_calls import check_tools
 from steer.training.trainer_config import SteeringTrainerConfig
+from steer.vectors import attached
 
 
 class SteeringGRPOTrainer(SteeringTrainerMixin, GroupGRPOTrainer):
@@ -54,6 +56,10 @@ class SteeringGRPOTrainer(SteeringTrainerMixin, GroupGRPOTrainer):
         steering: SteeringConfig | None = None,
         **kwargs: Any,
     ):
+        config = steering or SteeringConfig()
+        if not isinstance(model, str) and "steering_vectors" in model.__dict__:
+            config = attached(model).config
+        check_tools(kwargs, args.use_vllm, config.positions)
         super().__init__(model, args, steering, reward_funcs=reward_funcs, **kwargs)
         self.mismatch_check = MismatchCheck(args, self.accelerator)
         if self.use_vllm and logprobs_mode(args) is not None:

@@ -24,6 +24,7 @@ from steer.errors import SteerError
 from steer.evaluation.heldout import Answered, answer, score
 from steer.files import read_json, replace_file
 from steer.tasks.grading import MathGrader
+from steer.training.tool_calls import answer_with_tools
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -99,7 +100,7 @@ def summary(history: History, problems: int, kept: str, stopped: str | None = No
 def answer_together(
     trainer: Any,
     rows: Problems,
-    format_problem: Callable[[Any], str],
+    format_problem: Callable[[Any], Any],
     grader: MathGrader,
     limit: int,
     label: str,
@@ -112,7 +113,7 @@ def answer_together(
     Args:
         trainer: its model answers.
         rows: problems in the record form; each process answers some.
-        format_problem: makes the prompt of a problem.
+        format_problem: makes the prompt of a problem; of a trainer with tools its turns.
         grader: judges the answers.
         limit: tokens of the longest answer.
         label: names the progress bar, which stays when it is full if `leave` is set.
@@ -120,20 +121,24 @@ def answer_together(
     """
     state = PartialState()
     numbers = range(state.process_index, len(rows), state.num_processes)
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
-    mine = answer(
-        model,
-        trainer._tokenizer,
-        [rows[i] for i in numbers],
-        format_problem,
-        grader,
-        limit,
-        trainer.eos_token_ids,
-        label=label,
-        temperature=temperature,
-        numbers=numbers,
-        leave=leave,
-    )
+    own = [rows[i] for i in numbers]
+    if getattr(trainer, "tools", None):
+        mine = answer_with_tools(trainer, own, format_problem, grader, label, temperature, leave)
+    else:
+        model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+        mine = answer(
+            model,
+            trainer._tokenizer,
+            own,
+            format_problem,
+            grader,
+            limit,
+            trainer.eos_token_ids,
+            label=label,
+            temperature=temperature,
+            numbers=numbers,
+            leave=leave,
+        )
     return [a for turn in zip_longest(*gather_object([mine])) for a in turn if a is not None]
 
 
@@ -146,7 +151,7 @@ class Validation(TrainerCallback):
     Args:
         trainer: what is validated.
         problems: problems with `problem` and `answer` that are not trained on.
-        format_problem: makes the prompt of a problem (or of its chat).
+        format_problem: makes the prompt of a problem (or of its chat); of a trainer with tools its turns.
         grader: judges the answers.
         every: updates between validations.
         keep_best: keep the state of the best validation, for `finish`.
@@ -157,7 +162,7 @@ class Validation(TrainerCallback):
         self,
         trainer: Any,
         problems: Problems,
-        format_problem: Callable[[Any], str],
+        format_problem: Callable[[Any], Any],
         grader: MathGrader,
         every: int,
         keep_best: bool = False,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from steer.errors import SteerError
-from steer.tasks.reward_loading import load_rewards, reward_entries, source_checksums
+from steer.tasks.own_code import source_checksums
+from steer.tasks.reward_loading import load_rewards, reward_entries, reward_names
 from steer.tasks.rewards import LengthPenalty, MathGrader, guard
 
 SOURCE = """
@@ -112,7 +113,7 @@ def test_a_module_in_the_working_folder(place: Path) -> None:
     (place / "kit" / "scores.py").write_text("def one(completions, **columns):\n    return [1.0]\n")
     (function,) = load("kit.scores:one")
     assert call(function, ["a"]) == [1.0]
-    assert set(source_checksums(["kit.scores:one", "correct"])) == {"kit.scores:one"}
+    assert set(source_checksums("reward", ["kit.scores:one", "correct"])) == {"kit.scores:one"}
 
 
 def test_an_async_function_stays_async_with_arguments_and_a_number(place: Path) -> None:
@@ -182,8 +183,8 @@ def test_files_that_cannot_be_imported(place: Path) -> None:
 
 def test_the_checksum_follows_the_text(place: Path) -> None:
     name = "own_rewards.py:brevity"
-    before = source_checksums([name, "correct"])
-    assert before == source_checksums([{"name": name, "target": 3}])
+    before = source_checksums("reward", [name, "correct"])
+    assert before == source_checksums("reward", reward_names([{"name": name, "target": 3}]))
     (place / "own_rewards.py").write_text(SOURCE + "\n# edited\n")
-    assert source_checksums([name]).keys() == before.keys()
-    assert source_checksums([name]) != before
+    assert source_checksums("reward", [name]).keys() == before.keys()
+    assert source_checksums("reward", [name]) != before

@@ -25,6 +25,7 @@ from steer.models import fast_dtype
 from steer.tasks.prompts import TEMPLATES
 from steer.tasks.reward_loading import reward_names
 from steer.tasks.rewards import REWARDS
+from steer.tasks.tools import TOOLS
 from steer.training.arguments import PopulationArguments
 from steer.training.run_settings import RunSettings
 from steer.training.sweep.grid import members
@@ -76,7 +77,7 @@ PUBLISHED = {
     "math-llama-3.1-8b": precursor("meta-llama/Llama-3.1-8B", 5e-4, 64, 2),
     "math-llama-3.1-8b-instruct": precursor("meta-llama/Llama-3.1-8B-Instruct", 1e-4, 16, 3),
 }
-OURS = {"demo", "demo-sft", "demo-dpo", "gsm8k-qwen2.5-coder-1.5b"}
+OURS = {"demo", "demo-sft", "demo-dpo", "gsm8k-qwen2.5-coder-1.5b", "calculator"}
 # other objectives: what is theirs, and a number that their updates log
 PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0, "scale_rewards": "batch"}, "cispo_clip_ratio"),
@@ -158,6 +159,7 @@ def test_config_parses_and_names_things_that_exist(config, parse):
     assert run.model_dtype == (fast_dtype() if wanted == "fast" else wanted)
     assert run.template in TEMPLATES
     assert set(reward_names(run.rewards)) <= set(REWARDS)
+    assert set(run.tools) <= set(TOOLS) and not (run.tools and run.examples)
     assert {run.train_data, run.eval_data or "none", *run.exclude} <= SOURCES
     assert steering.dtype == "float32"
     assert not training.bf16  # the base has its precision already; autocast would only add casts

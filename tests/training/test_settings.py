@@ -37,7 +37,8 @@ HONOURED = """
     log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node
     log_unique_prompts logging_first_step logging_nan_inf_filter logging_steps logging_strategy
     loss_type lr_by_layer lr_scheduler_kwargs lr_scheduler_type mask_truncated_completions
-    max_completion_length max_grad_norm max_steps min_p multi_objective_aggregation neftune_noise_alpha
+    max_completion_length max_grad_norm max_steps max_tool_calling_iterations min_p
+    multi_objective_aggregation neftune_noise_alpha
     num_completions_to_print num_generations num_iterations num_train_epochs off_policy_mask_threshold
     optim optim_args output_dir pad_to_multiple_of parallelism_config pass_rate_floor
     per_device_train_batch_size
@@ -126,7 +127,6 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], named: str) -> Non
         {"do_eval": True},
         {"resume_from_checkpoint": "runs/demo/checkpoint-10"},
         {"save_only_model": True},
-        {"max_tool_calling_iterations": 3},
         {"model_init_kwargs": {"dtype": "float32"}},
     ],
 )
