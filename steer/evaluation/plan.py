@@ -28,12 +28,17 @@ class Plan:
     settings: dict[str, Any] = field(default_factory=dict)  # changes to the config, for all runs
     launcher: str | None = None  # of accelerate; default: one GPU where there is one, else the CPU
     seeds: tuple[int, ...] = (0, 1, 2)
-    sweep: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, Any] = field(default_factory=dict)  # settings of the runs that choose a rate
     reference: str | None = None  # the method whose gain is the whole
     prefixes: tuple[str, ...] = ()
     systems: tuple[str, ...] = ()  # candidates for the best constant system prompt
     examples: int = 0  # worked examples in the prompts of the elicited base
     longer: int | None = None  # tokens the base gets once more, to tell a gain from brevity
+
+    @property
+    def sweep_seed(self) -> int:
+        """The seed that rates are chosen with: the sweep's own, or the first that is not reported."""
+        return int(self.sweep.get("seed", next(i for i in range(len(self.seeds) + 1) if i not in self.seeds)))
 
 
 def read_plan(path: str) -> Plan:

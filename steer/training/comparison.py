@@ -43,6 +43,7 @@ class Comparison:
         self.plan = plan
         self.shared = {**yaml.safe_load(Path(plan.config).read_text()), **plan.settings}
         self.work = Path(plan.output_dir)
+        self.sweep = {name: value for name, value in plan.sweep.items() if name != "seed"}
         self.runs, self.sweeps = Path(plan.out, "runs"), Path(plan.out, "sweeps")
 
     def jobs(self) -> Iterator[tuple[str, Any]]:
@@ -103,14 +104,14 @@ class Comparison:
             "evaluation": self.asked(),
             "base": self.base_settings(),
             "systems": self.plan.systems,
-            "sweep": self.plan.sweep,
+            "sweep": self.sweep,
         }
         if self.done("system-prompt", asked):
             return
         from steer.training.rate_search import SHARE
         from steer.training.validation import split
 
-        share = self.plan.sweep.get("validation", SHARE)
+        share = self.sweep.get("validation", SHARE)
         _, validation = split(self.training_problems(), share)
         file = self.work / "validation.jsonl"
         _write_problems(file, validation)
@@ -217,22 +218,23 @@ class Comparison:
         if "lr_sweep" not in method:
             return self.rate(method["like"])
         settings, launcher = self.settings(name)
-        asked = {"training": {**settings, "seed": 0}, **self.plan.sweep, "lr_sweep": method["lr_sweep"]}
+        sweep = {**self.sweep, "lr_sweep": method["lr_sweep"]}
+        settings = {**settings, "seed": self.plan.sweep_seed}
+        asked = {"training": settings, **sweep}
         file = self.sweeps / f"{name}.json"
         if file.exists():
-            sweep = json.loads(file.read_text())
-            _check(file, sweep, asked)
-            return sweep["chosen"]
+            known = json.loads(file.read_text())
+            _check(file, known, asked)
+            return known["chosen"]
         folder = self.work / name
-        training = {**settings, "seed": 0, **self.plan.sweep, "lr_sweep": method["lr_sweep"]}
-        training |= {"sweep_only": True, "output_dir": str(folder)}
+        training = {**settings, **sweep, "sweep_only": True, "output_dir": str(folder)}
         self.launch(f"{name}-sweep", training, launcher)
-        sweep = json.loads(Path(f"{folder}-sweep", "sweep.json").read_text())
+        known = json.loads(Path(f"{folder}-sweep", "sweep.json").read_text())
         self.sweeps.mkdir(parents=True, exist_ok=True)
         replace_file(
-            file, (json.dumps({**sweep, "hash": _hash(asked), "asked": asked}, indent=1) + "\n").encode()
+            file, (json.dumps({**known, "hash": _hash(asked), "asked": asked}, indent=1) + "\n").encode()
         )
-        return sweep["chosen"]
+        return known["chosen"]
 
     def launch(self, job: str, settings: dict[str, Any], launcher: str) -> None:
         """Train as a user would, from a config file that says all."""

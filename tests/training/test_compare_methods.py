@@ -32,6 +32,7 @@ from steer.training.comparison import Comparison, Failed
 from steer.training.validation import split
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("compare-*.yaml"))
+GATES = sorted((ROOT / "recipes" / "configs").glob("gate-*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +115,12 @@ def test_everything_is_done_once_and_reported(plan, calls, place, capsys):
     held_out = [row["problem"] for row in load_problems(str(place / "sums.jsonl"))]
     assert elicited["asked"]["sums"]["examples"] == [list(pair) for pair in choose(training, 2, held_out)]
 
-    # a rate was chosen among those asked for, on problems that are neither trained on then nor held out
+    # a rate was chosen among those asked for, on problems that are neither trained on then nor held out, with
+    # a seed that is not reported
     chosen = json.loads((out / "sweeps" / "full.json").read_text())
     tried = {row["learning_rate"]: row["accuracy"] for row in chosen["tried"]}
     assert set(tried) == {1e-4, 1e-3} and tried[chosen["chosen"]] == max(tried.values())
+    assert chosen["asked"]["training"]["seed"] == 2
     assert not list((place / "work" / "full-sweep").rglob("*.safetensors"))
 
     about = {path.stem: read_packed(path)["about"] for path in (out / "runs").iterdir()}
@@ -297,6 +300,18 @@ def test_comparisons_that_come_with_steer(path, monkeypatch):
     equal = comparison.plan.methods["lora-equal"]
     assert equal["target_modules"] == ["o_proj"] and equal["lora_rank"] == 1
     assert len(equal["target_layers"].split(",")) * 2 * width == depth * width
+
+
+@pytest.mark.parametrize("path", GATES, ids=lambda path: path.stem)
+def test_gates_train_one_seed_that_no_comparison_reports(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    comparison = Comparison(read_plan(str(path)))
+    reported = {seed for config in CONFIGS for seed in read_plan(str(config)).seeds}
+    assert set(comparison.plan.methods) == {"full"} and not set(comparison.plan.seeds) & reported
+    assert comparison.plan.examples and comparison.plan.longer
+    assert all("validation" in text for text in comparison.plan.evaluation["benchmarks"])
+    settings, _ = comparison.settings("full")
+    assert set(settings) <= {*module_fields(settings["recipe"]), "recipe"}
 
 
 def test_the_paper_comparison_has_the_published_rates(monkeypatch):

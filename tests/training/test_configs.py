@@ -33,7 +33,7 @@ from steer.training.sweep.member import check_supported
 from steer.weights import BUNDLED
 
 RECIPES = ROOT / "recipes"
-OTHERS = ("sae-", "compare-", "layer-sweep-", "seeds-")  # of other recipes, with tests of their own
+OTHERS = ("sae-", "compare-", "gate-", "layer-sweep-", "seeds-")  # of other recipes, with tests of their own
 CONFIGS = sorted(p for p in (RECIPES / "configs").glob("*.yaml") if not p.name.startswith(OTHERS))
 LAUNCHERS = sorted((RECIPES / "accelerate").glob("*.yaml"))
 SOURCES = {"arithmetic", "gsm8k", "math", "deepscaler", "math500", "none", "runs/demo"}
