@@ -54,6 +54,9 @@ _LOUDER = 16
 # In half precision (and quantised), the mean over a row's tokens: rounding moves logits by some per cent, and
 # an expert that is chosen otherwise by more, at single tokens.
 ROUNDED = 0.1
+# The same of one attention module's gradients, whose inputs are not rounded before: 0.003 to 0.017 in
+# bfloat16 on Qwen2.5-0.5B, and 0.2 where its scores were rounded too.
+ROUNDED_ATTENTION = 0.05
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,7 @@ class _Trial:
                 seen.append((self._padded(), padded))
         if off := self._off(seen):
             return f"grouped attention differs ({off})"
-        off = self._off(self._attention_gradients())
+        off = self._off(self._attention_gradients(), ROUNDED_ATTENTION)
         return f"gradients of grouped attention differ ({off})" if off else None
 
     def _attention_gradients(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -376,8 +379,11 @@ class _Trial:
             return f"trl's LM head differs from the model's own logits ({off:.1g} of log-probabilities)"
         return None
 
-    def _off(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
-        """How far logits (tokens, vocabulary) are from what they should be, where that is too far."""
+    def _off(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], rounded: float = ROUNDED) -> str | None:
+        """
+        How far logits (tokens, vocabulary) are from what they should be, where that is too far; `rounded` is
+        what is allowed in half precision.
+        """
         worst = 0.0
         for got, expected in pairs:
             real = expected > -1e8  # words that a model rules out
@@ -387,7 +393,7 @@ class _Trial:
             worst = max(
                 worst, float((distance.max() if self.exact else distance.mean()).nan_to_num(torch.inf))
             )
-        limit = self.limit if self.exact else ROUNDED
+        limit = self.limit if self.exact else rounded
         return f"{worst:.1g} of their size, {limit} allowed" if worst > limit else None
 
 

@@ -83,6 +83,24 @@ def test_grouped_attention_has_the_gradients_of_sdpa(queries: int, keys: int, gr
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_scores_are_not_rounded_in_half_precision(dtype: torch.dtype, queries: int) -> None:
+    """A constant in keys and queries, as biases leave it there, moves all scores of a query alike."""
+    query, key, value, mask = attention_inputs(2, queries, 24)
+    query[..., 0] += 40
+    key[..., 0] += 60
+    halves = [x.to(dtype) for x in (query, key, value)]
+    found = []
+    for tensors in ([x.double() for x in halves], halves):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out, _ = cpu.grouped_attention(Module(2), *leaves, mask)
+        (out.double() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+        found.append([out.detach().double(), *(leaf.grad.double() for leaf in leaves)])
+    for exact, got in zip(*found, strict=True):  # with products rounded to 8 bits 0.2 to 0.3 in bfloat16
+        assert (got - exact).norm() < 0.05 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_gradients_of_long_sequences_are_right_at_padding_and_the_same_each_time(
