@@ -11,6 +11,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from steer import compat
+from steer.engine import compat as engine_compat
+
 
 def test_the_oldest_versions_are_the_lower_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -28,6 +31,23 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     for name, pin in pins.items():
         bound = bounds[name].release
         assert pin.release[: len(bound)] == bound, name
+
+
+def test_what_steer_was_checked_with_has_upper_bounds() -> None:
+    """Names that libraries do not document are used of these: another release may be without them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = [
+        *project["dependencies"],
+        *(text for extra in project["optional-dependencies"].values() for text in extra),
+    ]
+    bounded = {
+        canonicalize_name(r.name)
+        for r in map(Requirement, texts)
+        if any("<" in s.operator for s in r.specifier)
+    }
+    checked = {api.checked.split()[0] for api in (*compat.APIS, *engine_compat.APIS)}
+    tools = {"sae-lens", "eai-sparsify", "dictionary-learning", "nnsight", "transformer-lens", "lm-eval"}
+    assert {canonicalize_name(name).removesuffix("-cpu") for name in checked} | tools <= bounded
 
 
 def test_the_workflow_runs_every_group_of_tools() -> None:
