@@ -362,10 +362,10 @@ def _curve(folder: Path) -> dict[str, list[float]]:
     kept = folder / "curve.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    rows = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    from steer.training.resuming import log_history
+
     keys = {"reward": "reward", "accuracy": "accuracy", "length": "completions/mean_length"}
-    rows = [row for row in rows if "reward" in row]
+    rows = [row for row in log_history(folder) if "reward" in row]
     curve = {name: [round(row[key], 4) for row in rows if key in row] for name, key in keys.items()}
     replace_file(kept, json.dumps(curve).encode())
     return curve

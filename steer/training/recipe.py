@@ -38,7 +38,7 @@ from steer.tasks.tools import load_tools
 from steer.training import init
 from steer.training import run as runs
 from steer.training.problems import Problems, asked, check_held_out
-from steer.training.resuming import newest_checkpoint
+from steer.training.resuming import log_history, newest_checkpoint
 from steer.training.run import RunConfig
 from steer.training.run_settings import RunSettings
 from steer.training.settings import check_recipe, idle, refusals
@@ -336,6 +336,7 @@ def _train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     validated = {"validation": validator.finish()} if validator else {}
     trainer.save_model(str(folder / recipe.artifact))
+    trainer.save_state()
     if not trainer.accelerator.is_main_process:
         return
     results = runs.read_results(folder)
@@ -357,11 +358,9 @@ def _train(
 def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:
     """Print the table, some answers, and where everything is; draw the curves."""
     results = runs.read_results(folder)
-    checkpoint = newest_checkpoint(folder, recipe.readable)
-    if checkpoint is not None:
-        history = read_json(checkpoint / "trainer_state.json")["log_history"]
-        validated = results.get("validation", {}).get("history", [])
-        plot_training(history, folder / "training.png", f"{run.model} on {run.train_data}", validated)
+    history = log_history(folder)
+    validated = results.get("validation", {}).get("history", [])
+    plot_training(history, folder / "training.png", f"{run.model} on {run.train_data}", validated)
     if "before" in results and "after" in results:
         before, after = (
             [Answered(**row) for row in read_json(folder / f"samples_{s}.json")] for s in ("before", "after")

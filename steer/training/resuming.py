@@ -137,3 +137,12 @@ def newest_checkpoint(folder: str | os.PathLike[str], read: Callable[[Path], obj
             continue
         return path
     return None
+
+
+def log_history(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What a finished run logged, by update."""
+    states = [Path(folder) / "trainer_state.json"]
+    if not states[0].exists():  # a run of an older version
+        states = list(Path(folder).glob("checkpoint-*/trainer_state.json"))
+        states.sort(key=lambda path: int(path.parent.name[11:]))
+    return json.loads(states[-1].read_text())["log_history"] if states else []

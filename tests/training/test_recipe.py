@@ -28,6 +28,7 @@ from steer import SteeringConfig, artifact
 from steer.cli import main as steer_command
 from steer.files import held
 from steer.training import recipe
+from steer.training.resuming import log_history
 
 RECIPE = ROOT / "recipes" / "grpo_steer.py"
 STEPS = 12
@@ -110,6 +111,23 @@ def test_a_whole_run_prints_the_table_and_the_places(whole: Path, base: Path) ->
     assert f"{STEPS} updates" in text
     assert text.count("(answer: ") == 3
     assert "training:" in (base / "whole.err").read_text(), "no progress bar"
+
+
+def test_curves_without_a_checkpoint(base: Path, here: Callable[..., str]) -> None:
+    folder = base / "unsaved"
+    words = ["--save_strategy", "no", "--max_steps", "2", "--eval_data", "none", "--output_dir", str(folder)]
+    here(*words)
+    assert (folder / "training.png").exists() and not list(folder.glob("checkpoint-*"))
+    assert [row["step"] for row in log_history(folder) if "reward" in row] == [1, 2]
+
+
+def test_the_history_of_an_older_run(tmp_path: Path) -> None:
+    assert log_history(tmp_path) == []
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"log_history": [{"step": step}]}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    assert log_history(tmp_path) == [{"step": 10}]
 
 
 def test_the_printed_command_uses_the_vectors(whole: Path, base: Path) -> None:
