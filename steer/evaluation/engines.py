@@ -127,7 +127,7 @@ class HfEngine:
         if decoding.temperature:
             noise = torch.cat([uniforms([0], decoding.max_new_tokens, seed, 0) for seed in seeds])
         try:
-            return rollout(self.model, prompts, sampling, noise)
+            return rollout(self.model, prompts, sampling, noise, share_beginning=True)
         except torch.OutOfMemoryError as error:
             raise SteerError(
                 f"out of memory with {len(prompts)} answers of up to {decoding.max_new_tokens} tokens at "

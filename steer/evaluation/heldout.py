@@ -93,7 +93,7 @@ def answer(
                 for row in batch
             ]
             noise = uniforms(numbers[start : start + BATCH], max_new_tokens, 0, 0) if temperature else None
-            written = rollout(model, prompts, sampling, noise)
+            written = rollout(model, prompts, sampling, noise, share_beginning=True)
             texts = tokenizer.batch_decode([one.ids for one in written], skip_special_tokens=True)
             golds = [row.get("golds") or row["answer"] for row in batch]
             verdicts = grader.check(texts, golds)

@@ -9,6 +9,7 @@ transformers' `DynamicCache`, whose rows are repeated for a group and dropped wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
@@ -22,6 +23,12 @@ from transformers.cache_utils import CacheLayerMixin
 from steer.compat import cache_name, takes
 from steer.kinds import select_rows
 from steer.sites import input_device
+
+# A common beginning is read separately when that saves as many tokens: each pass costs something of its own.
+WORTH_A_PASS = 256
+
+# What the settings of a window are called in transformers' configurations.
+_WINDOW = re.compile(r"(?!use_)(\w+_)?window(_size)?|attention_chunk_size|local_attention|index_block_size")
 
 
 def inputs(
@@ -60,15 +67,26 @@ class Rows(Protocol):
 
 
 class CachedRows:
-    """Rows whose keys, values and recurrent states are cached. Prompts are padded on the left."""
+    """
+    Rows whose keys, values and recurrent states are cached. Prompts are padded on the left; what all begin
+    with is read once where that saves `worth` tokens or more, None for never.
+    """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, worth: int | None = None):
+        self.model, self.worth = model, worth
         self.device = input_device(model)
         self.cache = DynamicCache(config=model.config.get_text_config())
 
     def read(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        ids, self.mask = pad_left(prompts, self.device)
+        ids, mask = pad_left(prompts, self.device)
+        common = common_prefix(ids, mask) if self.worth else 0
+        if self.worth and common * (len(ids) - 1) >= self.worth:
+            self.mask = mask.new_ones(1, common)
+            self._last(ids[:1, mask[0] == 1][:, :common])
+            self.select(torch.zeros(len(ids), dtype=torch.long, device=self.device))
+            self.mask, ids = without_beginning(mask, common), ids[:, common:]
+        else:
+            self.mask = mask
         return self._last(ids)
 
     def select(self, rows: torch.Tensor) -> None:
@@ -138,3 +156,33 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+def common_prefix(ids: torch.Tensor, mask: torch.Tensor) -> int:
+    """
+    How many tokens all rows (rows, P), padded on the left, begin with; at least one of each is left over.
+    """
+    tokens = [row[keep] for row, keep in zip(ids, mask.bool(), strict=True)]
+    shortest = min(map(len, tokens)) - 1
+    if shortest < 1:
+        return 0
+    starts = torch.stack([row[:shortest] for row in tokens])
+    return int((starts == starts[0]).all(0).cumprod(0).sum())
+
+
+def window(config: Any) -> float:
+    """
+    How far back every layer of the model sees. Windows are measured in columns of the cache, so that padding
+    between a prompt's tokens would shorten them.
+    """
+    sizes = (size for name, size in config.to_dict().items() if _WINDOW.fullmatch(name))
+    return min((size for size in sizes if isinstance(size, int) and size), default=float("inf"))
+
+
+def without_beginning(mask: torch.Tensor, common: int) -> torch.Tensor:
+    """
+    The mask (rows, P) of prompts padded on the left, whose first `common` tokens were read before: of each
+    row those tokens, padding, and the rest of its prompt.
+    """
+    rest = mask * (mask.cumsum(1) > common)
+    return torch.cat([torch.ones_like(mask[:, :common]), rest[:, common:]], 1)

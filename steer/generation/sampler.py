@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from steer.generation.completion import Completion
-from steer.generation.decoding import CachedRows, PlainRows, Rows
+from steer.generation.decoding import WORTH_A_PASS, CachedRows, PlainRows, Rows, window
 from steer.generation.verify import fast_attention, fast_paths
 from steer.sites import input_device
 from steer.vector_sets import Owners
@@ -74,6 +74,7 @@ def rollout(
     noise: torch.Tensor | None = None,
     any_process: Callable[[bool], bool] | None = None,
     owners: Owners | None = None,
+    share_beginning: bool = False,
 ) -> list[Completion]:
     """
     One completion for each row of `prompts` (token ids; equal rows are read once).
@@ -81,14 +82,16 @@ def rollout(
     `noise`: (rows, max_new_tokens) uniform numbers, one per row and token, as `uniforms` makes them; not
     needed when the temperature is 0. `any_process(open)` says whether any process still has open rows; it is
     needed when the model is sharded, since then every process must run every forward pass. `owners` tells
-    which of several sets of vectors steers each row. Rows come back in order.
+    which of several sets of vectors steers each row. With `share_beginning` what all prompts begin with, such
+    as worked examples, is read once; how numbers are rounded then depends on the other prompts, and a sample
+    may. Rows come back in order.
     """
     if owners:
         with owners.prompt_length(0):
             owners.tell(owners.of[:0])  # no set steers while the model is tried
             fast_paths(model)
     with fast_attention(model):
-        return _rollout(model, prompts, sampling, noise, any_process, owners)
+        return _rollout(model, prompts, sampling, noise, any_process, owners, share_beginning)
 
 
 def _rollout(
@@ -98,6 +101,7 @@ def _rollout(
     noise: torch.Tensor | None,
     any_process: Callable[[bool], bool] | None,
     owners: Owners | None,
+    share_beginning: bool,
 ) -> list[Completion]:
     device = input_device(model)
     whose = owners.of.tolist() if owners else [0] * len(prompts)
@@ -105,7 +109,8 @@ def _rollout(
     unique = list(dict.fromkeys(keys))
     index = {key: i for i, key in enumerate(unique)}
     group = torch.tensor([index[key] for key in keys], device=device)  # (rows,) which unique prompt
-    reader = _reader(model, owners)
+    width = max(map(len, prompts)) + sampling.max_new_tokens
+    reader = _reader(model, owners, width if share_beginning else None)
     if owners:
         owners.tell(torch.tensor([key[-1] for key in unique]))
     logits = reader.read([key[:-1] for key in unique])[group]
@@ -143,11 +148,20 @@ def _rollout(
     return [Completion(ids[:n], not unfinished, logps[:n]) for ids, logps, n, unfinished in ends]
 
 
-def _reader(model: PreTrainedModel, owners: Owners | None) -> Rows:
-    """How `model` reads rows: with a cache where that was found right."""
+def _reader(model: PreTrainedModel, owners: Owners | None, width: int | None) -> Rows:
+    """
+    How `model` reads rows: with a cache where that was found right. Of rows of up to `width` tokens, what all
+    begin with is read once, unless vectors must know where a prompt ends; None for never.
+    """
+    vectors = model.__dict__.get("steering_vectors")
     if not fast_paths(model).sampler:
-        return CachedRows(model)
-    told = owners or model.__dict__.get("steering_vectors")
+        once = not owners and not fast_paths(model).common
+        if once and vectors is not None:  # the end of the prompt is not told in a pass over its beginning
+            once = vectors.config.positions == "all" and vectors.config.condition is None
+        # Padding between the tokens of a prompt would shorten a window.
+        fits = width is not None and window(model.config.get_text_config()) > width
+        return CachedRows(model, WORTH_A_PASS if once and fits else None)
+    told = owners or vectors
     return PlainRows(model, told.prompt_length if told else lambda columns: nullcontext())
 
 

@@ -10,7 +10,6 @@ completion token meet the LM head, in tiles, so no (tokens x vocabulary) tensor 
 from __future__ import annotations
 
 import functools
-import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,18 +21,12 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from steer.generation.caches import differentiable, has_states, select
-from steer.generation.decoding import inputs
+from steer.generation.decoding import WORTH_A_PASS, common_prefix, inputs, window, without_beginning
 from steer.generation.lm_head import frozen_head
 from steer.vector_sets import Owners
 
 # A batch holds completions down to this share of its longest; the rest is padding.
 FILL = 0.75
-# A common beginning is read separately when that saves as many tokens: each pass costs something of its own.
-WORTH_A_PASS = 256
-
-# What the settings of a window are called in transformers' configurations.
-_WINDOW = re.compile(r"(?!use_)(\w+_)?window(_size)?|attention_chunk_size|local_attention|index_block_size")
-
 # Models that `add_group_scoring` was called for.
 SCORERS: WeakSet[PreTrainedModel] = WeakSet()
 
@@ -167,16 +160,14 @@ def shared_scores(
     # The last prompt token predicts the first completion token, so it is left for the last pass.
     config, backbone = model.config.get_text_config(), model.base_model
     cache = differentiable(DynamicCache(config=config))
-    common = common_prefix(ids, mask) if worth and _window(config) > width + longest else 0
+    common = common_prefix(ids, mask) if worth and window(config) > width + longest else 0
     if worth and common * (len(ids) - len(each)) >= worth:
         one = ids[:1, mask[0] == 1][:, :common].expand(len(each), -1)
         if owners:
             owners.tell(each)
         backbone(**inputs(backbone, one, torch.ones_like(one), cache), use_cache=True)
         cache = select(cache, set_of)
-        # From here on a row is: the common columns, padding, the rest of its prompt.
-        rest = mask * (mask.cumsum(1) > common)
-        mask = torch.cat([torch.ones_like(mask[:, :common]), rest[:, common:]], 1)
+        mask = without_beginning(mask, common)
     else:
         common = 0
     if owners:
@@ -206,27 +197,6 @@ def shared_scores(
         log_probs = log_probs.index_put(at, out.log_probs[:, :length].float())
         entropy = entropy.index_put(at, out.entropy[:, :length].float())
     return Scored(log_probs, entropy)
-
-
-def common_prefix(ids: torch.Tensor, mask: torch.Tensor) -> int:
-    """
-    How many tokens all rows (rows, P), padded on the left, begin with; at least one of each is left over.
-    """
-    tokens = [row[keep] for row, keep in zip(ids, mask.bool(), strict=True)]
-    shortest = min(map(len, tokens)) - 1
-    if shortest < 1:
-        return 0
-    starts = torch.stack([row[:shortest] for row in tokens])
-    return int((starts == starts[0]).all(0).cumprod(0).sum())
-
-
-def _window(config: Any) -> float:
-    """
-    How far back every layer of the model sees. Windows are measured in columns of the cache, so that padding
-    between a prompt's tokens would shorten them.
-    """
-    sizes = (size for name, size in config.to_dict().items() if _WINDOW.fullmatch(name))
-    return min((size for size in sizes if isinstance(size, int) and size), default=float("inf"))
 
 
 def length_batches(lengths: torch.Tensor) -> list[tuple[torch.Tensor, int]]:

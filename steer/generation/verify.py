@@ -1,8 +1,8 @@
 """
 Which fast paths of sampling and scoring compute what the model computes, found on the model itself.
 
-`fast_paths(model)` compares, once per model and in about ten short forward passes, each fast path with plain
-passes over single rows without padding or cache. What differs is left out with one log line, as is what
+`fast_paths(model)` compares, once per model and in about twenty short forward passes, each fast path with
+plain passes over single rows without padding or cache. What differs is left out with one log line, as is what
 a named property of the model rules out: a cache of another kind, a forward that takes none, a decoder that is
 not where trl looks for it. Sampling, scoring, the recipes' evaluation and `steer eval` all ask
 here. A model for which plain passes are wrong too, since its logits depend on later tokens, is refused.
@@ -27,7 +27,7 @@ from steer.compat import cache_in
 from steer.errors import SteerError
 from steer.generation import cpu
 from steer.generation.caches import has_states, no_cache, other_cache
-from steer.generation.decoding import CachedRows, inputs, pad_left
+from steer.generation.decoding import CachedRows, inputs, pad_left, window
 from steer.generation.scoring import SCORERS, Scored, shared_scores
 from steer.hooks import hooked
 from steer.sites import input_device
@@ -91,7 +91,7 @@ _PLAIN = {
     "padding": "prompts are not padded on the left",
     "sampler": "sampling reads every row again for each token, which is slow",
     "scorer": "scoring reads a prompt for each of its samples",
-    "common": "scoring reads what prompts have in common for each",
+    "common": "what prompts begin with in common is read for each",
     "head": "log-probabilities come from the model's own logits",
 }
 
@@ -197,11 +197,12 @@ class _Trial:
         padded = self._padded()
         attention = self._attention(padded)
         with nullcontext() if attention else cpu.grouped(self.model):
-            common = columns or cacheless or self._scorer(1)
+            sampler = columns or cacheless or self._sampler()
+            common = columns or cacheless or self._scorer(1) or (None if sampler else self._sampler(1))
             return FastPaths(
                 attention=attention,
                 padding=columns or self._padding(padded),
-                sampler=columns or cacheless or self._sampler(),
+                sampler=sampler,
                 # A pass over what is common is followed by those over prompts.
                 scorer=columns or cacheless or (self._scorer(None) if common else None),
                 common=common,
@@ -295,10 +296,12 @@ class _Trial:
         logits = self.model(**inputs(self.model, ids, mask), use_cache=False).logits.float()
         return logits.masked_fill(mask[..., None] == 0, 0)
 
-    def _sampler(self) -> str | None:
+    def _sampler(self, worth: int | None = None) -> str | None:
         """Prompts read once, their rows repeated and put in another order, then token by token."""
+        if worth and window(self.config) <= max(_PROMPTS) + _MORE:
+            return None  # there a beginning is never read for all
         order = torch.tensor([1, 0, 1], device=self.device)
-        rows = CachedRows(self.model)
+        rows = CachedRows(self.model, worth)
         steps = [rows.read(self.prompts)[order]]
         rows.select(order)
         for i in range(_MORE):

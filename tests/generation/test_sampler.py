@@ -62,6 +62,42 @@ def full_pass(model: PreTrainedModel, prompt: list[int], completion: list[int], 
 # ---- greedy
 
 
+def tokens_read(model: PreTrainedModel, seen: list[int]) -> None:
+    """Let `seen` hold the number of tokens of each pass."""
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+
+
+BEGINNING = [int(i) for i in torch.randint(3, 90, (60,), generator=torch.Generator().manual_seed(5))]
+
+
+@torch.no_grad()
+def test_a_common_beginning_is_read_once(model: PreTrainedModel) -> None:
+    prompts = [[*BEGINNING, *prompt] for prompt in (*PROMPTS, [8, 8], [15])]
+    sampling = Sampling(6, (NEVER,), temperature=0.0)
+    whole = sampler.rollout(model, prompts, sampling)
+    seen: list[int] = []
+    tokens_read(model, seen)
+    shared = sampler.rollout(model, prompts, sampling, share_beginning=True)
+    assert ids_of(shared) == ids_of(whole)
+    for one, other in zip(shared, whole, strict=True):
+        assert one.logps == pytest.approx(other.logps, abs=2e-4)
+    # a window of 8 tokens would be shortened by padding between the tokens of a prompt
+    narrow = model.config.model_type in ("gemma2", "gemma3_text", "mistral")
+    assert seen[0] == (len(prompts) * 67 if narrow else 60)
+    assert narrow or seen[1] == len(prompts) * 7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["prompt", "last_prompt", "completion", "first_completion"])
+def test_a_prompt_is_read_whole_for_vectors_that_ask_where_it_ends(build_tiny, positions: str) -> None:
+    model = steered(build_tiny("llama", initializer_range=SPREAD), positions, 3.0)
+    prompts = [[*BEGINNING, *prompt] for prompt in (*PROMPTS, [8, 8], [15])]
+    sampling = Sampling(6, (NEVER,), temperature=0.0)
+    whole = sampler.rollout(model, prompts, sampling)
+    shared = sampler.rollout(model, prompts, sampling, share_beginning=True)
+    assert shared == whole
+
+
 @torch.no_grad()
 def test_greedy_equals_generate_on_every_architecture(model: PreTrainedModel) -> None:
     # 14 new tokens pass the sliding window of 8 of the architectures that have one
