@@ -113,7 +113,8 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(query, key)
         wide = torch.promote_types(query.dtype, torch.float32)
-        return torch.matmul(query.to(wide), key.transpose(2, 3).to(wide))
+        with torch.autocast(query.device.type, enabled=False):
+            return torch.matmul(query.to(wide), key.transpose(2, 3).to(wide))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -165,6 +166,11 @@ def _quiet(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
+def _rounds(head: nn.Module, seen: list[bool]) -> RemovableHandle:
+    """Whether `head` computes in half precision, as in accelerate's forward of mixed precision."""
+    return head.register_forward_hook(lambda module, args, out: seen.append(out.dtype.itemsize < 4))
+
+
 class _Trial:
     """The comparisons for one model, over two rows of tokens and variations of them."""
 
@@ -187,7 +193,11 @@ class _Trial:
 
     def paths(self, scores: bool) -> FastPaths:
         cacheless = no_cache(self.model)
-        one, two = self._truth(use_cache=not cacheless)
+        rounded: list[bool] = []
+        head = self.model.get_output_embeddings()
+        with hooked(_rounds(head, rounded)) if head is not None else nullcontext():
+            one, two = self._truth(use_cache=not cacheless)
+        self.exact &= not any(rounded)
         self.truth = [one.logits[0].float(), two.logits[0].float()]
         cacheless = cacheless or other_cache(self.model, cache_in(two))
         if not cacheless and has_states(self.model):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from accelerate.utils import convert_outputs_to_fp32
 from helpers.training import far, ids_of
 from packaging.version import Version
 from transformers import DynamicCache, PreTrainedModel
@@ -324,3 +326,19 @@ def test_bfloat16_is_as_fast_as_float32(kind: str) -> None:
     # A seed at which rounding chooses no other expert: logits of such tokens differ by half their size.
     exact, rounded = (vars(fast_paths(tiny(kind, seed=5).to(t))) for t in (torch.float32, torch.bfloat16))
     assert {name for name, why in exact.items() if why} == {name for name, why in rounded.items() if why}
+
+
+def test_mixed_precision_is_as_fast(caplog: pytest.LogCaptureFixture) -> None:
+    """Float32 weights, computed with in bfloat16 by the forward that accelerate makes."""
+    model = ready("llama")
+    forward = model.forward
+    plain = vars(fast_paths(ready("llama")))
+
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return convert_outputs_to_fp32(forward)(*args, **kwargs)
+
+    model.forward = mixed
+    assert model(torch.tensor([[5, 6]])).logits.dtype == torch.float32
+    assert vars(fast_paths(model)) == plain
+    assert not caplog.text
