@@ -99,10 +99,9 @@ def test_large_scores_are_not_rounded_in_half_precision(dtype: torch.dtype, quer
             out, _ = cpu.grouped_attention(Module(2), *leaves, mask)
         (out.double() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
         found.append([out.detach().double(), *(leaf.grad.double() for leaf in leaves)])
-    for exact, got in chain(*(zip(found[0], other, strict=True) for other in found[1:])):
+    truth, *others = found
+    for exact, got in chain(*(zip(truth, other, strict=True) for other in others)):
         # with products rounded to 8 bits 0.2 to 0.3 in bfloat16
-        *(zip(found[0], other, strict=True) for other in found[1:])
-    ):  # with products rounded to 8 bits 0.2 to 0.3 in bfloat16
         assert (got - exact).norm() < 0.05 * exact.norm()
 
 
