@@ -136,7 +136,7 @@ def _memory(trainer: GroupGRPOTrainer, weights: int, trained: int, size: int, ro
         at_once = min(training.update_rows or training.per_device_train_batch_size, rows)
         parts = memory(sizes, weights, trained, size, sampled, at_once * tokens)
         if bound := trainer.update_memory:
-            parts["update"] = int(min(bound.cost.token * at_once * tokens, bound.limit))
+            parts["update"] = int(min(bound.cost.fixed + bound.cost.token * at_once * tokens, bound.limit))
         held = parts["weights"] + parts["optimizer"]
         most = held + max(parts["sampling"], parts["update"])
         text = (

@@ -1,7 +1,7 @@
 """
 How many rows of an update are held at once, by what their tokens leave for the backward pass.
 
-The bytes of a token are measured on the model itself, in two forward passes over some tokens. They are
+The bytes of a token are measured on the model itself, in three forward passes over some tokens. They are
 compared with a part of the machine's whole memory and not of what is free, so that a run that is started
 again has the same parts: another order of sums would round differently.
 """
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 GB = 1e9
 # Of the memory of a machine or GPU, where `update_memory` is not set.
 SHARE = 0.25
-# Tokens of the longer pass that is measured.
+# Tokens of the longest pass that is measured.
 TOKENS = 256
 # Limits of a container: of control groups, version 2 and 1.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -109,10 +109,12 @@ class Cost:
     Attributes:
         token: of each token.
         pair: of each pair of a token and one that it attends to, where scores are kept.
+        fixed: of the pass, however long: the weights in half precision that mixed precision makes.
     """
 
     token: float
     pair: float
+    fixed: float = 0.0
 
     @classmethod
     def measured(cls, model: nn.Module, score: Callable[[int], object], tokens: int) -> Cost:
@@ -120,19 +122,21 @@ class Cost:
         Args:
             model: what is scored.
             score: runs a forward pass over so many tokens, with a graph.
-            tokens: of the longer of the two passes, at least 2.
+            tokens: of the longest of the three passes, at least 3.
         """
-        sizes = []
-        for count in (tokens // 2, tokens // 2 * 2):
+        sizes, unit = [], tokens // 3
+        for count in (unit, 2 * unit, 3 * unit):
             device = next(model.parameters()).device
             devices = [device] if device.type == "cuda" else []  # by default of all GPUs of the machine
             with saved_bytes(model) as found, torch.random.fork_rng(devices):
                 kept = score(count)  # its graph lives until all is counted
                 sizes.append(sum(found.values()))
                 del kept
-        shorter, longer = sizes
-        pair = max(0.0, (longer - 2 * shorter) / (2 * (tokens // 2) ** 2))
-        return cls(longer / (tokens // 2 * 2) - pair * (tokens // 2 * 2), pair)
+        # fixed + token * n + pair * n^2, through the three sizes
+        short, middle, long = sizes
+        pair = max(0.0, (long - 2 * middle + short) / (2 * unit**2))
+        token = (long - short) / (2 * unit) - 4 * unit * pair
+        return cls(token, pair, max(0.0, short - token * unit - pair * unit**2))
 
     def of(self, rows: torch.Tensor) -> float:
         """
@@ -149,7 +153,7 @@ class Cost:
         for chosen, length in length_batches(rows[:, 0]):
             tokens += len(chosen) * length
             pairs += length * int((length + rows[chosen, 1]).sum())
-        return self.token * tokens + self.pair * pairs
+        return self.fixed + self.token * tokens + self.pair * pairs
 
 
 def row_sizes(
@@ -186,11 +190,11 @@ class UpdateMemory:
         self.recompute = recompute
         self.mlps = [] if recompute is False else mlps(model)
         with recomputed(self.mlps if recompute else []):
-            self.cost = Cost.measured(model, score, min(TOKENS, max(2, longest)))
+            self.cost = Cost.measured(model, score, min(TOKENS, max(3, longest)))
         self._told = False
         most = "no limit" if limit == float("inf") else f"at most {limit / GB:.1f} GB at once"
         if self.cost.token and limit < float("inf"):
-            most += f": {limit / self.cost.token:,.0f} tokens"
+            most += f": {max(0.0, limit - self.cost.fixed) / self.cost.token:,.0f} tokens"
         log.info(
             "an update keeps %.2f MB a token for its backward pass (measured); update_memory is %s",
             self.cost.token / 1e6,

@@ -48,8 +48,25 @@ def test_what_is_measured_is_what_a_longer_pass_keeps(architecture: str, attenti
         kept = score(60)
     del kept
     real = sum(found.values())
-    assert cost.token * 60 + cost.pair * 60**2 == pytest.approx(real, rel=0.1)
+    assert cost.fixed + cost.token * 60 + cost.pair * 60**2 == pytest.approx(real, rel=0.1)
     assert (cost.pair > 0) == (attention == "eager")
+
+
+def test_weights_in_half_precision_are_no_tokens(build_tiny) -> None:
+    """Autocast keeps a copy of each weight for the pass, of one token or of many."""
+    model: PreTrainedModel = build_tiny("llama", hidden_size=64, intermediate_size=512)
+
+    def score(tokens: int) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(torch.full((1, tokens), 3), use_cache=False).logits
+
+    cost = Cost.measured(model, score, 9)
+    with memory.saved_bytes(model) as found:
+        kept = score(60)
+    del kept
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert cost.fixed == pytest.approx(2 * weights, rel=0.1)
+    assert cost.of(rows((60, 0, 1))) == pytest.approx(sum(found.values()), rel=0.1)
 
 
 def bounded(limit: float, recompute: bool | None = None) -> UpdateMemory:
