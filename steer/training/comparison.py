@@ -42,6 +42,11 @@ class Comparison:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.shared = {**yaml.safe_load(Path(plan.config).read_text()), **plan.settings}
+        if any(one.get("tools") for one in (self.shared, *plan.methods.values())):
+            raise SteerError(
+                f"{plan.config} with tools: a comparison scores with `steer eval`, which calls none; leave "
+                "them out"
+            )
         self.work = Path(plan.output_dir)
         self.sweep = {name: value for name, value in plan.sweep.items() if name != "seed"}
         self.runs, self.sweeps = Path(plan.out, "runs"), Path(plan.out, "sweeps")

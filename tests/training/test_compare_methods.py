@@ -302,6 +302,14 @@ def test_comparisons_that_come_with_steer(path, monkeypatch):
     assert len(equal["target_layers"].split(",")) * 2 * width == depth * width
 
 
+def test_tools_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = yaml.safe_load((ROOT / "recipes" / "configs" / "compare-tiny.yaml").read_text())
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**plan, "config": "calculator"}))
+    with pytest.raises(SteerError, match=r"calculator.yaml with tools: .* `steer eval`, which calls none"):
+        Comparison(read_plan(str(tmp_path / "plan.yaml")))
+
+
 @pytest.mark.parametrize("path", GATES, ids=lambda path: path.stem)
 def test_gates_train_one_seed_that_no_comparison_reports(path, monkeypatch):
     monkeypatch.chdir(ROOT)
