@@ -1,7 +1,7 @@
 """
 Six ways to get a vector, at the same number of samples: accuracy, and side effects on neutral text.
 
-    python -m evals.ways --out evals/results/ways     # about 45 minutes on two cores
+    python -m evals.ways --out evals/results/ways     # about an hour on two idle cores
     python -m evals.ways --tiny --out /tmp/ways       # everything on a tiny random model, under a minute
 
 The task is the demo's. A budget is a number of answers that a model draws for training problems: `--updates`

@@ -39,8 +39,9 @@ class Majority:
     reference answer, so that 0.5 and one half are votes for the same. Candidates are tried in the order of
     how often they are written in the same way, then of where they are first; each takes the votes of those
     that equal it. Of equal numbers of votes the earlier candidate wins. The winner is then the reference
-    answer that the group is graded with. An unfinished calculation (97 + 27) is no candidate: otherwise a
-    policy would win by repeating the question.
+    answer that the group is graded with. An unfinished calculation (97 + 27) is no candidate, and neither is
+    the word that the prompt has in its own box ("Give the answer as \\boxed{answer}."): otherwise a policy
+    would win by repeating the question.
 
     Logs `majority/agreement` (the share of a group that agrees with its winner), `majority/distinct` (answers
     written differently in a group) and `majority/answered` (the share of texts with an answer). Warns once
@@ -66,12 +67,13 @@ class Majority:
         **columns: Any,
     ) -> list[float]:
         answers = [extract_boxed(text_of(completion)) for completion in completions]
-        sizes = [len(list(run)) for _, run in groupby(prompts)]
+        runs = [(prompt, len(list(run))) for prompt, run in groupby(prompts)]
+        sizes = [size for _, size in runs]
         groups, start = [], 0
         for size in sizes:
             groups.append(answers[start : start + size])
             start += size
-        winners = self._winners(groups)
+        winners = self._winners(groups, [_placeholder(prompt) for prompt, _ in runs])
         golds = [winner for winner, size in zip(winners, sizes, strict=True) for _ in range(size)]
         voted = [i for i, gold in enumerate(golds) if gold is not None and answers[i] is not None]
         right = self._equal([golds[i] or "" for i in voted], [answers[i] or "" for i in voted])
@@ -83,9 +85,14 @@ class Majority:
             log_extra("majority_answer", [gold or "" for gold in golds])
         return rewards
 
-    def _winners(self, groups: Sequence[Sequence[str | None]]) -> list[str | None]:
+    def _winners(
+        self, groups: Sequence[Sequence[str | None]], placeholders: Sequence[str | None]
+    ) -> list[str | None]:
         """The most frequent answer of each group; None where there is no candidate."""
-        candidates = [[a for a in group if a is not None and self._candidate(a)] for group in groups]
+        candidates = [
+            [a for a in group if a is not None and a.strip() != placeholder and self._candidate(a)]
+            for group, placeholder in zip(groups, placeholders, strict=True)
+        ]
         # equal counts stay in the order in which they were met first
         left = [Counter(group).most_common() for group in candidates]
         best: list[tuple[str | None, int]] = [(None, 0)] * len(groups)
@@ -155,6 +162,13 @@ class Majority:
         if what not in self.told:
             log.warning("warning: %s", message)
         self.told.add(what)
+
+
+def _placeholder(prompt: Any) -> str | None:
+    """The word in the last box of a prompt, text or messages; None where there is none, or a number."""
+    text = prompt if isinstance(prompt, str) else "".join(str(turn.get("content")) for turn in prompt)
+    boxed = (extract_boxed(text) or "").strip()
+    return boxed if boxed and not re.search(r"\d", boxed) else None
 
 
 def text_of(completion: Any) -> str:

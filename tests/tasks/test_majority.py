@@ -75,6 +75,17 @@ def test_what_is_no_candidate() -> None:
     assert reward(["1" * 5000, "1" * 5000, "2"]) == [[0, 0, 1]]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_word_in_the_box_of_the_prompt_is_no_candidate(chat: bool) -> None:
+    text = r"What is 3 + 4? Give the answer as $\boxed{answer}$."
+    prompt = [{"role": "user", "content": text}] if chat else text
+    majority = Majority(MathGrader())
+    assert majority([prompt] * 4, [box(a) for a in ("answer", " answer ", "7", "answer")]) == [0, 0, 1, 0]
+    assert majority([prompt] * 2, [box("answer"), box("answer")]) == [0, 0]
+    # a number there is the answer to something: a worked example
+    assert majority([r"2 + 2 is \boxed{4}. 3 + 1?"] * 2, [box("4"), box("4")]) == [1, 1]
+
+
 def test_groups_are_runs_of_one_prompt() -> None:
     majority = Majority(MathGrader())
     chat, other = [{"role": "user", "content": "q"}], [{"role": "user", "content": "r"}]
