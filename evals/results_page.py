@@ -46,6 +46,7 @@ def render(results: Path = RESULTS) -> str:
     made = template.render(
         table=table,
         opening=opening,
+        gate=gate,
         data=data,
         exists=exists,
         demo_table=demo(data("demo/results.json"), {c: data(f"control-{c}/results.json") for c in CONTROLS}),
@@ -163,6 +164,26 @@ def gsm8k(scores: dict[str, Any]) -> str:
     ]
     header = ["", "trainable parameters", "greedy, 95 % interval", "against the base", "tokens", "cut off"]
     return markdown(header, rows)
+
+
+def gate(scores: dict[str, Any], base: str) -> str:
+    """The methods of a gate, and how far each is from the best elicited base."""
+    names = {"base": base, "full": "full fine-tune, one seed"}
+    rows = [
+        [
+            names.get(row["method"], row["method"].replace("base", base, 1)),
+            value(row["accuracy"]),
+            value(row["lenient"]),
+            signed(row["elicited_gain"]["difference"])
+            if "elicited_gain" in row
+            else "the best elicited base",
+            round(row["tokens"]),
+        ]
+        for row in scores["rows"]
+    ]
+    return markdown(
+        ["", "greedy, boxed", "leniently", "over the best elicited base, leniently", "tokens"], rows
+    )
 
 
 def layers(sweep: dict[str, Any], halving: dict[str, Any]) -> str:
