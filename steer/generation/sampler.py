@@ -83,8 +83,8 @@ def rollout(
     needed when the temperature is 0. `any_process(open)` says whether any process still has open rows; it is
     needed when the model is sharded, since then every process must run every forward pass. `owners` tells
     which of several sets of vectors steers each row. With `share_beginning` what all prompts begin with, such
-    as worked examples, is read once; how numbers are rounded then depends on the other prompts, and a sample
-    may. Rows come back in order.
+    as worked examples, is read once; rounding then depends on the other prompts, and so may a sample. Rows
+    come back in order.
     """
     if owners:
         with owners.prompt_length(0):
