@@ -75,6 +75,19 @@ def base_source(
     return merged_base(name, adapter, revision, trust_remote_code), None
 
 
+def public_base(source: str) -> str:
+    """
+    What a merged model is made of, in words that mean the same on every machine: the base and the checksum of
+    the adapter. Any other `source` as it is.
+    """
+    try:
+        config = json.loads((Path(source) / "config.json").read_text())
+    except (OSError, ValueError):
+        return source
+    made = config.get(MERGED)
+    return f"{made['base']} with adapter {made['checksum']}" if made else source
+
+
 def artifact_base(
     config: SteeringConfig,
     name: str | None = None,

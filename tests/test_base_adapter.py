@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import steer
 from steer import SteerError, SteeringConfig, artifact
-from steer.base_adapter import artifact_base, merged_base
+from steer.base_adapter import adapter_checksum, artifact_base, merged_base, public_base
 from steer.cli import main
 from steer.identity import base_checksum, describe
 from steer.lens.inputs import read_subject
@@ -55,6 +55,8 @@ def test_it_is_made_once_for_each_base_and_adapter(places: tuple[str, str]) -> N
     folder = Path(merged_base(base, adapter))
     made = folder.stat().st_mtime_ns
     assert merged_base(base, adapter) == str(folder) and folder.stat().st_mtime_ns == made
+    assert public_base(str(folder)) == f"{base} with adapter {adapter_checksum(Path(adapter))}"
+    assert public_base(base) == base and public_base("some/hub-id") == "some/hub-id"
     config = Path(adapter, "adapter_config.json")
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     assert merged_base(base, adapter) != str(folder), "another adapter"

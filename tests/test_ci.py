@@ -58,3 +58,11 @@ def test_the_workflow_runs_every_group_of_tools() -> None:
     assert "vllm" in groups
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
     assert set(workflow["jobs"]["interop"]["strategy"]["matrix"]["tool"]) == groups | {"deepspeed"}
+
+
+def test_no_result_names_a_folder_of_a_machine() -> None:
+    results = (ROOT / "evals" / "results").rglob("*")
+    kept = [file for file in results if file.suffix in (".json", ".md", ".jsonl")]
+    assert kept
+    named = [file.name for file in kept if re.search(r"(?<![\w.])/(root|home|Users)/", file.read_text())]
+    assert not named

@@ -25,9 +25,10 @@ Run = tuple[dict[str, Any], list[dict[str, Any]], dict[str, list[Any]]]
 def pack(folder: str | Path, target: str | Path, about: dict[str, Any] | None = None) -> None:
     """
     Write the run in `folder` to the file `target`, with `about` for whatever else is known of it. A column
-    whose rows are all alike is one value, a problem its number, and the texts of later samples are empty.
+    whose rows are all alike is one value, a problem its number, and the texts of later samples are empty. A
+    base with an adapter merged into it is named by these two.
     """
-    settings, problems = read_settings(folder), read_problems(folder)
+    settings, problems = _settings(folder), read_problems(folder)
     columns = read_completions(folder)
     regrade(columns, problems)
     numbers = {(p["benchmark"], p["id"]): n for n, p in enumerate(problems)}
@@ -54,12 +55,20 @@ def read_run(path: str | Path, columns: Iterable[str] = tuple(COLUMNS)) -> Run:
     columns = tuple(columns)
     wanted = dict.fromkeys((*columns, *NEEDED) if "lenient" in columns else columns)
     if not Path(path).is_file():
-        settings, problems, whole = read_settings(path), read_problems(path), read_completions(path, wanted)
+        settings, problems, whole = _settings(path), read_problems(path), read_completions(path, wanted)
     else:
         settings, problems, whole = _unpacked(path, wanted)
     if "lenient" in columns:
         regrade(whole, problems)
     return settings, problems, {name: whole[name] for name in columns}
+
+
+def _settings(folder: str | Path) -> dict[str, Any]:
+    """The settings of a run in a folder, its model named as on another machine."""
+    from steer.base_adapter import public_base  # loads torch
+
+    settings = read_settings(folder)
+    return {**settings, "model": public_base(settings["model"])}
 
 
 def _unpacked(path: str | Path, columns: Iterable[str]) -> Run:

@@ -73,7 +73,7 @@ class Majority:
         for size in sizes:
             groups.append(answers[start : start + size])
             start += size
-        winners = self._winners(groups, [_placeholder(prompt) for prompt, _ in runs])
+        winners = self._winners(groups, [_boxed_word(prompt) for prompt, _ in runs])
         golds = [winner for winner, size in zip(winners, sizes, strict=True) for _ in range(size)]
         voted = [i for i, gold in enumerate(golds) if gold is not None and answers[i] is not None]
         right = self._equal([golds[i] or "" for i in voted], [answers[i] or "" for i in voted])
@@ -86,12 +86,12 @@ class Majority:
         return rewards
 
     def _winners(
-        self, groups: Sequence[Sequence[str | None]], placeholders: Sequence[str | None]
+        self, groups: Sequence[Sequence[str | None]], words: Sequence[str | None]
     ) -> list[str | None]:
         """The most frequent answer of each group; None where there is no candidate."""
         candidates = [
-            [a for a in group if a is not None and a.strip() != placeholder and self._candidate(a)]
-            for group, placeholder in zip(groups, placeholders, strict=True)
+            [a for a in group if a is not None and a.strip() != word and self._candidate(a)]
+            for group, word in zip(groups, words, strict=True)
         ]
         # equal counts stay in the order in which they were met first
         left = [Counter(group).most_common() for group in candidates]
@@ -164,7 +164,7 @@ class Majority:
         self.told.add(what)
 
 
-def _placeholder(prompt: Any) -> str | None:
+def _boxed_word(prompt: Any) -> str | None:
     """The word in the last box of a prompt, text or messages; None where there is none, or a number."""
     text = prompt if isinstance(prompt, str) else "".join(str(turn.get("content")) for turn in prompt)
     boxed = (extract_boxed(text) or "").strip()

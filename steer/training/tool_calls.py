@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -69,10 +70,8 @@ def with_tools(prompt: PromptSpec, tools: Sequence[Tool]) -> PromptSpec:
             f"prefix={prompt.prefix!r} is the opening of an answer, and an answer with tools has several "
             "turns; leave it out"
         )
-    variables = dict(prompt.chat_template_kwargs or {})
-    return PromptSpec(
-        prompt.template, system=prompt.system, chat_template_kwargs={**variables, "tools": list(tools)}
-    )
+    variables = {**(prompt.chat_template_kwargs or {}), "tools": list(tools)}
+    return replace(prompt, chat_template_kwargs=variables)
 
 
 def asker(

@@ -13,6 +13,7 @@ from steer.evaluation import compare
 from steer.evaluation.collect import collect
 from steer.evaluation.pack import TEXTS, pack, read_packed, read_run
 from steer.evaluation.store import read_completions, read_problems, read_settings
+from steer.identity import MERGED
 
 RIGHT = {
     "base": [[n % 4 == 0, n % 3 == 0, False, True] for n in range(12)],
@@ -41,6 +42,21 @@ def test_a_packed_run_is_the_run(run, packed):
     assert completions == kept
     assert read_run(packed, ["sample", "correct"])[2] == {k: kept[k] for k in ("sample", "correct")}
     assert read_packed(packed)["about"] == {"method": "steering", "seed": 0}
+
+
+def test_a_merged_base_is_named_by_what_it_is_made_of(run, tmp_path):
+    """And not by a folder of this machine's cache."""
+    merged = tmp_path / "cache" / "merged" / "0123"
+    merged.mkdir(parents=True)
+    (merged / "config.json").write_text(
+        json.dumps({MERGED: {"base": "smol", "checksum": "abc", "adapter": "a"}})
+    )
+    settings = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**settings, "model": str(merged)}))
+    pack(run, tmp_path / "run.json")
+    for place in (run, tmp_path / "run.json"):
+        assert read_run(place)[0]["model"] == "smol with adapter abc"
+    assert str(tmp_path) not in (tmp_path / "run.json").read_text()
 
 
 def test_scores_are_those_of_the_folder(run, packed):
