@@ -56,6 +56,7 @@ def grouped_attention(
         key: (batch, groups, keys, size).
         value: (batch, groups, keys, value size); multi-head latent attention has another size here.
         attention_mask: Boolean, True where attention is allowed. A query that may see nothing gets zeros.
+            None with one query, as rows without padding have it in sampling: it sees all keys.
         scaling: Factor of the scores; None is size ** -0.5.
         dropout: Of the weights.
         fused_from: Queries from which the fused kernel is used; None is `FUSED_QUERIES`, by dtype.
@@ -75,7 +76,6 @@ def grouped_attention(
             scaling=scaling,
             **kwargs,
         )
-    assert attention_mask is not None
     batch, heads, queries, size = query.shape
     groups, keys = key.shape[1:3]
     if fused_from is None:
@@ -86,7 +86,7 @@ def grouped_attention(
             query,
             key,
             value,
-            _numbers(attention_mask, query.dtype),
+            None if attention_mask is None else _numbers(attention_mask, query.dtype),
             scale=scaling,
             enable_gqa=heads != groups,
         )
@@ -94,9 +94,12 @@ def grouped_attention(
     folded = query.reshape(batch, groups, heads // groups * queries, size)
     scores = cast(torch.Tensor, _Scores.apply(folded, key)).view(batch, heads, queries, keys)
     scores = scores * (size**-0.5 if scaling is None else scaling)
-    weights = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min).softmax(-1).to(query.dtype)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1).to(query.dtype)
     out = torch.matmul(weights.view(batch, groups, -1, keys), value).view(batch, heads, queries, -1)
-    out = out.masked_fill(~attention_mask.any(-1, keepdim=True), 0)
+    if attention_mask is not None:
+        out = out.masked_fill(~attention_mask.any(-1, keepdim=True), 0)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -133,8 +136,8 @@ def _unknown(
 ) -> bool:
     """Whether a call is outside what `grouped_attention` computes itself."""
     return (
-        mask is None
-        or mask.dtype != torch.bool  # a float mask is added to the scores
+        # no mask means a causal one; a single query, the last, sees all keys
+        (query.shape[2] > 1 if mask is None else mask.dtype != torch.bool)  # numbers are added to the scores
         or query.device.type != "cpu"
         or any(kwargs.get(name) is not None for name in ("position_bias", "cache"))
         or query.shape[1] != key.shape[1] * getattr(module, "num_key_value_groups", 1)

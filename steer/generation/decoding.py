@@ -17,10 +17,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 from torch.nn.functional import pad
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from steer.compat import cache_name, takes
+from steer.generation.preallocated import preallocated_cache
 from steer.kinds import select_rows
 from steer.sites import input_device
 
@@ -75,7 +76,7 @@ class CachedRows:
     def __init__(self, model: PreTrainedModel, worth: int | None = None):
         self.model, self.worth = model, worth
         self.device = input_device(model)
-        self.cache = DynamicCache(config=model.config.get_text_config())
+        self.cache = preallocated_cache(model.config.get_text_config())
 
     def read(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         ids, mask = pad_left(prompts, self.device)

@@ -177,7 +177,9 @@ def draw_token(
         token = scores.argmax(-1)
         return token, torch.log_softmax(scores, -1).gather(1, token[:, None]).squeeze(1)
     assert noise is not None, "sampling needs noise"
-    scores = warpers(None, scores / temperature)  # type: ignore[arg-type]  # these read no token ids
+    if temperature != 1:
+        scores = scores / temperature
+    scores = warpers(None, scores)  # type: ignore[arg-type]  # these read no token ids
     probs = torch.softmax(scores, -1)
     edges = probs.cumsum(-1)
     # right=True skips tokens of probability zero; scaling by the last edge absorbs the rounding of the sum

@@ -310,17 +310,18 @@ class _Trial:
         """Prompts read once, their rows repeated and put in another order, then token by token."""
         if worth and window(self.config) <= max(_PROMPTS) + _MORE:
             return None  # there a beginning is never read for all
-        order = torch.tensor([1, 0, 1], device=self.device)
-        rows = CachedRows(self.model, worth)
-        steps = [rows.read(self.prompts)[order]]
-        rows.select(order)
-        for i in range(_MORE):
-            following = [self.rows[j][_PROMPTS[j] + i] for j in order.tolist()]
-            steps.append(rows.step(torch.tensor(following, device=self.device)))
-        got = torch.stack(steps, 1).float()  # (rows, tokens, vocabulary)
-        pairs = [
-            (actual, self.truth[j][_PROMPTS[j] - 1 :]) for actual, j in zip(got, order.tolist(), strict=True)
-        ]
+        pairs = []
+        for order in ([1, 0, 1], [1, 1]):  # with padding, and without, where attention gets no mask
+            prompts = sorted(set(order))
+            which = torch.tensor([prompts.index(j) for j in order], device=self.device)
+            rows = CachedRows(self.model, worth)
+            steps = [rows.read([self.prompts[j] for j in prompts])[which]]
+            rows.select(which)
+            for i in range(_MORE):
+                following = [self.rows[j][_PROMPTS[j] + i] for j in order]
+                steps.append(rows.step(torch.tensor(following, device=self.device)))
+            got = torch.stack(steps, 1).float()  # (rows, tokens, vocabulary)
+            pairs += [(one, self.truth[j][_PROMPTS[j] - 1 :]) for one, j in zip(got, order, strict=True)]
         off = self._off(pairs)
         return f"logits with a cache differ from those without ({off})" if off else None
 

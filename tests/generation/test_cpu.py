@@ -70,6 +70,32 @@ def test_grouped_attention_equals_sdpa(
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_padding_are_sampled_by_the_products_too(
+    groups: int, dtype: torch.dtype, monkeypatch
+) -> None:
+    """Without padding there is no mask: the fused kernel took ten times as long for a single query."""
+    module = Module(4 // groups)
+    query, key, value = (x.to(dtype) for x in attention_inputs(groups, 1, 9)[:3])
+    expected, _ = cpu.sdpa_attention_forward(module, query, key, value, None)
+    prompt = attention_inputs(groups, 6, 6)[:3]
+    causal, _ = cpu.sdpa_attention_forward(module, *prompt, None)
+    given_back: list[bool] = []
+
+    def known(*args, **kwargs):
+        given_back.append(True)
+        return causal, None
+
+    monkeypatch.setattr(cpu, "sdpa_attention_forward", known)
+    got, _ = cpu.grouped_attention(module, query, key, value, None)
+    tolerance = {"rtol": 2e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(got, expected, **tolerance)
+    assert not given_back
+    cpu.grouped_attention(module, *prompt, None)  # no mask means a causal one here
+    assert given_back
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(5, 7), (40, 44)])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_grouped_attention_has_the_gradients_of_sdpa(queries: int, keys: int, groups: int) -> None:

@@ -262,7 +262,7 @@ def test_the_trial_leaves_no_trace_and_is_made_once(monkeypatch: pytest.MonkeyPa
     assert torch.equal(torch.get_rng_state(), state)
     assert vectors._state.enabled and vectors._state.prompt_length is None
     assert all(p.grad is None for p in model.parameters())
-    assert 0 < len(passes) <= 21  # of thirty tokens at most
+    assert 0 < len(passes) <= 25  # of thirty tokens at most
     passes.clear()
     fast_paths(model)
     assert not passes
