@@ -25,8 +25,12 @@ from steer.generation.decoding import WORTH_A_PASS, common_prefix, inputs, windo
 from steer.generation.lm_head import frozen_head
 from steer.vector_sets import Owners
 
-# A batch holds completions down to this share of its longest; the rest is padding.
+# A batch holds completions down to this share of its longest; the rest is padding. It holds shorter ones
+# where another pass would cost more than the padding.
 FILL = 0.75
+# Where the weights themselves are trained, each pass also writes a gradient as large as the model: that takes
+# as long as so many tokens more (measured with SmolLM2-135M on two CPU cores).
+PASS_OF_TRAINED_WEIGHTS = 512
 # Models that `add_group_scoring` was called for.
 SCORERS: WeakSet[PreTrainedModel] = WeakSet()
 
@@ -183,7 +187,8 @@ def shared_scores(
     lengths = completion_mask.sum(1)
     if not lengths.any():  # all masked out: one padding token keeps the graph, with a gradient of zero
         lengths[0] = 1
-    for chosen, length in length_batches(lengths):
+    worth = pass_tokens(model) if torch.is_grad_enabled() else 0
+    for chosen, length in length_batches(lengths, worth):
         if owners:
             chosen = chosen.sort().values
             owners.choose(chosen)
@@ -199,18 +204,26 @@ def shared_scores(
     return Scored(log_probs, entropy)
 
 
-def length_batches(lengths: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+def pass_tokens(model: torch.nn.Module) -> int:
+    """What a forward and backward pass costs `model` beside its tokens, in tokens."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, trains in sizes if trains)
+    return PASS_OF_TRAINED_WEIGHTS if 2 * trained > sum(size for size, _ in sizes) else 0
+
+
+def length_batches(lengths: torch.Tensor, worth: int = 0) -> list[tuple[torch.Tensor, int]]:
     """
     Row indices in batches of similar length, longest first, with the longest length of each; empty rows are
-    left out.
+    left out. A batch ends only where that saves the rows after it `worth` tokens of padding.
     """
     ordered = torch.argsort(lengths, descending=True, stable=True)
     batches: list[tuple[torch.Tensor, int]] = []
     start = 0
     sizes = lengths[ordered].tolist()
-    for i in range(1, len(sizes) + 1):
-        if i == len(sizes) or sizes[i] < FILL * sizes[start]:
-            if sizes[start] > 0:
-                batches.append((ordered[start:i], sizes[start]))
+    filled = sum(size > 0 for size in sizes)
+    for i in range(1, filled + 1):
+        saved = 0 if i == filled else (sizes[start] - sizes[i]) * (filled - i)
+        if i == filled or (sizes[i] < FILL * sizes[start] and saved >= worth):
+            batches.append((ordered[start:i], sizes[start]))
             start = i
     return batches

@@ -21,7 +21,7 @@ from torch import nn
 
 from steer.errors import SteerError
 from steer.generation.recompute import mlps, recomputed
-from steer.generation.scoring import length_batches
+from steer.generation.scoring import length_batches, pass_tokens
 from steer.training.config import SteeringGRPOConfig
 
 log = logging.getLogger(__name__)
@@ -110,11 +110,13 @@ class Cost:
         token: of each token.
         pair: of each pair of a token and one that it attends to, where scores are kept.
         fixed: of the pass, however long: the weights in half precision that mixed precision makes.
+        pass_tokens: padding that a further batch of completions must save (`length_batches`).
     """
 
     token: float
     pair: float
     fixed: float = 0.0
+    pass_tokens: int = 0
 
     @classmethod
     def measured(cls, model: nn.Module, score: Callable[[int], object], tokens: int) -> Cost:
@@ -136,7 +138,8 @@ class Cost:
         short, middle, long = sizes
         pair = max(0.0, (long - 2 * middle + short) / (2 * unit**2))
         token = (long - short) / (2 * unit) - 4 * unit * pair
-        return cls(token, pair, max(0.0, short - token * unit - pair * unit**2))
+        fixed = max(0.0, short - token * unit - pair * unit**2)
+        return cls(token, pair, fixed, pass_tokens(model))
 
     def of(self, rows: torch.Tensor) -> float:
         """
@@ -150,7 +153,7 @@ class Cost:
         read[0] = 1
         tokens = int((read * rows[:, 1]).sum())
         pairs = int((read * rows[:, 1] ** 2).sum())
-        for chosen, length in length_batches(rows[:, 0]):
+        for chosen, length in length_batches(rows[:, 0], self.pass_tokens):
             tokens += len(chosen) * length
             pairs += length * int((length + rows[chosen, 1]).sum())
         return self.fixed + self.token * tokens + self.pair * pairs

@@ -21,7 +21,14 @@ import steer
 from steer import compat
 from steer.generation import cpu, scoring
 from steer.generation.decoding import pad_left
-from steer.generation.scoring import FILL, add_group_scoring, common_prefix, length_batches
+from steer.generation.scoring import (
+    FILL,
+    PASS_OF_TRAINED_WEIGHTS,
+    add_group_scoring,
+    common_prefix,
+    length_batches,
+    pass_tokens,
+)
 
 TEMPERATURE = 0.7
 # Groups of four in a shuffled order; prompts of unequal length, one a single token.
@@ -322,3 +329,24 @@ def test_length_batches_partition_the_rows_and_keep_batches_full(lengths: list[i
     # longest first, and a new batch only where the rule asks for one
     for (_, longest), (after, shorter) in pairwise(batches):
         assert shorter < FILL * longest and max(lengths[i] for i in after.tolist()) == shorter
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=60), st.integers(0, 2000))
+def test_a_batch_ends_only_where_that_saves_padding(lengths: list[int], worth: int) -> None:
+    batches = length_batches(torch.tensor(lengths), worth)
+    rows = [row for chosen, _ in batches for row in chosen.tolist()]
+    assert sorted(rows) == [i for i, n in enumerate(lengths) if n]
+    left = sum(n > 0 for n in lengths)
+    for (chosen, longest), (_, shorter) in pairwise(batches):
+        left -= len(chosen)
+        assert (longest - shorter) * left >= worth
+
+
+def test_trained_weights_make_fewer_batches(build_tiny: Callable) -> None:
+    model = build_tiny("llama")
+    assert pass_tokens(model) == PASS_OF_TRAINED_WEIGHTS  # all weights are trained
+    model.requires_grad_(False)
+    assert pass_tokens(model) == 0
+    lengths = torch.tensor([100] * 8 + [50] * 8)
+    assert [length for _, length in length_batches(lengths)] == [100, 50]
+    assert [length for _, length in length_batches(lengths, PASS_OF_TRAINED_WEIGHTS)] == [100]
