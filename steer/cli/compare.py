@@ -9,8 +9,9 @@ Each run of training is a process of its own, started by `accelerate launch`, an
 problems by `steer eval`. Learning rates are chosen once for each method, on problems split off the
 training set. Whatever was finished is one small file under OUT/runs or OUT/sweeps and is not done again, on
 this machine or another; a run that was stopped goes on where it was; one that fails is told of at the end and
-holds up no other. Seeds are outermost: after a part of the time there is one seed of everything. `--report`
-only makes the tables and the page of what is there.
+holds up no other. Seeds are outermost: after a part of the time there is one seed of everything; the seeds of
+a method with `together: true` are trained in one process. `--report` only makes the tables and the page of
+what is there.
 """
 
 from __future__ import annotations

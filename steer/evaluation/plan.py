@@ -14,6 +14,8 @@ from steer.recipe_files import config_file
 RECIPES = ("grpo_steer", "grpo_baseline", "sft_steer", "dpo_steer")
 # These train on answers that are given, such as the samples of a method before them (`answers_of`).
 ANSWER_RECIPES = ("sft_steer", "dpo_steer")
+# Trains several seeds of a method in one process, on one copy of the frozen model (`together: true`).
+POPULATION_RECIPE = "layer_sweep"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def read_plan(path: str) -> Plan:
         )
     lists = {k: tuple(settings[k]) for k in ("seeds", "prefixes", "systems") if k in settings}
     plan = Plan(**{**settings, **lists})
+    if "together" in plan.settings:
+        raise SteerError(f"{path}: together is said of a method, not in settings; write it under a method")
     for name, method in plan.methods.items():
         like = plan.methods.get(method.get("like", name))
         if like is None or (like | method).get("recipe") not in RECIPES:
@@ -72,6 +76,7 @@ def read_plan(path: str) -> Plan:
         if "learning_rate" not in like | method and not like.get("lr_sweep"):
             raise SteerError(f"{path}: method {name!r} has neither learning_rate nor lr_sweep")
         _check_answers(path, plan.methods, name, like | method)
+        _check_together(path, plan.methods, name, like | method)
     return replace(plan, config=str(config_file(plan.config)))
 
 
@@ -99,4 +104,22 @@ def _check_answers(path: str, methods: dict[str, dict[str, Any]], name: str, who
         raise SteerError(
             f"{path}: method {name!r} has answers_of: {whole['answers_of']}; give a method before it with "
             f"recipe: {RECIPES[0]}" + (f", such as {sampling[0]}" if sampling else "")
+        )
+
+
+def _check_together(path: str, methods: dict[str, dict[str, Any]], name: str, whole: dict[str, Any]) -> None:
+    """SteerError where the seeds of a method cannot be trained in one process."""
+    if (together := whole.get("together", False)) not in (True, False):
+        raise SteerError(f"{path}: method {name!r} has together: {together!r}; write true or false")
+    if not together:
+        return
+    if whole["recipe"] != RECIPES[0]:
+        raise SteerError(
+            f"{path}: method {name!r} has recipe: {whole['recipe']}, and together is for seeds of steering "
+            f"vectors, which share one frozen model; write together: false, or recipe: {RECIPES[0]}"
+        )
+    if any(method.get("answers_of") == name for method in methods.values()):
+        raise SteerError(
+            f"{path}: another method has answers_of: {name}, and runs that are trained together keep no "
+            "samples; write together: false"
         )

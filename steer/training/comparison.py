@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from steer.errors import SteerError
-from steer.evaluation import compare, plots
 from steer.evaluation.pack import pack, read_packed
-from steer.evaluation.plan import ANSWER_RECIPES, Plan
+from steer.evaluation.plan import ANSWER_RECIPES, POPULATION_RECIPE, Plan
 from steer.files import replace_file
 from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.threads import processor, usable_cpus
+from steer.training.comparison_report import curve, write_report
 from steer.training.neutral import WATCHING, differences
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Comparison:
         self.work = Path(plan.output_dir)
         self.sweep = {name: value for name, value in plan.sweep.items() if name != "seed"}
         self.runs, self.sweeps = Path(plan.out, "runs"), Path(plan.out, "sweeps")
+        # methods whose seeds this process has trained together, with what went wrong
+        self.populations: dict[str, Failed | None] = {}
 
     def jobs(self) -> Iterator[tuple[str, Any]]:
         """What there is to do, in order: the name of its file and a call that makes it."""
@@ -161,8 +163,13 @@ class Comparison:
                 f"{settings['train_data']} holds no samples to train on; move "
                 f"{self.runs / f'{source}-{seed}.json'} away to have them drawn again"
             )
-        self.launch(job, settings | {"output_dir": str(folder)}, launcher)
+        if self.whole(name).get("together"):
+            folder = self.trained_together(name, settings, launcher)
+        else:
+            self.launch(job, settings | {"output_dir": str(folder)}, launcher)
         results = json.loads((folder / "results.json").read_text())
+        if (results.get("stopped") or "").startswith("diverged"):  # as a member of a population
+            raise Failed(results["stopped"])
         kind = next(kind for kind in ARTIFACTS if (folder / kind).is_dir())
         if kind == "model":
             model = ["--model", str(folder / kind), "--name", f"{name}#{seed}", "--fine-tuned"]
@@ -174,13 +181,34 @@ class Comparison:
             "seed": seed,
             "learning_rate": settings["learning_rate"],
             "results": results,
-            "curve": _curve(folder),
+            "curve": curve(folder),
         }
         # In the precision of its training: what a full fine-tune changed is less than bfloat16 tells apart.
         dtype = self.plan.evaluation.get("dtype", settings.get("model_dtype", "auto"))
         self.evaluate(job, [*model, "--dtype", dtype], asked, about)
         for checkpoint in folder.glob("checkpoint-*"):  # the run is finished, and these are its bulk
             shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def trained_together(self, name: str, settings: dict[str, Any], launcher: str) -> Path:
+        """The seeds of a method that are not finished, as one population; the folder of this seed's run."""
+        folder = self.work / name
+        if processes(launcher) > 1:
+            raise Failed(
+                f"together: true needs a launcher with one process, and {launcher} has {processes(launcher)}: "
+                "a population would divide the seeds among them, with smaller batches than a run alone has"
+            )
+        if name not in self.populations:
+            one = {key: value for key, value in settings.items() if key != "seed"}
+            seeds = [seed for seed in self.plan.seeds if not (self.runs / f"{name}-{seed}.json").exists()]
+            asked = {"recipe": POPULATION_RECIPE, "seeds": seeds, "winners": 0}
+            self.populations[name] = None
+            try:
+                self.launch(name, one | asked | {"output_dir": str(folder)}, launcher)
+            except Failed as failed:
+                self.populations[name] = failed
+        if failed := self.populations[name]:
+            raise failed
+        return folder / "members" / f"seed-{settings['seed']}"
 
     def finished(self, job: str) -> str:
         """The hash of a finished run's settings. Samples of an unfinished one are not all there."""
@@ -191,11 +219,15 @@ class Comparison:
 
     def settings(self, name: str) -> tuple[dict[str, Any], str]:
         """All settings of a method's runs but seed, rate and folder, and its launcher."""
-        method = self.plan.methods[name]
-        own = {**self.plan.methods.get(method.get("like", name), {}), **method}
+        own = {k: v for k, v in self.whole(name).items() if k != "together"}
         whole = {**(self.shared if own["recipe"] not in ANSWER_RECIPES else self.of_answers(own)), **own}
         launcher = whole.pop("launcher", None) or self.plan.launcher or _launcher()
         return {k: v for k, v in whole.items() if k not in ("like", "lr_sweep", "output_dir")}, launcher
+
+    def whole(self, name: str) -> dict[str, Any]:
+        """What the plan says of a method, with what the method that it is like says."""
+        method = self.plan.methods[name]
+        return {**self.plan.methods.get(method.get("like", name), {}), **method}
 
     def of_answers(self, own: dict[str, Any]) -> dict[str, Any]:
         """What a method that is trained on given answers shares: not what is about samples and rewards."""
@@ -318,62 +350,15 @@ class Comparison:
 
     def report(self) -> None:
         """Tables, plots and page of the runs that are there."""
-        order = [job for job, _ in self.jobs()]
-        files = [file for job in order if (file := self.runs / f"{job}.json").exists()]
+        files = [file for job, _ in self.jobs() if (file := self.runs / f"{job}.json").exists()]
         if not files:
             raise SteerError(f"{self.runs} holds no finished runs yet; start without --report")
-        about = [read_packed(file)["about"] for file in files]
-        trained = [one for one in about if "method" in one]
-        have = {one["method"] for one in trained}
-        reference = self.plan.reference if self.plan.reference in have else None
-        compare.report(files, "base", reference, self.plan.out)
-        table = _training_table(trained)
-        print(f"\n{table}")
-        replace_file(Path(self.plan.out, "training.md"), f"{table}\n".encode())
-        curves: dict[str, list[list[float]]] = {}
-        for one in trained:
-            if one["curve"]["accuracy"]:  # given answers are not sampled
-                curves.setdefault(one["method"], []).append(one["curve"]["accuracy"])
-        if curves:
-            replace_file(Path(self.plan.out, "training.png"), plots.curves(curves))
-        print(f"\npage  {Path(self.plan.out, 'index.html')}")
+        write_report(files, self.plan)
 
 
 def _write_problems(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def _training_table(trained: Sequence[dict[str, Any]]) -> str:
-    """What each method's runs took, in Markdown: means over its seeds."""
-    lines = ["| method | trainable parameters | learning rate | seeds | updates | minutes | CPU minutes |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for name in dict.fromkeys(one["method"] for one in trained):
-        of = [one for one in trained if one["method"] == name]
-        results = [one["results"] for one in of]
-        wall, cpu = (
-            sum(r[key] for r in results) / len(results) / 60
-            for key in ("training_seconds", "training_cpu_seconds")
-        )
-        lines.append(
-            f"| {name} | {results[0]['trained_numbers']:,} | {of[0]['learning_rate']:g} | "
-            f"{', '.join(str(one['seed']) for one in of)} | {results[0]['steps']} | {wall:.1f} | {cpu:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def _curve(folder: Path) -> dict[str, list[float]]:
-    """Reward, accuracy and length of the samples, by update; kept when the checkpoints are gone."""
-    kept = folder / "curve.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    from steer.training.resuming import log_history
-
-    keys = {"reward": "reward", "accuracy": "accuracy", "length": "completions/mean_length"}
-    rows = [row for row in log_history(folder) if "reward" in row]
-    curve = {name: [round(row[key], 4) for row in rows if key in row] for name, key in keys.items()}
-    replace_file(kept, json.dumps(curve).encode())
-    return curve
 
 
 def _hash(asked: dict[str, Any]) -> str:
@@ -399,6 +384,11 @@ def _check(file: Path, have: dict[str, Any], asked: dict[str, Any]) -> None:
 
 def _parts(asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: part if isinstance(part, dict) else {name: part} for name, part in asked.items()}
+
+
+def processes(launcher: str) -> int:
+    """How many processes a launcher starts."""
+    return int(yaml.safe_load(launcher_file(launcher).read_text()).get("num_processes", 1))
 
 
 def _launcher() -> str:

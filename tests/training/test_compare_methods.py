@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from helpers.evaluating import make_base
 from helpers.launching import run_here
 from helpers.paths import ROOT
 from helpers.training import write_problems
 
+from steer import artifact
 from steer.cli import compare
 from steer.errors import SteerError
 from steer.evaluation import run as evaluation
@@ -470,9 +472,83 @@ def test_methods_are_trained_on_the_samples_of_another(plan, calls, place, tmp_p
     assert dpo["per_device_train_batch_size"] == 4 and not {"beta", "rewards"} & dpo.keys()
 
 
+def test_seeds_trained_together_are_the_runs_of_each(plan, calls, place, tmp_path, monkeypatch):
+    monkeypatch.setattr("steer.training.recipe.plot_training", lambda *_, **__: None)
+    monkeypatch.setattr("steer.evaluation.plots.draw", lambda *_: {})
+    settings = yaml.safe_load(plan.read_text()) | {"reference": None, "examples": 0, "prefixes": []}
+    one = {"recipe": "grpo_steer", "learning_rate": 0.3, "warmup_steps": 0, "max_steps": 3}
+    control = {"like": "steering", "rewards": ["random"]}
+    path = tmp_path / "compare.yaml"
+
+    def carry_out(together: bool, name: str) -> None:
+        methods = {"steering": one | {"together": together}, "control": control}
+        folders = {"output_dir": str(tmp_path / f"work-{name}"), "out": str(tmp_path / name)}
+        path.write_text(yaml.safe_dump(settings | folders | {"methods": methods}, sort_keys=False))
+        assert compare.main(["--config", str(path)]) == 0
+
+    carry_out(False, "alone")
+    calls.clear()
+    carry_out(True, "alone")  # how runs share a process is not a setting of theirs
+    assert not calls
+    carry_out(True, "shared")
+    trained = [words[-1] for words in calls if any(word.endswith("layer_sweep.py") for word in words)]
+    assert len(trained) == 2  # both seeds of a method in one process
+    for job in (f"{method}-{seed}" for method in ("steering", "control") for seed in (0, 1)):
+        alone, shared = (
+            read_packed(tmp_path / out / "runs" / f"{job}.json")["about"] for out in ("alone", "shared")
+        )
+        assert shared["hash"] == alone["hash"] and shared["curve"].keys() == alone["curve"].keys(), job
+        for key, values in alone["curve"].items():
+            assert shared["curve"][key] == pytest.approx(values), (job, key)
+        assert shared["results"].keys() == alone["results"].keys() | {"reward", "stopped"}
+        assert shared["results"]["training_cpu_seconds"] > 0
+        method, seed = job.split("-")
+        folders = "work-alone/" + job, f"work-shared/{method}/members/seed-{seed}"
+        got = [artifact.read(tmp_path / folder / "vectors").by_layer() for folder in folders]
+        for layer, vector in got[0].items():
+            torch.testing.assert_close(got[1][layer], vector, rtol=1e-3, atol=1e-4)
+            assert vector.norm() > 0.1
+    # what is finished is not trained again, here or elsewhere
+    (tmp_path / "shared" / "runs" / "steering-1.json").unlink()
+    shutil.rmtree(tmp_path / "work-shared")
+    calls.clear()
+    carry_out(True, "shared")
+    asked = yaml.safe_load((tmp_path / "work-shared" / "configs" / "steering.yaml").read_text())
+    assert asked["seeds"] == [1] and len(calls) == 2
+
+
+def test_what_a_population_does_otherwise_is_refused(plan, calls, tmp_path, capsys, monkeypatch):
+    settings = yaml.safe_load(plan.read_text()) | {"out": str(tmp_path / "out"), "launcher": "cpu-2"}
+    settings["methods"] = {"steering": {"recipe": "grpo_steer", "learning_rate": 0.3, "together": True}}
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    comparison = Comparison(read_plan(str(path)))
+    with pytest.raises(Failed, match="cpu-2 has 2: a population would divide the seeds"):
+        comparison.trained("steering", 0)
+    # a population that fails is started once, not once for each seed
+    path.write_text(yaml.safe_dump(settings | {"launcher": "cpu"}))
+    comparison, started = Comparison(read_plan(str(path))), []
+
+    def call(words: list[str]) -> None:
+        started.append(words)
+        raise Failed("exit code 1")
+
+    monkeypatch.setattr(comparison, "call", call)
+    for seed in (0, 1):
+        with pytest.raises(Failed, match="exit code 1"):
+            comparison.trained("steering", seed)
+    assert len(started) == 1
+    path.write_text(yaml.safe_dump(settings | {"settings": {"together": True}}))
+    with pytest.raises(SteerError, match="together is said of a method"):
+        read_plan(str(path))
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
+        ({"recipe": "grpo_baseline", "learning_rate": 0.1, "together": True}, "which share one frozen model"),
+        ({"like": "full", "learning_rate": 0.1, "together": True}, "which share one frozen model"),
+        ({"recipe": "grpo_steer", "learning_rate": 0.1, "together": "false"}, "write true or false"),
         ({"recipe": "sft_steer", "lr_sweep": [0.1, 0.2]}, "lr_sweep is for methods that sample them"),
         ({"recipe": "dpo_steer", "learning_rate": 0.1, "answers_of": "full"}, "give a method before it"),
         (

@@ -50,6 +50,7 @@ from steer.training.sweep.grid import own
 from steer.training.sweep.member import OWN, Member, read_states
 from steer.training.sweep.trainer import PopulationTrainer
 from steer.training.validation import SHARE, best, history_entry, split, stalled, summary
+from steer.versions import versions
 
 log = logging.getLogger("steer")
 
@@ -376,16 +377,18 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         "asked": [member.args.max_steps, member.args.num_train_epochs],
         "steps": member.step,
         "stopped": member.stopped,
-        "training_seconds": round(sum(row["step_time"] for row in member.log), 1),
+        "training_seconds": round(sum(row["step_time"] for row in member.log), 3),
+        "training_cpu_seconds": round(sum(row.get("seconds/cpu", 0) for row in member.log), 3),
         "trained_numbers": sum(p.numel() for p in member.vectors.parameters()),
         "reward": mean_reward(member.log),
+        "versions": versions("steer", "torch", "transformers", "trl"),
         **base,
     }
     if member.history:
         if member.best is not None:
             member.vectors.set_tensors(member.best)
         kept = "last" if member.best is None else "best"
-        results["validation"] = summary(member.history, len(study.validation), kept)
+        results["validation"] = summary(member.history, len(study.validation), kept, member.stopped)
     if study.held_out is not None:
         with trainer.population.only(member.name):
             answered = study.answer(trainer, study.held_out, f"held-out problems, {member.name}")

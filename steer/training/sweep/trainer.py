@@ -115,12 +115,13 @@ class PopulationTrainer:
         rounds = 0
         with bar:
             while running := [member for member in self.members if left(member)]:
-                start = time.perf_counter()
+                start, busy_start = time.perf_counter(), time.process_time()
                 tokens = self.update(running)
-                seconds = time.perf_counter() - start
+                seconds, busy = time.perf_counter() - start, time.process_time() - busy_start
+                # of each its share, so that the members' seconds add up to the population's
+                shares = {"step_time": seconds / len(running), "seconds/cpu": busy / len(running)}
                 for member in running:
-                    # its share, so that the members' seconds add up to the population's
-                    member.log[-1]["step_time"] = seconds / len(running)
+                    member.log[-1] |= shares
                     if self.validate is not None:
                         self.validate(member)
                 rounds += 1
