@@ -194,7 +194,7 @@ class Comparison:
         folder = self.work / name
         if processes(launcher) > 1:
             raise Failed(
-                f"together: true needs a launcher with one process, and {launcher} has {processes(launcher)}: "
+                f"together: true needs a launcher of one process, and {launcher} has {processes(launcher)}: "
                 "a population would divide the seeds among them, with smaller batches than a run alone has"
             )
         if name not in self.populations:
