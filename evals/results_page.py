@@ -47,6 +47,7 @@ def render(results: Path = RESULTS) -> str:
         table=table,
         opening=opening,
         gate=gate,
+        budget=budget,
         data=data,
         exists=exists,
         demo_table=demo(data("demo/results.json"), {c: data(f"control-{c}/results.json") for c in CONTROLS}),
@@ -183,6 +184,20 @@ def gate(scores: dict[str, Any], base: str) -> str:
     ]
     return markdown(
         ["", "greedy, boxed", "leniently", "over the best elicited base, leniently", "tokens"], rows
+    )
+
+
+def budget(measured: dict[str, Any]) -> str:
+    """Hours of a comparison: measured seconds of an update times the updates of its sweep and its runs."""
+    rows = []
+    for run in measured["runs"]:
+        plan = measured["plans"][run["subject"]]
+        updates = plan["sweep"] + plan["run"] * plan["seeds"]
+        seconds = run["seconds_per_update"]
+        longest, whole = seconds * plan["run"] / 60, seconds * updates / 3600
+        rows.append([run["subject"], run["arm"], f"{seconds:.0f}", f"{longest:.0f}", updates, f"{whole:.1f}"])
+    return markdown(
+        ["subject", "arm", "s an update", "minutes a run", "updates in all", "hours in all"], rows
     )
 
 
