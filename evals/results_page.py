@@ -48,6 +48,8 @@ def render(results: Path = RESULTS) -> str:
         opening=opening,
         gate=gate,
         budget=budget,
+        seeds=seeds,
+        first_above=first_above,
         data=data,
         exists=exists,
         demo_table=demo(data("demo/results.json"), {c: data(f"control-{c}/results.json") for c in CONTROLS}),
@@ -199,6 +201,23 @@ def budget(measured: dict[str, Any]) -> str:
     return markdown(
         ["subject", "arm", "s an update", "minutes a run", "updates in all", "hours in all"], rows
     )
+
+
+def seeds(sweep: dict[str, Any]) -> str:
+    """A population whose members differ in their seeds: held-out accuracy, reward of the last updates."""
+    rows = [
+        [m["seed"], value(m["accuracy"]), value(m["lenient"]), f"{m['reward']:.2f}"]
+        for m in sorted(sweep["members"], key=lambda m: m["seed"])
+    ]
+    return markdown(["seed", "greedy, boxed", "leniently", "reward of the last five updates"], rows)
+
+
+def first_above(curves: dict[str, list[float]], share: float) -> list[int]:
+    """The number of the update, from 1, with which each curve is first above `share`; its length if never."""
+    return [
+        next((number for number, x in enumerate(curve, 1) if x > share), len(curve))
+        for curve in curves.values()
+    ]
 
 
 def layers(sweep: dict[str, Any], halving: dict[str, Any]) -> str:
