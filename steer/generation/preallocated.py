@@ -37,7 +37,8 @@ class PreallocatedLayer(DynamicLayer):
         self.values = self._append(1, self.values, value_states)
         return self.keys, self.values
 
-    def _append(self, which: int, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def _append(self, which: int, held: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        assert held is not None
         start = held.shape[-2] if held.numel() else 0
         end, room = start + new.shape[-2], self._rooms[which]
         if (

@@ -206,8 +206,8 @@ class Comparison:
                 self.launch(name, one | asked | {"output_dir": str(folder)}, launcher)
             except Failed as failed:
                 self.populations[name] = failed
-        if failed := self.populations[name]:
-            raise failed
+        if (reason := self.populations[name]) is not None:
+            raise reason
         return folder / "members" / f"seed-{settings['seed']}"
 
     def finished(self, job: str) -> str:
