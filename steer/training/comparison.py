@@ -192,10 +192,11 @@ class Comparison:
     def trained_together(self, name: str, settings: dict[str, Any], launcher: str) -> Path:
         """The seeds of a method that are not finished, as one population; the folder of this seed's run."""
         folder = self.work / name
-        if processes(launcher) > 1:
+        if (processes := _processes(launcher)) > 1:
             raise Failed(
-                f"together: true needs a launcher of one process, and {launcher} has {processes(launcher)}: "
-                "a population would divide the seeds among them, with smaller batches than a run alone has"
+                f"together: true needs a launcher of one process, and {launcher} has {processes}: a "
+                "population would divide the seeds among them, with smaller batches than a run alone has; "
+                f"write launcher: cpu or gpu, or together: false, under {name}"
             )
         if name not in self.populations:
             one = {key: value for key, value in settings.items() if key != "seed"}
@@ -386,7 +387,7 @@ def _parts(asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: part if isinstance(part, dict) else {name: part} for name, part in asked.items()}
 
 
-def processes(launcher: str) -> int:
+def _processes(launcher: str) -> int:
     """How many processes a launcher starts."""
     return int(yaml.safe_load(launcher_file(launcher).read_text()).get("num_processes", 1))
 

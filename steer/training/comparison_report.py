@@ -19,7 +19,7 @@ def write_report(files: Sequence[Path], plan: Plan) -> None:
     trained = [one for one in about if "method" in one]
     reference = plan.reference if plan.reference in {one["method"] for one in trained} else None
     compare.report(files, "base", reference, plan.out)
-    table = training_table(trained)
+    table = _training_table(trained)
     print(f"\n{table}")
     replace_file(Path(plan.out, "training.md"), f"{table}\n".encode())
     curves: dict[str, list[list[float]]] = {}
@@ -31,7 +31,7 @@ def write_report(files: Sequence[Path], plan: Plan) -> None:
     print(f"\npage  {Path(plan.out, 'index.html')}")
 
 
-def training_table(trained: Sequence[dict[str, Any]]) -> str:
+def _training_table(trained: Sequence[dict[str, Any]]) -> str:
     """What each method's runs took, in Markdown: means over its seeds."""
     lines = ["| method | trainable parameters | learning rate | seeds | updates | minutes | CPU minutes |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -59,8 +59,8 @@ def curve(folder: Path) -> dict[str, list[float]]:
     keys = {"reward": "reward", "accuracy": "accuracy", "length": "completions/mean_length"}
     log = folder / "log.json"  # of a member of a population
     rows = [row for row in (read_json(log) if log.exists() else log_history(folder)) if "reward" in row]
-    curve = {
+    found = {
         name: [round(row[key], 4) for row in rows if row.get(key) is not None] for name, key in keys.items()
     }
-    replace_file(kept, json.dumps(curve).encode())
-    return curve
+    replace_file(kept, json.dumps(found).encode())
+    return found
