@@ -9,7 +9,8 @@ halves and GSM8K's test problems are the tests. A part of the training templates
 are texts without numbers and names (`evals.word_problems.templates`), so that no template is on two sides. A
 training problem that is nearly the same as a test or validation problem is dropped as well. Writes
 train.jsonl, validation.jsonl, gsm8k.jsonl, multiarith.jsonl, addsub.jsonl, and problems.json: counts,
-checksums, and how similar the most similar training problem of each test problem is.
+checksums, and how similar the most similar training problem of each test problem is. With `--most-steps` GSM8K
+has its easier problems alone, by the lines of their solutions: small models solve hardly any of the others.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ def main() -> None:
     parser.add_argument("--multiarith", required=True, help="hub id or .jsonl file")
     parser.add_argument("--addsub", required=True, help="hub id or .jsonl file")
     parser.add_argument("--validation", type=count, default=400, help="validation problems, about")
+    parser.add_argument("--most-steps", type=count, help="most lines of a solution (default: any number)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     args = parser.parse_args()
     if args.gsm8k.endswith(".jsonl") != bool(args.gsm8k_test):
         parser.error("--gsm8k-test goes with a --gsm8k that is a file, and only with that")
     made = split(
-        read(args.gsm8k),
-        read(args.gsm8k_test or args.gsm8k, "test"),
+        easy(read(args.gsm8k), args.most_steps),
+        easy(read(args.gsm8k_test or args.gsm8k, "test"), args.most_steps),
         {"multiarith": read(args.multiarith), "addsub": read(args.addsub)},
         args.validation,
     )
@@ -66,6 +68,11 @@ def read(source: str, part: str = "train") -> list[dict[str, Any]]:
     """The problems of one source, in the record form, without columns that are empty."""
     rows = load_problems(source, part)
     return [{name: row[name] for name in KEPT if row.get(name) is not None} for row in rows]
+
+
+def easy(rows: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
+    """The problems whose solution has at most `most` lines; all of them where that is None."""
+    return [row for row in rows if most is None or row["solution"].count("\n") < most]
 
 
 def split(
