@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from steer.arguments import Help
 from steer.errors import SteerError
 from steer.files import json_lines, replace_file
+from steer.generation import cpu
 from steer.models import load_model, load_tokenizer
 from steer.prompt import PromptSpec
 from steer.tasks.elicited import worked_answer
@@ -53,6 +54,8 @@ class WarmStart:
 def main() -> None:
     start, training = parse(sys.argv[1:])
     training.remove_unused_columns = False
+    if training.device.type == "cpu":
+        cpu.prepare()
     tokenizer = load_tokenizer(start.model)
     rows = examples(start, tokenizer, training.seed)
     content = json.dumps(rows).encode()
