@@ -9,8 +9,8 @@ halves and GSM8K's test problems are the tests. A part of the training templates
 are texts without numbers and names (`evals.word_problems.templates`), so that no template is on two sides. A
 training problem that is nearly the same as a test or validation problem is dropped as well. Writes
 train.jsonl, validation.jsonl, gsm8k.jsonl, multiarith.jsonl, addsub.jsonl, and problems.json: counts,
-checksums, and how similar the most similar training problem of each test problem is. With `--most-steps` GSM8K
-has its easier problems alone, by the lines of their solutions: small models solve hardly any of the others.
+checksums, and how similar the most similar training problem of each test problem is. With `--most-steps`
+GSM8K has its easier problems alone, by the lines of their solutions: small models solve few of the others.
 """
 
 from __future__ import annotations

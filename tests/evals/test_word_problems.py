@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evals.word_problems import select, warm_start
-from evals.word_problems.problems import split
+from evals.word_problems.problems import easy, split
 from evals.word_problems.templates import names, nearest, place, template
 from steer.errors import SteerError
 from steer.evaluation.store import Store
@@ -94,6 +94,11 @@ def test_no_template_is_on_two_sides() -> None:
     assert all(0 <= found["largest"] < 0.8 for found in made["overlap"].values())
     with pytest.raises(SteerError, match="validation: no problems are left of 2 to train on"):
         split(rows("gsm8k", pairs[:1]), rows("gsm8k", pairs[1:2]), {}, 0)
+
+
+def test_easy_problems_have_solutions_of_few_lines() -> None:
+    rows = [{"problem": str(n), "solution": "\n".join(["a step"] * n)} for n in (1, 2, 3)]
+    assert easy(rows, 2) == rows[:2] and easy(rows, 1) == rows[:1] and easy(rows, None) == rows
 
 
 def test_the_warm_start_is_an_adapter_that_a_base_takes(

@@ -376,6 +376,7 @@ def approx(found: Any) -> Any:
 SHAPES = {
     "smollm2-135m-instruct": (576, 30),
     "qwen2.5-coder-1.5b-instruct": (1536, 28),
+    "qwen2.5-coder-0.5b-instruct": (896, 24),
     "Qwen/Qwen2.5-Math-7B": (3584, 28),
 }
 
