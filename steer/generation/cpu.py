@@ -184,6 +184,7 @@ def prepare() -> None:
     log.info("on the CPU: glibc keeps freed memory (mallopt), LM head tiles of %d tokens", HEAD_TILE)
     keep_freed_memory()
     compat.set_head_tiles(HEAD_TILE)
+    compat.set_head_products()
 
 
 def keep_freed_memory() -> None:
