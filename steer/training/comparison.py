@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,8 +22,8 @@ from steer.files import replace_file
 from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.threads import processor, usable_cpus
+from steer.training import comparison_records as records
 from steer.training.comparison_report import curve, write_report
-from steer.training.neutral import WATCHING, differences
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,6 +59,8 @@ class Comparison:
             yield "base-longer", self.longer
         if self.plan.examples:
             yield "elicited", self.elicited
+        if self.shared.get("base_adapter"):
+            yield "no-adapter", self.without_adapter
         if self.plan.systems:
             yield "system-prompt", self.system_prompt
         for seed in self.plan.seeds:
@@ -98,12 +99,32 @@ class Comparison:
     def elicited(self) -> None:
         """The base with worked examples in its prompts, out of the training problems, and a longer limit."""
         asked = {"evaluation": self.asked(), "base": self.base_settings(), "examples": self.plan.examples}
-        if self.done("elicited", asked):
+        if not self.done("elicited", asked):
+            self.evaluate("elicited", [*self.base(), "--no-base", *self.worked_examples()], asked)
+
+    def without_adapter(self) -> None:
+        """
+        The model without the adapter that the base has merged, with all the room and examples that the base
+        is given: what an adapter costs, as one that shortens answers may, is no gain to win back.
+        """
+        model = {name: value for name, value in self.base_settings().items() if name != "base_adapter"}
+        given = {"longer": self.plan.longer, "examples": self.plan.examples}
+        asked = {"evaluation": self.asked(), "model": model, **given}
+        if self.done("no-adapter", asked):
             return
+        words = ["--model", self.shared["model"], "--name", "without adapter"]
+        if revision := self.shared.get("model_revision"):
+            words += ["--revision", revision]
+        if self.plan.longer:
+            words += ["--max-new-tokens", str(self.plan.longer)]
+        examples = self.worked_examples() if self.plan.examples else ["--examples", "0"]
+        self.evaluate("no-adapter", [*words, *examples], asked)
+
+    def worked_examples(self) -> list[str]:
+        """The plan's number of worked examples, out of the training problems, as options of `steer eval`."""
         file = self.work / "training.jsonl"
         _write_problems(file, self.training_problems())
-        examples = ["--examples", str(self.plan.examples), "--examples-from", str(file)]
-        self.evaluate("elicited", [*self.base(), "--no-base", *examples], asked)
+        return ["--examples", str(self.plan.examples), "--examples-from", str(file)]
 
     def system_prompt(self) -> None:
         """The candidate that is best on problems split off the training set, on the held-out ones."""
@@ -262,7 +283,7 @@ class Comparison:
         file = self.sweeps / f"{name}.json"
         if file.exists():
             known = json.loads(file.read_text())
-            _check(file, known, asked)
+            records.check(file, known, asked)
             return known["chosen"]
         folder = self.work / name
         training = {**settings, **sweep, "sweep_only": True, "output_dir": str(folder)}
@@ -270,7 +291,8 @@ class Comparison:
         known = json.loads(Path(f"{folder}-sweep", "sweep.json").read_text())
         self.sweeps.mkdir(parents=True, exist_ok=True)
         replace_file(
-            file, (json.dumps({**known, "hash": _hash(asked), "asked": asked}, indent=1) + "\n").encode()
+            file,
+            (json.dumps({**known, "hash": records.digest(asked), "asked": asked}, indent=1) + "\n").encode(),
         )
         return known["chosen"]
 
@@ -318,25 +340,13 @@ class Comparison:
         self.call([*self.evals(out), *what, *model])
         self.runs.mkdir(parents=True, exist_ok=True)
         machine = {"processor": processor(), "cores": usable_cpus()}
-        known = {"hash": _hash(asked), "asked": asked, **(about or {}), "machine": machine}
+        known = {"hash": records.digest(asked), "asked": asked, **(about or {}), "machine": machine}
         pack(out, self.runs / f"{job}.json", known)
 
     # ---- what is done
 
     def done(self, job: str, asked: dict[str, Any]) -> bool:
-        file = self.runs / f"{job}.json"
-        if file.exists():
-            packed = read_packed(file)
-            about, rest = packed["about"], {k: v for k, v in asked.items() if k != "base"}
-            if "base" in asked and about["hash"] == _hash(rest):  # older: the evaluation says which base
-                told = {
-                    "model": packed["settings"]["model"],
-                    "model_revision": packed["settings"]["revision"],
-                }
-                known = {**rest, "base": {name: value for name, value in told.items() if value}}
-                about = {"hash": _hash(known), "asked": known}
-            _check(file, about, asked)
-        return file.exists()
+        return records.is_made(self.runs / f"{job}.json", asked)
 
     def call(self, words: list[str]) -> None:
         """Run a process to its end; it writes to this terminal, and dies with this process, children too."""
@@ -360,31 +370,6 @@ class Comparison:
 def _write_problems(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def _hash(asked: dict[str, Any]) -> str:
-    """Of what decides the numbers, not of how the run is watched."""
-    training = {k: v for k, v in asked.get("training", {}).items() if k not in WATCHING}
-    text = json.dumps({**asked, "training": training}, sort_keys=True, default=list)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _check(file: Path, have: dict[str, Any], asked: dict[str, Any]) -> None:
-    """SteerError, with what differs, where a file has other settings; older ones hold a hash alone."""
-    if have["hash"] == _hash(asked):
-        return
-    changed = []
-    if "asked" in have:
-        wanted = json.loads(json.dumps(asked, default=list))
-        changed = differences(_parts(have["asked"]), _parts(wanted), {}, frozenset())
-    raise SteerError(
-        f"{file} was made with other settings than these{': ' if changed else ''}{'; '.join(changed[:3])}; "
-        "move it away to have it made again, or give another --out"
-    )
-
-
-def _parts(asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: part if isinstance(part, dict) else {name: part} for name, part in asked.items()}
 
 
 def _processes(launcher: str) -> int:

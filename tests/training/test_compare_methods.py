@@ -19,6 +19,7 @@ from helpers.evaluating import make_base
 from helpers.launching import run_here
 from helpers.paths import ROOT
 from helpers.training import write_problems
+from peft import LoraConfig, get_peft_model
 
 from steer import artifact
 from steer.cli import compare
@@ -26,6 +27,7 @@ from steer.errors import SteerError
 from steer.evaluation import run as evaluation
 from steer.evaluation.pack import read_packed
 from steer.evaluation.plan import read_plan
+from steer.models import load_model
 from steer.recipe_files import launcher_file
 from steer.tasks.data import load_problems
 from steer.tasks.elicited import choose
@@ -157,6 +159,35 @@ def test_everything_is_done_once_and_reported(plan, calls, place, capsys):
 
 def results_of(about: dict[str, Any], method: str) -> dict[str, Any]:
     return about[f"{method}-0"]["results"]
+
+
+def test_a_base_with_an_adapter_is_compared_with_the_model_without(plan, calls, place, tmp_path):
+    """What the adapter costs shows, with the examples and the room that the base is given."""
+    base = load_model(str(place / "model"))
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name, tensor in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(tensor)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapter = {"base_adapter": str(tmp_path / "adapter")}
+    places = {"out": str(tmp_path / "out"), "output_dir": str(tmp_path / "work")}
+    changed = replace(read_plan(str(plan)), settings=adapter, longer=5, prefixes=(), **places)
+    comparison = Comparison(changed)
+    assert "no-adapter" in dict(comparison.jobs()) and "no-adapter" not in dict(
+        Comparison(read_plan(plan)).jobs()
+    )
+    comparison.untrained()
+    comparison.without_adapter()
+    calls.clear()
+    comparison.without_adapter()
+    assert not calls, "done once"
+    comparison.report()
+    packed = read_packed(tmp_path / "out" / "runs" / "no-adapter.json")
+    assert packed["settings"]["model"] == str(place / "model")
+    assert packed["settings"]["benchmarks"]["sums"]["max_new_tokens"] == 5
+    rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"base", "without adapter", "without adapter, 2 examples"}
+    assert len({row["best_base"] for row in rows if row["decoding"] == "greedy"}) == 1
 
 
 def test_what_fails_holds_up_no_other(plan, calls, place, capsys, monkeypatch):
