@@ -504,6 +504,24 @@ def test_methods_are_trained_on_the_samples_of_another(plan, calls, place, tmp_p
     assert dpo["per_device_train_batch_size"] == 4 and not {"beta", "rewards"} & dpo.keys()
 
 
+def test_the_rate_of_seeds_trained_together_is_searched_with_another_seed(plan, calls, tmp_path, monkeypatch):
+    monkeypatch.setattr("steer.training.recipe.plot_training", lambda *_, **__: None)
+    monkeypatch.setattr("steer.evaluation.plots.draw", lambda *_: {})
+    settings = yaml.safe_load(plan.read_text()) | {"reference": None, "examples": 0, "prefixes": []}
+    settings["methods"] = {"steering": {"recipe": "grpo_steer", "together": True, "lr_sweep": [0.01, 0.03]}}
+    settings |= {"output_dir": str(tmp_path / "work"), "out": str(tmp_path / "out")}
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert compare.main(["--config", str(path)]) == 0
+    scripts = [Path(word).name for words in calls for word in words if word.endswith(".py")]
+    assert scripts == ["grpo_steer.py", "layer_sweep.py"]
+    searched = json.loads((tmp_path / "out" / "sweeps" / "steering.json").read_text())
+    assert searched["asked"]["training"]["seed"] == 2 and searched["chosen"] in (0.01, 0.03)
+    for seed in (0, 1):
+        about = read_packed(tmp_path / "out" / "runs" / f"steering-{seed}.json")["about"]
+        assert about["learning_rate"] == searched["chosen"] and about["seed"] == seed
+
+
 def test_seeds_trained_together_are_the_runs_of_each(plan, calls, place, tmp_path, monkeypatch):
     monkeypatch.setattr("steer.training.recipe.plot_training", lambda *_, **__: None)
     monkeypatch.setattr("steer.evaluation.plots.draw", lambda *_: {})
