@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -34,6 +36,8 @@ FUSED_QUERIES, FUSED_QUERIES_HALF = 16, 128
 # Tokens of the LM head's tiles. trl's 4,096 are for a GPU: half a gigabyte each and several at once, more
 # than everything else that a step keeps, and no faster here.
 HEAD_TILE = 256
+# Share of the machine's memory from which a process gives back what it has freed.
+KEPT = 0.6
 
 
 def grouped_attention(
@@ -209,3 +213,14 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def limit_kept_memory(total: float) -> None:
+    """
+    Give freed memory back when this process holds more than `KEPT` of `total` bytes. Tensors of other sizes
+    with each update leave gaps that no later tensor fits, so that what glibc keeps grows over many updates.
+    """
+    with suppress(OSError):  # no Linux
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if resident > KEPT * total:
+            return_freed_memory()
