@@ -10,7 +10,7 @@ this (`steer.generation.verify`) reads every row again for each token: the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,8 +90,17 @@ def rollout(
         with owners.prompt_length(0):
             owners.tell(owners.of[:0])  # no set steers while the model is tried
             fast_paths(model)
-    with fast_attention(model):
+    with fast_attention(model), _weights_cast_once(model.device.type):
         return _rollout(model, prompts, sampling, noise, any_process, owners, share_beginning)
+
+
+def _weights_cast_once(device: str) -> AbstractContextManager:
+    """
+    Inside, mixed precision keeps the weights that it has cast. It forgets them at the end of the outermost
+    autocast region, which without this one is each forward pass: a pass over all weights for each token.
+    """
+    outer = torch.is_autocast_enabled(device)
+    return nullcontext() if outer else torch.autocast(device, enabled=False)
 
 
 def _rollout(
