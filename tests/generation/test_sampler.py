@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES
 from helpers.training import SPREAD, ids_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessorList, PreTrainedModel
 
 import steer
@@ -116,6 +119,36 @@ def test_greedy_equals_generate_on_every_architecture(model: PreTrainedModel) ->
                 got = sampler.rollout(model, PROMPTS, Sampling(14, (eos,), temperature=0.0))
             assert ids_of(got) == expected, form
     assert any(len(row) < 14 for row in expected)
+
+
+def test_mixed_precision_casts_each_weight_once(build_tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained weights in float32 are not cast again for each token."""
+    model = build_tiny("llama", initializer_range=SPREAD)
+    size = model.lm_head.weight.shape
+    casts: list[torch.Size] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and made.dtype == torch.bfloat16:
+                casts.append(made.shape)
+            return made
+
+    def drawn(tokens: int) -> list[list[int]]:
+        casts.clear()
+        with Casts():
+            written = sampler.rollout(model, PROMPTS, Sampling(tokens, (NEVER,), temperature=0))
+        return ids_of(written)
+
+    sampler.rollout(model, PROMPTS, Sampling(1, (NEVER,), temperature=0))  # the model is tried at first
+    plain = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    monkeypatch.setattr(model, "forward", plain)
+    drawn(2)
+    few = casts.count(size)
+    written = drawn(12)
+    assert 1 <= casts.count(size) <= few, "as many for twelve tokens as for two"
+    monkeypatch.setattr(sampler, "_weights_cast_once", lambda device: nullcontext())
+    assert drawn(12) == written and casts.count(size) >= few + 10
 
 
 def test_repeated_prompts_give_the_same_greedy_text_in_the_given_order(llama: PreTrainedModel) -> None:

@@ -347,7 +347,10 @@ def test_tools_are_refused(tmp_path, monkeypatch):
 def test_gates_train_one_seed_that_no_comparison_reports(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     comparison = Comparison(read_plan(str(path)))
-    reported = {seed for config in CONFIGS for seed in read_plan(str(config)).seeds}
+    problems = comparison.shared["train_data"]
+    plans = [read_plan(str(config)) for config in CONFIGS]
+    reported = {seed for one in plans if one.settings.get("train_data") == problems for seed in one.seeds}
+    assert reported
     assert set(comparison.plan.methods) == {"full"} and not set(comparison.plan.seeds) & reported
     assert comparison.plan.examples and comparison.plan.longer
     assert all("validation" in text for text in comparison.plan.evaluation["benchmarks"])
