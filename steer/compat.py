@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from unittest.mock import patch
 
 if TYPE_CHECKING:
@@ -340,7 +340,7 @@ def _add_products(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """acc += a @ b, for a float32 `acc`."""
     import torch
 
-    matmul = torch.backends.mkldnn.matmul
+    matmul = cast(Any, torch.backends.mkldnn).matmul
     before = matmul.fp32_precision
     if acc.device.type == "cpu" and a.dtype == b.dtype == torch.bfloat16:
         matmul.fp32_precision = "bf16"

@@ -37,7 +37,7 @@ FUSED_QUERIES, FUSED_QUERIES_HALF = 16, 128
 # than everything else that a step keeps, and no faster here.
 HEAD_TILE = 256
 # Share of the machine's memory from which a process gives back what it has freed.
-KEPT = 0.6
+KEPT = 0.8
 
 
 def grouped_attention(
@@ -219,6 +219,7 @@ def limit_kept_memory(total: float) -> None:
     """
     Give freed memory back when this process holds more than `KEPT` of `total` bytes. Tensors of other sizes
     with each update leave gaps that no later tensor fits, so that what glibc keeps grows over many updates.
+    What is given back is cleared by the kernel when it is used again, which takes time.
     """
     with suppress(OSError):  # no Linux
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
