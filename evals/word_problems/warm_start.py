@@ -2,8 +2,8 @@
 A LoRA adapter that makes a model answer word problems in few tokens, with the result in a box.
 
     python -m evals.word_problems.warm_start --model qwen2.5-coder-0.5b-instruct \\
-        --problems runs/word-problems/train.jsonl --examples 300 --lora_rank 2 --learning_rate 2e-4 \\
-        --num_train_epochs 2 --output_dir evals/results/word-problems/warm-start-0.5b
+        --problems runs/short-problems/train.jsonl --examples 320 --most_tokens 72 --learning_rate 5e-4 \\
+        --bf16 true --use_cpu true --output_dir evals/results/word-problems/warm-start-0.5b
 
 The answers trained on are the solutions of the problems, the short ones alone (`--most_tokens`), each ending
 in the box, by trl's `SFTTrainer` with peft. `--base_adapter DIR` merges the adapter before anything of a run
@@ -145,6 +145,7 @@ def save(model: Any, folder: Path, name: str) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = name
     model.save_pretrained(folder)
+    (folder / "README.md").unlink()  # peft's form of a model card, with the folder of the weights on this machine
     size = (folder / "adapter_model.safetensors").stat().st_size
     if size > LARGEST:
         raise SteerError(

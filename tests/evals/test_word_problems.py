@@ -123,6 +123,8 @@ def test_the_warm_start_is_an_adapter_that_a_base_takes(
     warm_start.main()
     record = json.loads((tmp_path / "a" / "warm-start.json").read_text())
     assert record["trained_on"] == 8 and record["losses"][-1] < record["losses"][0]
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "warm-start.json"}
     plain = load_model(str(tmp_path / "model"))
     merged = load_model(merged_base(str(tmp_path / "model"), str(tmp_path / "a")))
     moved = [
