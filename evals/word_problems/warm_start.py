@@ -145,7 +145,7 @@ def save(model: Any, folder: Path, name: str) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = name
     model.save_pretrained(folder)
-    (folder / "README.md").unlink()  # peft's form of a model card, with the folder of the weights on this machine
+    (folder / "README.md").unlink()  # a form of a model card that names a folder of this machine
     size = (folder / "adapter_model.safetensors").stat().st_size
     if size > LARGEST:
         raise SteerError(
