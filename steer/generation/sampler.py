@@ -90,14 +90,16 @@ def rollout(
         with owners.prompt_length(0):
             owners.tell(owners.of[:0])  # no set steers while the model is tried
             fast_paths(model)
-    with fast_attention(model), _weights_cast_once(model.device.type):
+    whole = nullcontext() if any_process else _weights_cast_once(model.device.type)
+    with fast_attention(model), whole:
         return _rollout(model, prompts, sampling, noise, any_process, owners, share_beginning)
 
 
 def _weights_cast_once(device: str) -> AbstractContextManager:
     """
     Inside, mixed precision keeps the weights that it has cast. It forgets them at the end of the outermost
-    autocast region, which without this one is each forward pass: a pass over all weights for each token.
+    autocast region, which without this one is each forward pass: a pass over all weights for each token. Not
+    for sharded models, of which every process would keep all weights.
     """
     outer = torch.is_autocast_enabled(device)
     return nullcontext() if outer else torch.autocast(device, enabled=False)

@@ -290,10 +290,8 @@ class Comparison:
         self.launch(f"{name}-sweep", training, launcher)
         known = json.loads(Path(f"{folder}-sweep", "sweep.json").read_text())
         self.sweeps.mkdir(parents=True, exist_ok=True)
-        replace_file(
-            file,
-            (json.dumps({**known, "hash": records.digest(asked), "asked": asked}, indent=1) + "\n").encode(),
-        )
+        kept = {**known, "hash": records.digest(asked), "asked": asked}
+        replace_file(file, (json.dumps(kept, indent=1) + "\n").encode())
         return known["chosen"]
 
     def launch(self, job: str, settings: dict[str, Any], launcher: str) -> None:
