@@ -71,7 +71,17 @@ def read(source: str, part: str = "train") -> list[dict[str, Any]]:
 
 
 def easy(rows: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
-    """The problems whose solution has at most `most` lines; all of them where that is None."""
+    """
+    The problems whose solution has at most `most` lines; all of them where that is None.
+
+    Raises:
+        SteerError: `most` is given and a problem has no solution.
+    """
+    if most is not None and (lacking := sum("solution" not in row for row in rows)):
+        raise SteerError(
+            f"--most-steps counts the lines of solutions, and {lacking} of {len(rows)} problems of GSM8K "
+            "have none; give a file with the field solution, or leave --most-steps out"
+        )
     return [row for row in rows if most is None or row["solution"].count("\n") < most]
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from steer.errors import SteerError
+from steer.generation import cpu
 from steer.generation.recompute import mlps, recomputed
 from steer.generation.scoring import length_batches, pass_tokens
 from steer.training.config import SteeringGRPOConfig
@@ -48,6 +49,12 @@ def total_memory(device: torch.device) -> float:
         with suppress(OSError, ValueError):  # not there, or the word "max"
             sizes.append(int(Path(limit).read_text()))
     return min(sizes) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def limit_kept(device: torch.device) -> None:
+    """Before an update: a process on the CPU that holds much memory gives back what it has freed."""
+    if device.type == "cpu":
+        cpu.limit_kept_memory(total_memory(device))
 
 
 def memory_limit(device: torch.device, update_memory: float | None) -> float:

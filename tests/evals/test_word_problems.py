@@ -99,6 +99,8 @@ def test_no_template_is_on_two_sides() -> None:
 def test_easy_problems_have_solutions_of_few_lines() -> None:
     rows = [{"problem": str(n), "solution": "\n".join(["a step"] * n)} for n in (1, 2, 3)]
     assert easy(rows, 2) == rows[:2] and easy(rows, 1) == rows[:1] and easy(rows, None) == rows
+    with pytest.raises(SteerError, match="1 of 4 problems of GSM8K have none; give a file"):
+        easy([*rows, {"problem": "4"}], 2)
 
 
 def test_the_warm_start_is_an_adapter_that_a_base_takes(
