@@ -129,11 +129,16 @@ def model_for_vllm(model_type: str) -> PreTrainedModel:
 def _sizes(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     default = vars(kind())
     fields = default.keys() | getattr(kind, "attribute_map", {}).keys()
-    latent = bool(default.get("kv_lora_rank"))
+    latent = _is_latent(default)
     found = {n: v for n, v in (LATENT if latent else SIZES).items() if n in fields}
     if latent and default.get("head_dim") == default["qk_rope_head_dim"]:
         found["head_dim"] = LATENT["qk_rope_head_dim"]
     return found | SHAPES.get(kind.model_type, {})
+
+
+def _is_latent(settings: dict[str, Any]) -> bool:
+    """Whether a model type with these settings has latent attention."""
+    return bool(settings.get("kv_lora_rank"))
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -187,7 +192,10 @@ def sample(model_type: str, plugin: bool = True) -> Row | dict[str, list[tuple]]
         try:
             if not plugin:
                 os.environ["VLLM_PLUGINS"] = ""
-            llm = start(folder, block_size=None, dtype=str(model.dtype).removeprefix("torch."))
+            # The kernels for latent attention that vLLM prefers on CPUs with AMX take bfloat16 only.
+            latent = _is_latent(vars(model.config.get_text_config()))
+            settings = {"attention_backend": "CPU_MLA"} if latent and model.dtype == torch.float32 else {}
+            llm = start(folder, block_size=None, dtype=str(model.dtype).removeprefix("torch."), **settings)
             bases = run(llm, prompts, [None, None])
         except Exception as error:  # what vLLM says of models that it cannot run
             print(traceback.format_exc(), file=sys.stderr)
