@@ -122,6 +122,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     compared = variants.collect(base, args.vectors, args.scales, args.adapter, args.prefixes, args.systems)
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
     variants.tell_of_trained_on(compared, [b.name for b in chosen])
+    variants.tell_of_precision(args.model, args.dtype)
     if args.side_effects:
         variant_effects.check(compared, args.fine_tuned, args.side_effect_tasks)
     prompts = _prompts(args, compared, chosen)

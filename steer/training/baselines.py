@@ -5,6 +5,7 @@ and loss as vectors are.
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from trl.trainer.grpo_trainer import RewardFunc
 
 from steer.config import SteeringConfig
 from steer.errors import SteerError
+from steer.files import replace_file
 from steer.sites import find_decoder
 from steer.training.config import SteeringGRPOConfig
 from steer.training.group_trainer import GroupGRPOTrainer
@@ -162,6 +164,7 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
             super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:  # a pickle of the settings, which are in run.json
                 (folder / "training_args.bin").unlink(missing_ok=True)
+                _name_precision(folder / "config.json", self.accelerator.mixed_precision)
         elif self.args.should_save:
             self.adapted.save_pretrained(str(folder))
 
@@ -171,6 +174,16 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
         else:
             saved = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
             peft.set_peft_model_state_dict(self.adapted, saved)
+
+
+def _name_precision(config: Path, mixed: str) -> None:
+    """
+    Name the precision of mixed training in the configuration of its model, so that the model is loaded in it:
+    one that learned under the rounding of bfloat16 can be far worse without it. Its weights stay float32.
+    """
+    if dtype := {"bf16": "bfloat16", "fp16": "float16"}.get(mixed):
+        settings = json.loads(config.read_text()) | {"dtype": dtype}
+        replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def readable(checkpoint: Path) -> None:

@@ -204,8 +204,7 @@ class Comparison:
             "results": results,
             "curve": curve(folder),
         }
-        # In the precision of its training: what a full fine-tune changed is less than bfloat16 tells apart.
-        dtype = self.plan.evaluation.get("dtype", settings.get("model_dtype", "auto"))
+        dtype = about["dtype"] = self.plan.evaluation.get("dtype") or precision(settings)
         self.evaluate(job, [*model, "--dtype", dtype], asked, about)
         for checkpoint in folder.glob("checkpoint-*"):  # the run is finished, and these are its bulk
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -363,6 +362,22 @@ class Comparison:
         if not files:
             raise SteerError(f"{self.runs} holds no finished runs yet; start without --report")
         write_report(files, self.plan)
+
+
+def precision(settings: dict[str, Any]) -> str:
+    """
+    The precision that a run computes in. A model is measured in it: one that learned under the rounding of
+    bfloat16 can be far worse in float32 (Qwen2.5-Coder-0.5B on sums of five numbers: 0.80 and 0.50).
+
+    Args:
+        settings: Those of a run, by name.
+
+    Returns:
+        The name of a dtype, or "auto" or "fast".
+    """
+    mixed = {"bf16": "bfloat16", "fp16": "float16"}
+    names = [dtype for flag, dtype in mixed.items() if settings.get(flag)]
+    return names[0] if names else settings.get("model_dtype", "auto")
 
 
 def _write_problems(file: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -122,23 +122,24 @@ def answer_together(
     state = PartialState()
     numbers = range(state.process_index, len(rows), state.num_processes)
     own = [rows[i] for i in numbers]
-    if getattr(trainer, "tools", None):
-        mine = answer_with_tools(trainer, own, format_problem, grader, label, temperature, leave)
-    else:
-        model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
-        mine = answer(
-            model,
-            trainer._tokenizer,
-            own,
-            format_problem,
-            grader,
-            limit,
-            trainer.eos_token_ids,
-            label=label,
-            temperature=temperature,
-            numbers=numbers,
-            leave=leave,
-        )
+    with trainer.accelerator.autocast():  # before training the model's own forward pass has none yet
+        if getattr(trainer, "tools", None):
+            mine = answer_with_tools(trainer, own, format_problem, grader, label, temperature, leave)
+        else:
+            model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+            mine = answer(
+                model,
+                trainer._tokenizer,
+                own,
+                format_problem,
+                grader,
+                limit,
+                trainer.eos_token_ids,
+                label=label,
+                temperature=temperature,
+                numbers=numbers,
+                leave=leave,
+            )
     return [a for turn in zip_longest(*gather_object([mine])) for a in turn if a is not None]
 
 

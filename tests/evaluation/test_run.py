@@ -22,7 +22,7 @@ from helpers.training import write_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import steer
-from steer.evaluation import run, store
+from steer.evaluation import run, store, variants
 from steer.evaluation.engines import HfEngine, row_seed
 from steer.evaluation.heldout import answer
 from steer.evaluation.store import GREEDY, read_completions, read_settings
@@ -400,3 +400,20 @@ def test_a_fine_tune_counts_all_its_numbers(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base / "model")
     variant = read_settings(out)["variants"]["full"]
     assert variant["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_full_fine_tune_in_another_precision_than_it_learned_in_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model").mkdir()
+    model = str(tmp_path / "model")
+    variants.tell_of_precision(model, "float32")  # of no run
+    variants.tell_of_precision("org/name", "float32")
+    (tmp_path / "run.json").write_text(json.dumps({"training": {"bf16": False, "fp16": False}}))
+    variants.tell_of_precision(model, "float32")
+    (tmp_path / "run.json").write_text(json.dumps({"training": {"bf16": True, "fp16": False}}))
+    variants.tell_of_precision(model, "bfloat16")
+    variants.tell_of_precision(model, "auto")
+    assert not caplog.text
+    variants.tell_of_precision(model, "float32")
+    assert "trained in mixed precision (bfloat16) and is measured with --dtype float32" in caplog.text

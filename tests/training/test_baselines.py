@@ -157,6 +157,17 @@ def test_the_saved_model_is_whole_and_without_pickles(run: Callable, tmp_path: P
         assert torch.equal(loaded(IDS).logits, trainer.model(IDS).logits)
 
 
+def test_a_model_of_mixed_training_is_loaded_in_the_precision_that_it_learned_in(
+    run: Callable, tmp_path: Path
+) -> None:
+    trainer = run("full", learning_rate=1e-3, bf16=True)
+    trainer.save_model(str(tmp_path / "model"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.dtype == torch.bfloat16
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert distance(weights(trainer), dict(whole.named_parameters())) == 0
+
+
 def test_a_checkpoint_that_was_cut_short_is_passed_over(run: Callable, tmp_path: Path) -> None:
     run("lora", max_steps=2, save_strategy="steps", save_steps=1)
     file = tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors"

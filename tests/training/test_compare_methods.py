@@ -73,7 +73,13 @@ def plan(place: Path, build_tiny: Callable, tiny_tokenizer: Any) -> Path:
             "reference": "full",
             "methods": {
                 "steering": {"recipe": "grpo_steer", "learning_rate": 0.02},
-                "full": {"recipe": "grpo_baseline", "method": "full", "lr_sweep": [1e-4, 1e-3]},
+                "full": {
+                    "recipe": "grpo_baseline",
+                    "method": "full",
+                    "lr_sweep": [1e-4, 1e-3],
+                    "model_dtype": "float32",
+                    "bf16": True,
+                },
                 "random-reward": {"like": "steering", "rewards": ["random"]},
             },
             "prefixes": ["To"],
@@ -130,6 +136,9 @@ def test_everything_is_done_once_and_reported(plan, calls, place, capsys):
     about = {path.stem: read_packed(path)["about"] for path in (out / "runs").iterdir()}
     assert about["full-1"]["learning_rate"] == chosen["chosen"]
     assert about["random-reward-0"]["learning_rate"] == 0.02
+    # what learned under the rounding of bfloat16 is measured under it
+    assert read_packed(out / "runs" / "full-1.json")["settings"]["dtype"] == "bfloat16"
+    assert about["full-1"]["dtype"] == "bfloat16" and about["steering-1"]["dtype"] == "auto"
     assert about["steering-1"]["seed"] == 1
     results = about["steering-0"]["results"]
     assert results["trained_numbers"] == 3 * 32 and results["steps"] == 2
@@ -351,11 +360,12 @@ def test_gates_train_one_seed_that_no_comparison_reports(path, monkeypatch):
     plans = [read_plan(str(config)) for config in CONFIGS]
     reported = {seed for one in plans if one.settings.get("train_data") == problems for seed in one.seeds}
     assert reported
-    assert set(comparison.plan.methods) == {"full"} and not set(comparison.plan.seeds) & reported
+    assert "full" in comparison.plan.methods and not set(comparison.plan.seeds) & reported
     assert comparison.plan.examples and comparison.plan.longer
     assert all("validation" in text for text in comparison.plan.evaluation["benchmarks"])
-    settings, _ = comparison.settings("full")
-    assert set(settings) <= {*module_fields(settings["recipe"]), "recipe"}
+    for method in comparison.plan.methods:
+        settings, _ = comparison.settings(method)
+        assert set(settings) <= {*module_fields(settings["recipe"]), "recipe"}
 
 
 def test_the_paper_comparison_has_the_published_rates(monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from helpers.launching import ROOT, run_folder, run_here
 from helpers.training import SPREAD, config, last_checkpoint, logged, make_trainer, problems, same
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 
 from steer import artifact
 from steer.errors import SteerError
+from steer.evaluation.heldout import answer
 from steer.tasks.grading import Verdict
+from steer.training import validation
 from steer.training.run import RunConfig
 from steer.training.steering_trainer import SteeringGRPOTrainer
 from steer.training.sweep.trainer import PopulationTrainer
@@ -195,6 +198,24 @@ def test_a_recipe_validates_and_says_so(base: Path, launched: Callable[..., str]
     assert f"best accuracy {found['best']['accuracy']:.3f} at update {found['best']['step']}" in text
     kept = artifact.read(base / "whole" / f"best-{found['best']['step']}").tensors
     assert same(artifact.read(base / "whole" / "vectors").tensors, kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("grpo_baseline.py", ["--method", "full"]), ("grpo_steer.py", [])]
+)
+def test_problems_are_answered_in_the_precision_of_training(
+    launched: Callable[..., str], monkeypatch: pytest.MonkeyPatch, name: str, words: list[str]
+) -> None:
+    """Before, in and after training: what learned under bfloat16's rounding may fail without it."""
+    mixed: dict[str, bool] = {}
+
+    def spied(*given: Any, **options: Any) -> Any:
+        mixed[options["label"]] = torch.is_autocast_enabled("cpu")
+        return answer(*given, **options)
+
+    monkeypatch.setattr(validation, "answer", spied)
+    launched(name, "--bf16", "true", "--model_dtype", "float32", *words)
+    assert len(mixed) > 3 and all(mixed.values()), mixed
 
 
 def test_the_choice_of_a_rate_comes_before_validation(base: Path, launched: Callable[..., str]) -> None:
