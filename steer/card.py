@@ -96,6 +96,7 @@ def _summary(config: SteeringConfig, numbers: int, size: int) -> str:
         f"([arXiv 2509.06608](https://arxiv.org/abs/2509.06608)).\n\n"
         f"| | |\n|---|---|\n"
         f"| base model | `{_line(config.base_model_name_or_path)}`{revision}, {shape} |\n"
+        f"{_adapter(config)}"
         f"| layers | {config.layers} |\n"
         f"| positions | {config.positions} |\n"
         f"| scale | {config.scale:g} |\n"
@@ -103,6 +104,13 @@ def _summary(config: SteeringConfig, numbers: int, size: int) -> str:
         f"| prompt | {_line(config.prompt or 'not recorded')} |\n"
         f"| size | {numbers:,} numbers in {config.dtype}, {size / 1000:,.0f} KB |"
     )
+
+
+def _adapter(config: SteeringConfig) -> str:
+    """The row of the table that names what was merged into the base model."""
+    if not config.base_adapter:
+        return ""
+    return f"| merged into it first | the LoRA `{_line(config.base_adapter)}` (`--base-adapter`) |\n"
 
 
 def _condition(config: SteeringConfig) -> str:
@@ -301,6 +309,10 @@ def _use(config: SteeringConfig, name: str) -> str:
     else:
         source, load = "steer.models import load_model", "load_model"
     revision = f", revision={_quoted(config.base_revision)}" if config.base_revision else ""
+    loaded = f"{load}({_quoted(base)}{revision})"
+    if config.base_adapter:  # with it merged
+        source = f"steer.base_adapter import merged_base\nfrom {source}"
+        loaded = f"{load}(merged_base({_quoted(base)}, {_quoted(config.base_adapter)}{revision}))"
     return f"""```bash
 pip install steer-rl
 ```
@@ -309,7 +321,7 @@ pip install steer-rl
 import steer
 from {source}
 
-model = {load}({_quoted(base)}{revision})
+model = {loaded}
 vectors = steer.load({_quoted(name)}, model)  # vectors.scale = 0.5, vectors.disabled(), steer.detach(model)
 ```"""
 
@@ -317,15 +329,17 @@ vectors = steer.load({_quoted(name)}, model)  # vectors.scale = 0.5, vectors.dis
 def _tools(config: SteeringConfig, decoder: str, name: str) -> str:
     """The command line, and what else can use the vectors."""
     base = _line(config.base_model_name_or_path or "BASE")
+    adapter = f"--base-adapter {shlex.quote(_line(config.base_adapter))} " if config.base_adapter else ""
     tools = [
-        f"The command line of [steer]({URL}): `steer generate {shlex.quote(base)} --vectors {name} "
+        f"The command line of [steer]({URL}): `steer generate {shlex.quote(base)} {adapter}--vectors {name} "
         "--prompt '...'`",
     ]
+    base, of = ("MERGED", "--model MERGED ") if adapter else (base, "")
     if config.kind == "adaptive":
-        tools.append(f"PEFT and vLLM's LoRA: `steer export {name} --to peft --out adapter`")
+        tools.append(f"PEFT and vLLM's LoRA: `steer export {name} --to peft {of}--out adapter`")
     elif config.positions == "all":
         tools += [
-            f"PEFT, without steer: `steer export {name} --to peft --out adapter`, then "
+            f"PEFT, without steer: `steer export {name} --to peft {of}--out adapter`, then "
             '`PeftModel.from_pretrained(base, "adapter")`',
             f"vLLM: `steer export {name} --to checkpoint --out model`, then `vllm serve model`",
             f"llama.cpp: `steer export {name} --to gguf --out vectors.gguf`, then "
@@ -335,6 +349,8 @@ def _tools(config: SteeringConfig, decoder: str, name: str) -> str:
         ]
     listed = "\n".join(f"{i}. {tool}" for i, tool in enumerate(tools, 1))
     named = f"The tensors are named as in the model: `{decoder}.12.steering.vector` for layer 12."
+    if adapter:
+        listed += "\n\nFrom 2 on, the base is the model in the folder MERGED that `merged_base` returns."
     return f"## Other tools\n\n{listed}\n\n{named}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,21 @@ def test_it_is_made_once_for_each_base_and_adapter(places: tuple[str, str]) -> N
     config = Path(adapter, "adapter_config.json")
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     assert merged_base(base, adapter) != str(folder), "another adapter"
+
+
+def test_the_card_loads_the_base_with_its_adapter(places: tuple[str, str], tmp_path: Path) -> None:
+    base, adapter = places
+    vectors = steer.attach(load_model(merged_base(base, adapter)), SteeringConfig(layers="1"))
+    fill(vectors)
+    text = Path(vectors.save(tmp_path / "vectors"), "README.md").read_text()
+    assert f"--base-adapter {adapter} --vectors" in text and "pretrained=MERGED" in text
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of other weights
+        code = text.split("```python\n")[1].split("```")[0]
+        exec(code.replace("THIS_FOLDER", str(tmp_path / "vectors")), found)
+    assert found["vectors"].config.base_checksum == vectors.config.base_checksum
+    assert base_checksum(found["model"]) != base_checksum(load_model(base))
 
 
 def test_vectors_know_whether_an_adapter_was_merged(places: tuple[str, str], tmp_path: Path) -> None:
