@@ -171,7 +171,7 @@ def gsm8k(scores: dict[str, Any]) -> str:
 
 def gate(scores: dict[str, Any], base: str) -> str:
     """The methods of a gate, and how far each is from the best elicited base."""
-    names = {"base": base, "full": "full fine-tune, one seed"}
+    names = {"base": base, "full": "full fine-tune, one seed", "steering": "steering vectors, one seed"}
     rows = [
         [
             names.get(row["method"], row["method"].replace("base", base, 1)),
