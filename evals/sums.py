@@ -29,7 +29,7 @@ HELD_OUT = 0.2  # share of all problems that is not trained on
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--terms", type=count, default=2, help="numbers in a problem, 2 to 5")
+    parser.add_argument("--terms", type=int, choices=range(2, 6), default=2, help="numbers in a problem")
     parser.add_argument("--train", type=count, default=3000, help="training problems")
     parser.add_argument("--validation", type=count, default=400, help="validation problems")
     parser.add_argument("--test", type=count, default=1000, help="test problems")

@@ -178,8 +178,9 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
 
 def _name_precision(config: Path, mixed: str) -> None:
     """
-    Name the precision of mixed training in the configuration of its model, so that the model is loaded in it:
-    one that learned under the rounding of bfloat16 can be far worse without it. Its weights stay float32.
+    Name the precision of mixed training in the configuration of its model, so that the model is loaded in it.
+    What learned were the rounded weights. The float32 ones, which stay in the files, drift by what is rounded
+    away, and can be far worse.
     """
     if dtype := {"bf16": "bfloat16", "fp16": "float16"}.get(mixed):
         settings = json.loads(config.read_text()) | {"dtype": dtype}
