@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import peft
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
@@ -164,7 +165,9 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
             super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:  # a pickle of the settings, which are in run.json
                 (folder / "training_args.bin").unlink(missing_ok=True)
-                _name_precision(folder / "config.json", self.accelerator.mixed_precision)
+                if not _internal_call:  # the result, and no checkpoint
+                    buffers = {name for name, _ in self.model.named_buffers()}
+                    _as_learned(folder, self.accelerator.mixed_precision, buffers)
         elif self.args.should_save:
             self.adapted.save_pretrained(str(folder))
 
@@ -176,15 +179,25 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
             peft.set_peft_model_state_dict(self.adapted, saved)
 
 
-def _name_precision(config: Path, mixed: str) -> None:
+def _as_learned(folder: Path, mixed: str, buffers: set[str]) -> None:
     """
-    Name the precision of mixed training in the configuration of its model, so that the model is loaded in it.
-    What learned were the rounded weights. The float32 ones, which stay in the files, drift by what is rounded
-    away, and can be far worse.
+    Round the weights, which are all but the `buffers`, of the model in `folder` as mixed training did. What
+    was sampled and differentiated were the rounded ones. The float32 weights behind them drift by what is
+    rounded away, and can be far worse. The configuration names the precision, so that the model is loaded in
+    it.
     """
-    if dtype := {"bf16": "bfloat16", "fp16": "float16"}.get(mixed):
-        settings = json.loads(config.read_text()) | {"dtype": dtype}
-        replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
+    name = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed)
+    if name is None:
+        return
+    dtype = getattr(torch, name)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        rounded = {n: t if n in buffers else t.to(dtype).to(t.dtype) for n, t in tensors.items()}
+        save_file(rounded, file.with_suffix(".part"), metadata={"format": "pt"})
+        file.with_suffix(".part").replace(file)
+    config = folder / "config.json"
+    settings = json.loads(config.read_text()) | {"dtype": name}
+    replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def readable(checkpoint: Path) -> None:

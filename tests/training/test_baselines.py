@@ -157,15 +157,19 @@ def test_the_saved_model_is_whole_and_without_pickles(run: Callable, tmp_path: P
         assert torch.equal(loaded(IDS).logits, trainer.model(IDS).logits)
 
 
-def test_a_model_of_mixed_training_is_loaded_in_the_precision_that_it_learned_in(
-    run: Callable, tmp_path: Path
-) -> None:
+def test_a_model_of_mixed_training_is_saved_as_it_learned(run: Callable, tmp_path: Path) -> None:
+    """What was sampled and differentiated were rounded weights; a checkpoint has those behind them."""
     trainer = run("full", learning_rate=1e-3, bf16=True)
     trainer.save_model(str(tmp_path / "model"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert loaded.dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.bfloat16
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    assert distance(weights(trainer), dict(whole.named_parameters())) == 0
+    rounded = {name: weight.bfloat16().float() for name, weight in weights(trainer).items()}
+    assert distance(rounded, dict(whole.named_parameters())) == 0 < distance(rounded, weights(trainer))
+    assert {p.suffix for p in (tmp_path / "model").iterdir()} <= {".safetensors", ".json", ".jinja"}
+
+    trainer.save_model(str(tmp_path / "checkpoint"), _internal_call=True)
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
+    assert distance(weights(trainer), dict(exact.named_parameters())) == 0
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(run: Callable, tmp_path: Path) -> None:
