@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
+# Mixed precision, as the settings of trainers name it, and what it computes in.
+MIXED = {"bf16": "bfloat16", "fp16": "float16"}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 

@@ -35,6 +35,7 @@ from steer.engine.eager import enforce_eager, say_whether_it_pays
 from steer.engine.logprobs import PROCESSED, logprobs_mode
 from steer.engine.receipt import Receipt
 from steer.errors import SteerError
+from steer.models import MIXED
 from steer.vectors import SteeringVectors
 from steer.weights import BUNDLED, model_path
 
@@ -104,7 +105,7 @@ class VectorGeneration(VLLMGeneration):
         say_whether_it_pays(self.tokens, self.max_completion_length, settings["enforce_eager"])
         name = settings["model"]
         settings["model"] = str(model_path(name)) if name in BUNDLED or Path(name).exists() else name
-        mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
+        mixed = MIXED.get(self.accelerator.mixed_precision)
         settings["dtype"] = mixed or str(self.model.dtype).removeprefix("torch.")
         llm = llm_class(**settings)
         # trl sleeps at level 2, which throws the weights away: it pushes all of them before the next rollout.

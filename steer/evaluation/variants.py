@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from steer import artifact
 from steer.errors import SteerError
 from steer.files import read_json
-from steer.models import fast_dtype
+from steer.models import MIXED, fast_dtype
 from steer.prompt import recorded
 from steer.tasks.elicited import Example
 
@@ -163,7 +163,7 @@ def tell_of_precision(model: str, dtype: str) -> None:
     """Warn of a full fine-tune, in the folder of its run, that learned in another precision than `dtype`."""
     run = Path(model).parent / "run.json"
     training = read_json(run).get("training", {}) if Path(model).is_dir() and run.exists() else {}
-    learned = [name for flag, name in (("bf16", "bfloat16"), ("fp16", "float16")) if training.get(flag)]
+    learned = [dtype for flag, dtype in MIXED.items() if training.get(flag)]
     measured = fast_dtype() if dtype == "fast" else dtype
     if learned and measured not in ("auto", *learned):  # auto is the precision that it learned in
         log.warning(

@@ -23,6 +23,7 @@ from trl.trainer.grpo_trainer import RewardFunc
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.files import replace_file
+from steer.models import MIXED
 from steer.sites import find_decoder
 from steer.training.config import SteeringGRPOConfig
 from steer.training.group_trainer import GroupGRPOTrainer
@@ -165,9 +166,12 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
             super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:  # a pickle of the settings, which are in run.json
                 (folder / "training_args.bin").unlink(missing_ok=True)
-                if not _internal_call:  # the result, and no checkpoint
-                    buffers = {name for name, _ in self.model.named_buffers()}
-                    _as_learned(folder, self.accelerator.mixed_precision, buffers)
+                if dtype := MIXED.get(self.accelerator.mixed_precision):
+                    _name_precision(folder / "config.json", dtype)
+                    if not _internal_call:  # a checkpoint is exact
+                        _round(
+                            folder, getattr(torch, dtype), {name for name, _ in self.model.named_buffers()}
+                        )
         elif self.args.should_save:
             self.adapted.save_pretrained(str(folder))
 
@@ -179,25 +183,23 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
             peft.set_peft_model_state_dict(self.adapted, saved)
 
 
-def _as_learned(folder: Path, mixed: str, buffers: set[str]) -> None:
+def _name_precision(config: Path, dtype: str) -> None:
+    """Name in a model's configuration the precision that it learned in, so that it is loaded in it."""
+    settings = json.loads(config.read_text()) | {"dtype": dtype}
+    replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def _round(folder: Path, dtype: torch.dtype, buffers: set[str]) -> None:
     """
     Round the weights, which are all but the `buffers`, of the model in `folder` as mixed training did. What
     was sampled and differentiated were the rounded ones. The float32 weights behind them drift by what is
-    rounded away, and can be far worse. The configuration names the precision, so that the model is loaded in
-    it.
+    rounded away, and can be far worse.
     """
-    name = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed)
-    if name is None:
-        return
-    dtype = getattr(torch, name)
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         rounded = {n: t if n in buffers else t.to(dtype).to(t.dtype) for n, t in tensors.items()}
         save_file(rounded, file.with_suffix(".part"), metadata={"format": "pt"})
         file.with_suffix(".part").replace(file)
-    config = folder / "config.json"
-    settings = json.loads(config.read_text()) | {"dtype": name}
-    replace_file(config, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def readable(checkpoint: Path) -> None:

@@ -19,6 +19,7 @@ from steer.errors import SteerError
 from steer.evaluation.pack import pack, read_packed
 from steer.evaluation.plan import ANSWER_RECIPES, POPULATION_RECIPE, Plan
 from steer.files import replace_file
+from steer.models import MIXED
 from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.threads import processor, usable_cpus
@@ -366,8 +367,7 @@ class Comparison:
 
 def precision(settings: dict[str, Any]) -> str:
     """
-    The precision that a run computes in. A model is measured in it: one that learned under the rounding of
-    bfloat16 can be far worse in float32 (Qwen2.5-Coder-0.5B on sums of five numbers: 0.80 and 0.50).
+    The precision that a run computes in, in which its model is measured.
 
     Args:
         settings: Those of a run, by name.
@@ -375,9 +375,8 @@ def precision(settings: dict[str, Any]) -> str:
     Returns:
         The name of a dtype, or "auto" or "fast".
     """
-    mixed = {"bf16": "bfloat16", "fp16": "float16"}
-    names = [dtype for flag, dtype in mixed.items() if settings.get(flag)]
-    return names[0] if names else settings.get("model_dtype", "auto")
+    mixed = [dtype for flag, dtype in MIXED.items() if settings.get(flag)]
+    return mixed[0] if mixed else settings.get("model_dtype", "auto")
 
 
 def _write_problems(file: Path, rows: Iterable[dict[str, Any]]) -> None:

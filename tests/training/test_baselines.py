@@ -168,6 +168,7 @@ def test_a_model_of_mixed_training_is_saved_as_it_learned(run: Callable, tmp_pat
     assert {p.suffix for p in (tmp_path / "model").iterdir()} <= {".safetensors", ".json", ".jinja"}
 
     trainer.save_model(str(tmp_path / "checkpoint"), _internal_call=True)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").dtype == torch.bfloat16
     exact = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
     assert distance(weights(trainer), dict(exact.named_parameters())) == 0
 
