@@ -181,6 +181,26 @@ def grouped(model: PreTrainedModel, fused_from: int | None = None) -> Iterator[N
         AttentionInterface.register("sdpa", before)
 
 
+@contextmanager
+def head_inputs_copied(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Inside, the LM head of a model on the CPU gets tensors of their own in place of views.
+
+    `generate()` gives it a view, the last token of each prompt. Torch then multiplies row by row, and in
+    bfloat16 it copies the head for each row first: 17 GB and 49 s for 64 rows and a vocabulary of 151,936, in
+    place of 0.03 s. In float32 the view takes five to nine times as long.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.device.type != "cpu":
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def prepare() -> None:
     """
     Settings of this process that make training on a CPU faster and smaller; not for runs on an accelerator.

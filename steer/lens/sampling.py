@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from steer.errors import SteerError
+from steer.generation import cpu
 from steer.lens.conditions import Condition, open_lanes
 from steer.lens.passes import prompt_columns
 from steer.lens.subject import Row, Subject, chunks
@@ -61,7 +62,11 @@ def complete(
                 )
             prompt = prompt_columns(padded, batch).repeat(len(conditions)).to(subject.device)
             whole = padded.repeat(len(conditions))
-            with open_lanes(subject, conditions), subject.vectors.prompt_length(prompt):
+            with (
+                open_lanes(subject, conditions),
+                subject.vectors.prompt_length(prompt),
+                cpu.head_inputs_copied(subject.model),
+            ):
                 ids = subject.model.generate(  # type: ignore[operator]  # a mixin of the model's class
                     input_ids=whole.ids,
                     attention_mask=whole.mask,

@@ -155,7 +155,7 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
             base = self.accelerator.unwrap_model(self.model)
             if not (self.use_vllm or self.use_transformers_continuous_batching):
                 check_padding(base, [len(ids) for ids in prompt_ids])
-            with fast_attention(base):
+            with fast_attention(base), cpu.head_inputs_copied(base):
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         sampling = Sampling(
             self.max_completion_length,

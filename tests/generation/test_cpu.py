@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES
+from helpers.heads import contiguous_inputs
 from helpers.training import SPREAD
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -271,6 +272,18 @@ def test_a_model_with_eager_attention_is_left_alone(build_tiny, monkeypatch) -> 
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_generate_gives_the_head_no_views(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    contiguous = contiguous_inputs(llama, monkeypatch)
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    with cpu.head_inputs_copied(llama):
+        copied = llama.generate(ids, **settings)
+    assert contiguous == [True] * 3
+    contiguous.clear()
+    assert torch.equal(llama.generate(ids, **settings), copied)
+    assert contiguous == [False, True, True], "the last token of each prompt is a view"
+
+
 def test_freed_memory_is_kept_and_then_returned() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.heads import contiguous_inputs
 from helpers.lens import PROBLEMS, Exact, subject_of, texts
 from helpers.steering import message
 
@@ -81,6 +82,14 @@ def test_shift_does_not_depend_on_batch_size_or_padding(tiny_model, tiny_tokeniz
 def test_long_completions_are_cut(tiny_llama, tiny_tokenizer) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer)
     assert token_shift(subject, texts(), positions=3).count.tolist() == [3, 3, 2]
+
+
+def test_completions_give_the_head_no_views(tiny_llama, tiny_tokenizer, monkeypatch) -> None:
+    """A view of the prompts' last tokens makes torch copy the head for each row in bfloat16."""
+    subject = subject_of(tiny_llama, tiny_tokenizer, std=1.0)
+    contiguous = contiguous_inputs(subject.model, monkeypatch)
+    complete(subject, subject.rows(PROBLEMS), [BASE, steered(subject)])
+    assert len(contiguous) > 1 and all(contiguous)
 
 
 def test_greedy_completions_are_those_of_plain_generation(tiny_model, tiny_tokenizer) -> None:

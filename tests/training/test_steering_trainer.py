@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.heads import contiguous_inputs
 from helpers.training import SPREAD, config, far, logged, make_trainer, problems, same, target_share
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -170,6 +171,13 @@ def test_both_samplers_train(run) -> None:
         trainer = run(fast_sampler=fast, top_k=20, top_p=0.9, folder=f"fast-{fast}")
         assert trainer.state.global_step == 2 and len(logged(trainer, "reward")) == 2
         assert all(t.norm() > 0 for t in vectors(trainer).values())
+
+
+def test_the_sampler_of_transformers_gives_the_head_no_views(run, build_tiny, monkeypatch) -> None:
+    model = build_tiny("llama", initializer_range=SPREAD)
+    contiguous = contiguous_inputs(model, monkeypatch)
+    run(model=model, fast_sampler=False, max_steps=1)
+    assert len(contiguous) > 1 and all(contiguous)
 
 
 def test_the_same_seed_gives_the_same_vectors_and_another_seed_others(run) -> None:
