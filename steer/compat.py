@@ -132,7 +132,7 @@ APIS: tuple[Api, ...] = (
         "overrides it",
         (*_SELF, "prompt_ids", "images", "multimodal_fields", MORE),
     ),
-    Api(f"{_GRPO}._generate", _TRL, "calls it", (*_SELF, "prompts")),
+    Api(f"{_GRPO}._generate", _TRL, "overrides it", (*_SELF, "prompts")),
     Api(
         f"{_GRPO}._tool_call_loop",
         _TRL,

@@ -27,7 +27,7 @@ def watch(trainer: Trainer) -> None:
     for former in (PrinterCallback, ProgressCallback, ProgressBar, Seconds):
         trainer.remove_callback(former)
     if (metrics := getattr(trainer, "_metrics", None)) is not None:
-        trainer.add_callback(Seconds(metrics["train"]))
+        trainer.add_callback(Seconds(trainer, metrics["train"]))
     if not trainer.args.disable_tqdm:
         trainer.add_callback(ProgressBar())
 
@@ -78,18 +78,26 @@ class VectorLog(TrainerCallback):
 
 
 class Seconds(TrainerCallback):
-    """Adds to every log the time of an update: `seconds/wall`, and `seconds/cpu` of all threads together."""
+    """
+    Adds to every log the time of an update: `seconds/wall`, the part of it in which completions were drawn
+    (`seconds/rollout`), and `seconds/cpu` of all threads together.
+    """
 
-    def __init__(self, metrics: dict[str, list[float]]):
-        self.metrics = metrics
-        self.began = (0.0, 0.0)
+    def __init__(self, trainer: Trainer, metrics: dict[str, list[float]]):
+        self.trainer, self.metrics = trainer, metrics
+        self.began: dict[str, float] = {}
 
     def on_step_begin(self, *args: object, **kwargs: object) -> None:
-        self.began = time.perf_counter(), time.process_time()
+        self.began = self._now()
 
     def on_step_end(self, *args: object, **kwargs: object) -> None:
-        self.metrics["seconds/wall"].append(time.perf_counter() - self.began[0])
-        self.metrics["seconds/cpu"].append(time.process_time() - self.began[1])
+        for name, now in self._now().items():
+            self.metrics[f"seconds/{name}"].append(now - self.began[name])
+
+    def _now(self) -> dict[str, float]:
+        drawn = getattr(self.trainer, "rollout_seconds", None)  # supervised training draws nothing
+        times = {"wall": time.perf_counter(), "cpu": time.process_time()}
+        return times if drawn is None else {**times, "rollout": drawn}
 
 
 class ProgressBar(TrainerCallback):

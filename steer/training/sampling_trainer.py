@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from math import gcd
@@ -47,6 +48,7 @@ class SamplingGRPOTrainer(ResumableGRPOTrainer):
     train_dataset: Dataset
     pass_rates: PassRates | None = None
     first_row = 0  # rows of the generation that were drawn before those that are drawn now
+    rollout_seconds = 0.0  # of wall time in which completions were drawn so far
     _known_rewards: torch.Tensor | None = None
 
     def __init__(self, *, args: SteeringGRPOConfig, **kwargs: Any):
@@ -67,6 +69,13 @@ class SamplingGRPOTrainer(ResumableGRPOTrainer):
             self.pass_rates = PassRates(len(data), args)
             kwargs["train_dataset"] = data.add_column(_INDEX, list(range(len(data))))
         super().__init__(args=args, **kwargs)
+
+    def _generate(self, prompts: list) -> tuple:
+        began = time.perf_counter()
+        try:
+            return super()._generate(prompts)
+        finally:
+            self.rollout_seconds += time.perf_counter() - began
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.pass_rates is None or not self.model.training:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas
 import pytest
 from helpers.launching import ROOT, run_folder
-from helpers.training import SPREAD, config, make_trainer, problems
+from helpers.training import SPREAD, config, make_trainer, parity, problems
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trl.trainer import grpo_trainer
 
@@ -46,6 +46,23 @@ def test_completions_are_logged_as_tables(
     board = EventAccumulator(str(next((tmp_path / "board").rglob("events*")).parent))
     board.Reload()
     assert "train/reward" in board.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("rounds", [0, 2], ids=["plain", "dynamic sampling"])
+def test_the_log_tells_rollouts_from_the_rest_of_an_update(
+    tmp_path: Path, build_tiny, tiny_tokenizer, rounds: int
+) -> None:
+    args = config(tmp_path, logging_steps=1, dynamic_sampling_rounds=rounds)
+    model = build_tiny("llama", initializer_range=SPREAD)
+    trainer = make_trainer(model, tiny_tokenizer, args, parity, data=problems(9))
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 < row["seconds/rollout"] < row["seconds/wall"]
+    assert sum(row["seconds/rollout"] for row in rows) == pytest.approx(trainer.rollout_seconds)
+    if rounds:  # those that were drawn in vain count too
+        assert sum(row["dynamic_sampling/rounds"] for row in rows) > 0
 
 
 def test_a_dry_run_says_what_would_be_trained(tmp_path: Path, build_tiny, tiny_tokenizer, recipe) -> None:
