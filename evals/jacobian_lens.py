@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checksum(sample) == lens.sample:
         raise SteerError("the lens was fitted on these very texts; give others with --texts")
     result = {
-        "model": name,
+        "model": source.config.base_model_name_or_path,
+        "base_adapter": source.config.base_adapter,
         "vectors": vectors_checksum(vectors.config, vectors.tensors()),
         "lens": {"site": lens.site, "texts": lens.texts, "tokens": lens.tokens, "sample": lens.sample},
         "measured": {"texts": args.limit, "tokens": sum(sum(w.keep) for w in sample)},

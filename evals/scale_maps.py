@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind, suffix in (("trained", ""), ("random read-out too", "-random")):
         found[kind][0].plot(out.with_name(f"{out.name}{suffix}.png"))
     result = {
-        "model": name,
+        "model": source.config.base_model_name_or_path,
+        "base_adapter": source.config.base_adapter,
         "vectors": vectors_checksum(vectors.config, vectors.tensors()),
         "texts": len(rows),
         "solved": solved,

@@ -31,6 +31,7 @@ def test_ranks_of_the_token_that_is_promoted_most(build_tiny, tiny_tokenizer, tm
     argv = [str(source), "--lens", str(lens), "--out", str(tmp_path / "new/out.json"), "--length", "6"]
     jacobian_lens.main([*argv, "--limit", "3", "--texts", str(tmp_path / "others.txt")])
     result = json.loads((tmp_path / "new/out.json").read_text())
+    assert result["model"] == str(folder) and result["base_adapter"] is None
     assert capsys.readouterr().out.count("| ") > 3
 
     # measured by hand: the last layer's vector alone
@@ -58,10 +59,12 @@ def test_ranks_of_the_token_that_is_promoted_most(build_tiny, tiny_tokenizer, tm
         jacobian_lens.main([*argv, "--limit", "2", "--texts", str(tmp_path / "fit.txt")])
 
 
-def test_the_page_quotes_the_committed_result() -> None:
-    result = json.loads((ROOT / "evals/results/lens/jacobian.json").read_text())
-    lines = jacobian_lens.table(result)
+def test_the_page_quotes_the_committed_results() -> None:
+    files = sorted((ROOT / "evals/results/lens").glob("jacobian*.json"))
+    tables = [jacobian_lens.table(json.loads(file.read_text())) for file in files]
     page = (ROOT / "docs/lens.md").read_text().splitlines()
     quoted = [line for line in page if re.match(r"\| \d+ \| `'", line)]
-    assert len(quoted) > 9 and set(quoted) <= set(lines)
-    assert lines[0] in page
+    for lines in tables:
+        assert len(set(lines) & set(quoted)) > 9
+    assert set(quoted) <= {line for lines in tables for line in lines}
+    assert page.count(tables[0][0]) == len(tables) == 2
