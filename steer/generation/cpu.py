@@ -194,7 +194,7 @@ def head_inputs_copied(model: PreTrainedModel) -> Iterator[None]:
     if head is None or model.device.type != "cpu":
         yield
         return
-    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    hook = head.register_forward_pre_hook(lambda module, inputs: tuple(x.contiguous() for x in inputs))
     try:
         yield
     finally:
