@@ -8,6 +8,9 @@ the head is frozen the gradient is known as soon as the logits are: with p = sof
 
 is computed beside them and kept, and the backward pass multiplies its rows with the incoming gradient. In
 bfloat16 the logits and 1_y - p are rounded, as trl rounds them, and all between them is float32.
+
+Between the products a few rows are worked on at a time (`cpu.cached_rows`): with a vocabulary of 151,936, a
+tile in float32 is 156 MB, and each operation on all of it would read and write main memory.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from steer import compat
+from steer.generation.cpu import cached_rows
 
 # Tokens whose logits are held at once.
 TILE = 256
@@ -35,26 +39,34 @@ class FrozenHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         log_probs, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        buffer = hidden.new_empty(min(TILE, len(hidden)), len(weight))
         wide = torch.promote_types(weight.dtype, torch.float32)
+        tile = hidden.new_empty(min(TILE, len(hidden)), len(weight))
+        few = cached_rows(len(weight))
+        logits_buffer, exp_buffer = hidden.new_empty(2, min(few, len(tile)), len(weight), dtype=wide)
         for start in range(0, len(hidden), TILE):
-            part = slice(start, start + TILE)
-            target = targets[part, None]
-            logits = torch.mm(hidden[part], weight.t(), out=buffer[: len(target)]).to(wide)
-            if bias is not None:
-                logits += bias
-            logits *= factor
-            logits -= logits.amax(-1, keepdim=True)
-            chosen = logits.gather(-1, target)
-            # H = log Z - sum p z, and both sums are had from one table of exp(z)
-            exp = logits.exp()
-            total = exp.sum(-1, keepdim=True)
-            expected = torch.linalg.vecdot(exp, logits).unsqueeze(-1) / total
-            log_probs[part] = (chosen - total.log()).squeeze(-1)
-            entropy[part] = (total.log() - expected).squeeze(-1)
+            tile = tile[: len(hidden) - start]
+            torch.mm(hidden[start : start + TILE], weight.t(), out=tile)
+            for i in range(0, len(tile), few):
+                rows = tile[i : i + few]
+                part = slice(start + i, start + i + len(rows))
+                target = targets[part, None]
+                logits = rows if rows.dtype == wide else logits_buffer[: len(rows)].copy_(rows)
+                if bias is not None:
+                    logits += bias
+                if factor != 1:
+                    logits *= factor
+                logits -= logits.amax(-1, keepdim=True)
+                chosen = logits.gather(-1, target)
+                # H = log Z - sum p z, and both sums are had from one table of exp(z)
+                exp = torch.exp(logits, out=exp_buffer[: len(rows)])
+                total = exp.sum(-1, keepdim=True)
+                expected = logits.mul_(exp).sum(-1, keepdim=True) / total
+                log_probs[part] = (chosen - total.log()).squeeze(-1)
+                entropy[part] = (total.log() - expected).squeeze(-1)
+                if slope is not None:
+                    rows.copy_(exp.div_(-total).scatter_add_(-1, target, torch.ones_like(total)))
             if slope is not None:
-                pull = exp.div_(-total).scatter_add_(-1, target, torch.ones_like(total))
-                slope[part] = torch.mm(pull.to(weight.dtype), weight) * factor
+                slope[start : start + TILE] = torch.mm(tile, weight) * factor
         ctx.save_for_backward(slope, hidden, weight)
         ctx.rest = rest
         return log_probs, entropy, None, None, None

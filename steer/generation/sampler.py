@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from steer.generation.completion import Completion
+from steer.generation.cpu import cached_rows
 from steer.generation.decoding import WORTH_A_PASS, CachedRows, PlainRows, Rows, window
 from steer.generation.verify import fast_attention, fast_paths
 from steer.sites import input_device
@@ -183,6 +184,19 @@ def draw_token(
     One token and its log-probability per row of `logits` (rows, vocabulary), by inversion of the
     distribution: with `noise`, (rows,) uniform numbers, where the temperature is not 0.
     """
+    # On a CPU a few rows at a time, which stay in its cache.
+    size = cached_rows(logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    drawn = [
+        _draw(logits[i : i + size], temperature, warpers, None if noise is None else noise[i : i + size])
+        for i in range(0, len(logits), size)
+    ]
+    tokens, logps = zip(*drawn, strict=True)
+    return torch.cat(tokens), torch.cat(logps)
+
+
+def _draw(
+    logits: torch.Tensor, temperature: float, warpers: LogitsProcessorList, noise: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     scores = logits.float()
     if temperature == 0:
         token = scores.argmax(-1)

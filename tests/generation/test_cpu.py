@@ -310,3 +310,14 @@ def test_nothing_is_registered_or_set_by_importing() -> None:
         "assert A._global_mapping == before and c.TOKEN_CHUNK_SIZE == tiles"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_each_thread_has_as_many_of_the_rows_worked_on_at_once(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for width in (1, 1000, cpu.CACHED // 2, 10 * cpu.CACHED):
+        rows = cpu.cached_rows(width)
+        assert rows >= threads and rows % threads == 0
+        assert rows == threads or rows * width <= cpu.CACHED

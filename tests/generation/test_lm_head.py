@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels import chunked_logprob
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils
@@ -22,11 +23,13 @@ def inputs(bias: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return hidden, weight, torch.randn(WORDS) if bias else None, torch.randint(0, WORDS, (TOKENS,))
 
 
+@pytest.mark.parametrize("few", [2, 3, 256])  # rows at once of a tile
 @pytest.mark.parametrize("tile", [7, 256])  # 19 tokens in tiles of 7, 7 and 5, and in one
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("wanted", ["log_probs", "entropy", "both"])
-def test_values_and_gradients_equal_trls(monkeypatch, tile: int, bias: bool, wanted: str) -> None:
+def test_values_and_gradients_equal_trls(monkeypatch, few: int, tile: int, bias: bool, wanted: str) -> None:
     monkeypatch.setattr(lm_head, "TILE", tile)
+    monkeypatch.setattr(lm_head, "cached_rows", lambda width: few)
     hidden, weight, offset, targets = inputs(bias)
     found = []
     for function in (FrozenHead, ChunkedLogProbFunction):
@@ -64,8 +67,10 @@ def test_equal_to_log_softmax_in_float64() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("few", [3, 256])
 @pytest.mark.parametrize("bias", [False, True])
-def test_bfloat16_loses_no_more_than_trl_does(bias: bool) -> None:
+def test_bfloat16_loses_no_more_than_trl_does(monkeypatch, few: int, bias: bool) -> None:
+    monkeypatch.setattr(lm_head, "cached_rows", lambda width: few)
     hidden, weight, offset, targets = inputs(bias)
     rest = (offset, targets, 0.7, 32, None, 1.0, OUTPUTS)
     exact = tuple(None if x is None else x.double() for x in (hidden.bfloat16(), weight.bfloat16(), offset))
@@ -85,6 +90,34 @@ def test_bfloat16_loses_no_more_than_trl_does(bias: bool) -> None:
     assert off[0][0] <= 1.1 * off[1][0] + 1e-3
     assert off[0][1] <= 1.1 * off[1][1] + 1e-3
     assert off[0][1] < 0.02
+
+
+class Sizes(TorchDispatchMode):
+    """Numbers in the result of each operation, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            name = func.overloadpacket.__name__
+            self.of[name] = max(self.of.get(name, 0), result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_between_the_products_no_table_has_more_than_a_few_rows(monkeypatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(lm_head, "cached_rows", lambda width: 3)
+    hidden, weight, _, targets = inputs()
+    with Sizes() as sizes:
+        FrozenHead.apply(hidden.to(dtype), weight.to(dtype), None, targets, 0.7, 32, None, 1.0, OUTPUTS)
+    assert sizes.of["mm"] == TOKENS * WORDS
+    assert sizes.of["exp"] == 3 * WORDS
+    whole = {name for name, size in sizes.of.items() if size >= TOKENS * WORDS}
+    # of the product: the buffer that it is written to, and its rows
+    assert whole <= {"mm", "new_empty", "empty", "slice", "t", "_to_copy"}, whole
 
 
 def test_it_stands_in_only_where_it_computes_the_same(monkeypatch) -> None:

@@ -250,6 +250,20 @@ def test_tokens_of_probability_zero_are_never_drawn(filters: dict) -> None:
         assert logp.isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("few", [1, 4, 10])  # of ten rows
+def test_rows_drawn_a_few_at_a_time_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, few: int, temperature: float
+) -> None:
+    torch.manual_seed(0)
+    logits, noise, warpers = torch.randn(10, 40), torch.rand(10), Sampling(1, (), top_k=7).warpers()
+    whole = sampler._draw(logits, temperature, warpers, noise)
+    monkeypatch.setattr(sampler, "cached_rows", lambda width: few)
+    token, logp = draw_token(logits, temperature, warpers, noise)
+    assert len(token.unique()) > 5
+    assert torch.equal(token, whole[0]) and torch.equal(logp, whole[1])
+
+
 def test_bfloat16_logits_are_sampled_in_float32() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.bfloat16)
     _, logp = draw_token(logits, 1.0, LogitsProcessorList(), torch.tensor([0.99]))
