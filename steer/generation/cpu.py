@@ -204,7 +204,7 @@ def head_inputs_copied(model: PreTrainedModel) -> Iterator[None]:
 
 
 def cached_rows(width: int) -> int:
-    """How many rows of `width` numbers are worked on at a time: `CACHED` numbers, as many rows a thread."""
+    """How many rows of `width` numbers to work on at a time: about `CACHED` numbers, for all threads."""
     threads = torch.get_num_threads()
     return threads * max(1, CACHED // (threads * width))
 

@@ -271,7 +271,6 @@ def test_a_model_with_eager_attention_is_left_alone(build_tiny, monkeypatch) -> 
         model(input_ids=ids, attention_mask=mask)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
 def test_generate_gives_the_head_no_views(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     contiguous = contiguous_inputs(llama, monkeypatch)
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
@@ -284,6 +283,7 @@ def test_generate_gives_the_head_no_views(llama: PreTrainedModel, monkeypatch: p
     assert contiguous == [False, True, True], "the last token of each prompt is a view"
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
 def test_freed_memory_is_kept_and_then_returned() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
