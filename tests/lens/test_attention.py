@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.lens import subject_of, texts
+from helpers.paths import ROOT
 from helpers.steering import message
 from scipy.spatial.distance import jensenshannon
 
@@ -154,3 +157,25 @@ def test_a_text_of_one_token_is_refused(tiny_llama, tiny_tokenizer) -> None:
     with pytest.raises(SteerError) as error:
         attention_distance(subject_of(tiny_llama, tiny_tokenizer), [Row((5,), 1)])
     assert "two tokens or more" in message(error)
+
+
+def test_the_page_quotes_the_committed_results() -> None:
+    page = (ROOT / "docs/lens.md").read_text().splitlines()
+    heads = [n for n, line in enumerate(page) if line.startswith("| attention of layer | ")]
+    files = ("attention.json", "attention-coder-0.5b.json")
+    assert len(heads) == len(files)
+    for head, name in zip(heads, files, strict=True):
+        found = json.loads((ROOT / "evals/results/lens" / name).read_text())
+        at = [found["layers"].index(int(cell)) for cell in re.findall(r"\| (\d+) ", page[head])]
+        draws = found["random"]
+        mean = [sum(values) / len(draws) for values in zip(*draws, strict=True)]
+        highest = [max(values) for values in zip(*draws, strict=True)]
+        rows = {
+            "trained": (found["distance"], found["mean"]),
+            f"random, mean of {len(draws)} draws": (mean, sum(found["random_mean"]) / len(draws)),
+            "random, highest draw": (highest, max(found["random_mean"])),
+        }
+        for line, (label, (layers, over_all)) in zip(page[head + 2 :], rows.items(), strict=False):
+            cells = [label, *(f"{layers[i]:.3f}" for i in at), f"{over_all:.3f}"]
+            assert line == f"| {' | '.join(cells)} |"
+        assert f"{found['texts']} steered answers, {found['tokens']:,} tokens" in " ".join(page)
