@@ -160,17 +160,35 @@ def tell_of_trained_on(variants: Sequence[Variant], names: Sequence[str]) -> Non
 
 
 def tell_of_precision(model: str, dtype: str) -> None:
-    """Warn of a full fine-tune, in the folder of its run, that learned in another precision than `dtype`."""
+    """
+    Warn of a full fine-tune, in the folder of its run, that learned in another precision than `dtype`, unless
+    its weights are rounded to that precision, as those of a finished run are.
+    """
     run = Path(model).parent / "run.json"
     training = read_json(run).get("training", {}) if Path(model).is_dir() and run.exists() else {}
     learned = [dtype for flag, dtype in MIXED.items() if training.get(flag)]
     measured = fast_dtype() if dtype == "fast" else dtype
-    if learned and measured not in ("auto", *learned):  # auto is the precision that it learned in
+    # auto is the precision that it learned in
+    if learned and measured not in ("auto", *learned) and not _is_rounded(Path(model), learned[0]):
         log.warning(
             "warning: %s was trained in mixed precision (%s) and is measured with --dtype %s; models that "
             "learned under the rounding of %s can be worse without it: leave --dtype out",
             *(model, learned[0], dtype, learned[0]),
         )
+
+
+def _is_rounded(folder: Path, dtype: str) -> bool:
+    """Whether the weights in `folder`, of whatever dtype, are numbers of `dtype`."""
+    import torch
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+                weight = file.get_tensor(name)
+                if not torch.equal(weight, weight.to(getattr(torch, dtype)).to(weight.dtype)):
+                    return False
+    return True
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from helpers.evaluating import TOKENS, arguments, everything, make_base, rows
 from helpers.paths import ROOT
 from helpers.steering import fill
 from helpers.training import write_problems
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import steer
@@ -407,6 +408,8 @@ def test_a_full_fine_tune_in_another_precision_than_it_learned_in_is_told(
 ) -> None:
     (tmp_path / "model").mkdir()
     model = str(tmp_path / "model")
+    weights = {"layer": torch.linspace(0, 1, 12).view(3, 4)}
+    save_file(weights, tmp_path / "model/model.safetensors")
     variants.tell_of_precision(model, "float32")  # of no run
     variants.tell_of_precision("org/name", "float32")
     (tmp_path / "run.json").write_text(json.dumps({"training": {"bf16": False, "fp16": False}}))
@@ -414,6 +417,10 @@ def test_a_full_fine_tune_in_another_precision_than_it_learned_in_is_told(
     (tmp_path / "run.json").write_text(json.dumps({"training": {"bf16": True, "fp16": False}}))
     variants.tell_of_precision(model, "bfloat16")
     variants.tell_of_precision(model, "auto")
+    rounded = {name: weight.bfloat16().float() for name, weight in weights.items()}
+    save_file(rounded, tmp_path / "model/model.safetensors")
+    variants.tell_of_precision(model, "float32")  # as a finished run is saved
     assert not caplog.text
+    save_file(weights, tmp_path / "model/model.safetensors")
     variants.tell_of_precision(model, "float32")
     assert "trained in mixed precision (bfloat16) and is measured with --dtype float32" in caplog.text
