@@ -32,7 +32,7 @@ from steer.arguments import Help, with_default
 from steer.base_adapter import base_source
 from steer.errors import SteerError
 from steer.files import held
-from steer.generation.cpu import keep_freed_memory
+from steer.generation.allocator import keep_freed_memory
 from steer.models import load_model, load_tokenizer
 from steer.outputs import check_output
 from steer.recipe_files import config_file

@@ -77,12 +77,12 @@ class HfEngine:
     def __init__(self, name: str, revision: str | None, dtype: str, trust_remote_code: bool = False):
         import torch
 
-        from steer.generation import cpu
+        from steer.generation import allocator
         from steer.models import load_model
 
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None
         if device is None:
-            cpu.keep_freed_memory()
+            allocator.keep_freed_memory()
         self.model = load_model(
             name,
             revision=revision,

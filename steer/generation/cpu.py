@@ -1,6 +1,6 @@
 """
-What makes training fast and small on a CPU: an attention form for small batches, an allocator that keeps what
-it was given, and an LM head in tiles that fit.
+What makes training fast and small on a CPU: an attention form for small batches, an LM head in tiles that
+fit, and an allocator that keeps what it was given (`steer.generation.allocator`).
 
 With a padding mask, transformers repeats keys and values for every query head, and makes a mask of numbers in
 every layer; autograd keeps all of these copies. Torch's fused CPU kernel needs neither, and keeps no scores.
@@ -10,13 +10,10 @@ same sum.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steer import compat
+from steer.generation.allocator import keep_freed_memory
 
 log = logging.getLogger(__name__)
 # Largest number of scores (batch x heads x queries x keys) that the matrix products hold at once.
@@ -38,8 +36,6 @@ FUSED_QUERIES, FUSED_QUERIES_HALF = 16, 128
 HEAD_TILE = 256
 # Numbers (2 MB in float32) that stay in the processor's cache from one operation to the next.
 CACHED = 1 << 19
-# Share of the machine's memory from which a process gives back what it has freed.
-KEPT = 0.8
 
 
 def grouped_attention(
@@ -213,43 +209,9 @@ def prepare() -> None:
     """
     Settings of this process that make training on a CPU faster and smaller; not for runs on an accelerator.
     """
-    log.info("on the CPU: glibc keeps freed memory (mallopt), LM head tiles of %d tokens", HEAD_TILE)
-    keep_freed_memory()
+    memory = "the allocator is not glibc's and stays as it is"
+    if keep_freed_memory():
+        memory = "glibc keeps freed memory (mallopt)"
+    log.info("on the CPU: %s, LM head tiles of %d tokens", memory, HEAD_TILE)
     compat.set_head_tiles(HEAD_TILE)
     compat.set_head_products()
-
-
-def keep_freed_memory() -> None:
-    """
-    Let glibc reuse freed tensors instead of returning them to the kernel (no effect with other allocators).
-
-    Every step frees and allocates gigabytes; by default each large tensor is a fresh mapping whose pages
-    fault in again, which took half of a step's time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
-
-
-def return_freed_memory() -> None:
-    """
-    Give the memory that glibc keeps (`keep_freed_memory`) back to the kernel once, as after a start-up that
-    needed more than training will. What is used again afterwards is kept again.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def limit_kept_memory(total: float) -> None:
-    """
-    Give freed memory back when this process holds more than `KEPT` of `total` bytes. Tensors of other sizes
-    with each update leave gaps that no later tensor fits, so that what glibc keeps grows over many updates.
-    What is given back is cleared by the kernel when it is used again, which takes time.
-    """
-    with suppress(OSError):  # no Linux
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        if resident > KEPT * total:
-            return_freed_memory()

@@ -24,7 +24,7 @@ from trl.trainer.grpo_trainer import RewardFunc
 
 from steer import compat
 from steer.errors import SteerError
-from steer.generation import cpu
+from steer.generation import allocator, cpu
 from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.generation.scoring import Scored, add_group_scoring
 from steer.generation.verify import fast_attention, fast_paths, no_router_loss
@@ -104,7 +104,7 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.accelerator.device.type == "cpu":
-            cpu.return_freed_memory()  # of loading, and of answers before training
+            allocator.return_freed_memory()  # of loading, and of answers before training
         return super().train(*args, **kwargs)
 
     # ---- what is trained

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from steer.errors import SteerError
-from steer.generation import cpu
+from steer.generation import allocator
 from steer.generation.recompute import mlps, recomputed
 from steer.generation.scoring import length_batches, pass_tokens
 from steer.training.config import SteeringGRPOConfig
@@ -54,7 +54,7 @@ def total_memory(device: torch.device) -> float:
 def limit_kept(device: torch.device) -> None:
     """Before an update: a process on the CPU that holds much memory gives back what it has freed."""
     if device.type == "cpu":
-        cpu.limit_kept_memory(total_memory(device))
+        allocator.limit_kept_memory(total_memory(device))
 
 
 def memory_limit(device: torch.device, update_memory: float | None) -> float:

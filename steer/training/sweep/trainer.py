@@ -26,7 +26,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from steer.errors import SteerError
 from steer.files import replace_file
-from steer.generation import cpu
+from steer.generation import allocator, cpu
 from steer.generation.completion import Completion
 from steer.generation.decoding import pad_left
 from steer.generation.sampler import Sampling, rollout, uniforms
@@ -103,7 +103,7 @@ class PopulationTrainer:
             return max(0, min(member.steps, until or member.steps) - member.step) if member.active else 0
 
         if self.model.device.type == "cpu":
-            cpu.return_freed_memory()
+            allocator.return_freed_memory()
         total = sum(min(m.steps, until or m.steps) for m in self.members if m.stopped is None)
         label = f"training {sum(map(bool, map(left, self.members)))} members"
         bar = tqdm(
