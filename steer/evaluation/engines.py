@@ -121,8 +121,10 @@ class HfEngine:
     ) -> list[Completion]:
         import torch
 
+        from steer.generation import allocator
         from steer.generation.sampler import Sampling, rollout, uniforms
 
+        allocator.limit_kept_memory(self.model.device)
         sampling = Sampling(
             decoding.max_new_tokens, decoding.stop, temperature=decoding.temperature, top_p=decoding.top_p
         )

@@ -13,9 +13,15 @@ import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # Share of the machine's memory from which a process gives back what it has freed.
 KEPT = 0.8
+# Limits of a container: of control groups, version 2 and 1.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def is_glibc() -> bool:
@@ -53,13 +59,29 @@ def return_freed_memory() -> None:
         release()
 
 
-def limit_kept_memory(total: float) -> None:
+def limit_kept_memory(device: torch.device) -> None:
     """
-    Give freed memory back when this process holds more than `KEPT` of `total` bytes. Tensors of other sizes
-    with each update leave gaps that no later tensor fits, so that what glibc keeps grows over many updates.
-    What is given back is cleared by the kernel when it is used again, which takes time.
+    Give freed memory back when a process that computes on the CPU holds more than `KEPT` of what it has.
+    Tensors of other sizes with each batch leave gaps that no later tensor fits, so that what glibc keeps
+    grows. What is given back is cleared by the kernel when it is used again, which takes time.
     """
+    if device.type != "cpu":
+        return
     with suppress(OSError):  # no Linux
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        if resident > KEPT * total:
+        if resident > KEPT * machine_memory():
             return_freed_memory()
+
+
+def machine_memory() -> float:
+    """
+    Bytes of memory that a process has at most: its part of the machine's, or of its container's. Infinity
+    where the system does not say.
+    """
+    if not hasattr(os, "sysconf"):
+        return float("inf")
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in _LIMITS:
+        with suppress(OSError, ValueError):  # not there, or the word "max"
+            sizes.append(int(Path(limit).read_text()))
+    return min(sizes) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -36,7 +36,7 @@ from steer.training.callbacks import watch
 from steer.training.config import BATCH_TOKEN_LOSSES, ROW_LOSSES, SteeringGRPOConfig
 from steer.training.loading import already_loaded
 from steer.training.loss import group_advantages, importance_weights, total_rewards
-from steer.training.memory import UpdateMemory, check_settings, limit_kept, memory_limit, row_sizes
+from steer.training.memory import UpdateMemory, check_settings, memory_limit, row_sizes
 from steer.training.sampling_trainer import SamplingGRPOTrainer
 
 
@@ -197,7 +197,7 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
             raise SteerError(
                 "a process got no prompts: the data set is smaller than one batch; lower the batch size"
             )
-        limit_kept(self.accelerator.device)
+        allocator.limit_kept_memory(self.accelerator.device)
         # To weigh what an engine drew, trl scores it in a pass of its own; the update's scores are the same.
         weighed = patch.object(self, "vllm_importance_sampling_correction", False)
         with weighed if self._one_update() else nullcontext():

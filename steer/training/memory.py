@@ -9,12 +9,10 @@ again has the same parts: another order of sums would round differently.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,8 +29,6 @@ GB = 1e9
 SHARE = 0.25
 # Tokens of the longest pass that is measured.
 TOKENS = 256
-# Limits of a container: of control groups, version 2 and 1.
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def total_memory(device: torch.device) -> float:
@@ -42,19 +38,7 @@ def total_memory(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
-        return float("inf")
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit in _LIMITS:
-        with suppress(OSError, ValueError):  # not there, or the word "max"
-            sizes.append(int(Path(limit).read_text()))
-    return min(sizes) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def limit_kept(device: torch.device) -> None:
-    """Before an update: a process on the CPU that holds much memory gives back what it has freed."""
-    if device.type == "cpu":
-        allocator.limit_kept_memory(total_memory(device))
+    return allocator.machine_memory() if device.type == "cpu" else float("inf")
 
 
 def memory_limit(device: torch.device, update_memory: float | None) -> float:

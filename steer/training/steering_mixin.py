@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer
 from steer import artifact, compat
 from steer.config import SteeringConfig
 from steer.errors import SteerError
-from steer.generation import cpu
+from steer.generation import allocator, cpu
 from steer.generation.scoring import add_group_scoring
 from steer.generation.verify import fast_paths
 from steer.identity import tokenizer_checksum
@@ -183,6 +183,7 @@ class SteeringTrainerMixin(ResumableMixin):
             yield
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        allocator.limit_kept_memory(self.accelerator.device)
         with self._told(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
 

@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import steer
 from steer.evaluation import run, store, variants
-from steer.evaluation.engines import HfEngine, row_seed
+from steer.evaluation.engines import Decoding, HfEngine, row_seed
 from steer.evaluation.heldout import answer
 from steer.evaluation.store import GREEDY, read_completions, read_settings
 from steer.files import held
+from steer.generation import allocator
 from steer.prompt import PromptSpec
 from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import format_prompt
@@ -148,6 +149,15 @@ def test_variants_leave_the_base_as_it_was(base):
     after = dict(engine.model.named_parameters())
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_each_batch_looks_at_the_memory_that_is_kept(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(allocator, "limit_kept_memory", asked.append)
+    engine = HfEngine(str(base / "model"), None, "auto")
+    for _ in range(2):
+        engine.complete([[5, 9, 33]], [0], Decoding(2, (2,), temperature=0))
+    assert asked == [engine.model.device] * 2
 
 
 def test_names_of_variants(base):

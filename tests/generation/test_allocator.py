@@ -9,12 +9,13 @@ import subprocess
 import sys
 from ctypes.util import find_library
 from pathlib import Path
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 
 from steer.generation import allocator, cpu
+from steer.training.memory import total_memory
 
 TCMALLOC = find_library("tcmalloc_minimal") or find_library("tcmalloc")
 
@@ -28,10 +29,14 @@ def kept_and_returned() -> None:
     full = resident()
     del tensors
     kept = resident()
-    allocator.limit_kept_memory(1.1 * kept / allocator.KEPT)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    with patch.object(allocator, "machine_memory", lambda: 1.1 * kept / allocator.KEPT):
+        allocator.limit_kept_memory(cpu)
     assert full - resident() < 50e6, "it is not much yet"
-    allocator.limit_kept_memory(0.9 * kept / allocator.KEPT)
-    assert full - kept < 50e6
+    with patch.object(allocator, "machine_memory", lambda: 0.9 * kept / allocator.KEPT):
+        allocator.limit_kept_memory(gpu)
+        assert full - resident() < 50e6, "what is allocated here is not the GPU's"
+        allocator.limit_kept_memory(cpu)
     assert kept - resident() > 150e6
 
 
@@ -71,3 +76,15 @@ def test_no_glibc_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(allocator.ctypes, "CDLL", no_library)
     assert not allocator.is_glibc() and not allocator.keep_freed_memory()
+
+
+def test_the_memory_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "limit").write_text("1000000\n")
+    (tmp_path / "none").write_text("max\n")
+    monkeypatch.setattr(allocator, "_LIMITS", (str(tmp_path / "missing"), str(tmp_path / "none")))
+    assert allocator.machine_memory() > 1e8
+    monkeypatch.setattr(allocator, "_LIMITS", (str(tmp_path / "limit"),))
+    assert allocator.machine_memory() == total_memory(torch.device("cpu")) == 1e6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert allocator.machine_memory() == 250_000
+    assert total_memory(torch.device("meta")) == float("inf")

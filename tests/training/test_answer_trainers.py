@@ -27,6 +27,7 @@ from steer import (
     SteeringTrainerMixin,
     artifact,
 )
+from steer.generation import allocator
 
 # Of unequal length, so that batches are padded.
 ROWS = {
@@ -106,6 +107,16 @@ def test_the_loss_falls_and_only_vectors_change(run: Any, build_tiny: Any, kind:
     assert same(before, after)
     assert all(t.norm() > 0 for t in trainer.vectors.tensors().values())
     assert logged(trainer, "layer/1/norm") or kind == "kto"
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_each_step_looks_at_the_memory_that_is_kept(
+    run: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(allocator, "limit_kept_memory", asked.append)
+    run(kind)
+    assert asked == [torch.device("cpu")] * 2
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import steer
 from steer import SteerError
 from steer.training import memory
 from steer.training.batches import rows_of
-from steer.training.memory import GB, Cost, UpdateMemory, total_memory
+from steer.training.memory import GB, Cost, UpdateMemory
 
 
 def rows(*sizes: tuple[int, int, int]) -> torch.Tensor:
@@ -188,16 +187,3 @@ def test_a_part_weighs_the_tokens_that_count(run) -> None:
     }
     assert trainer._share(rows_of(batch, slice(0, 1)), batch) == pytest.approx(1 / 3)
     assert trainer._share(rows_of(batch, slice(1, 2)), batch) == pytest.approx(2 / 3)
-
-
-def test_the_memory_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
-    (tmp_path / "limit").write_text("1000000\n")
-    (tmp_path / "none").write_text("max\n")
-    monkeypatch.setattr(memory, "_LIMITS", (str(tmp_path / "missing"), str(tmp_path / "none")))
-    whole = total_memory(cpu)
-    assert whole > 1e8
-    monkeypatch.setattr(memory, "_LIMITS", (str(tmp_path / "limit"),))
-    assert total_memory(cpu) == 1e6
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert total_memory(cpu) == 250_000

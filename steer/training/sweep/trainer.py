@@ -37,7 +37,6 @@ from steer.stop_tokens import stop_token_ids
 from steer.tasks.prompts import prompt_ids
 from steer.training.dynamic_sampling import UpdateSamples
 from steer.training.loss import importance_weights, token_losses
-from steer.training.memory import limit_kept
 from steer.training.mismatch import check_mismatch, distance
 from steer.training.sweep.batch import Batch, judge, score
 from steer.training.sweep.member import Member, agreed, check_model, check_supported
@@ -117,7 +116,7 @@ class PopulationTrainer:
         with bar:
             while running := [member for member in self.members if left(member)]:
                 start, busy_start = time.perf_counter(), time.process_time()
-                limit_kept(self.model.device)
+                allocator.limit_kept_memory(self.model.device)
                 tokens = self.update(running)
                 seconds, busy = time.perf_counter() - start, time.process_time() - busy_start
                 # of each its share, so that the members' seconds add up to the population's
