@@ -30,7 +30,7 @@ from evals import sae_diff, sae_speed
 from evals.sae_measure import Measure, stored
 from steer.errors import SteerError
 from steer.files import replace_file
-from steer.generation.cpu import keep_freed_memory
+from steer.generation.allocator import keep_freed_memory
 from steer.models import load_model, load_tokenizer
 from steer.sae import SAE, SAEConfig, load_sae, save_sae
 from steer.sae.activations import Reader
