@@ -28,7 +28,9 @@ from steer.training.config import SteeringGRPOConfig
 from steer.training.run_settings import RunSettings
 from steer.training.sweep import find_rate
 from steer.training.sweep.find_rate import Choice, Trial
-from steer.training.sweep.run import MEMBERS, Study, claim_sweep_dir, reward_of, train_members
+from steer.training.sweep.halving import reward_of
+from steer.training.sweep.run import MEMBERS, claim_sweep_dir, train_members
+from steer.training.sweep.study import Study
 from steer.vectors import SteeringVectors
 from steer.versions import versions
 

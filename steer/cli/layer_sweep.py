@@ -33,7 +33,8 @@ from steer.training import recipe
 from steer.training.arguments import PopulationArguments
 from steer.training.run_settings import RunSettings
 from steer.training.sweep import grid
-from steer.training.sweep.run import Study, claim_sweep_dir, train_members
+from steer.training.sweep.run import claim_sweep_dir, train_members
+from steer.training.sweep.study import Study
 
 
 def main(arguments: Sequence[str]) -> None:

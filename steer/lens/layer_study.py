@@ -29,7 +29,8 @@ from steer.files import read_json, replace_file
 from steer.prompt import PromptSpec
 from steer.tasks.elicited import UNTRAINED, best_base, stages
 from steer.training.run import read_results
-from steer.training.sweep.run import HALVING_FILE, MEMBERS, POPULATION_FILE
+from steer.training.sweep.halving import HALVING_FILE
+from steer.training.sweep.run import MEMBERS, POPULATION_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

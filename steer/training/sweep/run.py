@@ -14,134 +14,39 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import zip_longest
-from math import ceil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer import artifact
 from steer.errors import SteerError
-from steer.evaluation.heldout import Answered, answer, constant, score, ways
+from steer.evaluation.heldout import Answered, constant, score, ways
 from steer.files import read_json, replace_file
 from steer.models import context_length
 from steer.prompt import PromptSpec
 from steer.tasks.elicited import STAGES, UNTRAINED, choose
-from steer.tasks.prompts import formatter, question
 from steer.tasks.reward_loading import load_rewards
-from steer.tasks.rewards import MathGrader
 from steer.training import init
 from steer.training import run as runs
-from steer.training.arguments import PopulationArguments
 from steer.training.neutral import differences
-from steer.training.problems import fitting, problems
-from steer.training.run import RunConfig
 from steer.training.run_settings import RunSettings
 from steer.training.sweep.grid import own
+from steer.training.sweep.halving import halve, mean_reward
 from steer.training.sweep.member import OWN, Member, read_states
+from steer.training.sweep.study import Study
 from steer.training.sweep.trainer import PopulationTrainer
-from steer.training.validation import SHARE, best, history_entry, split, stalled, summary
+from steer.training.validation import summary
 from steer.versions import versions
 
 log = logging.getLogger("steer")
 
-POPULATION_FILE, HALVING_FILE, MEMBERS = "population.json", "halving.json", "members"
-# Updates whose mean reward ranks a member.
-LAST = 5
-
-Problems = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Study:
-    """What all members share."""
-
-    folder: Path
-    run: RunConfig
-    asked: PopulationArguments
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    prompts: PromptSpec
-    grader: MathGrader
-    train: Dataset  # with a column `prompt`
-    held_out: Problems | None
-    validation: Problems = field(default_factory=list)
-
-    @classmethod
-    def load(cls, folder: Path, settings: RunSettings, grader: MathGrader) -> Study:
-        """The study that `settings` describe, in `folder`: model and problems are loaded."""
-        run, training, asked = settings.run, settings.training, settings.population
-        assert asked is not None
-        model, tokenizer = run.load(run.model_dtype, training.trust_remote_code)
-        if not getattr(model, "is_quantized", False):  # bitsandbytes has put those where they are
-            cast(nn.Module, model).to(training.device)
-        train, held_out = problems(run)
-        prompts = settings.prompt
-        format_problem = formatter(prompts, tokenizer)
-        train = train.map(lambda row: {"prompt": format_problem(question(row))}, desc="formatting prompts")
-        train = fitting(train, held_out, format_problem, tokenizer, model, training.max_completion_length)
-        validation: Problems = []
-        if run.validate_every:
-            train, validation = split(train, run.validation or SHARE)
-        return cls(folder, run, asked, model, tokenizer, prompts, grader, train, held_out, validation)
-
-    def validate(self, trainer: PopulationTrainer, member: Member) -> None:
-        """Measure a member's greedy accuracy where one is due after its last update; stop it as asked."""
-        run, step = self.run, member.step
-        if not run.validate_every or (step % run.validate_every and step != member.steps):
-            return
-        with trainer.population.only(member.name):
-            answered = self.answer(trainer, self.validation, f"validating {member.name}, update {step}")
-        # the one after the last update of a shorter run was out of turn
-        member.history = [row for row in member.history if row["step"] % run.validate_every == 0]
-        member.history.append(entry := history_entry(step, answered))
-        member.log[-1]["validation/accuracy"] = entry["accuracy"]
-        if run.keep_best and best(member.history) is entry:
-            member.best = {name: tensor.clone() for name, tensor in member.vectors.tensors().items()}
-        if stalled(member.history, run.patience) and member.stopped is None:
-            member.stopped = f"no better validation in {run.patience}"
-
-    def validate_untrained(self, trainer: PopulationTrainer) -> None:
-        """Measure it before the first update, as a run alone does; once for all that begin as the base."""
-        known: list[Answered] | None = None
-        for member in trainer.members if self.run.validate_every else []:
-            if member.step or member.history:
-                continue
-            steers = any(member.vectors.norms().values())
-            if steers or known is None:
-                with trainer.population.only(member.name):
-                    answered = self.answer(trainer, self.validation, f"validating {member.name}, untrained")
-                known = known if steers else answered
-            member.history.append(history_entry(0, answered if steers else known or []))
-
-    def answer(
-        self,
-        trainer: PopulationTrainer,
-        problems: Problems,
-        label: str,
-        way: tuple[PromptSpec, int] | None = None,
-    ) -> list[Answered]:
-        """Answers to `problems`, asked as in training or in another `way`: prompts and limit in tokens."""
-        prompts, limit = way or (self.prompts, trainer.args.max_completion_length)
-        return answer(
-            self.model,
-            self.tokenizer,
-            problems,
-            formatter(prompts, self.tokenizer),
-            self.grader,
-            limit,
-            trainer.eos_token_ids,
-            label=label,
-        )
+POPULATION_FILE, MEMBERS = "population.json", "members"
 
 
 def claim_sweep_dir(
@@ -257,81 +162,13 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
     study.validate_untrained(trainer)
     for rung in study.asked.halve_at or []:
         trainer.train(until=rung)
-        _halve(study, trainer, rung)
+        halve(study, trainer, rung)
     trainer.train()
     settings = {m.member: m for m in mine}
     for member in trainer.members:
         _finish(study, trainer, member, settings[member.name])
     trainer.population.remove_all()
     state.wait_for_everyone()
-
-
-# ---- who goes on
-
-
-def _halve(study: Study, trainer: PopulationTrainer, rung: int) -> None:
-    """Stop the members that are not among the best at `rung`; who was kept or stopped before stays so."""
-    state, path = PartialState(), study.folder / HALVING_FILE
-    decided: dict[str, Any] = read_json(path) if path.exists() else {}
-    record = decided.get(str(rung), {})
-    new = [m for m in trainer.members if m.step >= rung and m.stopped is None and m.name not in record]
-    mine = [(m.name, _rank_by(study, trainer, m, rung), _league(study, trainer, m)) for m in new]
-    for name, value, league in sorted(gather_object(mine)):
-        record[name] = {"score": value, "among": league}
-    for entry in record.values():
-        rivals = [e["score"] for e in record.values() if e["among"] == entry["among"]]
-        places = ceil(study.asked.keep * len(rivals))
-        better = sum(value > entry["score"] for value in rivals)
-        entry.setdefault("kept", better < places)
-        entry.setdefault("of", len(rivals))
-    for member in trainer.members:
-        entry = record.get(member.name)
-        if entry and not entry["kept"] and member.stopped is None:
-            member.stopped = (
-                f"halved at update {rung}: {study.asked.halve_on} {entry['score']:.3f}, not among the best "
-                f"{ceil(study.asked.keep * entry['of'])} of {entry['of']}"
-            )
-    state.wait_for_everyone()
-    if state.is_main_process:
-        replace_file(path, (json.dumps({**decided, str(rung): record}, indent=2) + "\n").encode())
-        kept = sum(entry["kept"] for entry in record.values())
-        log.info("update %d: %d of %d members go on", rung, kept, len(record))
-    trainer.save()
-    state.wait_for_everyone()
-
-
-def _rank_by(study: Study, trainer: PopulationTrainer, member: Member, rung: int) -> float:
-    if study.asked.halve_on == "reward":
-        return mean_reward(member.log[:rung])
-    problems = study.validation
-    if not problems:
-        count = min(study.asked.validation_problems, len(study.train))
-        problems = study.train.select(range(count)).to_list()
-    with trainer.population.only(member.name):
-        return score(study.answer(trainer, problems, f"validating {member.name}")).accuracy
-
-
-def _league(study: Study, trainer: PopulationTrainer, member: Member) -> list[str]:
-    """What members that are compared have in common."""
-    common = [str(getattr(f, "__name__", f)) for f in member.reward_funcs]
-    common += map(str, member.args.reward_weights or [])
-    if study.asked.halve_among == "layers":
-        common += [f"layer {i}" for i in member.steering.resolve_layers(trainer.population.num_hidden_layers)]
-    return common
-
-
-def mean_reward(log: Sequence[dict[str, Any]]) -> float:
-    """Mean training reward of the last `LAST` updates; what has none is last of all."""
-    rewards = [reward for row in log[-LAST:] if (reward := reward_of(row)) is not None]
-    return sum(rewards) / len(rewards) if rewards else -sys.float_info.max
-
-
-def reward_of(row: dict[str, Any]) -> float | None:
-    """The mean reward of an update before dynamic sampling, which keeps neither what is solved nor failed."""
-    return row.get("dynamic_sampling/reward", row["reward"])
-
-
-# ---- what is left behind
 
 
 def _score_untrained(study: Study, trainer: PopulationTrainer) -> None:

@@ -23,7 +23,8 @@ from steer.cli.find_lr import growth, recommended
 from steer.errors import SteerError
 from steer.training.sweep import find_rate
 from steer.training.sweep.find_rate import Trial, choose, middle_rate, scaled, smoothed
-from steer.training.sweep.run import Study, mean_reward
+from steer.training.sweep.halving import mean_reward
+from steer.training.sweep.study import Study
 
 STEPS = 20
 REWARD = '''
