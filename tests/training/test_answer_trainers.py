@@ -290,9 +290,9 @@ def test_settings_of_trl_alone_are_refused(tiny_llama: Any, tiny_tokenizer: Any,
 
 
 def test_a_model_that_trls_head_does_not_fit_is_refused(run: Any, build_tiny: Any, monkeypatch: Any) -> None:
-    from steer.generation import verify
+    from steer.generation.trial import Trial
 
-    monkeypatch.setattr(verify._Trial, "_head", lambda self: "its head is another")
+    monkeypatch.setattr(Trial, "_head", lambda self: "its head is another")
     model = build_tiny("llama", initializer_range=SPREAD)
     with pytest.raises(SteerError, match=r"its head is another, and SteeringSFTTrainer .* train by GRPO"):
         run("sft", model=model, train=False)
