@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from evals.gpu_check.speed import METHODS, SHAPES, prompts, random_model, words
-from evals.speed_workers import Batch, measured
+from evals.step_timing import Batch, measured, memory_peak, reset_memory_peak
 from steer.versions import versions
 
 GB = 1e9
@@ -110,7 +110,6 @@ def population(point: Point, steps: int, dtype: str) -> dict[str, float]:
     """The same of a population, every layer of each member steered."""
     from datasets import Dataset
 
-    from evals.speed_workers import memory_peak, reset_memory_peak
     from steer.config import SteeringConfig
     from steer.generation.completion import Completion
     from steer.training.config import SteeringGRPOConfig
@@ -276,8 +275,6 @@ def main() -> None:
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:
-        from evals.speed_workers import memory_peak
-
         point = Point(**args.point)
         found = measure(point, args.steps, args.dtype)
         print(json.dumps({**found, "peak GB": memory_peak() / GB}))

@@ -24,7 +24,7 @@ from torch import nn
 from trl import GRPOTrainer
 
 from evals.gpu_check.speed import METHODS, SHAPES, prompts, random_model, words
-from evals.speed_workers import Batch, measured
+from evals.step_timing import Batch, measured
 from steer.hooks import hooked
 
 MB = 1e6

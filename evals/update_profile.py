@@ -6,7 +6,7 @@ Where does the time of an update go, and how close is it to the processor's peak
 One update of the demo's shape, 16 prompts x 8 samples x 16 random tokens, every row with a gradient. The
 profile is of the last update. The share of the peak is of the updates before it: FLOPs per second of
 processor time, against those of a large matrix product in the same process, so that other work on the machine
-changes it little. Attention is not counted in the FLOPs (`evals.speed_workers.update_flops`).
+changes it little. Attention is not counted in the FLOPs (`evals.step_timing.update_flops`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evals.speed import _processor
-from evals.speed_workers import Batch, measured, problems, prompt_tokens, update_flops
+from evals.speed_workers import problems
+from evals.step_timing import Batch, measured, prompt_tokens, update_flops
 from steer.arguments import count
 from steer.models import cpu_dtype, load_model, load_tokenizer
 from steer.versions import versions

@@ -12,7 +12,7 @@ from evals import growth
 from evals.gpu_check.speed import METHODS
 from evals.growth import POPULATION, Point
 from evals.memory import profile
-from evals.speed_workers import Batch
+from evals.step_timing import Batch
 
 
 def test_every_axis_has_points_for_every_method_and_cheap_ones_come_first() -> None:

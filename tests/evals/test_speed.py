@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trl.trainer.utils import add_fused_lm_head
 
 import steer
-from evals import speed, speed_workers
+from evals import speed, speed_workers, step_timing
 from steer.generation.decoding import pad_left
 from steer.generation.scoring import add_group_scoring
 
@@ -84,11 +84,11 @@ def test_update_flops_are_those_of_the_update(build_tiny) -> None:
     layer = model.model.layers[-1]
     unused = [layer.self_attn.q_proj, layer.self_attn.o_proj, *(m for m in layer.mlp.children())]
     spare = sum(m.weight.numel() for m in unused if hasattr(m, "weight"))
-    assert products == speed_workers.update_flops(model, 6, 30) - 2 * 6 * spare
+    assert products == step_timing.update_flops(model, 6, 30) - 2 * 6 * spare
 
 
 def test_prompt_tokens() -> None:
-    assert speed_workers.prompt_tokens([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3]]) == 2 + 1 + 2 + 1
+    assert step_timing.prompt_tokens([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3]]) == 2 + 1 + 2 + 1
 
 
 @pytest.mark.parametrize("method", ["steer", "trl-lora", "trl-full", "profile"])
