@@ -30,12 +30,13 @@ from steer.artifact_tensors import renamed
 from steer.errors import SteerError
 from steer.expression import Term
 from steer.hooks import Site, hook
+from steer.identity import check_fits
 from steer.kinds import SteeringState
 from steer.probe import verify
 from steer.prompt_watch import PromptWatch
 from steer.sites import find_decoder
 from steer.vector_sets import prompt_lengths
-from steer.vectors import AnyVector, SteeringVectors, build, check_fits
+from steer.vectors import AnyVector, SteeringVectors, build
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -236,7 +237,7 @@ def _built(
 ) -> tuple[SteeringVectors, list[Site]]:
     """The vectors of an artifact, not in the model yet, and where each belongs, first layer first."""
     decoder = find_decoder(model)
-    check_fits(artifact, model, name, tokenizer)
+    check_fits(artifact.config, model, name, tokenizer)
     vectors, places = build(model, artifact.config, state)
     verify(decoder, vectors.layers, artifact.config.kind, artifact.config.site, places)
     vectors.set_tensors(renamed(artifact.tensors, decoder.name))

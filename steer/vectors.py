@@ -9,7 +9,6 @@ h <- h + scale * s_l (arXiv 2509.06608, section 2).
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +23,7 @@ from steer.artifact_tensors import directions_name, probe_name, renamed
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hook
-from steer.identity import describe, has_other_weights, tokenizer_checksum
+from steer.identity import check_fits, describe
 from steer.kinds import AdaptiveVector, SharedDirections, SharedVector, SteeringState, SteeringVector
 from steer.probe import verify
 from steer.prompt_watch import PromptWatch
@@ -337,7 +336,7 @@ def load(
     """
     saved = source if isinstance(source, artifact.Artifact) else artifact.read(source, revision)
     name = "these vectors" if saved is source else str(source)
-    check_fits(saved, model, name, tokenizer)
+    check_fits(saved.config, model, name, tokenizer)
     vectors = _attach(model, saved.config)
     try:
         vectors.set_tensors(renamed(saved.tensors, find_decoder(model).name))
@@ -345,38 +344,6 @@ def load(
         detach(model)
         raise
     return vectors
-
-
-def check_fits(saved: artifact.Artifact, model: nn.Module, name: str, tokenizer: Any = None) -> None:
-    """
-    Refuse an artifact that is for a model of another shape; warn where `model` has other weights, or its
-    `tokenizer` another vocabulary, than it was made for. `name` is the artifact's in the messages.
-    """
-    config = saved.config
-    decoder = find_decoder(model)
-    kind = model.config.get_text_config().model_type  # type: ignore[union-attr, operator]
-    have = {
-        "hidden_size": decoder.hidden_size,
-        "num_hidden_layers": decoder.num_hidden_layers,
-        "model_type": kind,
-    }
-    for field, value in have.items():
-        if getattr(config, field) != value:
-            raise SteerError(
-                f"{name}: made for {config.base_model_name_or_path} with {field}={getattr(config, field)}, "
-                f"this model has {field}={value}; vectors only fit a model of the same shape: "
-                "`steer transfer` carries them over"
-            )
-    here: Any = model.config
-    names = [config.base_model_name_or_path or "an unnamed model", here.name_or_path or "an unnamed model"]
-    if config.base_adapter:
-        names[0] += f" with adapter {config.base_adapter} merged into it (--base-adapter)"
-    tell = f"{name}: made for {names[0]}; this model ({names[1]}) has the same shape"
-    if has_other_weights(model, config.base_checksum):
-        warnings.warn(f"{tell} but other weights: measure what they do here", stacklevel=3)
-    vocabulary = config.tokenizer_checksum
-    if tokenizer is not None and vocabulary is not None and tokenizer_checksum(tokenizer) != vocabulary:
-        warnings.warn(f"{tell} but another vocabulary: measure what they do here", stacklevel=3)
 
 
 def _make(

@@ -259,8 +259,8 @@ def _condition(args: argparse.Namespace) -> None:
     from steer.artifact import read
     from steer.base_adapter import artifact_base
     from steer.extract.condition import fit_condition, read_prompts
+    from steer.identity import check_fits
     from steer.tasks.prompts import DEFAULT_PROMPT, choose_prompt, formatter
-    from steer.vectors import check_fits
 
     saved = read(args.vectors)
     prompts = read_prompts(args.file)
@@ -269,7 +269,7 @@ def _condition(args: argparse.Namespace) -> None:
     )
     args.base_adapter = None  # merged into what `name` is
     model, tokenizer = _load(args, name, args.file, args.vectors)
-    check_fits(saved, model, args.vectors, tokenizer)
+    check_fits(saved.config, model, args.vectors, tokenizer)
     asked = (args.template, args.prefix, args.chat_template_kwargs)
     spec = choose_prompt({args.vectors: saved.config.prompt}, DEFAULT_PROMPT, *asked)
     fit = fit_condition(

@@ -16,8 +16,9 @@ from steer.artifact_file import digest
 from steer.artifact_tensors import renamed
 from steer.errors import SteerError, shown
 from steer.files import read_json
+from steer.identity import check_fits
 from steer.sites import find_decoder
-from steer.vectors import SteeringVectors, check_fits
+from steer.vectors import SteeringVectors
 
 log = logging.getLogger("steer")
 
@@ -90,7 +91,7 @@ def start(vectors: SteeringVectors, saved: Artifact, name: str, tokenizer: Any =
     """
     model, config, own = vectors.model, vectors.config, saved.config
     own.refuse_condition(f"training from init={name}")
-    check_fits(saved, model, f"init={name}", tokenizer)
+    check_fits(own, model, f"init={name}", tokenizer)
     for field in ("kind", "site", "positions", *(("rank",) if config.kind == "shared" else ())):
         have, wanted = getattr(own, field), getattr(config, field)
         if have != wanted:
