@@ -133,7 +133,8 @@ interop-%: .venv-interop/%/ready
 	.venv-interop/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# torch first and alone: another order lets pip choose a newer build with gigabytes of CUDA.
+# torch first and alone. Without a GPU: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test, since the
+# build on PyPI brings gigabytes of CUDA.
 $(VENV)/ready: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'steer needs Python 3.11 or newer')"
 	$(PYTHON) -m venv $(VENV)
