@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from steer.config import SteeringConfig
@@ -70,8 +70,10 @@ def vectors_checksum(config: SteeringConfig, tensors: Mapping[str, torch.Tensor]
     """16 hex digits of all that decides what the vectors add."""
     import torch
 
-    names = ("kind", "site", "positions", "scale")
-    digest = hashlib.sha256(json.dumps({name: getattr(config, name) for name in names}).encode())
+    what: dict[str, Any] = {name: getattr(config, name) for name in ("kind", "site", "positions", "scale")}
+    if config.condition is not None:
+        what["condition"] = asdict(config.condition)
+    digest = hashlib.sha256(json.dumps(what).encode())
     for name, tensor in sorted(tensors.items()):
         place = _PLACE.search(name)
         digest.update((place[0] if place else name).encode())  # the decoder has several names in one model

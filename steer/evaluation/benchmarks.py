@@ -190,6 +190,14 @@ def load(
     Raises SteerError for a file that is missing or broken (with the line), a hub that does not answer, and a
     set whose answers have another form than this benchmark's.
     """
+    declared = (
+        KNOWN.get(benchmark.name, benchmark) if benchmark.hub or benchmark.arithmetic else Benchmark("")
+    )
+    if benchmark.split != declared.split and not (benchmark.hub and data_dir is None):
+        raise SteerError(
+            f"benchmark {benchmark.name!r}: split={benchmark.split} is for sets on the hub, and this one is "
+            f"{'generated' if benchmark.arithmetic else 'a file, which has one split'}; leave it out"
+        )
     if benchmark.arithmetic:
         records = benchmark.arithmetic.generate("heldout")
         digest = _digest(repr(replace(benchmark.arithmetic, problems=1)))

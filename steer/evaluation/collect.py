@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,10 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
                 "asked": variant.get("asked", {}),
                 "benchmarks": settings["benchmarks"],
             }
-            method = methods.get(base)
-            if method is not None and _differ(method.conditions, conditions, seed not in method.seeds):
-                base = f"{base} ({folder.name})"
-                method = methods.get(base)
-            if method is None:
-                methods[base] = method = Method(base, variant["parameters"], conditions)
-            method.conditions["benchmarks"] = {**settings["benchmarks"], **method.conditions["benchmarks"]}
+            base = _own_name(base, folder, seed, conditions, methods)
+            method = methods.setdefault(base, Method(base, variant["parameters"], conditions))
+            for part in ("benchmarks", "asked"):
+                method.conditions[part] = {**conditions[part], **method.conditions[part]}
             if seed not in method.seeds:
                 method.seeds.append(seed)
             if effects := settings.get("side_effects", {}).get(name):
@@ -193,12 +191,25 @@ def _complete(problems: dict[str, dict[int, Row]], greedy: bool) -> dict[str, li
     return {i: rows for i, rows in sampled.items() if rows and len(rows) == most}
 
 
+def _own_name(
+    name: str, folder: Path, seed: str, conditions: dict[str, Any], methods: dict[str, Method]
+) -> str:
+    """The name, with the run's folder behind it where another method under other conditions has it."""
+    numbered = (f"{name} ({folder}, {n})" for n in count(2))
+    return next(
+        called
+        for called in chain([name, f"{name} ({folder.name})", f"{name} ({folder})"], numbered)
+        if called not in methods
+        or not _differ(methods[called].conditions, conditions, seed not in methods[called].seeds)
+    )
+
+
 def _differ(one: dict[str, Any], other: dict[str, Any], other_seed: bool) -> bool:
     """Whether two variants of one name were made or run differently; training seeds differ in weights."""
-    free = {"benchmarks"} | ({"model", "digest"} if other_seed else set())
+    free = {"benchmarks", "asked"} | ({"model", "digest"} if other_seed else set())
     shared = set(one["benchmarks"]) & set(other["benchmarks"])
     return any(one[k] != other[k] for k in one if k not in free) or any(
-        one["benchmarks"][name] != other["benchmarks"][name] for name in shared
+        one[part].get(name) != other[part].get(name) for part in ("benchmarks", "asked") for name in shared
     )
 
 
@@ -214,7 +225,10 @@ def _note_unfinished(
         for benchmark in settings["benchmarks"]
     }
     missing = sum(
-        len(owed[b] - given.get((v, b), set())) for v in settings["variants"] for b in settings["benchmarks"]
+        len(owed[b] - given.get((v, b), set()))
+        for v, variant in settings["variants"].items()
+        for b in variant.get("asked") or settings["benchmarks"]  # the elicited base is not asked all of them
+        if b in owed
     )
     if missing:
         collection.notes.append(

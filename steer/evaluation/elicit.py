@@ -16,7 +16,8 @@ from steer.errors import SteerError
 from steer.evaluation.benchmarks import Benchmark, Problem
 from steer.evaluation.variants import Asked, Variant
 from steer.prompt import PromptSpec
-from steer.tasks.data import load_problems
+from steer.tasks.columns import parse_columns
+from steer.tasks.data import has_own_columns, load_problems
 from steer.tasks.elicited import EXAMPLES, choose
 
 if TYPE_CHECKING:
@@ -48,12 +49,18 @@ def elicited(
     """
     count = EXAMPLES if args.examples is None else args.examples
     if not count or (args.examples is None and (args.fine_tuned or not args.base)):
+        if args.examples_from is not None:
+            raise SteerError(
+                "--examples-from is for the elicited base, and there is none with --examples 0, and none "
+                "with --fine-tuned or --no-base unless --examples says how many; leave it out, or give "
+                "--examples"
+            )
         return None
     from steer.evaluation.heldout import ways
 
     asked = []
     for b in chosen:
-        pool: list[dict[str, Any]] | str = training(b, args.data_dir, args.examples_from)
+        pool: list[dict[str, Any]] | str = training(b, args.data_dir, args.examples_from, args.columns)
         if not isinstance(pool, str):
             held_out = [p.problem for p in problems[b.name]]
             examples = choose(pool, count, held_out)
@@ -75,10 +82,16 @@ def elicited(
     return replace(base, name=name, asked=tuple(asked))
 
 
-def training(benchmark: Benchmark, data_dir: str | None, source: str | None) -> list[dict[str, Any]] | str:
-    """The training problems of a benchmark, from `source` where it is given; or why there are none."""
+def training(
+    benchmark: Benchmark, data_dir: str | None, source: str | None, columns: str | None = None
+) -> list[dict[str, Any]] | str:
+    """
+    The training problems of a benchmark, from `source` where it is given, a file there with `columns`; or
+    why there are none.
+    """
     if source is not None:
-        return load_problems(source, "train", arithmetic=benchmark.arithmetic).to_list()
+        own = parse_columns(columns) if has_own_columns(source) else None
+        return load_problems(source, "train", arithmetic=benchmark.arithmetic, columns=own).to_list()
     if benchmark.arithmetic:
         return benchmark.arithmetic.generate("train")
     if not benchmark.train:

@@ -16,6 +16,11 @@ RECIPES = ("grpo_steer", "grpo_baseline", "sft_steer", "dpo_steer")
 ANSWER_RECIPES = ("sft_steer", "dpo_steer")
 # Trains several seeds of a method in one process, on one copy of the frozen model (`together: true`).
 POPULATION_RECIPE = "layer_sweep"
+# What `evaluation` may say beside `benchmarks` and `samples`: options of `steer eval`.
+EVALUATION = (
+    *("template", "prefix", "max_new_tokens", "dtype", "engine", "chat_template_kwargs"),
+    *("temperature", "top_p", "limit", "columns"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,13 @@ def read_plan(path: str) -> Plan:
     if given - known or needed - given:
         raise SteerError(
             f"{path} is not a comparison: unknown {sorted(given - known)}, missing {sorted(needed - given)}"
+        )
+    asked = settings["evaluation"] if isinstance(settings["evaluation"], dict) else {}
+    unknown = sorted(set(asked) - {"benchmarks", "samples", *EVALUATION})
+    if unknown or not isinstance(asked.get("benchmarks"), list) or not asked["benchmarks"]:
+        raise SteerError(
+            f"{path}: evaluation needs benchmarks, a list, and takes samples, {', '.join(EVALUATION)}"
+            + (f"; it has {', '.join(unknown)}" if unknown else "")
         )
     lists = {k: tuple(settings[k]) for k in ("seeds", "prefixes", "systems") if k in settings}
     plan = Plan(**{**settings, **lists})

@@ -54,6 +54,7 @@ from steer.evaluation.variants import Variant
 from steer.prompt import PromptSpec
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.columns import parse_columns
+from steer.tasks.data import has_own_columns
 from steer.tasks.lenient import extract_lenient
 from steer.tasks.prompts import TEMPLATES, agreed_prompt, choose_prompt, format_prompt
 from steer.versions import versions
@@ -109,9 +110,12 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     chosen = _benchmarks(args)
     if args.side_effect_limit and not args.side_effect_tasks:
         raise SteerError("--side-effect-limit is for --side-effect-tasks; give these, or leave it out")
+    if args.engine_args and args.engine != "vllm":
+        raise SteerError("--engine-args are vLLM's; give --engine vllm, or leave them out")
     args.side_effects = args.side_effects or bool(args.side_effect_tasks)
     columns = parse_columns(args.columns)
-    if columns and all(b.hub or b.arithmetic for b in chosen):
+    files = [b.name for b in chosen if not (b.hub or b.arithmetic)]
+    if columns and not files and not has_own_columns(args.examples_from or "arithmetic"):
         raise SteerError("--columns are for files, and no benchmark is one; leave them out")
     problems = {b.name: benchmarks.load(b, args.data_dir, columns) for b in chosen}
     trust = args.trust_remote_code

@@ -90,7 +90,7 @@ def maj_at_k(correct: Array, answers: Sequence[Sequence[str | None]]) -> Array:
 def _codes(correct: Array, answers: Sequence[str | None]) -> list[int]:
     seen: dict[str | Fraction | None, int] = {}
     return [
-        0 if right else -1 if answer is None else 1 + seen.setdefault(canonical(answer), len(seen))
+        0 if right else 1 + seen.setdefault(canonical(answer), len(seen)) if answer and answer.strip() else -1
         for right, answer in zip(correct, answers, strict=True)
     ]
 

@@ -80,8 +80,9 @@ class Store:
             raise _disk(self.folder, error) from error
         before = read_settings(self.folder) if RUN_FILE in others else {}
         self.settings = _merge(self.folder, before, settings)
-        known = {row["id"]: row for row in read_problems(self.folder)} if before else {}
-        known.update({row["id"]: dict(row) for row in problems})
+        # benchmarks may share problems
+        known = {(r["benchmark"], r["id"]): r for r in (read_problems(self.folder) if before else [])}
+        known.update({(row["benchmark"], row["id"]): dict(row) for row in problems})
         self._write(PROBLEMS_FILE, _parquet(list(known.values())))
         self.save_settings()
         self._next = 1 + max((int(part.stem[5:]) for part in _parts(self.folder)), default=-1)
@@ -181,23 +182,40 @@ def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> d
     ]
     for part in ("variants", "benchmarks"):
         for name, asked in now[part].items():
-            had = before[part].get(name, asked)
-            changed += [
-                f"{name}: {key} was {had.get(key)!r}, now {value!r}"
-                for key, value in asked.items()
-                if had.get(key) != value and key != "path"
-            ]
+            changed += _changed(name, before[part].get(name, asked), asked)
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise SteerError(f"{folder} holds another run: {'; '.join(changed[:3])}{more}; give another --out")
     measured = {key: before[key] for key in MEASURED if before.get(key)}
+    variants = {
+        name: {**variant, "asked": {**before["variants"].get(name, {}).get("asked", {}), **variant["asked"]}}
+        if "asked" in variant
+        else variant
+        for name, variant in now["variants"].items()
+    }
     return {
         **now,
         **measured,
-        "variants": {**before["variants"], **now["variants"]},
+        "variants": {**before["variants"], **variants},
         "benchmarks": {**before["benchmarks"], **now["benchmarks"]},
         "sessions": [*(s for s in before["sessions"] if s["completions"]), *now["sessions"]],
     }
+
+
+def _changed(name: str, had: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """How a variant or a benchmark is asked otherwise than before; a field that is empty may be missing."""
+    changed = []
+    for key in {**had, **asked}:
+        one, other = had.get(key), asked.get(key)
+        if key == "asked":  # by benchmark: others may come
+            changed += [
+                f"{name}: {benchmark} was asked otherwise"
+                for benchmark, way in (other or {}).items()
+                if (one or {}).get(benchmark, way) != way
+            ]
+        elif key != "path" and one != other and (one or other):
+            changed.append(f"{name}: {key} was {one!r}, now {other!r}")
+    return changed
 
 
 def _disk(folder: Path, error: OSError) -> SteerError:

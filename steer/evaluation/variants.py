@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,14 +84,12 @@ def collect(
     one that is none, and for equal names.
     """
     variants = [base]
-    variants += [
-        Variant(_suffixed(base.name, f" + {text}"), prefix=text, digest=base.digest) for text in prefixes
-    ]
+    variants += [replace(base, name=_suffixed(base.name, f" + {text}"), prefix=text) for text in prefixes]
     for source in systems:
         name, mark, text = source.partition("=")
         if not mark or not name or not text:
             raise SteerError(f"system prompt {source!r} has no name; write NAME=TEXT")
-        variants.append(Variant(name, digest=base.digest, system=text))
+        variants.append(replace(base, name=name, system=text))
     for source in vectors:
         name, path = _named(source)
         parameters, digest = _vectors(path)
@@ -265,6 +263,8 @@ def _vectors(path: str) -> tuple[int, str]:
     digest = hashlib.sha256()
     config = vectors.config
     digest.update(repr((config.kind, config.layers, config.site, config.positions, config.scale)).encode())
+    if config.condition is not None:
+        digest.update(repr(config.condition).encode())
     for name in sorted(vectors.tensors):
         digest.update(name.encode() + vectors.tensors[name].double().numpy().tobytes())
     return sum(tensor.numel() for tensor in vectors.tensors.values()), digest.hexdigest()[:16]

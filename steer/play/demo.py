@@ -30,7 +30,7 @@ def demo_artifacts() -> tuple[dict[str, Artifact], str]:
     origin = "of your `runs/demo`" if found == own else "that come with steer"
     about = (
         f"**arithmetic**: the vectors {origin}, trained by reinforcement learning on sums and products of "
-        "one-digit numbers (`make demo`). **cheerful**: mean difference of 16 cheerful and 16 gloomy sentences in "
-        "layers 12 to 18 (`steer extract pairs`), without training; it starts switched off."
+        "one-digit numbers (`make demo`). **cheerful**: mean difference of 16 cheerful and 16 gloomy "
+        "sentences in layers 12 to 18 (`steer extract pairs`), without training; it starts switched off."
     )
     return {"arithmetic": read(found), "cheerful": read(_PACKAGE / "vectors" / "cheerful")}, about

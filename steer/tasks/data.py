@@ -133,7 +133,8 @@ def load_problems(
         name, mark, part = other.rpartition(":")
         if not mark or part not in ("train", "test", "validation", "heldout"):
             name, part = other, "test"
-        banned = {_fold(r["problem"]) for r in _read(name, part, arithmetic)}
+        own = columns if has_own_columns(name) else None
+        banned = {_fold(r["problem"]) for r in _read(name, part, arithmetic, own)}
         keep(f"excluding {other}", [r for r in records if _fold(r["problem"]) not in banned])
     if levels is not None:
         keep(f"keeping levels {sorted(levels)}", [r for r in records if r["level"] in levels])

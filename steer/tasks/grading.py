@@ -232,7 +232,7 @@ class MathGrader:
 
     def _cheap(self, gold: str, answer: str | None) -> Verdict | None:
         if answer is None or not answer.strip():
-            return Verdict(False, answer, "no_answer")
+            return Verdict(False, None, "no_answer")
         if len(answer) > self.max_chars:
             same = answer.strip() == gold.strip()
             return Verdict(same, answer, "exact" if same else "too_long")

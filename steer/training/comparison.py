@@ -17,7 +17,7 @@ import yaml
 
 from steer.errors import SteerError
 from steer.evaluation.pack import pack, read_packed
-from steer.evaluation.plan import ANSWER_RECIPES, POPULATION_RECIPE, Plan
+from steer.evaluation.plan import ANSWER_RECIPES, EVALUATION, POPULATION_RECIPE, Plan
 from steer.files import replace_file
 from steer.models import MIXED
 from steer.recipe_files import launcher_file, recipes_folder
@@ -326,8 +326,9 @@ class Comparison:
     def evals(self, out: Path) -> list[str]:
         asked = self.asked()
         words = [sys.executable, "-m", "steer.cli", "eval", "--out", str(out)]
-        for name in ("template", "prefix", "max_new_tokens", "dtype", "engine", "chat_template_kwargs"):
-            words += [f"--{name.replace('_', '-')}", str(asked[name])] if name in asked else []
+        for name in EVALUATION:
+            value = json.dumps(asked[name]) if isinstance(asked.get(name), dict) else asked.get(name)
+            words += [f"--{name.replace('_', '-')}", str(value)] if name in asked else []
         return [*words, "--trust-remote-code"] if self.shared.get("trust_remote_code") else words
 
     def evaluate(
