@@ -17,7 +17,7 @@ from steer.evaluation.benchmarks import Benchmark, Problem
 from steer.evaluation.variants import Asked, Variant
 from steer.prompt import PromptSpec
 from steer.tasks.columns import parse_columns
-from steer.tasks.data import has_own_columns, load_problems
+from steer.tasks.data import columns_of, load_problems
 from steer.tasks.elicited import EXAMPLES, choose
 
 if TYPE_CHECKING:
@@ -86,11 +86,11 @@ def training(
     benchmark: Benchmark, data_dir: str | None, source: str | None, columns: str | None = None
 ) -> list[dict[str, Any]] | str:
     """
-    The training problems of a benchmark, from `source` where it is given, a file there with `columns`; or
-    why there are none.
+    The training problems of a benchmark, or why there are none. They come from `source` where it is given,
+    with `columns` where it has them.
     """
     if source is not None:
-        own = parse_columns(columns) if has_own_columns(source) else None
+        own = columns_of(source, parse_columns(columns))
         return load_problems(source, "train", arithmetic=benchmark.arithmetic, columns=own).to_list()
     if benchmark.arithmetic:
         return benchmark.arithmetic.generate("train")

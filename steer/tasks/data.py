@@ -70,6 +70,15 @@ def has_own_columns(source: str) -> bool:
     return source != "arithmetic" and source not in _KNOWN
 
 
+def columns_of(source: str, columns: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """Columns that were given for another source, where `source` is a hub id, or a file that has them too."""
+    path = Path(source)
+    if not columns or not has_own_columns(source) or not path.is_file():
+        return columns if columns and has_own_columns(source) else None
+    first = next((row for row in _from_file(path) if row is not None), None)
+    return columns if isinstance(first, dict) and set(columns.values()) <= set(first) else None
+
+
 def heldout_source(train_data: str | None, eval_data: str | None) -> str | None:
     """
     The source of a run's held-out problems by its settings: `eval_data`, or where that is not set those that
@@ -133,7 +142,7 @@ def load_problems(
         name, mark, part = other.rpartition(":")
         if not mark or part not in ("train", "test", "validation", "heldout"):
             name, part = other, "test"
-        own = columns if has_own_columns(name) else None
+        own = columns_of(name, columns)
         banned = {_fold(r["problem"]) for r in _read(name, part, arithmetic, own)}
         keep(f"excluding {other}", [r for r in records if _fold(r["problem"]) not in banned])
     if levels is not None:

@@ -172,6 +172,18 @@ def test_runs_are_joined_and_their_differences_told(one, tmp_path):
     assert any(note.startswith("temperature differs: base 1.0") for note in found.notes)
 
 
+def test_a_third_run_of_the_same_name_is_a_method_of_its_own(tmp_path):
+    folders = [
+        make_run(tmp_path / name / "eval", {"base": verdicts(right)}, temperature=temperature)
+        for name, right, temperature in (("a", BASE, 1.0), ("b", NOISY, 0.5), ("c", GOOD, 0.25))
+    ]
+    found = collect(folders)
+    assert [m.name for m in found.methods] == ["base", "base (eval)", f"base ({folders[2]})"]
+    assert [m.conditions["temperature"] for m in found.methods] == [1.0, 0.5, 0.25]
+    right = [[m.rows[""]["sums"][f"p{n}"][-1]["correct"] for n in range(N)] for m in found.methods]
+    assert right == [BASE, NOISY, GOOD]
+
+
 def test_fewer_problems_are_compared_where_one_answered_fewer(one, tmp_path):
     few = make_run(tmp_path / "few", {"short": verdicts(GOOD[:8])})
     found = collect([one, few])

@@ -11,7 +11,7 @@ import pytest
 from helpers.evaluating import TOKENS, arguments, make_base, make_run, rows
 from helpers.training import write_problems
 
-from steer.evaluation import best_base, compare, pack, run
+from steer.evaluation import best_base, compare, elicit, pack, run
 from steer.evaluation.collect import collect
 from steer.evaluation.regrade import regrade
 from steer.evaluation.store import read_completions, read_problems, read_settings
@@ -118,6 +118,46 @@ def test_examples_that_were_asked_for_and_cannot_be_are_refused(base, tmp_path, 
     asked = arguments(base, tmp_path / "out", "--examples", "2", "--examples-from", str(long))
     assert run.main(asked) == 1
     assert "no worked example fits the context of 128 tokens" in capsys.readouterr().err
+
+
+def test_more_benchmarks_can_be_added_and_those_without_examples_are_not_owed(
+    base, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    generated = "arithmetic:digits=1:problems=4:samples=0:template=plain"
+    both = f"{generated},{base / 'sums.jsonl'}"
+    command = [
+        "--model",
+        str(base / "model"),
+        "--max-new-tokens",
+        "4",
+        "--samples",
+        "0",
+        "--template",
+        "plain",
+    ]
+    assert run.main([*command, "--benchmarks", generated, "--out", str(out)]) == 0
+    assert run.main([*command, "--benchmarks", both, "--out", str(out)]) == 0
+    assert run.main([*command, "--benchmarks", str(base / "sums.jsonl"), "--out", str(out)]) == 0
+    kept = read_settings(out)["variants"]
+    elicited = next(name for name in kept if name.endswith("examples"))
+    assert list(kept[elicited]["asked"]) == ["arithmetic"]
+    assert not any("not finished" in note for note in collect([out]).notes)
+    # with other examples it is another run
+    monkeypatch.setattr(elicit, "choose", lambda *given: tuple(reversed(choose(*given))))
+    assert run.main([*command, "--benchmarks", generated, "--out", str(out)]) == 1
+    assert f"{elicited}: arithmetic was asked otherwise" in capsys.readouterr().err
+
+
+def test_examples_come_from_files_with_other_columns(base, tmp_path):
+    for name in ("sums", "train"):
+        lines = map(json.loads, (base / f"{name}.jsonl").read_text().splitlines())
+        asked = [{"question": row["problem"], "answer": row["answer"]} for row in lines]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    argv = arguments(base, tmp_path / "out", "--samples", "0", "--columns", "problem=question")
+    argv[argv.index("--benchmarks") + 1] = str(tmp_path / "sums.jsonl")
+    assert run.main([*argv, "--examples", "2", "--examples-from", str(tmp_path / "train.jsonl")]) == 0
+    assert list(read_settings(tmp_path / "out")["variants"]) == ["base", "base, 2 examples"]
 
 
 def test_generated_arithmetic_knows_its_training_problems(base, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import steer
+from steer.artifact_scores import vectors_checksum
+from steer.config import Condition
 from steer.evaluation import run, store, variants
+from steer.evaluation.collect import collect
 from steer.evaluation.engines import Decoding, HfEngine, row_seed
 from steer.evaluation.heldout import answer
 from steer.evaluation.store import GREEDY, read_completions, read_settings
@@ -168,6 +172,25 @@ def test_names_of_variants(base):
     assert [variant.scale for variant in found] == [1, 1, 1, 0.5, 1]
 
 
+def test_a_prefix_or_a_system_prompt_does_not_make_a_fine_tune_untrained():
+    full = run.Variant("full", parameters=5, digest="d")
+    found = run.variants.collect(full, prefixes=["To"], systems=["brief=Be brief."])
+    assert [(variant.parameters, variant.digest) for variant in found] == [(5, "d")] * 3
+
+
+def test_a_condition_tells_vectors_apart(base, tmp_path):
+    saved = steer.read(base / "vectors")
+    above = saved.select("1-last")
+    digests = [variants._vectors(str(base / "vectors"))[1]]
+    checksums = []
+    for threshold in (0.1, 0.2):
+        made = above.with_condition(Condition(0, threshold), torch.ones(32), {})
+        made.save_pretrained(tmp_path / str(threshold))
+        digests.append(variants._vectors(str(tmp_path / str(threshold)))[1])
+        checksums.append(vectors_checksum(made.config, made.tensors))
+    assert len(set(digests)) == 3 and len(set(checksums)) == 2
+
+
 def test_system_prompts_are_variants_and_the_base_can_be_left_out(base, tmp_path):
     argv = [*arguments(base, tmp_path / "out"), "--template", "boxed_short", "--samples", "0"]
     assert run.main([*argv, "--no-base", "--systems", "brief=Be brief.", "long=Say all you know."]) == 0
@@ -287,6 +310,29 @@ def test_a_run_grows(base, whole, tmp_path):
     assert counts == {("base", "sums"): 27, ("base", "more"): 9, ("s", "more"): 9}
 
 
+def test_benchmarks_may_share_problems(base, tmp_path):
+    out, hard = tmp_path / "out", tmp_path / "hard.jsonl"
+    hard.write_text("".join((base / "sums.jsonl").read_text().splitlines(keepends=True)[:3]))
+    argv = arguments(base, out, "--samples", "0")
+    argv[argv.index("--benchmarks") + 1] += f",{hard}"
+    assert run.main(argv) == 0
+    assert run.main(argv) == 0  # and when it is opened again
+    counts = Counter(row["benchmark"] for row in store.read_problems(out))
+    assert counts == {"sums": 9, "hard": 3}
+    found = collect([out])
+    assert {name: len(problems) for name, problems in found.problems.items()} == counts
+    assert [len(found.cells(name, greedy=True)[0].problems) for name in counts] == [9, 3]
+    assert not found.notes
+
+
+def test_a_field_that_is_taken_away_is_another_run(base, tmp_path, capsys):
+    out = tmp_path / "out"
+    asked = arguments(base, out, "--samples", "0", "--limit", "2")
+    assert run.main([*asked, "--prefix", "To"]) == 0
+    line = refused(capsys, asked)
+    assert "sums: prefix was 'To', now None" in line
+
+
 def test_another_run_in_the_folder_is_refused(base, whole, tmp_path, capsys):
     assert "seed was 0, now 5" in refused(capsys, everything(base, whole, "--seed", "5"))
     assert "max_new_tokens was 6, now 4" in refused(capsys, everything(base, whole, "--max-new-tokens", "4"))
@@ -380,6 +426,10 @@ def test_vectors_of_another_model(base, build_tiny, tmp_path, capsys):
         (["--systems", "Be brief."], "has no name; write NAME=TEXT"),
         (["--systems", "brief=Be brief."], "'plain' has no turn for a system text"),
         (["--model", "{base}/nothing"], "no model"),
+        (["--engine-args", '{{"enforce_eager": true}}'], "--engine-args are vLLM's"),
+        (["--examples-from", "{base}/sums.jsonl", "--examples", "0"], "--examples-from is for the elicited"),
+        (["--benchmarks", "{base}/sums.jsonl:split=train"], "split=train is for sets on the hub"),
+        (["--benchmarks", "arithmetic:split=train"], "split=train is for sets on the hub.*generated"),
     ],
 )
 def test_mistakes_are_one_line(base, tmp_path, capsys, more, expected):

@@ -69,6 +69,11 @@ def test_majority_merges_ways_to_write_one_answer():
     assert scores.maj_at_k(np.zeros((1, 2), bool), [[None, None]])[0] == 0
 
 
+def test_a_blank_box_has_no_vote():
+    correct = np.array([[True, True, False, False, False]])
+    assert scores.maj_at_k(correct, [["1", "1", "", "", " "]])[0] == 1
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

@@ -165,6 +165,14 @@ def test_hub_sources(hub, source, call, record):
     assert record.items() <= data[0].items()
 
 
+def test_exclude_reads_files_with_the_same_columns_or_without(tmp_path):
+    rows = [{"question": f"{n}+1", "answer": str(n + 1)} for n in range(4)]
+    mine, alike = write(tmp_path / "mine.jsonl", rows), write(tmp_path / "alike.jsonl", rows[1:2])
+    plain = write(tmp_path / "plain.jsonl", [{"problem": "2+1", "answer": "3"}])
+    found = load_problems(mine, columns={"problem": "question"}, exclude=[alike, plain])
+    assert found["problem"] == ["0+1", "3+1"]
+
+
 def test_exclude_reads_the_test_split_unless_told(hub):
     with pytest.raises(SteerError, match="1 after excluding some/set, 0 after excluding math500"):
         load_problems("math", exclude=["gsm8k:train", "some/set", "math500"])

@@ -95,7 +95,7 @@ def test_plain_numbers_start_no_process():
         Verdict(False, "5", "exact"),
         Verdict(True, "1,000", "exact"),
         Verdict(False, None, "no_answer"),
-        Verdict(False, " ", "no_answer"),
+        Verdict(False, None, "no_answer"),  # a blank box is none
     ]
 
 

@@ -24,6 +24,7 @@ from peft import LoraConfig, get_peft_model
 from steer import artifact
 from steer.cli import compare
 from steer.errors import SteerError
+from steer.evaluation import options
 from steer.evaluation import run as evaluation
 from steer.evaluation.pack import read_packed
 from steer.evaluation.plan import read_plan
@@ -218,6 +219,32 @@ def test_methods_alone(plan, calls, place, capsys):
     assert {path.stem for path in (place / "alone" / "runs").iterdir()} == {"random-reward-1"}
     assert compare.main([*chosen, "magic"]) == 1
     assert "no method magic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"benchmarks": ["x.jsonl"], "seeds": 3}, "; it has seeds"),
+        ({"samples": 2}, "evaluation needs benchmarks, a list"),
+        ({"benchmarks": "x.jsonl"}, "evaluation needs benchmarks, a list"),
+    ],
+)
+def test_an_evaluation_that_would_be_ignored_is_refused(place, plan, asked, expected):
+    whole = yaml.safe_load(plan.read_text()) | {"evaluation": asked}
+    (place / "unknown.yaml").write_text(yaml.safe_dump(whole))
+    with pytest.raises(SteerError, match=expected):
+        read_plan(str(place / "unknown.yaml"))
+
+
+def test_what_an_evaluation_says_is_what_steer_eval_is_asked(plan, place):
+    comparison = Comparison(read_plan(str(plan)))
+    said = {"temperature": 0.5, "limit": 3, "chat_template_kwargs": {"enable_thinking": False}}
+    changed = Comparison(
+        replace(comparison.plan, evaluation={**comparison.plan.evaluation, **said, "columns": "answer=gold"})
+    )
+    args = options.parser("").parse_args([*changed.evals(place)[4:], "--benchmarks", "x", "--model", "m"])
+    assert {name: getattr(args, name) for name in said} == said
+    assert args.columns == "answer=gold"
 
 
 def test_results_of_other_settings_are_not_taken_for_these(plan, calls, place):
