@@ -95,7 +95,7 @@ def _tensor_file(source: str | os.PathLike[str], revision: str | None, token: st
         return path / TENSOR_FILE
     if path.is_file():
         return path
-    if path.suffix or path.is_absolute() or str(source).count("/") != 1:
+    if path.suffix == ".safetensors" or not hub.is_hub_id(str(source)):
         raise SteerError(f"no steering vectors at {source}: there is no such file or folder")
     return hub.fetch(str(source), TENSOR_FILE, revision, token)
 

@@ -64,6 +64,16 @@ def test_vectors_go_to_the_hub_and_come_back(build_tiny: Any, remote: Any) -> No
     assert "THIS_FOLDER" not in card and "pypi.org" not in card
 
 
+def test_the_name_of_a_repository_may_have_dots(tiny_llama: Any, remote: Any) -> None:
+    vectors = fill(steer.attach(tiny_llama))
+    vectors.push_to_hub("me/Qwen2.5-7B-math")
+    assert same(steer.read("me/Qwen2.5-7B-math").tensors, vectors.tensors())
+    asked = len(remote.calls)
+    with pytest.raises(SteerError, match="no such file or folder"):
+        steer.read("me/vectors.safetensors")
+    assert len(remote.calls) == asked, "the hub is not asked for a file"
+
+
 def test_the_long_names_do_what_the_short_ones_do(tiny_llama: Any, tmp_path: Path, remote: Any) -> None:
     vectors = fill(steer.attach(tiny_llama))
     assert vectors.save_pretrained(tmp_path / "a") == tmp_path / "a"

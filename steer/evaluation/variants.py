@@ -249,7 +249,9 @@ def _named(source: str) -> tuple[str, str]:
     if mark and "/" not in name:
         return name, path
     place = Path(source)
-    return (place.parent.name if place.name == "vectors" else place.stem) or source, source
+    # no `stem`: names of models have dots
+    own = place.parent.name if place.name == "vectors" else place.name.removesuffix(".safetensors")
+    return own or source, source
 
 
 def _suffixed(name: str, suffix: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,13 @@ def test_a_condition_tells_vectors_apart(base, tmp_path):
         digests.append(variants._vectors(str(tmp_path / str(threshold)))[1])
         checksums.append(vectors_checksum(made.config, made.tensors))
     assert len(set(digests)) == 3 and len(set(checksums)) == 2
+
+
+def test_a_name_with_dots_is_whole(base, tmp_path):
+    source = shutil.copytree(base / "vectors", tmp_path / "Qwen2.5-7B-math")
+    file = shutil.copy(source / "steering.safetensors", tmp_path / "v1.5.safetensors")
+    found = run.variants.collect(run.Variant("base"), [str(source), str(file)])
+    assert [variant.name for variant in found] == ["base", "Qwen2.5-7B-math", "v1.5"]
 
 
 def test_system_prompts_are_variants_and_the_base_can_be_left_out(base, tmp_path):
