@@ -85,6 +85,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_trust(load)
     load.add_argument("--format", choices=SOURCES, help="default: told by the file's name")
     load.add_argument("--layers", help="the layers that the rows of an array belong to; default: all")
+    load.add_argument(
+        "--embeddings-row",
+        action="store_true",
+        help="row 0 of an array is the embeddings', as in hidden_states of transformers: leave it out",
+    )
+    load.add_argument(
+        "--block-0",
+        choices=("refuse", "drop", "keep"),
+        help="what to do with direction.0 of a GGUF file that does not tell what it is: keep it as the vector "
+        "of block 0, or drop it; default: refuse the file",
+    )
     load.add_argument("--out", required=True, help="folder to write the artifact to")
     load.add_argument(
         "--confirm-model",
@@ -212,13 +223,14 @@ def _import(args: argparse.Namespace) -> None:
         raise SteerError(f"there is no file or folder {shown(args.source)}; give one of another tool's")
     kind = args.format or _format(source)
     check_output(args.out, args.replace, args.source, folder=True)
+    _check_format_options(args, kind)
     model = skeleton(args.model, args.revision, args.trust_remote_code)
     if kind == "arrays":
-        imported = arrays.read(args.source, model, layers=args.layers)
+        imported = arrays.read(args.source, model, layers=args.layers, embeddings_row=args.embeddings_row)
+    elif kind == "gguf":
+        imported = gguf.read(args.source, model, block_0=args.block_0 or "refuse")
     else:
-        if args.layers:
-            raise SteerError(f"--layers is for arrays; a {kind} file names its layers itself")
-        imported = {"peft": peft, "gguf": gguf, "lm-eval": lm_eval}[kind].read(args.source, model)
+        imported = {"peft": peft, "lm-eval": lm_eval}[kind].read(args.source, model)
     if not args.confirm_model:
         _check_origin(args, recorded(imported.config.provenance, PART))
     with output(args.out, args.replace, args.source, folder=True):
@@ -226,6 +238,15 @@ def _import(args: argparse.Namespace) -> None:
     told = {"out": args.out, "kind": imported.config.kind, "layers": imported.config.layers}
     what = f"{told['kind']} vectors of layers {told['layers']}"
     print(json.dumps(told) if args.json else f"{args.out}  ({what})")
+
+
+def _check_format_options(args: argparse.Namespace, kind: str) -> None:
+    """SteerError for an option that files of this format have no use for."""
+    for option in ("--layers", "--embeddings-row"):
+        if kind != "arrays" and getattr(args, option[2:].replace("-", "_")):
+            raise SteerError(f"{option} is for arrays; a {kind} file names its layers itself")
+    if kind != "gguf" and args.block_0:
+        raise SteerError(f"--block-0 is for GGUF control vectors; {shown(args.source)} is read as {kind}")
 
 
 def _check_origin(args: argparse.Namespace, origin: Mapping[str, Any]) -> None:

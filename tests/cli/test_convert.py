@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from helpers.steering import fill
@@ -75,6 +77,37 @@ def test_a_source_that_is_not_there(place: Path, capsys: pytest.CaptureFixture[s
     error = capsys.readouterr().err
     assert "there is no file or folder" in error or "cannot read" in error
     assert "must end in" not in error
+
+
+def test_an_array_with_a_row_of_the_embeddings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hidden = np.concatenate([np.zeros((1, 32), np.float32), np.load("v.npy")])
+    np.save("hidden.npy", hidden)
+    argv = ["import", "hidden.npy", "--model", "model", "--out", "out", "--confirm-model"]
+    assert main(argv) == 1
+    assert "give --embeddings-row" in capsys.readouterr().err
+    assert main([*argv, "--embeddings-row"]) == 0
+    assert artifact.read("out").config.layers == "1-2"
+    assert main(["import", "v.gguf", "--model", "model", "--out", "no", "--embeddings-row"]) == 1
+    assert "--embeddings-row is for arrays" in capsys.readouterr().err
+
+
+def test_direction_0_of_a_file_that_does_not_tell(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = gguf.GGUFWriter(Path("other.gguf"), "controlvector")
+    for block in (0, 1):
+        writer.add_tensor(f"direction.{block}", np.full(32, block + 1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    argv = ["import", "other.gguf", "--model", "model", "--out", "out", "--confirm-model"]
+    assert main(argv) == 1
+    assert "give --block-0 keep, else --block-0 drop" in capsys.readouterr().err
+    assert main([*argv, "--block-0", "keep"]) == 0
+    assert artifact.read("out").config.layers == "0-1"
+    assert main([*argv, "--block-0", "drop", "--force"]) == 0
+    assert artifact.read("out").config.layers == "1"
+    assert main(["import", "v.npy", "--model", "model", "--out", "no", "--block-0", "drop"]) == 1
+    assert "--block-0 is for GGUF control vectors" in capsys.readouterr().err
 
 
 def test_a_gguf_model_takes_no_hub_id(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
