@@ -335,21 +335,30 @@ def _tools(config: SteeringConfig, decoder: str, name: str) -> str:
         "--prompt '...'`",
     ]
     base, of = ("MERGED", "--model MERGED ") if adapter else (base, "")
-    if config.kind == "adaptive":
+    everywhere = config.positions == "all" and config.condition is None  # no format can say otherwise
+    if everywhere and config.kind == "adaptive":
         tools.append(f"PEFT and vLLM's LoRA: `steer export {name} --to peft {of}--out adapter`")
-    elif config.positions == "all":
+    elif everywhere and config.site != "resid_pre":  # which is the output of no module
         tools += [
             f"PEFT, without steer: `steer export {name} --to peft {of}--out adapter`, then "
             '`PeftModel.from_pretrained(base, "adapter")`',
             f"vLLM: `steer export {name} --to checkpoint --out model`, then `vllm serve model`",
-            f"llama.cpp: `steer export {name} --to gguf --out vectors.gguf`, then "
-            "`llama-cli -m base.gguf --control-vector vectors.gguf`",
-            f"lm-eval: `steer export {name} --to lm-eval --out vectors.pt`, then "
-            f"`lm_eval --model steered --model_args pretrained={base},steer_path=vectors.pt`",
         ]
+        layers = config.resolve_layers(config.num_hidden_layers) if config.num_hidden_layers else []
+        if config.site == "resid_post" and layers != [0]:
+            drop = "--block-0 drop " if 0 in layers else ""
+            tools.append(
+                f"llama.cpp: `steer export {name} --to gguf {drop}--out vectors.gguf`, then "
+                "`llama-cli -m base.gguf --control-vector vectors.gguf`"
+                + (" (which cannot steer block 0: its vector is left out)" if drop else "")
+            )
+        tools.append(
+            f"lm-eval: `steer export {name} --to lm-eval --out vectors.pt`, then "
+            f"`lm_eval --model steered --model_args pretrained={base},steer_path=vectors.pt`"
+        )
     listed = "\n".join(f"{i}. {tool}" for i, tool in enumerate(tools, 1))
     named = f"The tensors are named as in the model: `{decoder}.12.steering.vector` for layer 12."
-    if adapter:
+    if adapter and len(tools) > 1:
         listed += "\n\nFrom 2 on, the base is the model in the folder MERGED that `merged_base` returns."
     return f"## Other tools\n\n{listed}\n\n{named}"
 

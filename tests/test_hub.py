@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import steer
 from steer import Artifact, SteerError, SteeringConfig, hub
 from steer.artifact import CARD_FILE, CONFIG_FILE, TENSOR_FILE
 from steer.card import card
+from steer.config import Condition
 from steer.models import load_model
 from steer.sae import SAE, SAEConfig, load_sae, own
 
@@ -226,6 +228,28 @@ def test_the_code_of_a_card_runs(build_tiny: Any, tiny_tokenizer: Any, tmp_path:
     names: dict[str, Any] = {}
     exec(code, names)
     assert len(names["vectors"].layers) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ["peft", "checkpoint", "gguf --block-0 drop", "lm-eval"]),
+        ({"layers": "1-2"}, ["peft", "checkpoint", "gguf", "lm-eval"]),
+        ({"layers": "0"}, ["peft", "checkpoint", "lm-eval"]),
+        ({"site": "mlp_out"}, ["peft", "checkpoint", "lm-eval"]),
+        ({"site": "resid_pre"}, []),
+        ({"positions": "completion"}, []),
+        ({"layers": "1-2", "condition": Condition(0, 0.1)}, []),
+        ({"kind": "adaptive"}, ["peft"]),
+        ({"kind": "adaptive", "positions": "completion"}, []),
+    ],
+)
+def test_a_card_names_the_exports_that_are_possible(fields: dict[str, Any], expected: list[str]) -> None:
+    config = SteeringConfig(
+        base_model_name_or_path="org/tiny", model_type="llama", hidden_size=4, num_hidden_layers=3, **fields
+    )
+    text = card(config, "model.layers", 12, 48)
+    assert re.findall(r"`steer export THIS_FOLDER --to (.*?) --out ", text) == expected
 
 
 @pytest.mark.parametrize(
