@@ -61,8 +61,8 @@ _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # others ch
 def write(artifact: Artifact, folder: str | os.PathLike[str], base: str | None = None) -> Path:
     """
     Write `artifact` as a PEFT adapter to `folder` (made if missing), atomically per file. Returns the folder.
-    The adapter names `base` as its model; by default the artifact's, and for bundled weights the original
-    ones on the hub (`steer.weights.public_name`).
+    The adapter names `base` as its model, without a revision; by default the artifact's with its revision,
+    and for bundled weights the original ones on the hub (`steer.weights.public_name`).
 
     Raises SteerError for vectors that are no bias of a matrix (other positions than all; a site or a model
     type that `steer.export.architecture` lacks), and for constant vectors of models whose layers PEFT's BEFT
@@ -161,7 +161,7 @@ def _adapter_config(
         "base_model_name_or_path": base or public_name(config.base_model_name_or_path),
         "inference_mode": True,
         "modules_to_save": None,
-        "revision": config.base_revision,
+        "revision": None if base else config.base_revision,
         "target_modules": rf"{re.escape(decoder)}\.({indices})\.{re.escape(place)}",
         "task_type": "CAUSAL_LM",
     }

@@ -183,9 +183,11 @@ def test_what_is_added_comes_back_bit_for_bit(build_tiny, tmp_path, case):
 )
 def test_the_adapter_names_a_base_that_others_find(tiny_llama, tmp_path, base, given, named):
     made = random_artifact(tiny_llama)
-    made.config.base_model_name_or_path = base
+    made.config.base_model_name_or_path, made.config.base_revision = base, "v1"
     peft.write(made, tmp_path, given)
-    assert json.loads((tmp_path / CONFIG_FILE).read_text())["base_model_name_or_path"] == named
+    written = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert written["base_model_name_or_path"] == named
+    assert written["revision"] == (None if given else "v1"), "a revision is of one repository"
     read = peft.read(tmp_path, tiny_llama)
     assert read.config.base_model_name_or_path == base  # the artifact itself travels in the metadata
 
