@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from steer.errors import SteerError
 from steer.extract.rows import Row
-from steer.hooks import hooked, watch
+from steer.hooks import hooked
 from steer.models import context_length
 from steer.places import find_places
-from steer.sites import find_decoder, find_sites, input_device
+from steer.sites import find_decoder, input_device
 
 TOKENS = {
     "last": "the last token of each text",
@@ -34,7 +34,8 @@ class Activations:
     Args:
         layers: the layers, ascending.
         mean: (layers, hidden_size) in float64, the mean over all chosen tokens of all texts.
-        norm: (layers,), the mean length of the residual stream at these tokens.
+        norm: (layers,), the mean length of the residual stream at these tokens: at the site, or after the
+            layer for attn_out and mlp_out.
         texts: (texts, layers, hidden_size) in float32, the mean of each text; None where not asked for.
     """
 
@@ -116,7 +117,7 @@ def read_activations(
             length[at[layer]] += states.norm(dim=1).sum().cpu()
 
     places = find_places(model, layers, site)
-    streams = find_sites(decoder, layers, "resid_pre" if site == "resid_pre" else "resid_post")
+    streams = places if site.startswith("resid_") else find_places(model, layers, "resid_post")
     vectors = model.__dict__.get("steering_vectors")
     was_training = model.training
     model.eval()
@@ -130,7 +131,7 @@ def read_activations(
                 handles = []
                 for i, layer in enumerate(layers):
                     handles += places[i].watch(partial(use, batch, layer))
-                    handles.append(watch(partial(measure, batch, layer), streams[i], decoder.hidden_size))
+                    handles += streams[i].watch(partial(measure, batch, layer))
                 width = max(len(rows[i].ids) for i in batch)
                 ids = torch.zeros(len(batch), width, dtype=torch.long)
                 mask = torch.zeros_like(ids)

@@ -82,17 +82,20 @@ def read_contrast(
         The texts; a line with both sides is a pair.
 
     Raises:
-        SteerError: names the line that cannot be read, the key that is unknown, or what is missing.
+        SteerError: names the line that cannot be read, the key that is unknown, or what is missing; variables
+            of the chat template where no line is a chat.
     """
     file = Path(path)
     prompt = replace(DEFAULT_PROMPT, chat_template_kwargs=chat_template_kwargs)
     sides: dict[str, list[Row]] = {side: [] for side in SIDES}
     pairs = []
+    chats = False
     for number, record in enumerate(json_lines(file), 1):
         if record is None:
             continue
         where = f"{file.name}, line {number}"
         _check_keys(record, where)
+        chats = chats or any(isinstance(value, list) for value in record.values())
         for side in SIDES:
             if side in record:
                 sides[side].append(_row(record, side, tokenizer, prompt, where))
@@ -100,6 +103,11 @@ def read_contrast(
             pairs.append((len(sides["positive"]) - 1, len(sides["negative"]) - 1))
     if not any(sides.values()):
         raise SteerError(f"{file} is empty; write one JSON object a line, with 'positive' and 'negative'")
+    if chat_template_kwargs and not chats:
+        raise SteerError(
+            f"chat_template_kwargs have no effect: {file.name} holds plain texts, no chats; leave them out, "
+            "or write chats as lists of messages"
+        )
     source = {
         "from": f"contrasts in {file.name}",
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16],

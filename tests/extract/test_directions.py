@@ -131,7 +131,7 @@ def test_texts_that_are_the_same_have_no_plane_between_them(tiny_llama: Any, tin
 @pytest.mark.parametrize("site", [site for site in SITES if site != "resid_post"])
 def test_other_sites_are_read_where_the_vectors_stand(tiny_llama: Any, site: str) -> None:
     rows = texts(((5, 0),))
-    before = read_activations(tiny_llama, rows, [1], site).mean
+    found = read_activations(tiny_llama, rows, [1], site)
     layer = tiny_llama.model.layers[1]
     inside: dict[str, torch.Tensor] = {}
     hooks = [
@@ -141,11 +141,17 @@ def test_other_sites_are_read_where_the_vectors_stand(tiny_llama: Any, site: str
         layer.self_attn.register_forward_hook(lambda m, a, out: inside.update(attn_out=out[0])),
         layer.mlp.register_forward_hook(lambda m, a, out: inside.update(mlp_out=out)),
         layer.post_attention_layernorm.register_forward_pre_hook(lambda m, a: inside.update(resid_mid=a[0])),
+        layer.register_forward_hook(
+            lambda m, a, out: inside.update(resid_post=out[0] if isinstance(out, tuple) else out)
+        ),
     ]
     tiny_llama(torch.tensor([rows[0].ids]))
     for hook in hooks:
         hook.remove()
-    torch.testing.assert_close(before[0].float(), inside[site].view(-1, 32)[-1], rtol=1e-5, atol=1e-6)
+    states = {name: hidden.view(-1, 32)[-1] for name, hidden in inside.items()}
+    torch.testing.assert_close(found.mean[0].float(), states[site], rtol=1e-5, atol=1e-6)
+    stream = states[site if site.startswith("resid_") else "resid_post"]
+    assert found.norm[0].item() == pytest.approx(stream.norm().item(), rel=1e-5)
 
 
 def test_attached_vectors_are_off_while_texts_are_read(tiny_llama: Any, tiny_tokenizer: Any) -> None:

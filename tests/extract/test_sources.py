@@ -88,6 +88,15 @@ def test_files_that_hold_no_contrast(
     assert expected in message(error)
 
 
+def test_variables_of_the_chat_template_need_a_chat(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.chat_template += "{% if quiet is defined and quiet %}[quiet]{% endif %}"
+    variables = {"quiet": True}
+    assert read_contrast(lines(tmp_path / "pairs.jsonl", PAIRS), tiny_tokenizer, variables).pairs
+    with pytest.raises(SteerError, match=r"no effect: pairs\.jsonl holds plain texts") as error:
+        read_contrast(lines(tmp_path / "pairs.jsonl", PAIRS[:2]), tiny_tokenizer, variables)
+    message(error)
+
+
 # ---- runs
 
 
