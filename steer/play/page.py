@@ -220,7 +220,7 @@ def _answers(
     way: str,
     length: int,
     temperature: float,
-    seed: int,
+    seed: int | None,
     *given: Any,
 ) -> Iterator[Turn]:
     """The turn after each new token; in the end with the changes of the tokens."""
@@ -234,7 +234,8 @@ def _answers(
         comparison.check_length(prompt, sampling)
     sides = [Side(base, [], ""), Side(steered, [], "")]
     yield Turn(message, (sides[0], sides[1]))
-    for answers in comparison.side_by_side(base, steered, mix, sampling, seed):
+    # an emptied field is None
+    for answers in comparison.side_by_side(base, steered, mix, sampling, int(seed or 0)):
         sides = [
             Side(prompt, ids, comparison.text(ids))
             for prompt, ids in zip((base, steered), answers, strict=True)

@@ -90,6 +90,13 @@ def test_the_page_through_its_api(comparison: Comparison, address: str) -> None:
         client.predict(*off, api_name="/answer_again")
 
 
+def test_an_emptied_seed_is_zero(comparison: Comparison, address: str) -> None:
+    client = Client(address, verbose=False)
+    given = (*SETTINGS[:3], None, *SETTINGS[4:])
+    base, _, _ = client.predict("1+1?", *given, 1.5, -1.0, api_name="/answer")
+    assert bubbles(base) == ["1+1?", expected(comparison, "1+1?", BASE)]
+
+
 def test_two_users_at_once_have_vectors_and_conversations_of_their_own(
     comparison: Comparison, address: str
 ) -> None:
