@@ -86,7 +86,7 @@ def _diff(args: argparse.Namespace) -> None:
         cosine = float(left[layer] @ right[layer]) / (norms[0] * norms[1]) if norms[0] and norms[1] else None
         rows.append({"layer": layer, "norm_a": norms[0], "norm_b": norms[1], "cosine": cosine})
     model = ("base_model_name_or_path", "base_checksum", "model_type", "num_hidden_layers")
-    names = (*model, "kind", "site", "positions", "scale", "prompt")
+    names = (*model, "kind", "site", "positions", "scale", "condition", "prompt")
     changed = {n: [getattr(a.config, n), getattr(b.config, n)] for n in names}
     changed = {n: pair for n, pair in changed.items() if pair[0] != pair[1]}
     other_model = None

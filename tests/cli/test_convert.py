@@ -16,6 +16,7 @@ from helpers.training import model_folder
 import steer
 from steer import artifact
 from steer.cli import main
+from steer.config import Condition
 
 
 @pytest.fixture
@@ -130,6 +131,13 @@ def test_diff_of_two_families_says_so(place: Path, capsys: pytest.CaptureFixture
     assert main(["diff", "vectors", "other", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["differ"]["model_type"] == ["llama", "qwen2"] and "families" in told["note"]
+
+
+def test_diff_tells_of_a_condition(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = artifact.read("vectors").with_condition(Condition(0, 0.25), torch.ones(32), {"made": "here"})
+    artifact.write("conditional", made)
+    assert main(["diff", "vectors", "conditional"]) == 0
+    assert "condition: None | Condition(layer=0, threshold=0.25)" in capsys.readouterr().out
 
 
 def test_scales_of_constant_vectors_are_refused_before_any_answer(
