@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 import steer
 from steer.arguments import Help, with_default
 from steer.base_adapter import base_source
-from steer.errors import SteerError
+from steer.errors import SteerError, one_line
 from steer.files import held
 from steer.generation.allocator import keep_freed_memory
 from steer.models import load_model, load_tokenizer
@@ -288,7 +288,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise SteerError(f"override {override!r}: {parent!r} has no settings of its own")
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise SteerError(f"override {override!r} is not YAML: {one_line(error)}") from error
     # YAML 1.1 takes 1e-3 for a text; nobody who writes it means one
     if isinstance(value, str):
         with suppress(ValueError):

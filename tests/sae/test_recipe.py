@@ -144,6 +144,7 @@ def test_two_processes_train_one_sae(config, tmp_path):
     ("overrides", "part"),
     [
         (["lr"], "has no '='"),
+        (["texts=[a.txt"], "override 'texts=[a.txt' is not YAML"),
         (["rate=1"], "unknown setting 'rate'"),
         (["saes.topk.size=1"], "unknown settings size"),
         (["saes=4"], "saes must be a mapping"),
