@@ -93,8 +93,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     load.add_argument(
         "--block-0",
         choices=("refuse", "drop", "keep"),
-        help="what to do with direction.0 of a GGUF file that does not tell what it is: keep it as the vector "
-        "of block 0, or drop it; default: refuse the file",
+        help="direction.0 of a GGUF file that does not tell what it is: keep it as the vector of block 0, or "
+        "drop it; default: refuse the file",
     )
     load.add_argument("--out", required=True, help="folder to write the artifact to")
     load.add_argument(
