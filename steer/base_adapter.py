@@ -15,10 +15,11 @@ from typing import Any
 
 from filelock import FileLock
 
+from steer import hub
 from steer.config import SteeringConfig
 from steer.errors import SteerError, one_line
 from steer.identity import MERGED
-from steer.models import load_model, load_tokenizer, model_source, skeleton
+from steer.models import load_model, load_tokenizer, loaded_revision, model_source, skeleton
 from steer.quantization import quantization_method
 from steer.weights import cache_dir
 
@@ -151,7 +152,12 @@ def _merge(
             f"base_adapter {str(folder)!r} cannot be merged into {name!r} ({one_line(error)}); give a LoRA "
             "of this model"
         ) from error
-    about = {"base": name, "revision": revision, "adapter": str(folder), "checksum": checksum}
+    about = {
+        "base": name,
+        "revision": loaded_revision(model),
+        "adapter": str(folder),
+        "checksum": checksum,
+    }
     setattr(merged.config, MERGED, about)
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
@@ -173,12 +179,10 @@ def _base_checksum(source: str, revision: str | None, trust_remote_code: bool) -
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+        AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
     except Exception as error:
         raise SteerError(f"model {source!r} cannot be loaded from the hub: {one_line(error)}") from error
-    return f"{source}@{getattr(config, '_commit_hash', None) or revision or 'main'}"
+    return f"{source}@{hub.commit(source, revision) or revision or 'main'}"
 
 
 def _checksum(files: list[Path]) -> str:

@@ -47,6 +47,25 @@ def fetch(repo_id: str, file: str, revision: str | None = None, token: str | Non
         ) from error
 
 
+def commit(repo_id: str, revision: str | None = None) -> str | None:
+    """
+    The commit from which a model was loaded just now, as the cache knows it: asks no network.
+
+    Args:
+        repo_id: such as "org/name", or a local folder.
+        revision: branch, tag or commit, by default the main branch.
+
+    Returns:
+        40 hex digits; None for a local folder, and where the cache does not know the commit.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(repo_id).exists():
+        return None
+    file = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 def search(tags: Sequence[str], author: str | None = None, limit: int = 20) -> list[str]:
     """
     The ids of model repositories that have all of these tags, those changed last first.

@@ -15,6 +15,7 @@ from torch import nn
 
 from steer.config import SteeringConfig
 from steer.errors import SteerError
+from steer.models import loaded_revision
 from steer.sharded import gathered, shape
 from steer.sites import find_decoder
 
@@ -37,7 +38,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     merged = getattr(base, MERGED, None) or {}
     return {
         "base_model_name_or_path": merged.get("base") or base.name_or_path or None,
-        "base_revision": merged.get("revision") or getattr(base, "_commit_hash", None),
+        "base_revision": merged.get("revision") if merged else loaded_revision(model),
         "base_adapter": merged.get("adapter"),
         "model_type": base.get_text_config().model_type,
         "hidden_size": decoder.hidden_size,

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer import compat
+from steer import compat, hub
 from steer.errors import SteerError, one_line
 from steer.quantization import bitsandbytes, check_quantization, keep_gradients
 from steer.weights import BUNDLED, choices, model_path
@@ -44,10 +44,11 @@ def load_model(
 
     `dtype` is "float32", "bfloat16", "float16", a torch dtype, "auto" for the dtype it was saved in (float32
     for converted GGUF weights, bfloat16 for those over 1 GiB), or "fast" (`fast_dtype`).
-    `config.name_or_path` is `name` as given. `load_in_4bit` and `load_in_8bit` quantise the weights with
-    bitsandbytes as they are loaded (`steer.quantization`). Raises SteerError as `model_path` does, and when
-    the hub does not answer, when the model is not a decoder-only language model, when the checkpoint lacks
-    weights or is quantised by a method that is not tested, or for a dtype that is not one of these.
+    `config.name_or_path` is `name` as given, and `loaded_revision` tells the commit. `load_in_4bit` and
+    `load_in_8bit` quantise the weights with bitsandbytes as they are loaded (`steer.quantization`). Raises
+    SteerError as `model_path` does, and when the hub does not answer, when the model is not a decoder-only
+    language model, when the checkpoint lacks weights or is quantised by a method that is not tested, or for a
+    dtype that is not one of these.
     """
     import torch
 
@@ -84,6 +85,7 @@ def load_model(
             f"({missing[0]} first): expected a causal language model's complete checkpoint"
         )
     model.config.name_or_path = name  # artifacts record this: a cache path would mean nothing elsewhere
+    model.steer_revision = hub.commit(source, revision) or revision
     keep_gradients(model)
     model.eval()
     return model
@@ -104,7 +106,17 @@ def skeleton(name: str, revision: str | None = None, trust_remote_code: bool = F
     except Exception as error:
         raise _load_error("model", name, source, error) from error
     model.config.name_or_path = name
+    model.steer_revision = hub.commit(source, revision) or revision
     return model
+
+
+def loaded_revision(model: torch.nn.Module) -> str | None:
+    """
+    The commit that `load_model` or `skeleton` took `model` from, or the revision that was asked for where the
+    cache of the hub does not tell the commit. None for local and bundled models, and for one that something
+    else loaded. It is no part of the config, which is saved with other weights too.
+    """
+    return getattr(model, "steer_revision", None)
 
 
 def load_tokenizer(

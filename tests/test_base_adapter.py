@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.hub import cached_model
 from helpers.steering import fill, logits, tokens
 from helpers.training import model_folder
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -61,6 +62,19 @@ def test_it_is_made_once_for_each_base_and_adapter(places: tuple[str, str]) -> N
     config = Path(adapter, "adapter_config.json")
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     assert merged_base(base, adapter) != str(folder), "another adapter"
+
+
+def test_a_hub_base_is_told_by_its_commit(
+    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = places
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    home = cached_model(Path(base), "org/base", commits, tmp_path / "hub", monkeypatch)
+    monkeypatch.setattr("steer.base_adapter._merge", lambda target, *rest: target.mkdir())
+    made, tagged = merged_base("org/base", adapter), merged_base("org/base", adapter, "v1")
+    assert made != tagged and merged_base("org/base", adapter, commits["main"]) == made
+    (home / "refs" / "main").write_text(commits["v1"])
+    assert merged_base("org/base", adapter) == tagged, "what is on main now"
 
 
 def test_the_card_loads_the_base_with_its_adapter(places: tuple[str, str], tmp_path: Path) -> None:

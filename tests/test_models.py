@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.hub import cached_model
 from helpers.models import assert_same_weights, refusal
 from helpers.paths import ROOT
 
+from steer import hub
 from steer.errors import SteerError
-from steer.models import load_model, load_tokenizer
+from steer.identity import describe
+from steer.models import load_model, load_tokenizer, loaded_revision, skeleton
 from steer.weights import BUNDLED, cache_dir, model_path
 
 SMOL = "smollm2-135m-instruct"
@@ -146,6 +149,19 @@ def test_folder_without_config(tmp_path):
 def test_revision_is_for_hub_ids(folder):
     assert "revision" in refusal(load_model, str(folder), revision="abc")
     assert "revision" in refusal(load_tokenizer, SMOL, revision="abc")
+
+
+def test_the_commit_of_a_hub_model_is_known(folder, tmp_path, monkeypatch):
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    cached_model(folder, "org/Tiny-1.5", commits, tmp_path / "hub", monkeypatch)
+    for revision, commit in ((None, commits["main"]), *commits.items(), (commits["v1"], commits["v1"])):
+        model = load_model("org/Tiny-1.5", revision=revision)
+        assert loaded_revision(model) == describe(model)["base_revision"] == commit
+        assert loaded_revision(skeleton("org/Tiny-1.5", revision)) == commit
+    model.save_pretrained(tmp_path / "saved")  # other weights, perhaps
+    assert commits["v1"] not in (tmp_path / "saved" / "config.json").read_text()
+    assert loaded_revision(load_model(str(tmp_path / "saved"))) is None
+    assert hub.commit("org/Tiny-1.5", "v2") is None and hub.commit(str(folder)) is None
 
 
 def test_hub_out_of_reach(monkeypatch):

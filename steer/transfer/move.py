@@ -164,14 +164,14 @@ def _loaded(model: PreTrainedModel | str, trust: bool) -> PreTrainedModel:
 
 
 def _tokenizer(model: PreTrainedModel, trust: bool) -> PreTrainedTokenizerBase:
-    from steer.models import load_tokenizer
+    from steer.models import load_tokenizer, loaded_revision
 
     if not model.config.name_or_path:
         raise SteerError(
             f"this {type(model).__name__} has no name to find its tokenizer by; pass the tokenizer too"
         )
-    commit = getattr(model.config, "_commit_hash", None)  # of a hub model
-    return load_tokenizer(model.config.name_or_path, revision=commit, trust_remote_code=trust)
+    revision = loaded_revision(model)
+    return load_tokenizer(model.config.name_or_path, revision=revision, trust_remote_code=trust)
 
 
 def _named(source: Artifact, trust: bool) -> PreTrainedModel:

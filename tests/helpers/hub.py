@@ -13,6 +13,20 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 
+def cached_model(
+    source: Path, name: str, commits: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The model in the folder `source` as `name` in a cache of the hub: a commit for each revision."""
+    home = cache / f"models--{name.replace('/', '--')}"
+    (home / "refs").mkdir(parents=True)
+    for revision, commit in commits.items():
+        shutil.copytree(source, home / "snapshots" / commit)
+        (home / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return home
+
+
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replaces the hub: `calls` that were made, `files` of a repository, and the folder `home` of all."""
     home, calls = tmp_path / "remote", []

@@ -446,3 +446,20 @@ def test_attention_sinks_of_real_weights_decide_nothing(smollm2) -> None:
     assert all(row.cka == pytest.approx(1) for row in found.report.layers)
     norms = [row.norm_before / row.relative_before for row in found.report.layers]
     assert 20 < norms[0] < norms[1] < norms[2] < 2000
+
+
+def test_a_tokenizer_is_of_the_revision_of_its_model(
+    tiny_llama: Any, build_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(name: str, *, revision: str | None, trust_remote_code: bool) -> None:
+        asked.append((name, revision))
+        raise SteerError("that is all")
+
+    monkeypatch.setattr("steer.models.load_tokenizer", load)
+    source = trained(tiny_llama)
+    tiny_llama.config.name_or_path, tiny_llama.steer_revision = "org/tiny", "v1"
+    with pytest.raises(SteerError, match="that is all"):
+        transfer(source, tiny_llama, build_tiny("llama", seed=1), method="ridge")
+    assert asked == [("org/tiny", "v1")]

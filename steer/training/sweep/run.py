@@ -28,7 +28,7 @@ from steer import artifact
 from steer.errors import SteerError
 from steer.evaluation.heldout import Answered, constant, score, ways
 from steer.files import read_json, replace_file
-from steer.models import context_length
+from steer.models import context_length, loaded_revision
 from steer.prompt import PromptSpec
 from steer.tasks.elicited import STAGES, UNTRAINED, choose
 from steer.tasks.reward_loading import load_rewards
@@ -147,7 +147,7 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
             study.model.dtype,
             len(mine),
             trainer.eos_token_ids,
-            revision=getattr(study.model.config, "_commit_hash", None),
+            revision=loaded_revision(study.model),
         )
     if source and state.is_main_process:
         init.keep(source, str(folder))
