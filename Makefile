@@ -53,7 +53,8 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check:
 	$(RUN_ENV) $(GPU_PYTHON) -m evals.gpu_check $(GPU_LEVEL) $(GPU_CHECK_FLAGS)
 
-# Packages that the machine with the GPU lacks besides those of evals/gpu_check/wheels.txt: GPU_WHEELS="pandas==3.1.1"
+# Packages that the machine with the GPU lacks besides those of evals/gpu_check/wheels.txt: GPU_WHEELS="pandas==3.1.1",
+# and the most that can be copied there: GPU_WHEELS="pandas==3.1.1 --limit-mib 60"
 gpu-wheels:
 	$(PYTHON) -m evals.gpu_check.wheels $(GPU_WHEELS)
 

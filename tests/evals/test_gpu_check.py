@@ -188,7 +188,26 @@ def test_wheels_are_of_the_versions_that_are_tested_together() -> None:
     both = {name: (pin, constraints[name]) for name, pin in pins.items() if name in constraints}
     assert {"trl", "peft", "datasets", "math-verify"} <= set(both)
     assert all(pin == constraint for pin, constraint in both.values()), both
-    assert 1 < wheels.tree_mib() < wheels.LIMIT_MIB / 2
+    assert 1 < wheels.tree_mib() < 30
+
+
+def test_a_limit_of_what_can_be_copied(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def download(command: list[str], check: bool) -> None:
+        assert "pandas==3.1.1" in command and "--limit-mib" not in command
+        (tmp_path / "pandas.whl").write_bytes(bytes(2 * 2**20))
+
+    monkeypatch.setattr(wheels, "WHEELS", tmp_path)
+    monkeypatch.setattr(wheels, "tree_mib", lambda: 6.0)
+    monkeypatch.setattr(wheels.subprocess, "run", download)
+    for limit in ([], ["--limit-mib", "9"]):
+        monkeypatch.setattr(sys, "argv", ["wheels", "pandas==3.1.1", *limit])
+        wheels.main()
+        assert "8.00 MiB  with the 6.00 of the repository" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["wheels", "pandas==3.1.1", "--limit-mib", "7"])
+    with pytest.raises(SystemExit, match=r"8\.0 MiB are more than --limit-mib 7"):
+        wheels.main()
 
 
 def _lines(file: Path) -> list[str]:
