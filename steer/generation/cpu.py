@@ -211,7 +211,7 @@ def prepare() -> None:
     """
     memory = "the allocator is not glibc's and stays as it is"
     if keep_freed_memory():
-        memory = "glibc keeps freed memory (mallopt; for large models tcmalloc is faster, docs/training.md)"
+        memory = "glibc keeps freed memory (mallopt; for large models tcmalloc may help, docs/training.md)"
     log.info("on the CPU: %s, LM head tiles of %d tokens", memory, HEAD_TILE)
     compat.set_head_tiles(HEAD_TILE)
     compat.set_head_products()
