@@ -86,8 +86,9 @@ def complete(
 def graded(
     subject: Subject, rows: Sequence[Row], problems: Sequence[dict[str, Any]], grader: MathGrader
 ) -> torch.Tensor:
-    """Which completions hold the right \\boxed answer: bool (rows,)."""
-    verdicts = grader.check(subject.answers(rows), [str(problem["answer"]) for problem in problems])
+    """Which completions hold the right \\boxed answer, or one of them: bool (rows,)."""
+    golds = [problem.get("golds") or str(problem["answer"]) for problem in problems]
+    verdicts = grader.check(subject.answers(rows), golds)
     return torch.tensor([verdict.correct for verdict in verdicts])
 
 

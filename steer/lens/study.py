@@ -134,11 +134,13 @@ class Study:
         plain = "plain" if trained != "plain" else "qwen_math"
         other = replace(subject, prompt=PromptSpec(plain))
         title = f"template {plain} instead of {trained}"
+        asked: list[Row] = []
         try:
+            if any(problem.get("messages") for problem in self.problems):
+                raise SteerError("chats are put as they are, whatever the template")
             asked = other.rows(self.problems)
-        except SteerError as error:  # its prompts do not fit into the model
+        except SteerError as error:  # or its prompts do not fit into the model
             report.notes.append(f"Control left out: {title} ({error}).")
-            asked = []
         if asked:
             both = complete(other, asked, [BASE, steered(other)], label="another template")
             for name, some in zip(("base", "steered"), both, strict=True):

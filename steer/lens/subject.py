@@ -14,7 +14,7 @@ from steer.extract.rows import Row
 from steer.models import check_context
 from steer.prompt import PromptSpec
 from steer.sites import Decoder, find_decoder, input_device
-from steer.tasks.prompts import format_prompt
+from steer.tasks.prompts import Question, format_prompt, question
 from steer.vectors import SteeringVectors
 
 T = TypeVar("T")
@@ -64,7 +64,13 @@ class Subject:
         """The layers that have a vector."""
         return self.vectors.layers
 
-    def row(self, problem: str, forced: str | Sequence[int] = "") -> Row:
+    @property
+    def site(self) -> str:
+        """Where the vectors are added; adaptive ones, whose config has no site, at the MLP's output."""
+        config = self.vectors.config
+        return "mlp_out" if config.kind == "adaptive" else config.site
+
+    def row(self, problem: Question, forced: str | Sequence[int] = "") -> Row:
         """The prompt of one problem; `forced` (text or token ids) is a completion's opening that is given."""
         ids = self.encode(format_prompt(problem, self.tokenizer, self.prompt))
         opening = self.encode(forced) if isinstance(forced, str) else list(forced)
@@ -72,7 +78,7 @@ class Subject:
 
     def rows(self, problems: Iterable[dict[str, Any]], forced: str | Sequence[int] = "") -> list[Row]:
         """`row` of every problem record; SteerError when there is none."""
-        rows = [self.row(problem["problem"], forced) for problem in problems]
+        rows = [self.row(question(problem), forced) for problem in problems]
         if not rows:
             raise SteerError("no problems were given: there is no text to look at")
         longest = max(len(row.ids) for row in rows)

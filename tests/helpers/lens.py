@@ -47,10 +47,14 @@ class Even:
 
 
 class Exact:
-    """Grades like `steer.tasks.grading.MathGrader`, without its workers: the text must be the answer."""
+    """
+    Grades like `steer.tasks.grading.MathGrader`, without its workers: the text must be the answer, or one of
+    several.
+    """
 
-    def check(self, completions: Sequence[str], answers: Sequence[str]) -> list[Any]:
+    def check(self, completions: Sequence[str], answers: Sequence[str | Sequence[str]]) -> list[Any]:
         from steer.tasks.grading import Verdict
 
-        pairs = zip(completions, answers, strict=True)
-        return [Verdict(answer == text, text or None, "exact") for text, answer in pairs]
+        golds = [[answer] if isinstance(answer, str) else answer for answer in answers]
+        pairs = zip(completions, golds, strict=True)
+        return [Verdict(text in some, text or None, "exact") for text, some in pairs]

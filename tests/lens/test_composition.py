@@ -17,7 +17,7 @@ from steer.artifact import Artifact
 from steer.lens import plots
 from steer.lens.composition import Composition, compose, leave_one_out, likelihoods, scale_sweep
 from steer.lens.conditions import BASE, Condition, steered
-from steer.lens.sampling import complete
+from steer.lens.sampling import complete, graded
 from steer.lens.scale_maps import scale_maps
 from steer.lens.scripts import script
 from steer.lens.token_shift import PrefixSubstitution
@@ -30,6 +30,20 @@ def goal(subject, layers) -> list[dict[str, str]]:
     (rows,) = complete(subject, subject.rows(PROBLEMS), [Condition(frozenset(layers))])
     texts_ = subject.answers(rows)
     return [{"problem": p["problem"], "answer": text} for p, text in zip(PROBLEMS, texts_, strict=True)]
+
+
+def test_chats_and_several_right_answers_are_read_as_in_training(tiny_llama, tiny_tokenizer) -> None:
+    subject = subject_of(tiny_llama, tiny_tokenizer)
+    turns = [("user", "1?"), ("assistant", "2"), ("user", "3?")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    problem = {"problem": "3?", "answer": "none", "messages": chat}
+    (row,) = subject.rows([problem])
+    asked = "<s><|user|>1?</s><|assistant|>2</s><|user|>3?</s><|assistant|>"
+    assert row.ids == tuple(subject.encode(asked))
+    (written,) = complete(subject, [row], [steered(subject)])
+    several = {**problem, "golds": ["none", *subject.answers(written)]}
+    assert graded(subject, written, [several], Exact()).tolist() == [True]
+    assert graded(subject, written, [problem], Exact()).tolist() == [False]
 
 
 def test_pairs_are_what_two_vectors_do(tiny_llama, tiny_tokenizer) -> None:
