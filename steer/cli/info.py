@@ -57,7 +57,8 @@ def _info(args: argparse.Namespace) -> None:
     shape = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
     print(f"base model  {config.base_model_name_or_path} ({config.model_type}, {shape})")
     kind = f"{config.kind}, rank {config.rank}" if config.kind == "shared" else config.kind
-    where = f"{config.site}, positions {config.positions}, scale {config.scale:g}"
+    site = "the MLP's output" if config.kind == "adaptive" else config.site
+    where = f"{site}, positions {config.positions}, scale {config.scale:g}"
     print(f"vectors     {kind}, {len(norms)} layers, {numbers:,} numbers in {config.dtype}, {where}")
     if config.condition is not None:
         told = f"cosine above {config.condition.threshold:.4g} after layer {config.condition.layer}"

@@ -96,7 +96,7 @@ def mean_difference(
             subject.model,
             rows,
             subject.layers,
-            site=subject.vectors.config.site,
+            site=subject.site,
             tokens="completion",
             batch_size=subject.batch_size,
             label=label,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from steer.errors import SteerError
 from steer.evaluation.prose import prose
 from steer.extract.rows import Row
-from steer.lens.features import Features, Reading, check_upstream, read_features, steered_site
+from steer.lens.features import Features, Reading, check_upstream, read_features
 from steer.lens.inputs import chosen_layers, read_problems, read_subject, write_answers
 from steer.lens.show import show
 from steer.lens.subject import Subject
@@ -46,13 +46,13 @@ def features(args: argparse.Namespace) -> None:
         seed=args.seed,
         label="random vectors",
     )
-    show(args, result, _lines(result, told, steered_site(subject)))
+    show(args, result, _lines(result, told, subject.site))
 
 
 def _texts(args: argparse.Namespace, subject: Subject) -> tuple[list[Row], str]:
     """
     The texts, and what they are: those that are asked for; else the steered model's answers to problems,
-    given or what the vectors were trained on; else the neutral text of the package.
+    given or held out by the run of the vectors; without a run the neutral text of the package.
     """
     config = subject.vectors.config
     problems = args.data or recorded(config.provenance, "run").get("train_data")

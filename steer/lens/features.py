@@ -151,7 +151,7 @@ def check_upstream(subject: Subject, layers: Sequence[int], layer: int, site: st
         SteerError: all of them act after that place, so that nothing changes there.
     """
     place = _order(layer, site)
-    own = steered_site(subject)
+    own = subject.site
     steered = [_order(one, own) for one in layers]
     if not any(one <= place for one in steered):
         raise SteerError(
@@ -162,14 +162,19 @@ def check_upstream(subject: Subject, layers: Sequence[int], layer: int, site: st
     return place in steered and subject.vectors.config.kind != "adaptive"
 
 
-def steered_site(subject: Subject) -> str:
-    """Where the vectors are added; adaptive ones, whose config has no site, at the MLP's down-projection."""
-    config = subject.vectors.config
-    return "mlp_out" if config.kind == "adaptive" else config.site
-
-
 def _order(layer: int, site: str) -> tuple[int, int]:
     return (layer - 1, ORDER["resid_post"]) if site == "resid_pre" else (layer, ORDER[site])
+
+
+def _place(subject: Subject, layer: int, site: str) -> Place:
+    """
+    Where the SAE's activations are. Vectors before a layer are added to what the layer below returned, so the
+    stream after that one is read where they leave it.
+    """
+    if (subject.site, site) == ("resid_pre", "resid_post") and layer + 1 < subject.decoder.num_hidden_layers:
+        layer, site = layer + 1, "resid_pre"
+    (place,) = find_places(subject.model, [layer], site)
+    return place
 
 
 @torch.no_grad()
@@ -210,7 +215,7 @@ def read_features(
     """
     on = sorted(subject.layers if layers is None else layers)
     direct = check_upstream(subject, on, layer, site, name)
-    (place,) = find_places(subject.model, [layer], site)
+    place = _place(subject, layer, site)
     differences = (sae.cfg.source or {}).get("what") == "difference"
     steered = Condition(frozenset(on))
 
@@ -222,11 +227,7 @@ def read_features(
         nothing = sae.dense_features(torch.zeros(1, sae.cfg.d_in, device=sae.device, dtype=sae.dtype))[0]
         off = _Means(torch.zeros_like(off.stream), nothing.double(), (nothing > 0).double(), off.tokens)
     with_vectors = measure(steered)
-    here = (
-        next(one for one in on if _order(one, steered_site(subject)) == _order(layer, site))
-        if direct
-        else None
-    )
+    here = next(one for one in on if _order(one, subject.site) == _order(layer, site)) if direct else None
 
     def direction(means: _Means) -> Tensor:
         if here is None:

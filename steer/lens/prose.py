@@ -44,8 +44,8 @@ def trained(report: Report) -> str:
         f"{config.base_model_name_or_path} has {config.num_hidden_layers} layers and a hidden size of "
         f"{config.hidden_size}. After each of "
         f"{len(report.subject.layers)} of them a {config.kind} vector is added to the residual stream "
-        f"(site {config.site}, positions {config.positions}, scale {config.scale:g}); the model itself is "
-        "frozen."
+        f"(site {report.subject.site}, positions {config.positions}, scale {config.scale:g}); the model "
+        "itself is frozen."
     ]
     if run.get("train_data"):
         detail = f", operators {run['operators']}" if run["train_data"] == "arithmetic" else ""

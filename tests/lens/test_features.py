@@ -130,6 +130,29 @@ def test_an_adaptive_vector_is_read_by_what_it_adds(tiny_llama: Any, tiny_tokeni
 
 
 @torch.no_grad()
+def test_vectors_before_a_layer_are_in_the_stream_after_the_one_below(
+    tiny_llama: Any, tiny_tokenizer: Any
+) -> None:
+    """The layer below returns the stream without that vector, which is added by hand here."""
+    sae = make_sae()
+    subject = subject_of(tiny_llama, tiny_tokenizer, layers="0-1", site="resid_pre")
+    own = subject.vectors.tensors()
+    before, vector = own  # names, of layers 0 and 1
+    off = torch.cat(states(subject, 0, False))
+    subject.vectors.set_tensors({before: own[before], vector: torch.zeros(32)})
+    below = torch.cat(states(subject, 0, True))
+    subject.vectors.set_tensors(own)
+    for layers, stream in (([1], off), ([0, 1], below)):
+        found = read(subject, sae, 0, layers=layers, top=64, draws=2)
+        assert found.direct
+        assert found.length == pytest.approx(own[vector].norm().item(), rel=1e-5)
+        for name, expected in (("off", off), ("on", stream + own[vector])):
+            measured = found.activation.extra[name].float()
+            mean = sae.encode(expected).mean(0)[found.activation.features]
+            torch.testing.assert_close(measured, mean, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_an_sae_of_differences_reads_differences(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     sae = make_sae(source={"what": "difference"})
     subject = subject_of(tiny_llama, tiny_tokenizer, layers="0")

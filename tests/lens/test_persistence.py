@@ -118,8 +118,9 @@ def test_the_mean_difference_is_that_of_the_streams(tiny_llama, tiny_tokenizer) 
 
 
 @torch.no_grad()
-def test_the_mean_difference_is_read_where_the_vectors_stand(tiny_llama, tiny_tokenizer) -> None:
-    subject = subject_of(tiny_llama, tiny_tokenizer, layers="1", site="mlp_out")
+@pytest.mark.parametrize("where", [{"site": "mlp_out"}, {"kind": "adaptive"}], ids=str)
+def test_the_mean_difference_is_read_where_the_vectors_stand(tiny_llama, tiny_tokenizer, where) -> None:
+    subject = subject_of(tiny_llama, tiny_tokenizer, layers="1", **where)
     sides = [texts(seed=1), texts(seed=2)]
     made = mean_difference(subject, *sides)["model.layers.1.steering.vector"]
     outputs: list[torch.Tensor] = []
