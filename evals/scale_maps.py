@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("artifact", help="adaptive vectors: folder, .safetensors file or hub id")
-    parser.add_argument("--data", help="problems; default: what the vectors were trained on, held out")
+    parser.add_argument("--data", help="problems; default: the held-out problems of their run")
     parser.add_argument("--problems", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=24, help="default: %(default)s")
     parser.add_argument("--draws", type=int, default=5, help="of each control (default: %(default)s)")
     parser.add_argument("--out", default="evals/results/lens/adaptive", help="default: %(default)s")
     args = parser.parse_args(argv)
-    args.split = "test"
+    args.split = args.columns = None
 
     source = artifact.read(args.artifact)
     name, revision = artifact_base(source.config)

@@ -267,9 +267,15 @@ def _command(
 def _input(parser: argparse.ArgumentParser, problems: int = 32) -> None:
     parser.add_argument(
         "--data",
-        help="arithmetic, gsm8k, FILE.jsonl, ...; default: what the vectors were trained on, held out",
+        help="arithmetic, gsm8k, FILE.jsonl, ...; default: the held-out problems of the vectors' run",
     )
-    parser.add_argument("--split", default="test", help="split of the data (default: test)")
+    parser.add_argument("--split", help="split of the data; default: test, or as the run's held-out problems")
+    parser.add_argument(
+        "--columns",
+        metavar="FIELD=COLUMN,...",
+        help="columns of the data that have other names, such as problem=question; default: as in the run, "
+        "where no --data is given",
+    )
     parser.add_argument(
         "--problems", type=count, default=problems, help=f"problems to use (default: {problems})"
     )

@@ -7,7 +7,7 @@ writes a page that reads like a short paper.
     steer lens report my-vectors --out lens.html --figures lens/
 
 The commands below are its parts, for a closer look. All of them take the model, the prompts and the template
-from the artifact itself (what it was trained on, held out) unless told otherwise, print a short table, and
+from the artifact itself (the held-out problems of its run) unless told otherwise, print a short table, and
 give everything as --json or as a figure with --plot FILE.
 """
 
@@ -105,7 +105,8 @@ HELP = {
     "transfer": (
         "the vectors of several models in each of the others",
         "Accuracy of every artifact's vectors in every other one's model, and the published score, (donor's "
-        "- base) / (own - base), with random vectors of the own ones' length beside it.",
+        "- base) / (own - base), with random vectors of the own ones' length beside it. The problems are "
+        "those of the first artifact's run, and answers may be as long as the longest limit of the runs.",
         "steer lens transfer vectors-of-one vectors-of-another",
     ),
     "conventions": (
@@ -145,7 +146,7 @@ HELP = {
         "often the strongest feature of random vectors is as strong. A vector at the SAE's own layer and "
         "site is read as it is. Vectors in earlier places are read by the mean change that arrives at the "
         "SAE; those after it are refused. Texts: --texts; else the steered model's answers to --data or "
-        "what the vectors were trained on; else a neutral text.",
+        "the held-out problems of the vectors' run; of vectors that no run trained, a neutral text.",
         "steer lens features my-vectors --sae runs/sae-demo/topk --plot features.png\n"
         "    steer lens features my-vectors --sae gemma-scope-2-270m-pt-res:layer_12_width_16k_l0_medium",
     ),

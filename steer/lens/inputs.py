@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +19,8 @@ from steer.lens.subject import Row, Subject
 from steer.models import load_model, load_tokenizer
 from steer.prompt import PromptSpec, recorded
 from steer.tasks.arithmetic import Arithmetic
-from steer.tasks.data import heldout_source, load_problems
+from steer.tasks.columns import parse_columns
+from steer.tasks.data import has_own_columns, has_splits, heldout_source, load_problems
 from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import DEFAULT_PROMPT, choose_prompt
 
@@ -54,18 +55,42 @@ def answer_limit(args: argparse.Namespace, trained_vectors: artifact.Artifact) -
 
 
 def read_problems(args: argparse.Namespace, provenance: dict[str, Any] | None) -> Records:
-    """`args.problems` problems; those of generated arithmetic are of the kind the vectors were trained on."""
+    """
+    `args.problems` problems of `args.data`, else held-out ones of the run that trained the vectors, read as
+    the run read them. Those of generated arithmetic are of the kind the vectors were trained on.
+
+    Raises:
+        SteerError: problems that cannot be read, and a run without held-out ones.
+    """
     run = recorded(provenance, "run")
-    source = args.data or heldout_source(run.get("train_data"), run.get("eval_data")) or run.get("train_data")
-    if not source:
-        raise SteerError("the artifact does not say what it was trained on; give --data, such as gsm8k")
+    source, split, columns = (args.data, "test", None) if args.data else _held_out(run)
     arithmetic = None
     if source == "arithmetic":
         known = {field.name for field in fields(Arithmetic)} - {"problems", "seed"}
         options = {name: run[name] for name in known & set(run)}
         arithmetic = Arithmetic(problems=args.problems, **options)
-    split = "heldout" if source == "arithmetic" else args.split
-    return load_problems(source, split, limit=args.problems, arithmetic=arithmetic).to_list()
+    split = "heldout" if source == "arithmetic" else args.split or split
+    columns = parse_columns(args.columns or columns)
+    return load_problems(source, split, limit=args.problems, arithmetic=arithmetic, columns=columns).to_list()
+
+
+def _held_out(run: Mapping[str, Any]) -> tuple[str, str, Any]:
+    """
+    Source, split and columns of what a run measured on, by its settings; where it measured on nothing, those
+    of what else its training data has.
+    """
+    train, split = run.get("train_data"), run.get("eval_split") or "test"
+    if source := heldout_source(train, run.get("eval_data")):
+        own = run.get("columns") if has_own_columns(source) else None
+        return source, split, run.get("eval_columns") or own
+    if not train:
+        raise SteerError("the artifact does not say what it was trained on; give --data, such as gsm8k")
+    if not has_splits(train) or split == run.get("train_split"):
+        raise SteerError(
+            f"the vectors were trained on {train} and their run held no problems out; give --data, such as "
+            "gsm8k"
+        )
+    return train, split, run.get("columns")
 
 
 def read_both(args: argparse.Namespace) -> tuple[Subject, Records]:

@@ -303,7 +303,7 @@ def transfer(args: argparse.Namespace) -> None:
     problems = read_problems(args, entries[0].artifact.config.provenance)
     with MathGrader() as grader:
         options = {
-            "max_new_tokens": answer_limit(args, read),
+            "max_new_tokens": max(answer_limit(args, entry.artifact) for entry in entries),
             "batch_size": args.batch_size,
             "force": args.force,
             "seed": args.seed,

@@ -29,6 +29,7 @@ Record = dict[str, Any]
 
 _OPTIONAL = ("solution", "type")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _RECORD_FORM = "'problem' and 'answer' (optional: solution, level, type, source)"
 
 
@@ -77,6 +78,15 @@ def columns_of(source: str, columns: Mapping[str, str] | None) -> Mapping[str, s
         return columns if columns and has_own_columns(source) else None
     first = next((row for row in _from_file(path) if row is not None), None)
     return columns if isinstance(first, dict) and set(columns.values()) <= set(first) else None
+
+
+def has_splits(source: str) -> bool:
+    """Whether `source` has problems beside those of training: not a file, a folder or a set of one split."""
+    if source in _KNOWN:
+        return _KNOWN[source].only_split is None
+    path = Path(source)
+    on_hub = _HUB_ID.fullmatch(source) and path.suffix not in _SUFFIXES and not path.exists()
+    return source == "arithmetic" or bool(on_hub)
 
 
 def heldout_source(train_data: str | None, eval_data: str | None) -> str | None:
@@ -188,7 +198,7 @@ def _read(
                 f"no file {source!r}; give a path ending in {', '.join(_SUFFIXES)} to an existing file"
             )
         return _records(_from_file(path), path.name, columns)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.is_file():
+    if _HUB_ID.fullmatch(source) and not path.is_file():
         return _records(_from_hub(source, None, split), source, columns)
     raise SteerError(
         f"unknown source {source!r}; expected arithmetic, {', '.join(_KNOWN)}, a hub id owner/name, or a "

@@ -6,11 +6,12 @@ import argparse
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers.steering import fill
+from helpers.steering import fill, message
 from helpers.training import model_folder
 
 import steer
@@ -253,7 +254,70 @@ def test_help_teaches_and_does_not_import_torch() -> None:
     assert "steer lens patch my-vectors --layers 28 --solve" in done.stdout
 
 
-def test_a_run_without_held_out_problems_is_read_on_its_training_data() -> None:
+UNSET = argparse.Namespace(data=None, problems=2, split=None, columns=None)
+
+
+def test_a_run_without_held_out_problems_is_read_on_what_else_its_training_data_has() -> None:
     run = {**RUN, "eval_data": "none"}
-    args = argparse.Namespace(data=None, problems=2, split="test")
-    assert len(read_problems(args, {"run": run})) == 2
+    assert len(read_problems(UNSET, {"run": run})) == 2
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"train_data": "train.jsonl"},
+        {"train_data": "math500"},  # has one split
+        {"train_data": "runs/demo/completions"},
+        {"train_data": "owner/name", "train_split": "test"},
+    ],
+    ids=str,
+)
+def test_training_problems_are_not_taken_for_held_out_ones(run) -> None:
+    with pytest.raises(SteerError, match="held no problems out; give --data") as error:
+        read_problems(
+            UNSET, {"run": {"eval_data": "none", "eval_split": "test", "train_split": "train", **run}}
+        )
+    message(error)
+
+
+def test_held_out_problems_are_read_as_in_the_run(tmp_path, monkeypatch) -> None:
+    source = tmp_path / "sums.jsonl"
+    source.write_text('{"question": "1 + 1?", "value": ["2", "two"]}\n')
+    columns = "problem=question,answer=value"
+    own = {"train_data": "train.jsonl", "eval_data": str(source), "columns": columns}
+    given = argparse.Namespace(data=str(source), problems=2, split=None, columns=columns)
+    for args, run in (
+        (UNSET, own),
+        (UNSET, {**own, "columns": "problem=text", "eval_columns": columns}),
+        (given, RUN),
+    ):
+        (problem,) = read_problems(args, {"run": run})
+        assert (problem["problem"], problem["golds"]) == ("1 + 1?", ["2", "two"])
+    asked: list[tuple[str, str]] = []
+
+    def load(source: str, split: str, **options: Any) -> Any:
+        asked.append((source, split))
+        return SimpleNamespace(to_list=list)
+
+    monkeypatch.setattr("steer.lens.inputs.load_problems", load)
+    run = {"train_data": "gsm8k", "eval_data": "owner/name", "eval_split": "validation"}
+    for chosen in ({}, {"split": "test"}, {"data": "math"}):
+        read_problems(argparse.Namespace(**{**vars(UNSET), **chosen}), {"run": run})
+    assert asked == [("owner/name", "validation"), ("owner/name", "test"), ("math", "test")]
+
+
+def test_answers_of_a_transfer_are_as_long_as_the_longest_limit(artifact, tmp_path, monkeypatch) -> None:
+    longer = steer.read(artifact)
+    longer.config.provenance = {"run": RUN, "training": {"max_completion_length": 9}}
+    write(tmp_path / "longer", longer)
+    limits: list[int] = []
+
+    def stop(*args: Any, max_new_tokens: int, **options: Any) -> None:
+        limits.append(max_new_tokens)
+        raise SteerError("stopped")
+
+    monkeypatch.setattr("steer.lens.runs.transfer_matrix", stop)
+    for sources in ((artifact, tmp_path / "longer"), (tmp_path / "longer", artifact)):
+        with pytest.raises(SteerError, match="stopped"):
+            call("transfer", *sources, *COMMON)
+    assert limits == [9, 9]
