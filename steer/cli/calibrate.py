@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict, replace
 
 from steer.arguments import Help, add_base_options, finite
@@ -55,7 +56,9 @@ def _calibrate(args: argparse.Namespace) -> None:
     made = factor * saved
     by_scale = curve(text, factor)
     told = {**asdict(effects), "base perplexity": text.base_perplexity, "tokens": text.tokens}
-    told["curve"] = by_scale
+    told["curve"] = [
+        {name: value if math.isfinite(value) else None for name, value in row.items()} for row in by_scale
+    ]
     if args.out:
         known = {**(made.config.provenance or {}), "calibration": told}
         with output(args.out, args.replace, args.artifact, folder=True):

@@ -18,7 +18,7 @@ from steer.errors import SteerError
 from steer.hooks import hidden_in, hidden_out, hooked
 from steer.lens.conditions import BASE, Condition
 from steer.lens.passes import run
-from steer.lens.results import Result
+from steer.lens.results import Result, plain
 from steer.lens.subject import Row, Subject, chunks
 from steer.sites import find_sites
 
@@ -48,7 +48,7 @@ class Decomposition(Result):
         return {name: getattr(self, name).sum().item() for name in ("vectors", "attention", "mlp")}
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "totals": self.totals}
+        return {**super().to_dict(), "totals": plain(self.totals)}
 
     def figure(self) -> Figure:
         """Stacked bars over the layers."""

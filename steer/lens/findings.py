@@ -2,7 +2,7 @@
 The paper's findings (arXiv 2509.06608, section by section) put to one artifact, by the rules in `rules`.
 
 A rule first asks for the effect, then whether it is specific: beyond what random vectors of equal length do
-in at least `null.DRAWS` draws. So a verdict is one of "seen", "seen but not specific", "not seen", and
+in at least `null.LEAST` draws. So a verdict is one of "seen", "seen but not specific", "not seen", and
 "untestable" with the reason.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from steer.lens.null import DRAWS, Null
+from steer.lens.null import LEAST, Null
 from steer.lens.rules import RULES, WORDS, Rule
 
 SEEN, NOT_SPECIFIC, NOT_SEEN = "seen", "seen but not specific", "not seen"
@@ -90,7 +90,7 @@ def _one(
             return made(
                 UNTESTABLE,
                 f"The effect is there, but only {count} random draws gave a number for it ({words(name)}); "
-                f"{DRAWS} are needed.",
+                f"{LEAST} are needed.",
             )
     beyond = all(nulls[name].exceeded(numbers[name], rule.margin) for name in rule.nulls)
     specific = beyond and (rule.specific is None or rule.specific(numbers))

@@ -10,7 +10,8 @@ import numpy as np
 
 from steer.stats import LEVEL
 
-DRAWS = 20  # sets of random vectors: the least that an empirical p-value of 0.05 needs
+DRAWS = 20  # sets of random vectors
+LEAST = 19  # draws with which an empirical p-value, rank / (draws + 1), can be 0.05
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Null:
     @property
     def enough(self) -> bool:
         """Whether there are so many draws that the p-value can be 0.05."""
-        return len(self.values) >= DRAWS
+        return len(self.values) >= LEAST
 
     @property
     def quantile(self) -> float:

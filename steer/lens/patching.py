@@ -26,7 +26,7 @@ from steer.lens.conditions import (
 )
 from steer.lens.input_routes import check_inputs, heads_of
 from steer.lens.passes import passes
-from steer.lens.results import Result, spread
+from steer.lens.results import Result, plain, spread
 from steer.lens.sampling import complete, graded
 from steer.lens.subject import Row, Subject
 from steer.tasks.grading import MathGrader
@@ -114,7 +114,7 @@ class Patching(Result):
 
     def to_dict(self) -> dict[str, Any]:
         shares = {"logit_difference": self.recovered(), "kl": self.recovered("kl")}
-        return {**super().to_dict(), "recovered": {k: v.tolist() for k, v in shares.items()}}
+        return {**super().to_dict(), "recovered": plain(shares)}
 
     def figure(self) -> Figure:
         """Bars of the recovered share by logit difference and by KL."""

@@ -15,7 +15,7 @@ from steer.errors import SteerError
 from steer.lens.conditions import BASE
 from steer.lens.passes import streams
 from steer.lens.random_sets import DRAWS, two_sided_p, with_random_sets
-from steer.lens.results import Result
+from steer.lens.results import Result, plain
 from steer.lens.subject import Row, Subject
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class SetSpectrum(Result):
 
     def to_dict(self) -> dict[str, Any]:
         names = ("scaling", "stable_rank", "random_mean", "random_min", "random_max", "p")
-        return {**super().to_dict(), "stable_ranks": [dict(zip(names, r, strict=True)) for r in self.rows()]}
+        ranks = [dict(zip(names, plain(row), strict=True)) for row in self.rows()]
+        return {**super().to_dict(), "stable_ranks": ranks}
 
     def figure(self) -> Figure:
         """Singular values in units of the largest, against the random sets."""

@@ -16,7 +16,7 @@ import torch
 from steer.errors import SteerError
 from steer.lens.conditions import BASE, Condition
 from steer.lens.passes import passes
-from steer.lens.results import Result, share
+from steer.lens.results import Result, plain, share
 from steer.lens.sampling import accuracies, complete, graded
 from steer.lens.subject import Row, Subject
 from steer.stats import wilson
@@ -193,7 +193,7 @@ class PrefixSubstitution(Result):
         return share(self.accuracy - self.base, self.steered - self.base)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "share": [None if x != x else x for x in self.share.tolist()]}
+        return {**super().to_dict(), "share": plain(self.share)}
 
     def figure(self) -> Figure:
         """Bars with 95 % Wilson intervals."""

@@ -100,7 +100,11 @@ def test_positions_of_a_prompt_are_refused(tiny_llama: Any, tiny_tokenizer: Any)
 
 
 def test_the_command(
-    tmp_path: Path, build_tiny: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    build_tiny: Any,
+    tiny_tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = build_tiny("llama", initializer_range=SPREAD)
     folder = model_folder(tmp_path / "model", model, tiny_tokenizer)
@@ -122,5 +126,10 @@ def test_the_command(
     assert "calibration" not in (2 * made).config.provenance, "another scale has other side effects"
     assert main(asked) == 0
     assert "KL " in capsys.readouterr().out
+    huge = {"scale": 9.0, "kl": math.inf, "perplexity": math.inf}  # as of half precision
+    with monkeypatch.context() as patched:
+        patched.setattr("steer.evaluation.side_effects.curve", lambda *args: [huge])
+        assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["curve"] == [{"scale": 9.0, "kl": None, "perplexity": None}]
     assert main([*asked[:-1], "1e9"]) == 1
     assert "does not reach" in capsys.readouterr().err

@@ -18,7 +18,16 @@ from steer.lens.composition import likelihoods
 from steer.lens.conditions import BASE, EVERYTHING, NONE, NOTHING, Condition, EffectPath, steered
 from steer.lens.decomposition import decompose
 from steer.lens.passes import passes, streams
-from steer.lens.patching import ROUTES, frozen_routes, group_routes, head_routes, kept, later_frozen, patch
+from steer.lens.patching import (
+    ROUTES,
+    Patching,
+    frozen_routes,
+    group_routes,
+    head_routes,
+    kept,
+    later_frozen,
+    patch,
+)
 from steer.lens.sampling import complete
 from steer.lens.subject import Subject
 from steer.lens.token_shift import token_shift
@@ -201,6 +210,13 @@ def test_scores_of_the_ends_and_shares(tiny_llama, tiny_tokenizer) -> None:
     inside = patch(subject, texts(), {"everything": EVERYTHING}, layers=[0], others=True)
     alone = patch(subject, texts(), {"everything": EVERYTHING}, layers=[0])
     assert inside.base["logit_difference"] != pytest.approx(alone.base["logit_difference"])
+
+
+def test_shares_of_no_effect_are_none_in_json() -> None:
+    ends = {"logit_difference": 0.5, "kl": 0.0}
+    one = torch.zeros(1)
+    found = Patching([0], "add", ["everything"], one, one, one, None, ends, ends, 3)
+    assert found.to_dict()["recovered"] == {"logit_difference": [None], "kl": [None]}
 
 
 def test_what_many_changes_keep_along_one_path_is_as_in_a_patch_of_each(build_tiny, tiny_tokenizer) -> None:

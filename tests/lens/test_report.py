@@ -226,8 +226,14 @@ def test_a_claim_without_numbers_or_draws_is_untestable_and_says_why() -> None:
     found = judge(numbers, {}, reason)[0]
     assert found.verdict == UNTESTABLE and "Only 9 answers are right." in found.why
     numbers["likelihood_gain"] = 1.0
-    found = judge(numbers, {n: Null.of([0.0] * 19) for n in ("likelihood_gain", "vectors_accuracy")})[0]
-    assert found.verdict == UNTESTABLE and "only 19 random draws" in found.why
+    few, enough = (
+        {n: Null.of([0.0] * draws) for n in ("likelihood_gain", "vectors_accuracy")} for draws in (18, 19)
+    )
+    found = judge(numbers, few)[0]
+    assert found.verdict == UNTESTABLE
+    assert "only 18 random draws" in found.why and "19 are needed" in found.why
+    found = judge(numbers, enough)[0]  # p can be 1 / 20
+    assert found.verdict == SEEN and found.null["likelihood_gain"]["p"] == 0.05
     assert judge({**numbers, "steered_interval_bottom": 0.05})[0].verdict == NOT_SEEN
     # a layer that has no vector
     assert judge({"last_lens_rank": None})[5].why == "Needs a vector in the last layer."

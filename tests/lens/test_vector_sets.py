@@ -19,7 +19,7 @@ from steer.lens.controls import random_vectors, values
 from steer.lens.layer_study import pairs_table, with_correlations
 from steer.lens.pair_correlation import FEWEST, pair_correlations
 from steer.lens.random_sets import two_sided_p, with_random_sets
-from steer.lens.spectrum import residual_norms, set_spectrum, stable_rank
+from steer.lens.spectrum import SetSpectrum, residual_norms, set_spectrum, stable_rank
 
 
 @torch.no_grad()
@@ -70,6 +70,12 @@ def test_one_direction_has_rank_one_and_random_ones_many(tiny_llama, tiny_tokeni
     assert mean > least > 1.02
     assert p == pytest.approx(2 / 21)
     assert stable_rank(torch.ones(4)) == 4
+
+
+def test_a_set_of_zeros_has_no_rank_and_none_in_json() -> None:
+    own, draws = torch.zeros(2), torch.zeros(3, 2)
+    found = SetSpectrum([0, 1], torch.ones(2), own, own, draws, draws)
+    assert [set(row.values()) for row in found.to_dict()["stable_ranks"]] == [{"raw", None}, {"scaled", None}]
 
 
 def test_residual_norms_do_not_depend_on_the_batch(tiny_llama, tiny_tokenizer) -> None:
