@@ -19,6 +19,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from steer.sae.trainer import CHECKPOINT, SAETrainer
 L0 = (8, 16, 32, 64, 128)
 HEADS = ((2, 4), (4, 4))  # (m, n) of the KronSAEs
 BATCH = 1024
+SETTINGS = "settings.json"  # of an SAE's training, beside it
 
 
 class Run(NamedTuple):
@@ -89,11 +91,16 @@ def tables(args: argparse.Namespace) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     facts = {"model": args.model, "layer": args.layer, "dtype": dtype, "stored_tokens": len(train)}
     facts |= {"tokens": args.tokens, "heldout_tokens": len(heldout), "texts": _names(args.texts)}
-    if results.get("facts", facts) != facts:
+    facts |= {"heldout": _names(args.heldout), "windows": args.windows, "dead_after": args.dead_after}
+    facts["precision"] = TrainConfig(precision=args.precision).precision  # what "fast" is on this machine
+    known = results.setdefault("facts", facts)
+    # results of 0.1.0 do not say all of them
+    changed = [name for name in facts if name in known and known[name] != facts[name]]
+    if changed:
         raise SteerError(
-            f"{out / 'tables.json'} holds results of other settings; give another --out or remove it"
+            f"{out / 'tables.json'} holds results of other settings: {changed[0]} was {known[changed[0]]!r}, "
+            f"now {facts[changed[0]]!r}; give another --out and --work, or remove them"
         )
-    results["facts"] = facts
     for run in chosen.values():
         if run.name in results.get("saes", {}):
             continue
@@ -125,10 +132,8 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _train(run: Run, tokens: int, train: CachedActivations, work: Path, args: argparse.Namespace) -> SAE:
-    """The trained SAE; a run that was stopped goes on, a finished one is read."""
+    """The trained SAE; a run that was stopped goes on, a finished one of the same settings is read."""
     folder = work / run.name
-    if (folder / "sae").is_dir() and not (folder / CHECKPOINT).exists():
-        return load_sae(folder / "sae")
     training = TrainConfig(
         tokens=tokens,
         batch_size=BATCH,
@@ -137,6 +142,10 @@ def _train(run: Run, tokens: int, train: CachedActivations, work: Path, args: ar
         save_every=50,
     )
     config = SAEConfig(d_in=train.width, **run.settings)
+    asked = {**config.to_dict(), **asdict(training), "stored": len(train), "source": train.describe()}
+    if (folder / "sae").is_dir() and not (folder / CHECKPOINT).exists():
+        _check_settings(folder, asked)
+        return load_sae(folder / "sae")
     with tqdm(total=training.tokens, unit=" tokens", desc=run.name) as bar:
 
         def show(line: dict[str, Any]) -> None:
@@ -145,9 +154,21 @@ def _train(run: Run, tokens: int, train: CachedActivations, work: Path, args: ar
             bar.set_postfix_str(f"explained {last:.3f} dead {line['sae']['dead']:.2f}")
 
         sae = SAETrainer({"sae": config}, train, training, folder, on_log=show).train()["sae"]
+    _write(folder / SETTINGS, asked)
     save_sae(sae, folder / "sae")
     (folder / CHECKPOINT).unlink()
     return sae
+
+
+def _check_settings(folder: Path, asked: dict[str, Any]) -> None:
+    """SteerError unless the SAE in `folder` was trained with these settings."""
+    known = _read(folder / SETTINGS)
+    for name, value in asked.items():
+        if known.get(name) != value:
+            raise SteerError(
+                f"{folder} holds an SAE that was trained with another {name}: {known.get(name)!r}, now "
+                f"{value!r}; give another --work, or remove that folder"
+            )
 
 
 def _explained(row: dict[str, Any]) -> str:

@@ -90,6 +90,38 @@ def test_results_of_other_settings_are_not_mixed(command, tmp_path, monkeypatch)
     assert "other settings" in message(error)
 
 
+def test_an_sae_of_other_settings_is_not_taken_for_one_of_these(command, tmp_path, monkeypatch):
+    one = [evals_sae.Run("topk-64-l0=4", {"d_sae": 64, "k": 4})]
+    monkeypatch.setattr(evals_sae, "runs", lambda small, large: one)
+    monkeypatch.setattr(evals_sae, "plot", lambda *args: None)
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        evals_sae.main()
+
+    run()
+    facts = json.loads((tmp_path / "out" / "tables.json").read_text())["facts"]
+    assert (facts["heldout"], facts["windows"], facts["dead_after"]) == (["texts.jsonl"], 2, 250_000)
+    assert facts["precision"] in ("float32", "bfloat16")
+    monkeypatch.setattr(evals_sae, "SAETrainer", None)  # nothing is trained from here on
+    elsewhere = ("--out", str(tmp_path / "elsewhere"))
+    run(*elsewhere, "--windows", "3")  # which is no setting of the training
+    for option, value, name in (("--dead-after", "300", "dead_after"), ("--tokens", "704", "tokens")):
+        with pytest.raises(SteerError, match=f"trained with another {name}.*give another --work") as error:
+            run("--out", str(tmp_path / name), option, value)
+        message(error)
+        with pytest.raises(SteerError, match=f"other settings: {name} was .*another --out and --work"):
+            run(option, value)
+    with pytest.raises(SteerError, match="other settings: windows was 2, now 3"):
+        run("--windows", "3")
+    path = tmp_path / "out" / "tables.json"  # as 0.1.0 wrote it
+    old = json.loads(path.read_text())
+    del old["facts"]["windows"], old["facts"]["precision"]
+    path.write_text(json.dumps(old))
+    run("--windows", "3")
+    assert json.loads(path.read_text())["facts"] == old["facts"]
+
+
 def test_others_of_equal_mass_are_told_beside_the_surest_features_of_right_answers():
     """Of 12 features 9 are of right answers, so 3 others are left: as many cannot be compared."""
     features = [Feature(i, 0.5, 0.4, 0, 0.2, 0.5, 0.5, 1.0 + i % 3, 1.0, [], [], []) for i in range(12)]
