@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
 
 import numpy as np
 from scipy import special, stats
@@ -26,15 +25,6 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
     interval = stats.binomtest(round(hits), count).proportion_ci(1 - LEVEL, method="wilson")
     # rounding leaves an end that should be 0 or 1 beside it
     return min(float(interval.low), hits / count), max(float(interval.high), hits / count)
-
-
-def difference_interval(hits: int, count: int, other_hits: int, other_count: int) -> tuple[float, float]:
-    """95 % interval of the difference of two shares (Newcombe 1998, method 10, from Wilson's intervals)."""
-    a, b = hits / count, other_hits / other_count
-    (a_low, a_high), (b_low, b_high) = wilson(hits, count), wilson(other_hits, other_count)
-    low = a - b - sqrt((a - a_low) ** 2 + (b_high - b) ** 2)
-    high = a - b + sqrt((a_high - a) ** 2 + (b - b_low) ** 2)
-    return low, high
 
 
 def t_quantile(df: float, level: float = LEVEL) -> float:

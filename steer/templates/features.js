@@ -3,8 +3,7 @@ const byId = id => document.getElementById(id), share = x => (100 * x).toFixed(1
 const visible = t => t.replace(/\n/g, "\u21b5").replace(/^ +$/, "\u2423");
 byId("about").textContent = about;
 const orders = {p: (a, b) => a.p - b.p, index: (a, b) => a.index - b.index, mean: (a, b) => b.mean - a.mean,
-  right: (a, b) => (b.right - b.wrong) - (a.right - a.wrong),
-  wrong: (a, b) => (a.right - a.wrong) - (b.right - b.wrong)};
+  right: (a, b) => b.difference - a.difference, wrong: (a, b) => a.difference - b.difference};
 for (const f of features)
   f.text = [f.index, ...f.promotes, ...f.suppresses, ...f.snippets.map(s => s.tokens.join(""))]
     .join("\n").toLowerCase();
@@ -23,8 +22,8 @@ function card(f) {
   const made = element("article");
   made.append(element("h2", "feature " + f.index));
   made.append(element("div", `fires in ${share(f.right)} of right and ${share(f.wrong)} of wrong completions;
-    ` + `difference ${share(f.right - f.wrong)} (95 %: ${share(f.low)} to ${share(f.high)}), ` +
-    `p within prompts ${f.p.toPrecision(2)}, corrected ${f.q.toPrecision(2)}; ` +
+    ` + `within prompts: difference ${share(f.difference)} (95 %: ${share(f.low)} to ${share(f.high)}), ` +
+    `p ${f.p.toPrecision(2)}, corrected ${f.q.toPrecision(2)}; ` +
     `mean strength ${f.mean.toPrecision(3)}`, "facts"));
   made.append(words(f.promotes, "raises", "up"), words(f.suppresses, "lowers", "down"));
   for (const s of f.snippets) {

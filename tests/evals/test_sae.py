@@ -124,7 +124,7 @@ def test_an_sae_of_other_settings_is_not_taken_for_one_of_these(command, tmp_pat
 
 def test_others_of_equal_mass_are_told_beside_the_surest_features_of_right_answers():
     """Of 12 features 9 are of right answers, so 3 others are left: as many cannot be compared."""
-    features = [Feature(i, 0.5, 0.4, 0, 0.2, 0.5, 0.5, 1.0 + i % 3, 1.0, [], [], []) for i in range(12)]
+    features = [Feature(i, 0.5, 0.4, 0.1, 0, 0.2, 0.5, 0.5, 1.0 + i % 3, 1.0, [], [], []) for i in range(12)]
     assert sae_diff._comparable(features, [0, 1, 2]) == [0, 1, 2]
     assert sae_diff._comparable(features, [4, 1, 5, 2, 6, 7]) == [4, 1, 5]
     assert sae_diff._comparable(features, list(range(9))) == [0]

@@ -26,13 +26,13 @@ from steer.sae.features import (
     GradedCompletion,
     Snippet,
     analyse,
+    difference_within_prompts,
     logit_effects,
     of_equal_mass,
     read_completions,
     within_prompts,
 )
 from steer.sae.intervene import answer_without, shifted
-from steer.stats import difference_interval
 
 
 @pytest.fixture
@@ -73,6 +73,7 @@ def test_firing_rates_are_counted_by_completion(diff):
         assert feature.wrong == pytest.approx(fires[~correct, feature.index].float().mean().item())
         mean = torch.cat(strengths)[:, feature.index].mean().item()
         assert feature.mean == pytest.approx(mean, rel=1e-3, abs=1e-6)
+        assert feature.difference == pytest.approx(feature.right - feature.wrong)  # there is one prompt
         assert feature.low <= feature.difference <= feature.high
         for snippet in feature.snippets:
             assert len(snippet.tokens) == len(snippet.strengths) == 7
@@ -107,7 +108,9 @@ def test_equal_completions_are_read_once_and_shown_once(diff, monkeypatch):
 def test_as_many_other_features_of_equal_mass():
     generator = torch.Generator().manual_seed(0)
     means = torch.rand(60, generator=generator).tolist()
-    made = [Feature(i, 0.5, 0.4, 0, 0.2, 0.5, 0.5, mean, 1.0, [], [], []) for i, mean in enumerate(means)]
+    made = [
+        Feature(i, 0.5, 0.4, 0.1, 0, 0.2, 0.5, 0.5, mean, 1.0, [], [], []) for i, mean in enumerate(means)
+    ]
     made[50] = replace(made[50], q=0.01)  # of wrong answers, say
     chosen = list(range(12))
     mass = sum(means[i] for i in chosen)
@@ -172,8 +175,42 @@ def test_a_feature_that_only_knows_which_prompt_it_is_tells_nothing():
     fires = (prompt == 2)[:, None]
     correct = torch.arange(40) % 10 < 2 + 2 * prompt
     assert within_prompts(fires, correct, prompt).item() == 1
-    low, _ = difference_interval(int(fires[correct].sum()), int(correct.sum()), 0, 20)
-    assert low > 0  # all completions taken together, it seems to
+    assert [one.item() for one in difference_within_prompts(fires, correct, prompt)] == [0, 0, 0]
+    shares = [fires[some].float().mean().item() for some in (correct, ~correct)]
+    assert shares == pytest.approx([0.3, 0.2])  # all completions taken together, it seems to
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 30), st.integers(0, 20))
+def test_with_one_prompt_the_interval_is_that_of_two_shares(hits, others):
+    fires = torch.tensor([i < hits for i in range(30)] + [i < others for i in range(20)])[:, None]
+    correct = torch.arange(50) < 30
+    found = difference_within_prompts(fires, correct, torch.zeros(50, dtype=torch.long))
+    a, b = hits / 30, others / 20
+    reach = 1.959964 * math.sqrt(a * (1 - a) / 30 + b * (1 - b) / 20)
+    expected = [a - b, max(-1, a - b - reach), min(1, a - b + reach)]
+    assert [one.item() for one in found] == pytest.approx(expected, abs=1e-6)
+
+
+def test_intervals_within_prompts_hold_the_difference_of_many_small_prompts():
+    """2,000 features that fire by 0.2 more often in right completions, whatever their rate in a prompt."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.arange(100).repeat_interleave(4)
+    easy = torch.rand(100, generator=generator)
+    correct = torch.rand(400, generator=generator) < easy[prompt]  # easy prompts have more right completions
+    rate = 0.1 + 0.6 * easy[prompt] + 0.2 * correct  # and more that fire
+    fires = torch.rand(400, 2000, generator=generator) < rate[:, None]
+    found, low, high = difference_within_prompts(fires, correct, prompt)
+    assert found.mean().item() == pytest.approx(0.2, abs=0.01)
+    assert ((high - low) / 2 / 1.96).mean().item() == pytest.approx(found.std().item(), rel=0.06)
+    assert ((low <= 0.2) & (high >= 0.2)).double().mean().item() == pytest.approx(0.95, abs=0.02)
+    assert fires[correct].double().mean() - fires[~correct].double().mean() > 0.3
+
+
+def test_prompts_of_which_all_completions_are_right_or_wrong_tell_no_difference():
+    fires, prompt = torch.tensor([[True], [True], [False]]), torch.tensor([0, 0, 1])
+    found = difference_within_prompts(fires, prompt == 0, prompt)
+    assert [one.item() for one in found] == [0, -1, 1]
 
 
 def test_logit_effects_are_those_of_the_unembedding(diff):
@@ -245,7 +282,7 @@ def test_without_the_feature_that_is_the_whole_difference_the_model_is_the_base(
 
 def feature(index: int, word: str) -> Feature:
     snippet = Snippet([word, " b"], [0.5, 0.0], True)
-    return Feature(index, 0.7, 0.2, 0.3, 0.6, 1e-5, 1e-3, 0.01, 0.5, [word], ["no"], [snippet])
+    return Feature(index, 0.7, 0.2, 0.5, 0.3, 0.6, 1e-5, 1e-3, 0.01, 0.5, [word], ["no"], [snippet])
 
 
 def test_the_page_holds_its_data_and_nothing_breaks_out(tmp_path):
