@@ -117,8 +117,8 @@ def test_the_mean_difference_is_that_of_the_streams(tiny_llama, tiny_tokenizer) 
     assert "needs texts with completions" in message(error)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("where", [{"site": "mlp_out"}, {"kind": "adaptive"}], ids=str)
+@torch.no_grad()
 def test_the_mean_difference_is_read_where_the_vectors_stand(tiny_llama, tiny_tokenizer, where) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer, layers="1", **where)
     sides = [texts(seed=1), texts(seed=2)]
