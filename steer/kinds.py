@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -142,6 +143,17 @@ class SteeringState:
                 f"the condition was decided for {len(self.gate)} rows, and the pass has {rows}: {fix}"
             )
         self.asking = _Asking(now, last.clamp(0, tokens - 1), past) if bool(now.any()) else None
+
+    @contextmanager
+    def narrowed(self, rows: slice) -> Iterator[None]:
+        """Inside, the vectors get these rows of the running pass alone."""
+        mask = self.mask
+        if mask is not None and len(mask) > 1:
+            self.mask = mask[rows]
+        try:
+            yield
+        finally:
+            self.mask = mask
 
     def decide(self, hidden: torch.Tensor) -> None:
         """Decide the condition of a pass, given the states (batch, tokens, hidden_size) after its layer."""

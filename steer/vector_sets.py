@@ -71,6 +71,12 @@ class Population:
         self._blocks: dict[str, slice] = {}  # the rows of each set in the running batch, in order
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
+        model.__dict__["steering_population"] = self  # for who must tell where prompts end
+
+    @property
+    def reads_prompt(self) -> bool:
+        """`SteeringVectors.reads_prompt` of any set."""
+        return any(vectors.reads_prompt for vectors in self.sets.values())
 
     def add(self, name: str, config: SteeringConfig) -> SteeringVectors:
         """A fresh set. SteerError for a name that is taken and for a layer the model does not have."""
@@ -134,6 +140,7 @@ class Population:
             handle.remove()
         for parameter in self._trainable:
             parameter.requires_grad_(True)
+        self.model.__dict__.pop("steering_population", None)
         self.sets, self._places, self._handles = {}, {}, []
 
 
@@ -153,7 +160,9 @@ class _Place:
         done = 0
         for name, rows in self.blocks.items():
             if name in self.vectors:
-                steered = self.vectors[name](hidden[rows], *(x[rows] for x in read))
+                vector = self.vectors[name]
+                with vector.state.narrowed(rows):
+                    steered = vector(hidden[rows], *(x[rows] for x in read))
                 parts += [hidden[done : rows.start], steered]
                 done = len(hidden) if rows.stop is None else rows.stop
         return torch.cat([*parts, hidden[done:]]) if parts else hidden

@@ -118,7 +118,8 @@ class SteeringVectors:
         adaptive vector's is as long as the vector times its read-out.
         """
         if self.config.kind == "constant":
-            return dict(zip(self.layers, self.tensors().values(), strict=True))
+            tensors = self.tensors()  # with the probe of a condition
+            return {i: tensors[name] for i, name in zip(self.layers, self.named_parameters(), strict=True)}
         with torch.no_grad(), gathered(self.parameters()):
             directions = [whole(module.effective()).cpu() for module in self._modules.values()]
         return dict(zip(self.layers, directions, strict=True))

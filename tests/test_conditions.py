@@ -209,6 +209,9 @@ def test_saved_and_loaded(tiny_llama: Any, tmp_path: Any) -> None:
     assert all(torch.equal(back.tensors[name], tensor) for name, tensor in made.tensors.items())
     assert "| condition | a cosine above" in (tmp_path / "made" / "README.md").read_text()
     vectors = steer.load(back, tiny_llama)
+    named = {layer: made.tensors[f"model.layers.{layer}.steering.vector"] for layer in (1, 2)}
+    assert vectors.norms() == {layer: vector.norm().item() for layer, vector in named.items()}
+    assert all(torch.equal(vector, named[layer]) for layer, vector in vectors.effective().items())
     vectors.save(tmp_path / "again")
     again = read(tmp_path / "again")
     assert torch.equal(again.tensors["model.steering.probe"], made.tensors["model.steering.probe"])

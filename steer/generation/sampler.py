@@ -165,11 +165,11 @@ def _reader(model: PreTrainedModel, owners: Owners | None, width: int | None) ->
     How `model` reads rows: with a cache where that was found right. Of rows of up to `width` tokens, what all
     begin with is read once, unless vectors must know where a prompt ends; None for never.
     """
-    vectors = model.__dict__.get("steering_vectors")
+    vectors = model.__dict__.get("steering_vectors") or model.__dict__.get("steering_population")
     if not fast_paths(model).sampler:
         once = not owners and not fast_paths(model).common
         if once and vectors is not None:  # the end of the prompt is not told in a pass over its beginning
-            once = vectors.config.positions == "all" and vectors.config.condition is None
+            once = not vectors.reads_prompt
         # Padding between the tokens of a prompt would shorten a window.
         fits = width is not None and window(model.config.get_text_config()) > width
         return CachedRows(model, WORTH_A_PASS if once and fits else None)

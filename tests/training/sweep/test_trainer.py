@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,24 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.steering import fill, logits, relative, tokens
-from helpers.training import config, far, logged, make_trainer, parity, problems, same, target_share
+from helpers.training import (
+    config,
+    far,
+    ids_of,
+    logged,
+    make_trainer,
+    parity,
+    problems,
+    same,
+    target_share,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import steer
 from steer import SteerError, SteeringConfig
-from steer.generation import scoring
+from steer.generation import sampler, scoring
 from steer.generation.completion import Completion
+from steer.generation.verify import fast_paths
 from steer.tasks.rewards import RandomReward
 from steer.training.config import SteeringGRPOConfig
 from steer.training.sweep.member import IDLE, OWN, SHARED, Member, check_supported, read_states
@@ -141,7 +152,75 @@ def test_a_common_beginning_is_read_once_for_each_member(
         assert far(found[0][name], found[1][name]) < 1e-4, name
 
 
+def test_members_with_positions_train_the_same_on_plain_paths(
+    build_tiny, tiny_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("first", "completion", "prompt")
+    specs = {n: (MIXED[n][0], {**MIXED[n][1], "max_steps": 2}, MIXED[n][2]) for n in names}
+    found = []
+    for plain in (False, True):
+        model = build_tiny("llama", initializer_range=0.3)
+        together = population(model, tiny_tokenizer, tmp_path, specs)
+        if plain:
+            slow = replace(together._paths, **dict.fromkeys(("sampler", "scorer", "common"), "not tried"))
+            together._paths = slow
+            monkeypatch.setattr(sampler, "fast_paths", lambda model, slow=slow: slow)
+        together.train()
+        found.append({member.name: member.vectors.tensors() for member in together.members})
+    for name in names:
+        assert max(t.norm() for t in found[0][name].values()) > 0
+        assert far(found[1][name], found[0][name]) < 1e-3, name  # Adam divides by the gradient's size
+
+
 # ---- sets of vectors in one model
+
+
+def test_each_row_has_a_prompt_of_its_own_length(tiny_llama: PreTrainedModel) -> None:
+    population = Population(tiny_llama)
+    for seed, positions in enumerate(("completion", "last_prompt")):
+        fill(population.add(positions, SteeringConfig(positions=positions)), seed=seed)
+    names, ids, lengths = list(population.sets), tokens(batch=5), torch.tensor([4, 3, 7, 5, 9])
+    base = logits(tiny_llama, ids)
+    owner = torch.tensor([-1, 0, 0, 0, 1])
+    with population.prompt_length(lengths), population.rows(owner):
+        together = logits(tiny_llama, ids)
+    assert relative(together[:1], base[:1]) < 1e-5
+    for row in range(1, 5):
+        part = slice(row, row + 1)
+        with population.prompt_length(lengths[part]), population.only(names[owner[row]]):
+            alone = logits(tiny_llama, ids[part])
+        # batches of another size sum in another order
+        assert relative(together[part], alone) < 1e-5
+        assert relative(alone, base[part]) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_evaluation_knows_where_the_prompts_of_a_set_end(
+    build_tiny, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    """Prompts of so long a common beginning that it is read once, for vectors that do not ask."""
+    prompts = [[*tokens(1, 60)[0].tolist(), token] for token in range(5, 12)]
+    sampling = sampler.Sampling(6, (), temperature=0.0)
+    expected = {}
+    for positions in ("all", "completion"):
+        model = build_tiny("llama", initializer_range=0.3)
+        fill(steer.attach(model, SteeringConfig(positions=positions)))
+        expected[positions] = ids_of(sampler.rollout(model, prompts, sampling))
+    assert expected["all"] != expected["completion"]
+    model = build_tiny("llama", initializer_range=0.3)
+    paths = fast_paths(model)
+    if plain:
+        paths = replace(paths, sampler="not tried")
+    monkeypatch.setattr(sampler, "fast_paths", lambda model: paths)
+    population = Population(model)
+    for positions in expected:
+        fill(population.add(positions, SteeringConfig(positions=positions)))
+    for positions, drawn in expected.items():
+        with population.only(positions):
+            assert ids_of(sampler.rollout(model, prompts, sampling, share_beginning=True)) == drawn
+    population.remove_all()
+    assert not [name for name in model.__dict__ if name.startswith("steering")]
 
 
 def test_rows_are_steered_by_their_own_set(tiny_model: PreTrainedModel) -> None:
