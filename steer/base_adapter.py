@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,12 +19,19 @@ from filelock import FileLock
 from steer import hub
 from steer.config import SteeringConfig
 from steer.errors import SteerError, one_line
+from steer.files import replace_file
 from steer.identity import MERGED
-from steer.models import load_model, load_tokenizer, loaded_revision, model_source, skeleton
+from steer.models import load_model, load_tokenizer, model_source, skeleton
 from steer.quantization import quantization_method
 from steer.weights import cache_dir
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# What the merged model has of a local base: weights, settings, tokenizer and chat template.
+_OF_BASE = re.compile(
+    r".*\.(safetensors|bin|model|tiktoken|jinja)|(merges|vocab)\.txt|"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|"
+    r"chat_template)\.json"
+)
 
 
 def merged_base(
@@ -34,7 +42,8 @@ def merged_base(
 ) -> str:
     """
     The folder of the model `name` with `adapter` merged into its weights. It is made at the first call and
-    kept under `cache_dir()/merged`, by the checksum of the base and the adapter.
+    kept under `cache_dir()/merged`, by the checksum of the base and the adapter. Its config names both as
+    they were given last.
 
     Args:
         name: a model, as in `steer.models.load_model`.
@@ -55,8 +64,11 @@ def merged_base(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):  # processes of one run ask for it together
+            commit = hub.commit(source, revision) or revision
+            about = {"base": name, "revision": commit, "adapter": str(folder), "checksum": own}
             if not target.exists():
-                _merge(target, name, folder, own, revision, trust_remote_code)
+                _merge(target, folder, about, trust_remote_code)
+            _say_made_of(target / "config.json", about)
     except OSError as error:
         raise SteerError(
             f"cannot write the merged model to {target}: {one_line(error)}; make room, or set STEER_CACHE"
@@ -131,14 +143,20 @@ def adapter_checksum(folder: Path) -> str:
     return _checksum(held)
 
 
-def _merge(
-    target: Path, name: str, folder: Path, checksum: str, revision: str | None, trust_remote_code: bool
-) -> None:
+def _say_made_of(file: Path, about: dict[str, Any]) -> None:
+    """Write down what a merged model is made of, in its config, where that was called otherwise before."""
+    config = json.loads(file.read_text())
+    if config.get(MERGED) != about:
+        replace_file(file, json.dumps({**config, MERGED: about}, indent=2).encode())
+
+
+def _merge(target: Path, folder: Path, about: dict[str, Any], trust_remote_code: bool) -> None:
     try:
         from peft import PeftModel
     except ImportError as error:
         raise SteerError("base_adapter needs peft; pip install peft") from error
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    name = about["base"]
+    options: dict[str, Any] = {"revision": about["revision"], "trust_remote_code": trust_remote_code}
     if method := quantization_method(skeleton(name, **options).config):  # before all weights are loaded
         raise SteerError(
             f"base_adapter: {name!r} is quantised ({method}); merging would round its weights again: give "
@@ -152,12 +170,6 @@ def _merge(
             f"base_adapter {str(folder)!r} cannot be merged into {name!r} ({one_line(error)}); give a LoRA "
             "of this model"
         ) from error
-    about = {
-        "base": name,
-        "revision": loaded_revision(model),
-        "adapter": str(folder),
-        "checksum": checksum,
-    }
     setattr(merged.config, MERGED, about)
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
@@ -174,8 +186,7 @@ def _base_checksum(source: str, revision: str | None, trust_remote_code: bool) -
     """Of a local folder its files; of a hub id its name and commit."""
     path = Path(source)
     if path.is_dir():
-        weights = [file for file in path.iterdir() if file.suffix in (".safetensors", ".bin")]
-        return _checksum(sorted([path / "config.json", *weights]))
+        return _checksum(sorted(file for file in path.iterdir() if _OF_BASE.fullmatch(file.name)))
     from transformers import AutoConfig
 
     try:

@@ -70,11 +70,39 @@ def test_a_hub_base_is_told_by_its_commit(
     base, adapter = places
     commits = {"main": "a" * 40, "v1": "b" * 40}
     home = cached_model(Path(base), "org/base", commits, tmp_path / "hub", monkeypatch)
-    monkeypatch.setattr("steer.base_adapter._merge", lambda target, *rest: target.mkdir())
+
+    def make(target: Path, *rest: Any) -> None:
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr("steer.base_adapter._merge", make)
     made, tagged = merged_base("org/base", adapter), merged_base("org/base", adapter, "v1")
     assert made != tagged and merged_base("org/base", adapter, commits["main"]) == made
     (home / "refs" / "main").write_text(commits["v1"])
     assert merged_base("org/base", adapter) == tagged, "what is on main now"
+
+
+def test_it_goes_by_the_names_that_were_given_last(
+    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = places
+    folder = merged_base(base, adapter)
+    Path(adapter).rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert merged_base("base", "moved") == folder
+    model = load_model(folder)
+    told = describe(model)
+    assert (told["base_model_name_or_path"], told["base_adapter"]) == ("base", "moved")
+    assert base_checksum(model) == base_checksum(load_model(merged_base(base, str(tmp_path / "moved"))))
+
+
+def test_another_chat_template_is_another_base(places: tuple[str, str]) -> None:
+    base, adapter = places
+    folder = merged_base(base, adapter)
+    template = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    Path(base, "chat_template.jinja").write_text(template)
+    other = merged_base(base, adapter)
+    assert other != folder and load_tokenizer(other).chat_template == template
 
 
 def test_the_card_loads_the_base_with_its_adapter(places: tuple[str, str], tmp_path: Path) -> None:
