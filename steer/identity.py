@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from os.path import expanduser, realpath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,18 +86,11 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
-def check_fits(config: SteeringConfig, model: nn.Module, name: str, tokenizer: Any = None) -> None:
-    """
-    Refuse vectors that are for a model of another shape; warn where `model` has other weights, or its
-    `tokenizer` another vocabulary, than they were made for. `name` is theirs in the messages.
-    """
-    decoder = find_decoder(model)
-    kind = model.config.get_text_config().model_type  # type: ignore[union-attr, operator]
-    have = {
-        "hidden_size": decoder.hidden_size,
-        "num_hidden_layers": decoder.num_hidden_layers,
-        "model_type": kind,
-    }
+def check_shape(
+    config: SteeringConfig, hidden_size: int, num_hidden_layers: int, model_type: str, name: str
+) -> None:
+    """Refuse vectors that are for a model of another shape. `name` is theirs in the message."""
+    have = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers, "model_type": model_type}
     for field, value in have.items():
         if getattr(config, field) != value:
             raise SteerError(
@@ -104,11 +98,49 @@ def check_fits(config: SteeringConfig, model: nn.Module, name: str, tokenizer: A
                 f"this model has {field}={value}; vectors only fit a model of the same shape: "
                 "`steer transfer` carries them over"
             )
+
+
+def names_another_base(
+    config: SteeringConfig, base: str | None, adapter: str | None, name: str
+) -> str | None:
+    """
+    A warning where vectors record another base, or another adapter merged into it, than `base` and `adapter`:
+    for an engine, whose weights are not at hand. None where they agree or the vectors record no base. `name`
+    is theirs in the message.
+    """
+    made_for = config.base_model_name_or_path
+    if made_for is None or (_same(made_for, base) and _same(config.base_adapter, adapter)):
+        return None
+    return (
+        f"{name}: made for {_called(made_for, config.base_adapter)}; this model is {_called(base, adapter)}, "
+        "and the engine does not compare weights: measure what they do here"
+    )
+
+
+def _same(one: str | None, other: str | None) -> bool:
+    """Whether two names are equal, or lead to one place."""
+    if not one or not other:
+        return not one and not other
+    return one == other or realpath(expanduser(one)) == realpath(expanduser(other))
+
+
+def _called(base: str | None, adapter: str | None = None) -> str:
+    """A model in messages."""
+    merged = f" with adapter {adapter} merged into it (--base-adapter)" if adapter else ""
+    return f"{base or 'an unnamed model'}{merged}"
+
+
+def check_fits(config: SteeringConfig, model: nn.Module, name: str, tokenizer: Any = None) -> None:
+    """
+    Refuse vectors that are for a model of another shape; warn where `model` has other weights, or its
+    `tokenizer` another vocabulary, than they were made for. `name` is theirs in the messages.
+    """
+    decoder = find_decoder(model)
+    kind = model.config.get_text_config().model_type  # type: ignore[union-attr, operator]
+    check_shape(config, decoder.hidden_size, decoder.num_hidden_layers, kind, name)
     here: Any = model.config
-    names = [config.base_model_name_or_path or "an unnamed model", here.name_or_path or "an unnamed model"]
-    if config.base_adapter:
-        names[0] += f" with adapter {config.base_adapter} merged into it (--base-adapter)"
-    tell = f"{name}: made for {names[0]}; this model ({names[1]}) has the same shape"
+    made_for, this = _called(config.base_model_name_or_path, config.base_adapter), _called(here.name_or_path)
+    tell = f"{name}: made for {made_for}; this model ({this}) has the same shape"
     if has_other_weights(model, config.base_checksum):
         warnings.warn(f"{tell} but other weights: measure what they do here", stacklevel=3)
     vocabulary = config.tokenizer_checksum

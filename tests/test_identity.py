@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import steer
 from steer import SteerError, SteeringConfig, artifact
-from steer.identity import ROWS, base_checksum, describe, tokenizer_checksum
+from steer.identity import ROWS, base_checksum, describe, names_another_base, tokenizer_checksum
 
 Build = Callable[..., PreTrainedModel]
 
@@ -212,6 +212,19 @@ def test_anything_else_is_refused_and_told_of_transfer(folder, build_tiny, model
     assert all(p.requires_grad for p in model.parameters())
     assert torch.equal(logits(model, tokens()), base)
     steer.attach(model)
+
+
+def test_names_tell_of_another_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = SteeringConfig(base_model_name_or_path="org/tiny", base_adapter="runs/lora")
+    for adapter in ("runs/lora", "./runs/lora", str(tmp_path / "runs" / "lora")):
+        assert names_another_base(config, "org/tiny", adapter, "v") is None
+    plain = names_another_base(config, "org/tiny", None, "v")
+    assert plain.startswith("v: made for org/tiny with adapter runs/lora merged into it")
+    assert "this model is org/tiny, and the engine does not compare weights" in plain and plain.isprintable()
+    other = names_another_base(SteeringConfig(base_model_name_or_path="org/tiny"), "org/other", None, "v")
+    assert other.startswith("v: made for org/tiny; this model is org/other, and")
+    assert names_another_base(SteeringConfig(), "org/tiny", None, "v") is None
 
 
 def test_training_writes_down_both(build_tiny, tiny_tokenizer, tmp_path):

@@ -125,6 +125,8 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     base = _base(args, bones)
     compared = variants.collect(base, args.vectors, args.scales, args.adapter, args.prefixes, args.systems)
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
+    if args.engine == "vllm":  # transformers compares the weights that it loads
+        variants.tell_of_other_base(compared, bones)
     variants.tell_of_trained_on(compared, [b.name for b in chosen])
     variants.tell_of_precision(args.model, args.dtype)
     if args.side_effects:

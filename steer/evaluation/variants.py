@@ -138,6 +138,20 @@ def check(
         steer.detach(model)
 
 
+def tell_of_other_base(variants: Sequence[Variant], model: PreTrainedModel) -> None:
+    """
+    Warn of vectors that record another base than `model` (meta device will do), for engines that do not
+    compare its weights.
+    """
+    from steer.identity import describe, names_another_base
+
+    made_of = describe(model)
+    base, adapter = made_of["base_model_name_or_path"], made_of["base_adapter"]
+    for path in dict.fromkeys(variant.path for variant in variants if variant.kind == "vectors"):
+        if warning := names_another_base(artifact.read(path).config, base, adapter, path):
+            log.warning("warning: %s", warning)
+
+
 def tell_of_trained_on(variants: Sequence[Variant], names: Sequence[str]) -> None:
     """Warn of vectors trained on answers to problems of a benchmark among `names`, or with tools."""
     for path in dict.fromkeys(variant.path for variant in variants if variant.kind == "vectors"):

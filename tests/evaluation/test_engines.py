@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.steering import fill
 
+import steer
+from steer.evaluation import variants
 from steer.evaluation.engines import VllmEngine
 
 
@@ -26,3 +30,17 @@ def test_engine_args_decide_whether_vllm_compiles(
         VllmEngine("model", None, "float32", 64, [], asked, tokens=10)
     assert started["enforce_eager"] is expected
     assert ("starts without compiling" in caplog.text) == (given is None)
+
+
+def test_vectors_of_another_base_are_told(
+    tiny_llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_llama.config.name_or_path = "org/tiny"
+    fill(steer.attach(tiny_llama)).save(tmp_path / "vectors")
+    compared = [variants.Variant("v", "vectors", str(tmp_path / "vectors"), scale) for scale in (1.0, 2.0)]
+    with caplog.at_level("WARNING", "steer"):
+        variants.tell_of_other_base(compared, tiny_llama)
+        assert not caplog.text
+        tiny_llama.config.name_or_path = "org/other"
+        variants.tell_of_other_base(compared, tiny_llama)
+    assert caplog.text.count("made for org/tiny; this model is org/other") == 1
