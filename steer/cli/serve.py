@@ -21,8 +21,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--tensor-parallel-size, ...). A request names its vectors in `model`: `math`, `math@0.5` for half, "
         "`math@0.7+brief@-0.3` for a sum, `base` for none; or in `steering`, with layers and positions: "
         '{"sets": [{"name": "math", "scale": 0.7, "layers": "4-12", "positions": "completion"}]}. '
-        "A chat of one question is put to a set as in its training. GET, POST and DELETE /v1/steering "
-        "list, add and remove sets while the server runs. The engine holds 14 sets and sums at once; "
+        "A chat of one question is put to a set as in its training, on /v1/chat/completions alone: other "
+        "routes answer what they are sent. GET, POST and DELETE /v1/steering list, add and remove sets while "
+        "the server runs. The engine holds 14 sets and sums at once; "
         "--additional-config '{\"steering_slots\": 32}' makes it 30.",
     )
     serve.add_argument("model", help="hub id, local folder or the name of bundled weights")
@@ -36,8 +37,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     serve.add_argument(
         "--template",
-        help="how a chat of one question is put to the vectors: a prompt template that is a chat, or none to "
-        "leave requests as they are sent; default: as in the training of each set",
+        help="how /v1/chat/completions puts a chat of one question to the vectors: a prompt template that is "
+        "a chat, or none to leave requests as they are sent; default: as in the training of each set",
     )
     add_base_options(serve)
     serve.set_defaults(run=_serve, more=[])
@@ -58,7 +59,8 @@ def _serve(args: argparse.Namespace) -> None:
         vectors.config.refuse_condition(f"{name} cannot be served")
         _, line = served_prompt(vectors.config.prompt, args.template)
         print(f"{name}: {line}", file=sys.stderr)
-    os.environ["STEER_SERVE"] = json.dumps({"vectors": sets, "template": args.template})
+    start = {"template": args.template, "model": args.model, "base_adapter": args.base_adapter}
+    os.environ["STEER_SERVE"] = json.dumps({"vectors": sets, **start})
     groups = [name for name in entry_points().groups if name.startswith("vllm.") and "endpoint" not in name]
     plugins = {point.name for group in groups for point in entry_points(group=group)}
     before = os.environ.get("VLLM_PLUGINS")
@@ -69,6 +71,8 @@ def _serve(args: argparse.Namespace) -> None:
     own = [*(["--revision", revision] if revision else []), *(["--trust-remote-code"] if trust else [])]
     if folder != args.model and not any(w.partition("=")[0] == "--served-model-name" for w in args.more):
         own += ["--served-model-name", args.model]
+    if "--headless" not in args.more:
+        own += ["--api-server-count", "1"]  # with several engines too: one process knows the sets
     try:
         version("vllm")
         command = ["vllm.entrypoints.cli.main", "serve", folder]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -83,8 +83,35 @@ def verify(llm: HasRpc, receipt: Receipt) -> None:
 
 
 def remove(llm: HasRpc, name: str = DEFAULT) -> None:
-    """Forget the set `name`; SteerError while a request uses it, and for an unknown name."""
-    _call(llm.collective_rpc, "steer_remove", name)
+    """
+    Forget the set `name`; SteerError while a request uses it, and for an unknown name. Where one of several
+    engines refuses, others may have forgotten it: call again.
+    """
+    answers = _answers(llm.collective_rpc, "steer_remove", name)
+    if not forgotten(answers, name):
+        raise SteerError(answers[0]["error"])
+
+
+def checked(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of all workers; SteerError with what one refused."""
+    for answer in answers:
+        if answer["error"]:
+            raise SteerError(answer["error"])
+    return answers
+
+
+def forgotten(answers: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """
+    Whether an engine held the set `name` until it was removed; SteerError where one holds it still.
+
+    Args:
+        answers: what each worker of all engines answered.
+        name: of the set. One of several engines may have forgotten it before, when another refused to.
+    """
+    for answer in answers:
+        if answer["error"] and name in answer.get("versions", [name]):
+            raise SteerError(answer["error"])
+    return not all(answer["error"] for answer in answers)
 
 
 def names(llm: HasRpc) -> list[str]:
@@ -157,15 +184,16 @@ def steered_layers(source: str | os.PathLike[str] | Artifact) -> tuple[dict[int,
 
 def _call(rpc: Callable[..., list[Any]], method: str, *args: str) -> list[dict[str, Any]]:
     """Run `method` in every worker; what each answers with, or SteerError."""
+    return checked(_answers(rpc, method, *args))
+
+
+def _answers(rpc: Callable[..., list[Any]], method: str, *args: str) -> list[dict[str, Any]]:
+    """The same, with what a worker refuses left in its answer."""
     try:
-        answers = rpc(method, args=args)
+        return rpc(method, args=args)
     except SteerError:
         raise
     except Exception as error:  # the kind depends on the executor
         if method in str(error):
             raise SteerError(NO_PLUGIN) from error
         raise
-    for answer in answers:
-        if answer["error"]:
-            raise SteerError(answer["error"])
-    return answers

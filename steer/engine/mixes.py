@@ -64,7 +64,7 @@ class Mixes:
 
     Args:
         push: puts vectors under a name into the engine, with positions.
-        remove: forgets a name; SteerError while the engine uses it.
+        remove: forgets a name, known or not; SteerError while the engine uses it.
         room: how many sets the engine can hold besides those that have names of their own.
     """
 
@@ -137,9 +137,9 @@ class Mixes:
         try:
             for positions, vectors in parts:
                 name = f"mix+{next(self._numbers)}"  # a set that is served has no + in its name
-                await self.push(name, vectors, positions)
                 names.append(name)
-        except SteerError:
+                await self.push(name, vectors, positions)
+        except BaseException:  # refused, by one engine of several perhaps, or the request is gone
             self._left += names
             raise
         return names

@@ -58,6 +58,7 @@ def register() -> None:
     EngineCore.collective_rpc = _collective_rpc(EngineCore.collective_rpc)
     WorkerBase.steer_push = steer_push
     WorkerBase.steer_remove = steer_remove
+    WorkerBase.steer_unused = steer_unused
     WorkerBase.steer_names = steer_names
     WorkerBase.steer_held = steer_held
     compat.hear_all_engines()
@@ -248,7 +249,7 @@ def _collective_rpc(original: Any) -> Any:
     def collective_rpc(
         self: Any, method: Any, timeout: float | None = None, args: tuple = (), kwargs: Any = None
     ) -> list[Any]:
-        if method == "steer_remove":
+        if method in ("steer_remove", "steer_unused"):
             running = self.scheduler.requests.values()
             using = sum(args[0] in Choice.of(request.sampling_params).names for request in running)
             if using and args[0] != DEFAULT:  # in whose place there are zeros then
@@ -270,6 +271,11 @@ def steer_push(self: Any, name: str, packed: str, positions: str = "all") -> dic
 
 def steer_remove(self: Any, name: str) -> dict[str, Any]:
     return _answer(self, lambda steering: steering.remove(name))
+
+
+def steer_unused(self: Any, name: str) -> dict[str, Any]:
+    """An error while a request uses the set, from `_collective_rpc`: workers do not know."""
+    return _answer(self)
 
 
 def steer_names(self: Any) -> dict[str, Any]:

@@ -3,8 +3,9 @@ Vectors in vLLM's OpenAI-compatible server: each set is a model of its own name,
 
 `steer serve` starts `vllm serve` with this endpoint plugin. The `model` of a request is an expression
 (`steer.expression`): `math` gets the vectors of that set, `math@0.7+brief@-0.3` a sum, `base` or the base
-model's own name none. With `steering` in the body each set has layers and positions too. A chat of one
-question is put to a set as in its training (`steer.engine.chat`). Sets come and go while the server runs:
+model's own name none. With `steering` in the body each set has layers and positions too. On
+/v1/chat/completions a chat of one question is put to a set as in its training (`steer.engine.chat`). Sets
+come and go while the server runs:
 
     GET    /v1/steering                  the sets, with their artifacts and scales
     POST   /v1/steering                  {"name": "math", "artifact": "runs/math/vectors", "scale": 1.0}
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from itertools import count
@@ -27,22 +29,29 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from steer.artifact import Artifact, read
+from steer.config import SteeringConfig
 from steer.engine.bank import DEFAULT, pack
 from steer.engine.chat import AS_SENT, agreed_prompt, is_question, put, served_prompt
-from steer.engine.client import NO_PLUGIN, steered_layers
+from steer.engine.client import NO_PLUGIN, checked, forgotten, steered_layers
 from steer.engine.mixes import Mixes
 from steer.engine.plugin import SLOTS
 from steer.engine.receipt import confirmed
 from steer.errors import SteerError, shown
 from steer.expression import BASE, Term, check_name, from_json, parse
+from steer.identity import check_shape, names_another_base, tokenizer_checksum
 from steer.mixture import chosen
 from steer.models import load_tokenizer
 from steer.prompt import PromptSpec
 
+logger = logging.getLogger("vllm.steer")  # shown with vLLM's own
+
 # How `steer serve` tells the server what to start with: JSON, `vectors` with [name, artifact, scale] of each
-# set, and `template` as its option.
+# set, and `template`, `model` and `base_adapter` as its options.
 VARIABLE = "STEER_SERVE"
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+CHAT = "/v1/chat/completions"
+PATHS = ("/v1/completions", CHAT, "/v1/responses", "/v1/messages")
+# Where vectors change nothing.
+TOKENS = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _NUMBERS = count()
 
 
@@ -78,6 +87,9 @@ class Vectors:
         self.tokenizer: Any = None
         self.template: str | None = None
         self.slots = SLOTS
+        self.processes = 1  # that answer requests
+        self.shape: tuple[int, int, str] = (0, 0, "")  # of the model: hidden size, layers, architecture
+        self.base: tuple[str | None, str | None] = (None, None)  # the model and the adapter that is merged in
         self.mixes = Mixes(self._push, self._forget, lambda: self.slots - 2 - len(self.sets))
 
     def attach_router(self, app: FastAPI) -> None:
@@ -91,6 +103,10 @@ class Vectors:
         self.engine, self.models = engine_client, state.openai_serving_models
         extra = engine_client.vllm_config.additional_config
         self.slots = extra.get("steering_slots", SLOTS) if isinstance(extra, dict) else SLOTS
+        self.processes = args.api_server_count or 1
+        model = engine_client.vllm_config.model_config
+        depth = model.get_total_num_hidden_layers()
+        self.shape = (model.get_hidden_size(), depth, model.hf_text_config.model_type)
         self.tokenizer = await asyncio.to_thread(
             load_tokenizer,
             args.tokenizer or args.model,
@@ -99,6 +115,7 @@ class Vectors:
         )
         start = json.loads(os.environ.get(VARIABLE, "{}"))
         self.template = start.get("template")
+        self.base = start.get("model", args.model), start.get("base_adapter")
         for name, artifact, scale in start.get("vectors", []):
             await self.add(name, artifact, scale)
 
@@ -106,18 +123,39 @@ class Vectors:
 
     async def add(self, name: str, artifact: str, scale: float = 1.0) -> None:
         """Push the artifact under `name`, in place of what has it; SteerError when that cannot be."""
+        if self.processes > 1:
+            raise SteerError(
+                f"{self.processes} processes answer requests, and each would have sets of its own: start the "
+                "server with --api-server-count 1, as steer serve does"
+            )
         check_name(name)
         if self.models.is_base_model(name) or name == DEFAULT:
             raise SteerError(f"{name!r} cannot name vectors: it is the base model's, or reserved")
         pushed = await asyncio.to_thread(read, artifact)
+        check_shape(pushed.config, *self.shape, str(artifact))
         pushed = replace(pushed, config=replace(pushed.config, scale=scale * pushed.config.scale))
         vectors, positions = steered_layers(pushed)
         prompt, _ = served_prompt(pushed.config.prompt, self.template)
         async with self.mixes.changed:
             if name not in self.sets:
                 await self.mixes.free(1)
-            await self._push(name, vectors, positions)
+            try:
+                await self._push(name, vectors, positions)
+            except SteerError:
+                if name not in self.sets:  # one engine of several may have taken it
+                    with suppress(SteerError):
+                        await self._forget(name)
+                raise
             self.sets[name] = Served(str(artifact), scale, pushed, prompt)
+        await asyncio.to_thread(self._tell_of_differences, pushed.config, name)
+
+    def _tell_of_differences(self, config: SteeringConfig, name: str) -> None:
+        """Warn of vectors that were made for another model of the same shape, as far as that is known."""
+        if warning := names_another_base(config, *self.base, name):
+            logger.warning(warning)
+        vocabulary, made_for = config.tokenizer_checksum, config.base_model_name_or_path
+        if vocabulary and vocabulary != tokenizer_checksum(self.tokenizer):
+            logger.warning("%s: made for %s, which has another vocabulary than this model", name, made_for)
 
     async def remove(self, name: str) -> None:
         async with self.mixes.changed:
@@ -126,21 +164,19 @@ class Vectors:
             self.mixes.changed.notify_all()
 
     async def _push(self, name: str, vectors: dict[int, Any], positions: str) -> None:
-        answers = await self._call("steer_push", name, pack(vectors), positions)
+        answers = checked(await self._call("steer_push", name, pack(vectors), positions))
         confirmed(answers, name, vectors, positions)
 
     async def _forget(self, name: str) -> None:
-        await self._call("steer_remove", name)
+        checked(await self._call("steer_unused", name))  # before one engine forgets what another uses
+        forgotten(await self._call("steer_remove", name), name)
 
     async def _call(self, method: str, *args: str) -> list[dict[str, Any]]:
+        """What all workers answer, refusals too."""
         try:
-            answers = await self.engine.collective_rpc(method, args=args)
+            return await self.engine.collective_rpc(method, args=args)
         except Exception as error:  # the kind depends on the executor
             raise SteerError(f"{error}: {NO_PLUGIN}" if method in str(error) else str(error)) from error
-        for answer in answers:
-            if answer["error"]:
-                raise SteerError(answer["error"])
-        return answers
 
     # ---- requests
 
@@ -303,13 +339,16 @@ class _Choose:
         if not isinstance(given, dict):
             return None
         if not path.endswith(PATHS):
-            if given.get("steering") is not None:
-                raise SteerError(f"{path} takes no steering, only {', '.join(PATHS)} do")
-            return None
+            return self._without_vectors(path, given)
         vectors = self.vectors
         asked = vectors.choose(given)
         if asked is None:
             return None
+        if asked.prompt not in (None, AS_SENT) and not path.endswith(CHAT):
+            raise SteerError(
+                f"steering.prompt={shown(asked.prompt)}: {path} takes what it is sent as it is, and only "
+                f"{CHAT} puts a question as in training; leave prompt out"
+            )
         given.pop("steering", None)
         for name in ("vllm_xargs", "chat_template_kwargs"):
             if not isinstance(given.get(name), dict | None):
@@ -318,7 +357,7 @@ class _Choose:
             raise SteerError(
                 "use_beam_search=true: vLLM's beam search takes no vectors; sample, or ask the base model"
             )
-        if path.endswith("/v1/chat/completions") and is_question(given):
+        if path.endswith(CHAT) and is_question(given):
             prompt = vectors.prompt(asked)
             if prompt is not None:
                 given = await asyncio.to_thread(put, given, prompt, vectors.tokenizer)
@@ -326,6 +365,21 @@ class _Choose:
         given["model"] = vectors.models.base_model_paths[0].name
         given["vllm_xargs"] = {**(given.get("vllm_xargs") or {}), **extra}
         return json.dumps(given).encode()
+
+    def _without_vectors(self, path: str, given: dict[str, Any]) -> bytes | None:
+        """The same for a route that passes no vectors on."""
+        only = f"only {', '.join(PATHS)} do"
+        if given.get("steering") is not None:
+            raise SteerError(f"{path} takes no steering, {only}")
+        try:
+            asked = self.vectors.choose(given)
+        except (KeyError, SteerError):  # vLLM says that there is no such model, where it asks for one
+            return None
+        if asked is None:
+            return None
+        if any(term.scale for term in asked.terms) and not path.endswith(TOKENS):
+            raise SteerError(f"{path} takes no vectors, {only}: name the base model")
+        return json.dumps({**given, "model": self.vectors.models.base_model_paths[0].name}).encode()
 
 
 def _may_steer(scope: Any) -> bool:

@@ -132,3 +132,5 @@ def test_the_server_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     plain, trusted = seen
     assert "--trust-remote-code" not in plain and "--revision" not in plain
     assert set(trusted) - set(plain) == {"--trust-remote-code", "--revision", "v2"}
+    assert plain[plain.index("--api-server-count") + 1] == "1", "one process knows the sets"
+    assert main([*start, "--headless"]) == 0 and "--api-server-count" not in seen[-1]

@@ -231,6 +231,20 @@ def test_push_reaches_every_stage(tmp_path: Any) -> None:
         remove(engine, "set")
 
 
+def test_a_removal_that_one_of_two_engines_refused_is_completed_later() -> None:
+    engine = Engine(([0, 1, 2], [0, 1, 2]))
+    push(engine, vectors(1), name="set")
+    engine.busy = [1]
+    for _ in range(2):  # the first engine forgets it, and keeps nobody from asking again
+        with pytest.raises(SteerError, match="'set' is used"):
+            remove(engine, "set")
+    engine.busy = []
+    remove(engine, "set")
+    assert [list(stage.versions()) for stage in engine.stages] == [[DEFAULT]] * 2
+    with pytest.raises(SteerError, match="no vectors named 'set'"):
+        remove(engine, "set")
+
+
 @pytest.mark.parametrize(("site", "shift"), [("resid_post", 0), ("resid_pre", 1)])
 def test_artifacts_bring_their_scale_and_positions(site: str, shift: int) -> None:
     from steer.artifact import Artifact

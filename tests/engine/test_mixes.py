@@ -51,24 +51,35 @@ def test_every_token_gets_the_sum_of_what_steers_it(positions: tuple[str, ...]) 
 
 
 class Fake:
-    """An engine with a number of places; it refuses to remove a set that is still `busy` there."""
+    """
+    Two engines that share the requests, with a number of places each. A set that is still `busy` in one of
+    them is not removed there; the one that is `broken` takes no set.
+    """
 
     def __init__(self, room: int) -> None:
-        self.held: list[str] = []
+        self.both: tuple[list[str], list[str]] = ([], [])
+        self.held = self.both[0]
         self.busy: set[str] = set()
+        self.broken = False
         self.places = room
         self.mixes = Mixes(self.push, self.remove, lambda: self.places)
 
     async def push(self, name: str, vectors: Any, positions: str) -> None:
         await asyncio.sleep(0)
-        assert len(self.held) < self.places, "more sets than the engine has places"
-        self.held.append(name)
+        for held in self.both[: 1 if self.broken else 2]:
+            assert len(held) < self.places, "more sets than the engine has places"
+            held.append(name)
+        await asyncio.sleep(0)
+        if self.broken:
+            raise SteerError("a push was lost")
 
     async def remove(self, name: str) -> None:
         await asyncio.sleep(0)
-        if name in self.busy:
-            raise SteerError(f"{name} is used")
-        self.held.remove(name)
+        for number, held in enumerate(self.both):
+            if number and name in self.busy:
+                raise SteerError(f"{name} is used")
+            if name in held:
+                held.remove(name)
 
 
 SUMS = {key: {"a": artifact(0), "b": artifact(key)} for key in range(1, 6)}
@@ -120,9 +131,31 @@ def test_a_set_that_the_engine_still_uses_is_removed_later(monkeypatch: Any) -> 
         waiting = asyncio.create_task(engine.mixes.use(2, SUMS[2]).__aenter__())
         for _ in range(20):
             await asyncio.sleep(0)
-        assert not waiting.done() and engine.held == ["mix+0"]
+        assert not waiting.done() and engine.both == ([], ["mix+0"])
         engine.busy = set()
-        assert await waiting == ["mix+1"] == engine.held
+        assert await waiting == ["mix+1"] and engine.both == (["mix+1"], ["mix+1"])
+
+    asyncio.run(go())
+
+
+def test_a_set_whose_push_failed_gives_its_place_back() -> None:
+    async def go() -> None:
+        engine = Fake(1)
+        engine.broken = True
+        with pytest.raises(SteerError, match="a push was lost"):
+            async with engine.mixes.use(1, SUMS[1]):
+                pass
+        assert engine.both == (["mix+0"], [])
+        engine.broken = False
+        async with engine.mixes.use(1, SUMS[1]) as names:
+            assert names == ["mix+1"] and engine.both == (names, names)
+        gone = asyncio.create_task(engine.mixes.use(2, SUMS[2]).__aenter__())
+        while "mix+2" not in engine.held:
+            await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        async with engine.mixes.use(3, SUMS[3]) as names:
+            assert engine.both == (names, names)
 
     asyncio.run(go())
 

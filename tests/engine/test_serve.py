@@ -20,6 +20,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from helpers import fake_engine
 from helpers.training import SPREAD, model_folder
 
 import steer
@@ -230,6 +231,35 @@ def test_other_routes_take_no_steering(plugin: Any) -> None:
     assert plugin({"model": "base"}, "/v1/chat/completions/batch")[1] is None
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
+def test_tokens_are_counted_for_sets_as_for_the_base(plugin: Any, path: str) -> None:
+    for model in ("math", "base:code@-1", "math+code@2"):
+        body, answer = plugin({"model": model, "prompt": "x"}, path)
+        assert answer is None and json.loads(body) == {"model": "base", "prompt": "x"} and plugin.held == {}
+    for model in ("maths", "lora", "math@", ["math"]):  # vLLM's to answer
+        body, answer = plugin({"model": model, "prompt": "x"}, path)
+        assert answer is None and json.loads(body)["model"] == model
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/batch", "/v1/completions/render", "/cohere/v2/chat"])
+def test_routes_that_pass_no_vectors_on_take_no_sets(plugin: Any, path: str) -> None:
+    seen, answer = plugin({"model": "math", "prompt": "x"}, path)
+    assert seen is None and answer["status"] == 400
+    assert f"{path} takes no vectors, only /v1/completions" in answer["error"]["message"]
+    body, answer = plugin({"model": "math@0", "prompt": "x"}, path)
+    assert answer is None and json.loads(body)["model"] == "base"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses", "/v1/messages"])
+def test_a_prompt_is_for_chats(plugin: Any, path: str) -> None:
+    steering = {"sets": [{"name": "math"}], "prompt": "math"}
+    seen, answer = plugin({"steering": steering, "prompt": "x"}, path)
+    assert seen is None and answer["status"] == 400
+    assert answer["error"]["message"].startswith(f"steering.prompt='math': {path} takes what it is sent")
+    body, answer = plugin({"steering": {**steering, "prompt": "none"}, "prompt": "x"}, path)
+    assert answer is None and json.loads(body)["vllm_xargs"]["steering"] == "math"
+
+
 def test_sets_with_different_prompts(plugin: Any, tiny_tokenizer: Any) -> None:
     sets = plugin.vectors.sets
     plugin.vectors.tokenizer = tiny_tokenizer
@@ -292,6 +322,94 @@ def test_a_chat_of_one_question_is_put_as_in_training(plugin: Any, tiny_tokenize
     wrong = {**chat, "chat_template_kwargs": {"nobody_reads": 1}}
     body, answer = plugin(wrong, "/v1/chat/completions")
     assert body is None and answer["status"] == 400 and "nobody_reads" in answer["error"]["message"]
+
+
+# ---- sets that come and go
+
+
+@pytest.fixture
+def engines(plugin: Any) -> fake_engine.Engine:
+    """Two engines behind the plugin, of a model of three layers with hidden size 6."""
+    both = fake_engine.Engine(([0, 1, 2], [0, 1, 2]))
+
+    async def collective_rpc(method: str, args: tuple) -> list[dict[str, Any]]:
+        return both.collective_rpc(method, args)
+
+    plugin.vectors.engine = SimpleNamespace(collective_rpc=collective_rpc)
+    plugin.vectors.shape = (fake_engine.WIDTH, fake_engine.DEPTH, "llama")
+    plugin.vectors.base = ("org/tiny", None)
+    return both
+
+
+def saved(folder: Path, **changes: Any) -> str:
+    """An artifact that fits them."""
+    fields: dict[str, Any] = {
+        "hidden_size": fake_engine.WIDTH,
+        "num_hidden_layers": fake_engine.DEPTH,
+        "layers": "0-2",
+    }
+    fields |= {"model_type": "llama", "base_model_name_or_path": "org/tiny", **changes}
+    tensors = {f"model.layers.{i}.steering.vector": torch.ones(fake_engine.WIDTH) for i in range(3)}
+    steer.artifact.write(folder, Artifact(SteeringConfig(**fields), tensors))
+    return str(folder)
+
+
+def test_a_set_is_removed_from_all_engines_or_from_none(
+    plugin: Any, engines: fake_engine.Engine, tmp_path: Path
+) -> None:
+    vectors = plugin.vectors
+    asyncio.run(vectors.add("set", saved(tmp_path)))
+    engines.busy = [1]
+    with pytest.raises(SteerError, match="'set' is used"):
+        asyncio.run(vectors.remove("set"))
+    assert all("set" in stage.versions() for stage in engines.stages) and "set" in vectors.sets
+    engines.busy = []
+    engines.stages[0].remove("set")  # a request came between the question and the removal
+    asyncio.run(vectors.remove("set"))
+    assert not any("set" in stage.versions() for stage in engines.stages) and "set" not in vectors.sets
+
+
+def test_a_set_that_one_engine_did_not_take_leaves_nothing(
+    plugin: Any, engines: fake_engine.Engine, tmp_path: Path
+) -> None:
+    engines.blind = [1]
+    with pytest.raises(SteerError, match="no longer holds 'set'"):
+        asyncio.run(plugin.vectors.add("set", saved(tmp_path)))
+    assert not any("set" in stage.versions() for stage in engines.stages)
+    assert "set" not in plugin.vectors.sets
+
+
+def test_sets_of_another_model_are_refused_or_told(
+    plugin: Any,
+    engines: fake_engine.Engine,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(
+        "steer.engine.serve.logger.warning", lambda text, *args: told.append(text % args if args else text)
+    )
+    vectors = plugin.vectors
+    for field, value in {"num_hidden_layers": 4, "model_type": "qwen2"}.items():
+        with pytest.raises(SteerError, match=f"{field}={value}, this model has {field}="):
+            asyncio.run(vectors.add("set", saved(tmp_path / field, **{field: value})))
+    assert "set" not in vectors.sets
+    asyncio.run(vectors.add("set", saved(tmp_path / "own")))
+    assert told == []
+    vectors.base, vectors.tokenizer = ("org/other", None), tiny_tokenizer
+    asyncio.run(vectors.add("set", saved(tmp_path / "other", tokenizer_checksum="0" * 16)))
+    base, vocabulary = told
+    assert base.startswith("set: made for org/tiny; this model is org/other")
+    assert vocabulary == "set: made for org/tiny, which has another vocabulary than this model"
+
+
+def test_several_processes_that_answer_requests_are_refused(
+    plugin: Any, engines: fake_engine.Engine, tmp_path: Path
+) -> None:
+    plugin.vectors.processes = 2
+    with pytest.raises(SteerError, match=r"2 processes answer requests.*--api-server-count 1"):
+        asyncio.run(plugin.vectors.add("set", saved(tmp_path)))
 
 
 # ---- the whole server

@@ -34,6 +34,7 @@ class Engine:
             Bank({i: Block() for i in layers}, DEPTH, width, 4, TOKENS, "cpu") for layers in stages
         ]
         self.blind: list[int] = []  # workers that pushes do not reach
+        self.busy: list[int] = []  # workers of engines that still use what is to be removed
 
     def collective_rpc(self, method: str, args: tuple = ()) -> list[dict[str, Any]]:
         config = SimpleNamespace(model_config=SimpleNamespace(logprobs_mode="raw_logprobs"))
@@ -41,7 +42,12 @@ class Engine:
             SimpleNamespace(steering=stage, steering_error=None, vllm_config=config) for stage in self.stages
         ]
         blind = self.blind if method == "steer_push" else []
+        busy = self.busy if method in ("steer_remove", "steer_unused") else []
         return [
-            plugin.steer_held(worker, args[0]) if number in blind else getattr(plugin, method)(worker, *args)
+            {"error": f"{args[0]!r} is used"}
+            if number in busy
+            else plugin.steer_held(worker, args[0])
+            if number in blind
+            else getattr(plugin, method)(worker, *args)
             for number, worker in enumerate(workers)
         ]
