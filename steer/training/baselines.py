@@ -163,7 +163,10 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
         """Write the adapter as peft does, or the whole model and its tokenizer."""
         folder = Path(output_dir or self.args.output_dir)
         if self.adapted is None:
-            super().save_model(str(folder), _internal_call=True)
+            if self.is_fsdp_enabled:
+                self._save_gathered(folder)
+            else:
+                super().save_model(str(folder), _internal_call=True)
             if self.args.should_save:  # a pickle of the settings, which are in run.json
                 (folder / "training_args.bin").unlink(missing_ok=True)
                 if dtype := MIXED.get(self.accelerator.mixed_precision):
@@ -174,6 +177,13 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
                         )
         elif self.args.should_save:
             self.adapted.save_pretrained(str(folder))
+
+    def _save_gathered(self, folder: Path) -> None:
+        """Write a model in shards whole, which transformers leaves out where checkpoints are in shards."""
+        weights = self.accelerator.get_state_dict(self.model)  # all processes take part
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
+            self._tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.adapted is None:

@@ -173,6 +173,20 @@ def test_a_model_of_mixed_training_is_saved_as_it_learned(run: Callable, tmp_pat
     assert distance(weights(trainer), dict(exact.named_parameters())) == 0
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_in_shards_is_saved_whole_whatever_the_launcher_says(
+    run: Callable, tmp_path: Path, bf16: bool
+) -> None:
+    """FSDP's launcher keeps checkpoints in shards, and transformers then writes no model beside them."""
+    trainer = run("full", learning_rate=1e-3, max_steps=1, bf16=bf16)
+    trainer.is_fsdp_enabled = True
+    trainer.save_model(str(tmp_path / "checkpoint"), _internal_call=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
+    assert distance(weights(trainer), dict(loaded.named_parameters())) == 0
+    readable(tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint" / "tokenizer.json").exists()
+
+
 def test_a_checkpoint_that_was_cut_short_is_passed_over(run: Callable, tmp_path: Path) -> None:
     run("lora", max_steps=2, save_strategy="steps", save_steps=1)
     file = tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors"

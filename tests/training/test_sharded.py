@@ -49,10 +49,16 @@ def base(
 
 
 def train(
-    base: Path, folder: Path, config: str | None, *changes: str, processes: int = 2, device: str = "cpu"
+    base: Path,
+    folder: Path,
+    config: str | None,
+    *changes: str,
+    processes: int = 2,
+    device: str = "cpu",
+    recipe: str = "grpo_steer",
 ) -> str:
     """The recipe in one process, or in `processes` of the launcher `config`; what the processes said."""
-    script = ROOT / "recipes" / "grpo_steer.py"
+    script = ROOT / "recipes" / f"{recipe}.py"
     words = ["--config", str(base / "config.yaml"), "--output_dir", str(folder), *changes]
     if config is None and device == "cpu":
         run_here(script, *words, "--use_cpu", "true")
@@ -110,6 +116,20 @@ def test_a_checkpoint_holds_no_base_and_the_run_goes_on_from_it(
     said = train(base, folder, config, *KIND)
     assert f"going on from {left}" in said
     assert same(artifact.read(folder / "vectors").tensors, whole)
+
+
+def test_a_full_fine_tune_in_shards_is_saved_and_goes_on(base: Path, tmp_path: Path) -> None:
+    folder, rate = tmp_path / "full", ("--method", "full", "--learning_rate", "1e-3")
+    said = train(base, folder, "fsdp2", *rate, recipe="grpo_baseline")
+    assert [f"process {i} holds 0.50 of the model" in said for i in (0, 1)] == [True, True]
+    whole, before = (load_file(f / "model" / "model.safetensors") for f in (folder, base))
+    assert far(whole, before) > 1e-4, "nothing was trained"
+    for name in (f"checkpoint-{STEPS}", "model"):
+        shutil.rmtree(folder / name)
+    (folder / "results.json").unlink()
+    said = train(base, folder, "fsdp2", *rate, recipe="grpo_baseline")
+    assert f"going on from {folder / f'checkpoint-{STEPS - 2}'}" in said
+    assert far(load_file(folder / "model" / "model.safetensors"), whole) < 1e-6
 
 
 @pytest.mark.gpu
