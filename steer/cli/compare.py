@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that runs is ended too
     try:
         plan = read_plan(args.config)
-        plan = replace(plan, seeds=tuple(args.seeds or plan.seeds), out=args.out or plan.out)
+        # rates are chosen with the seed of the whole plan, whichever seeds are trained now
+        sweep = {**plan.sweep, "seed": plan.sweep_seed}
+        plan = replace(plan, seeds=tuple(args.seeds or plan.seeds), sweep=sweep, out=args.out or plan.out)
         if unknown := sorted(set(args.methods or []) - set(plan.methods)):
             known = ", ".join(plan.methods)
             raise SteerError(f"no method {', '.join(unknown)} in {args.config}: it has {known}")

@@ -25,6 +25,8 @@ from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.threads import processor, usable_cpus
 from steer.training import comparison_records as records
 from steer.training.comparison_report import curve, write_report
+from steer.training.config import SteeringGRPOConfig
+from steer.training.run import RunConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,6 +49,7 @@ class Comparison:
                 f"{plan.config} with tools: a comparison scores with `steer eval`, which calls none; leave "
                 "them out"
             )
+        self.model = self.shared.get("model", RunConfig.model)
         self.work = Path(plan.output_dir)
         self.sweep = {name: value for name, value in plan.sweep.items() if name != "seed"}
         self.runs, self.sweeps = Path(plan.out, "runs"), Path(plan.out, "sweeps")
@@ -70,15 +73,15 @@ class Comparison:
 
     def base(self) -> list[str]:
         """The base model as options of `steer eval`."""
-        words = ["--model", self.shared["model"]]
+        words = ["--model", self.model]
         for name, option in (("model_revision", "--revision"), ("base_adapter", "--base-adapter")):
             words += [option, str(self.shared[name])] if self.shared.get(name) else []
         return words
 
     def base_settings(self) -> dict[str, Any]:
         """The settings that name the base model."""
-        names = ("model", "model_revision", "base_adapter")
-        return {name: self.shared[name] for name in names if self.shared.get(name)}
+        others = {name: self.shared.get(name) for name in ("model_revision", "base_adapter")}
+        return {"model": self.model, **{name: value for name, value in others.items() if value}}
 
     # ---- controls that train nothing
 
@@ -113,7 +116,7 @@ class Comparison:
         asked = {"evaluation": self.asked(), "model": model, **given}
         if self.done("no-adapter", asked):
             return
-        words = ["--model", self.shared["model"], "--name", "without adapter"]
+        words = ["--model", self.model, "--name", "without adapter"]
         if revision := self.shared.get("model_revision"):
             words += ["--revision", revision]
         if self.plan.longer:
@@ -159,7 +162,6 @@ class Comparison:
     def training_problems(self) -> Dataset:
         """The training problems that the runs share, as a data set."""
         from steer.training.problems import problems
-        from steer.training.run import RunConfig
 
         known = {f.name for f in fields(RunConfig)}
         return problems(RunConfig(**{k: v for k, v in self.shared.items() if k in known}))[0]
@@ -296,7 +298,8 @@ class Comparison:
 
     def launch(self, job: str, settings: dict[str, Any], launcher: str) -> None:
         """Train as a user would, from a config file that says all."""
-        config = self.work / "configs" / f"{job}.yaml"
+        config, folder = self.work / "configs" / f"{job}.yaml", settings["output_dir"]
+        records.check_begun(Path(f"{folder}-sweep" if "lr_sweep" in settings else folder), config, settings)
         config.parent.mkdir(parents=True, exist_ok=True)
         script = str(recipes_folder() / f"{settings['recipe']}.py")
         text = yaml.safe_dump({k: v for k, v in settings.items() if k != "recipe"}, sort_keys=False)
@@ -313,7 +316,7 @@ class Comparison:
         shared = self.shared
         from_training = {
             "template": shared.get("template", DEFAULT_PROMPT.template),
-            "max_new_tokens": shared["max_completion_length"],
+            "max_new_tokens": shared.get("max_completion_length", SteeringGRPOConfig.max_completion_length),
             "dtype": shared.get("model_dtype", "auto"),
             "samples": 8,
         }

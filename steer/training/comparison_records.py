@@ -7,9 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from steer.errors import SteerError
 from steer.evaluation.pack import read_packed
-from steer.training.neutral import WATCHING, differences
+from steer.files import HOLDER_FILE, LOCK_FILE
+from steer.training.neutral import CONTINUED, WATCHING, differences
+from steer.training.run import RUN_FILE
 
 
 def is_made(file: Path, asked: dict[str, Any]) -> bool:
@@ -50,6 +54,26 @@ def check(file: Path, have: dict[str, Any], asked: dict[str, Any]) -> None:
         f"{file} was made with other settings than these{': ' if changed else ''}{'; '.join(changed[:3])}; "
         "move it away to have it made again, or give another --out"
     )
+
+
+def check_begun(folder: Path, config: Path, settings: dict[str, Any]) -> None:
+    """
+    SteerError where `folder` holds what was begun, by the file `config`, with another length or schedule than
+    `settings`: a run would go on with them, and its result be none of either.
+    """
+    begun = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if not begun - {RUN_FILE, LOCK_FILE, HOLDER_FILE} or not config.exists():
+        return
+    names = {*CONTINUED, "sweep_steps"}
+    have, wanted = (
+        {"training": {name: value for name, value in one.items() if name in names}}
+        for one in (yaml.safe_load(config.read_text()), settings)
+    )
+    if changed := differences(have, wanted, {}, frozenset()):
+        raise SteerError(
+            f"{folder} was begun with other settings than these: {'; '.join(changed)}; remove that folder, "
+            "or give another output_dir"
+        )
 
 
 def _parts(asked: dict[str, Any]) -> dict[str, dict[str, Any]]:

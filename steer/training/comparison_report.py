@@ -50,15 +50,15 @@ def _training_table(trained: Sequence[dict[str, Any]]) -> str:
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
-    """Reward, accuracy and length of the samples, by update; kept when the checkpoints are gone."""
-    kept = folder / "curve.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    """Reward, accuracy and length of the samples, by update; kept where the log is gone with checkpoints."""
     from steer.training.resuming import log_history
 
+    kept, log = folder / "curve.json", folder / "log.json"  # of a member of a population
+    history = read_json(log) if log.exists() else log_history(folder)
+    if not history and kept.exists():
+        return json.loads(kept.read_text())
     keys = {"reward": "reward", "accuracy": "accuracy", "length": "completions/mean_length"}
-    log = folder / "log.json"  # of a member of a population
-    rows = [row for row in (read_json(log) if log.exists() else log_history(folder)) if "reward" in row]
+    rows = [row for row in history if "reward" in row]
     found = {
         name: [round(row[key], 4) for row in rows if row.get(key) is not None] for name, key in keys.items()
     }

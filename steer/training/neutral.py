@@ -34,7 +34,8 @@ WATCHING: frozenset[str] = frozenset(
 
 # They may change when a run goes on, since what was computed stays as it was: its length, the schedule of the
 # learning rate, and how the untrained model is measured beside it.
-CONTINUED: frozenset[str] = frozenset({"max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "examples"})
+SCHEDULE: frozenset[str] = frozenset({"lr_scheduler_type", "lr_scheduler_kwargs"})
+CONTINUED: frozenset[str] = SCHEDULE | {"max_steps", "examples"}
 
 # In files of version 0.1, where they decided nothing.
 _FORMER = frozenset({"format_version"})

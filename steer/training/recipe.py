@@ -216,10 +216,10 @@ def _train_run(
     if not settings.run.validate_every:  # what a choice of the rate validates on is not part of the run
         settings = replace(settings, run=replace(settings.run, validation=None))
     run, training, state = settings.run, settings.training, PartialState()
-    if state.is_main_process:
-        runs.claim_output_dir(folder, settings.identity(), settings.defaults())
-    state.wait_for_everyone()
     length = [training.max_steps, training.num_train_epochs]
+    if state.is_main_process:
+        runs.claim_output_dir(folder, settings.identity(), settings.defaults(), length)
+    state.wait_for_everyone()
     done = runs.read_results(folder)
     if done.get("asked") == length and (held_out is None or "after" in done):
         log.info("this run is finished; its results:")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES
 from steer.tasks.reward_loading import reward_entries
 from steer.tasks.rewards import REWARDS
 from steer.tasks.tools import TOOLS, tool_names
-from steer.training.neutral import Settings, differences
+from steer.training.neutral import CONTINUED, SCHEDULE, Settings, differences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -214,7 +215,10 @@ class RunConfig:
 
 
 def claim_output_dir(
-    folder: str | os.PathLike[str], wanted: Settings, defaults: Settings | None = None
+    folder: str | os.PathLike[str],
+    wanted: Settings,
+    defaults: Settings | None = None,
+    length: Sequence[float] | None = None,
 ) -> None:
     """
     Make `folder` the home of a run.
@@ -223,6 +227,7 @@ def claim_output_dir(
         folder: made where it is missing.
         wanted: the settings that identify the run (`RunSettings.identity`).
         defaults: what a setting is that a run begun by an older version does not name.
+        length: the updates and epochs that are asked for; a run of that length takes no other schedule.
 
     Raises:
         SteerError: the folder holds another run, with the settings that differ, or other files.
@@ -233,7 +238,8 @@ def claim_output_dir(
         held = {file.name for file in path.iterdir()} - {LOCK_FILE, HOLDER_FILE}
         if RUN_FILE in held and len(held) > 1:
             have = read_json(path / RUN_FILE)
-            _same(path, have, wanted, defaults or {})
+            trained = length is not None and is_trained(read_results(path), length)
+            _same(path, have, wanted, defaults or {}, may_differ(trained))
             if have != wanted:
                 replace_file(path / RUN_FILE, json.dumps(wanted, indent=2).encode())
         elif held - {RUN_FILE}:
@@ -246,8 +252,18 @@ def claim_output_dir(
         ) from error
 
 
-def _same(path: Path, have: Settings, wanted: Settings, defaults: Settings) -> None:
-    changed = differences(have, wanted, defaults)
+def is_trained(results: Mapping[str, Any], length: Sequence[float]) -> bool:
+    """Whether a run with these results has done all updates of `length`, its updates and epochs."""
+    return results.get("asked") == [*length] or 0 < length[0] <= results.get("steps", 0)
+
+
+def may_differ(trained: bool) -> frozenset[str]:
+    """What may change when a run goes on; where no update is left, another schedule would have no effect."""
+    return CONTINUED - SCHEDULE if trained else CONTINUED
+
+
+def _same(path: Path, have: Settings, wanted: Settings, defaults: Settings, also: frozenset[str]) -> None:
+    changed = differences(have, wanted, defaults, also)
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise SteerError(

@@ -34,6 +34,7 @@ from steer.tasks.data import load_problems
 from steer.tasks.elicited import choose
 from steer.training.arguments import SweepArguments
 from steer.training.comparison import Comparison, Failed
+from steer.training.comparison_report import curve
 from steer.training.validation import split
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("compare-*.yaml"))
@@ -245,6 +246,64 @@ def test_what_an_evaluation_says_is_what_steer_eval_is_asked(plan, place):
     args = options.parser("").parse_args([*changed.evals(place)[4:], "--benchmarks", "x", "--model", "m"])
     assert {name: getattr(args, name) for name in said} == said
     assert args.columns == "answer=gold"
+
+
+def test_chosen_seeds_leave_the_seed_of_the_rates_alone(plan, monkeypatch, capsys):
+    def seen(given: Any) -> None:
+        raise SteerError(f"seeds {given.seeds}, rates with {given.sweep_seed}")
+
+    monkeypatch.setattr(compare, "Comparison", seen)
+    assert compare.main(["--config", str(plan), "--seeds", "1"]) == 1
+    assert "seeds (1,), rates with 2" in capsys.readouterr().err
+
+
+def test_what_was_begun_with_another_schedule_or_length_is_not_taken_for_these(plan, tmp_path, monkeypatch):
+    def fail(self: Any, words: list[str]) -> None:
+        raise Failed("stopped")
+
+    monkeypatch.setattr(Comparison, "call", fail)
+    settings = yaml.safe_load(plan.read_text())
+    settings["methods"]["shared"] = {"like": "steering", "together": True}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    work = tmp_path / "work"
+    original = read_plan(str(tmp_path / "compare.yaml"))
+    original = replace(original, output_dir=str(work), out=str(tmp_path / "out"))
+    linear = {"lr_scheduler_type": "linear"}
+    for job, left, change, told in (
+        (lambda one: one.trained("steering", 0), "steering-0/results.json", linear, "lr_scheduler_type was"),
+        (lambda one: one.trained("shared", 0), "shared/state-0.pt", {"max_steps": 3}, "max_steps was 2, now"),
+        (lambda one: one.rate("full"), "full-sweep/lr-0.001/x", {"max_steps": 3}, "max_steps was 2, now"),
+    ):
+        with pytest.raises(Failed, match="stopped"):
+            job(Comparison(original))
+        (work / left).parent.mkdir(parents=True)
+        (work / left).touch()
+        with pytest.raises(Failed, match="stopped"):
+            job(Comparison(replace(original, seeds=(0, 3))))  # other seeds beside it
+        changed = replace(original, settings=change)
+        with pytest.raises(SteerError, match=rf"begun with other settings than these: {told}.*remove that"):
+            job(Comparison(changed))
+        shutil.rmtree(work / left.split("/")[0])
+        with pytest.raises(Failed, match="stopped"):
+            job(Comparison(changed))
+
+
+def test_the_curve_of_a_run_is_that_of_its_log(tmp_path):
+    (tmp_path / "curve.json").write_text(json.dumps({"reward": [0.5], "accuracy": [], "length": []}))
+    assert curve(tmp_path)["reward"] == [0.5], "the log is gone"
+    (tmp_path / "log.json").write_text(json.dumps([{"step": 1, "reward": 0.25}, {"step": 2, "reward": 1.0}]))
+    assert curve(tmp_path) == {"reward": [0.25, 1.0], "accuracy": [], "length": []}
+    assert json.loads((tmp_path / "curve.json").read_text())["reward"] == [0.25, 1.0]
+
+
+def test_a_config_may_leave_model_and_length_at_their_defaults(plan, place, tmp_path):
+    training = yaml.safe_load((place / "train.yaml").read_text())
+    left = {name: value for name, value in training.items() if name not in ("model", "max_completion_length")}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(left))
+    comparison = Comparison(replace(read_plan(str(plan)), config=str(tmp_path / "train.yaml")))
+    assert comparison.base_settings() == {"model": "smollm2-135m-instruct"}
+    assert comparison.base() == ["--model", "smollm2-135m-instruct"]
+    assert comparison.asked()["max_new_tokens"] == 256
 
 
 def test_results_of_other_settings_are_not_taken_for_these(plan, calls, place):

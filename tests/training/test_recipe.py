@@ -426,6 +426,10 @@ def test_a_folder_with_another_run_or_other_files_is_one_line(refused, whole: Pa
     line = refused("--learning_rate", "0.5", "--output_dir", str(whole))
     assert "learning_rate was 0.02, now 0.5" in line and "--output_dir" in line
     assert contents(whole) == before
+    # which a run takes that goes on; this one is finished
+    line = refused("--lr_scheduler_type", "linear", "--output_dir", str(whole))
+    assert "lr_scheduler_type was 'constant_with_warmup', now 'linear'" in line
+    assert contents(whole) == before
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("text")
     assert "--output_dir" in refused("--output_dir", str(tmp_path / "thesis"))

@@ -73,15 +73,19 @@ def test_a_run_of_another_recipe_is_another_run(tmp_path: Path) -> None:
         claim_output_dir(folder, settings.identity(), settings.defaults())
 
 
+def claimed(folder: Path, line: list[str]) -> list[RunSettings]:
+    """The members of a population that has made `folder` its home."""
+    settings = RunSettings.parse("layer_sweep", arguments=line, population=PopulationArguments)
+    members = grid.members(settings, 30, line)
+    claim_sweep_dir(folder, settings, members, {m.member for m in members})
+    return members
+
+
 def test_a_population_begun_by_version_0_1_goes_on(tmp_path: Path) -> None:
     arguments = began("layer_sweep", folder := tmp_path / "run")
 
     def claim(*changes: str) -> list[str]:
-        line = [*arguments, *changes]
-        settings = RunSettings.parse("layer_sweep", arguments=line, population=PopulationArguments)
-        members = grid.members(settings, 30, line)
-        claim_sweep_dir(folder, settings, members, {m.member for m in members})
-        return [m.member for m in members]
+        return [m.member for m in claimed(folder, [*arguments, *changes])]
 
     assert claim() == ["lr-0.001", "lr-0.003", "control"]
     assert {*json.loads((folder / POPULATION_FILE).read_text())} == {"lr-0.001", "lr-0.003", "control"}
@@ -89,6 +93,20 @@ def test_a_population_begun_by_version_0_1_goes_on(tmp_path: Path) -> None:
         claim("--population", "{name: control, rewards: [format], reward_weights: [1.0]}")
     with pytest.raises(SteerError, match="holds another run: max_completion_length was 16, now 5"):
         claim("--max_completion_length", "5")
+
+
+def test_a_trained_member_takes_another_schedule_only_with_more_updates(tmp_path: Path) -> None:
+    arguments = [*began("layer_sweep", folder := tmp_path / "run"), "--max_steps", "7"]
+    first, *_ = claimed(folder, arguments)
+    linear, of_it = ["--lr_scheduler_type", "linear"], folder / "members" / first.member
+    of_it.mkdir(parents=True)
+    asked = [7, first.training.num_train_epochs]
+    (of_it / "results.json").write_text(json.dumps({"asked": asked, "steps": 7}))
+    before = (folder / POPULATION_FILE).read_text()
+    with pytest.raises(SteerError, match=r"another member lr-0\.001: lr_scheduler_type was 'constant"):
+        claimed(folder, [*arguments, *linear])
+    assert (folder / POPULATION_FILE).read_text() == before
+    claimed(folder, [*arguments, *linear, "--max_steps", "8"])
 
 
 def test_what_differs_is_named_and_what_is_new_is_at_its_default() -> None:

@@ -70,8 +70,11 @@ def claim_sweep_dir(
     have = read_json(path) if path.exists() else {}
     wanted = json.loads(json.dumps({m.member: own(m) for m in members}))
     default = _parts(json.loads(json.dumps(own(settings.unset()))))
+    lengths = {m.member: [m.training.max_steps, m.training.num_train_epochs] for m in members}
     for name in sorted(now & set(have)):
-        changed = differences(_parts(have[name]), _parts(wanted[name]), default)
+        trained = runs.is_trained(runs.read_results(folder / MEMBERS / name), lengths[name])
+        also = runs.may_differ(trained)
+        changed = differences(_parts(have[name]), _parts(wanted[name]), default, also)
         if changed:
             raise SteerError(
                 f"{folder} holds another member {name}: {'; '.join(changed[:3])}; give this one a `name` of "
