@@ -76,7 +76,8 @@ def _changed(part: Any) -> list[str]:
 
 def _find(folder: Path, settings: RunSettings, asked: FinderArguments, arguments: Sequence[str]) -> None:
     main_process, steps = PartialState().is_main_process, asked.find_lr_steps or find_rate.STEPS
-    short = _short(settings, folder, steps)
+    processes = PartialState().num_processes
+    short = _short(settings, folder, steps, processes)
     with MathGrader() as grader:
         # held-out problems are loaded to leave them out of those that are trained on
         study = replace(Study.load(folder, short, grader), held_out=None)
@@ -104,18 +105,21 @@ def _find(folder: Path, settings: RunSettings, asked: FinderArguments, arguments
                 "scored (the rewards returned None), and rates are compared at every update; give rewards "
                 "that score every answer"
             )
-    _measure(study, trials, members, growth(settings.training, len(study.train), steps))
+    _measure(study, trials, members, growth(settings.training, len(study.train), steps, processes))
     choice = find_rate.choose(trials, steps)
     if settings.training.lr_by_layer is not None:  # find_lr_rates does not go with it
         choice = replace(choice, note=choice.note.replace("with find_lr_rates", "in lr_by_layer"))
     _leave(folder, settings, trials, choice, steps, layers, num_hidden_layers, arguments)
 
 
-def _short(settings: RunSettings, folder: Path, steps: int) -> RunSettings:
+def _short(settings: RunSettings, folder: Path, steps: int, processes: int) -> RunSettings:
     """The settings that all rates share."""
     default = settings.unset().training
     training = copy.copy(settings.training)
     training.output_dir, training.max_steps = str(folder), steps
+    # a rate is on one process, with the batch that the run has on all of them
+    training.gradient_accumulation_steps *= processes
+    training.steps_per_generation *= processes
     # a schedule that decays would do so within these updates
     training.lr_scheduler_type, training.lr_scheduler_kwargs = CONSTANT, default.lr_scheduler_kwargs
     if training.warmup_steps >= 1:  # of the whole run: these updates would not reach the rate
@@ -136,11 +140,11 @@ def _member(short: RunSettings, trial: Trial) -> RunSettings:
     return replace(short, training=training, member=f"lr-{trial.learning_rate:g}")
 
 
-def growth(training: SteeringGRPOConfig, problems: int, steps: int) -> float:
+def growth(training: SteeringGRPOConfig, problems: int, steps: int, processes: int = 1) -> float:
     """How many times the updates of the short runs the whole run has, at most `MAX_GROWTH`."""
     updates = training.max_steps
     if updates <= 0:
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
         updates = ceil(training.num_train_epochs * (problems // (rows // training.num_generations)))
     return min(max(1.0, updates / steps), find_rate.MAX_GROWTH)
 

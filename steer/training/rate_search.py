@@ -19,15 +19,18 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from steer.errors import SteerError
-from steer.files import replace_file
+from steer.files import held, read_json, replace_file
 from steer.training.arguments import SweepArguments
 from steer.training.recipe import Recipe, train_run
+from steer.training.run import RESULTS_FILE
 from steer.training.run_settings import RunSettings
 from steer.training.validation import split
 
 log = logging.getLogger("steer")
 
 SWEEP_FILE = "sweep.json"
+# On what the rates are scored, written before the first trial.
+SCORED_FILE = "scored_on.json"
 # Share of the training problems that a sweep validates on where nothing is said.
 SHARE = 0.3
 
@@ -50,6 +53,13 @@ def choose(
         raise SteerError("lr_sweep and lr_by_layer both set the learning rates; drop one of them")
     folder = Path(f"{training.output_dir}-sweep")
     train, validation = split(problems, settings.run.validation or SHARE)
+    if PartialState().is_main_process:
+        asked = {
+            "validation": settings.run.validation or SHARE,
+            "validation_samples": sweep.validation_samples,
+        }
+        with held(folder, "--output_dir"):
+            _claim(folder, asked, len(validation) * sweep.validation_samples)
     tried: list[dict[str, Any]] = []
     # scored at its end, not on the way
     run = replace(settings.run, validate_every=None, validation=None, keep_best=False, patience=None)
@@ -91,3 +101,32 @@ def choose(
         side, way = ("smallest", "smaller") if best == rates[0] else ("largest", "larger")
         log.info("the best rate is the %s that was tried: a %s one may be better still", side, way)
     return best
+
+
+def _claim(folder: Path, asked: dict[str, float], answers: int) -> None:
+    """
+    Keep on what the rates of a sweep are scored.
+
+    Args:
+        folder: of the sweep.
+        asked: the settings that choose the problems and the number of answers to each.
+        answers: those of a trial in all.
+
+    Raises:
+        SteerError: a trial in the folder was scored on others, which would not compare.
+    """
+    path = folder / SCORED_FILE
+    known = read_json(path) if path.exists() else asked  # an older version kept none
+    changed = [
+        f"{name} was {known[name]}, now {value}" for name, value in asked.items() if known[name] != value
+    ]
+    for file in sorted(folder.glob(f"lr-*/{RESULTS_FILE}")):
+        scored = read_json(file).get("after", {}).get("problems", answers)
+        if scored != answers:
+            changed.append(f"{file.parent.name} was scored on {scored} answers, now {answers}")
+    if changed:
+        raise SteerError(
+            f"{folder} holds rates that were scored on other problems: {changed[0]}; remove the folder, or "
+            "give another --output_dir"
+        )
+    replace_file(path, (json.dumps(asked, indent=2) + "\n").encode())

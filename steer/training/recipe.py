@@ -342,17 +342,26 @@ def _train(
     results = runs.read_results(folder)
     results.pop("after", None)
     history = trainer.state.log_history
-    each = max(1, int(trainer.args.logging_steps))  # logs hold the mean over this many updates
     results.update(
         **validated,
         asked=length,
         steps=trainer.state.global_step,
-        training_seconds=round(each * sum(row.get("seconds/wall") or 0 for row in history), 3),
-        training_cpu_seconds=round(each * sum(row.get("seconds/cpu") or 0 for row in history), 3),
+        training_seconds=logged_seconds(history, "seconds/wall"),
+        training_cpu_seconds=logged_seconds(history, "seconds/cpu"),
         trained_numbers=sum(shape(p).numel() for p in trainer.model.parameters() if p.requires_grad),
         versions=versions("steer", "torch", "transformers", "trl", "peft"),
     )
     runs.write_results(folder, results)
+
+
+def logged_seconds(history: Sequence[dict[str, Any]], name: str) -> float:
+    """The sum over all updates of what a row of the log has as the mean over those since the row before."""
+    total, last = 0.0, 0
+    for row in history:
+        if row.get(name) is not None:
+            total += row[name] * (row["step"] - last)
+            last = row["step"]
+    return round(total, 3)
 
 
 def report(folder: Path, run: RunConfig, recipe: Recipe) -> None:

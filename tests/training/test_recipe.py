@@ -121,6 +121,18 @@ def test_curves_without_a_checkpoint(base: Path, here: Callable[..., str]) -> No
     assert [row["step"] for row in log_history(folder) if "reward" in row] == [1, 2]
 
 
+def test_the_time_of_training_does_not_depend_on_how_often_is_logged() -> None:
+    seconds = [1.0, 2.0, 3.0, 4.0, 5.0]
+    for logged in ([1, 2, 3, 4, 5], [3, 5], [1, 3, 5], [5]):
+        starts = [0, *logged]
+        rows = [
+            {"step": step, "seconds/wall": sum(seconds[start:step]) / (step - start)}
+            for start, step in zip(starts, logged, strict=False)
+        ]
+        rows.append({"step": 5, "train_runtime": 20.0})
+        assert recipe.logged_seconds(rows, "seconds/wall") == sum(seconds)
+
+
 def test_the_history_of_an_older_run(tmp_path: Path) -> None:
     assert log_history(tmp_path) == []
     for step in (2, 10):

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from steer import artifact
+from steer.cli import train
 from steer.errors import SteerError
 from steer.evaluation.heldout import answer
 from steer.tasks.grading import Verdict
-from steer.training import validation
+from steer.training import rate_search, validation
 from steer.training.run import RunConfig
 from steer.training.steering_trainer import SteeringGRPOTrainer
 from steer.training.sweep.trainer import PopulationTrainer
@@ -224,6 +225,38 @@ def test_the_choice_of_a_rate_comes_before_validation(base: Path, launched: Call
     assert [row["learning_rate"] for row in tried] == [0.01, 0.05]
     results = json.loads((base / "whole" / "results.json").read_text())
     assert [row["step"] for row in results["validation"]["history"]] == [0, 2]
+
+
+def test_all_rates_are_scored_on_the_same_problems(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored(
+        trial: Any, recipe: Any, train: Any, problems: Any, stages: Any, samples: int
+    ) -> dict[str, Any]:
+        folder = Path(trial.training.output_dir)
+        folder.mkdir(exist_ok=True)
+        after = {"accuracy": 0.5, "problems": len(problems) * samples}
+        (folder / "results.json").write_text(json.dumps({"after": after}))
+        return {"after": after, "steps": 1, "training_seconds": 1.0, "training_cpu_seconds": 1.0}
+
+    monkeypatch.setattr(rate_search, "train_run", scored)
+    sums = Dataset.from_dict({"problem": [f"{a}+{b}" for a in range(9) for b in range(9)]})
+
+    def choose(*more: str) -> float:
+        chosen = train.parse(["--config", str(base / "config.yaml"), "--lr_sweep", "0.1", "0.2", *more])
+        assert chosen.rates is not None
+        return rate_search.choose(chosen, chosen.rates, train.vectors(chosen), sums)
+
+    def refused() -> None:
+        with pytest.raises(SteerError, match=r"scored on other problems: .*, now "):
+            choose("--validation_samples", "4")
+        with pytest.raises(SteerError, match=r"scored on other problems: .*, now "):
+            choose("--validation", "0.5")
+
+    assert choose() == choose() == 0.1
+    refused()
+    assert choose("--lr_sweep", "0.01", "0.1") == 0.01
+    (base / "whole-sweep" / "scored_on.json").unlink()  # as an older version left it
+    refused()
+    assert choose() == 0.1
 
 
 def test_a_population_validates_each_member(base: Path, launched: Callable[..., str]) -> None:

@@ -19,11 +19,12 @@ from helpers.training import config
 
 import steer
 from steer.cli import train
-from steer.cli.find_lr import growth, recommended
+from steer.cli.find_lr import _short, growth, recommended
 from steer.errors import SteerError
 from steer.training.sweep import find_rate
 from steer.training.sweep.find_rate import Trial, choose, middle_rate, scaled, smoothed
 from steer.training.sweep.halving import mean_reward
+from steer.training.sweep.member import check_supported
 from steer.training.sweep.study import Study
 
 STEPS = 20
@@ -101,7 +102,9 @@ def test_how_far_the_kl_grows_in_the_whole_run(tmp_path: Path) -> None:
     assert growth(config(tmp_path, max_steps=4), 100, 20) == 1
     assert growth(config(tmp_path, max_steps=4000), 100, 20) == find_rate.MAX_GROWTH
     # 2 prompts an update
-    assert growth(config(tmp_path, max_steps=-1, num_train_epochs=1.5), 101, 20) == 75 / 20
+    epochs = config(tmp_path, max_steps=-1, num_train_epochs=1.5)
+    assert growth(epochs, 101, 20) == 75 / 20
+    assert growth(epochs, 101, 20, processes=2) == 38 / 20
 
 
 @pytest.mark.parametrize(
@@ -214,6 +217,14 @@ def test_the_command_finds_the_rate_that_works(
     assert json.loads((tmp_path / "run-find-lr" / "find_lr.json").read_text()) == found
     run(*told)
     assert json.loads((out / "results.json").read_text())["after"]["problems"] == 4
+
+
+def test_a_rate_has_the_batch_of_the_run_however_many_processes_there_are(base: Path, tmp_path: Path) -> None:
+    settings = train.parse(words(base, tmp_path / "run"))
+    short = _short(settings, tmp_path, 12, processes=4).training
+    check_supported(short)
+    assert short.per_device_train_batch_size * short.gradient_accumulation_steps == 4 * 64
+    assert settings.training.gradient_accumulation_steps == 1
 
 
 def test_it_starts_from_vectors(base: Path, tmp_path: Path) -> None:
