@@ -115,12 +115,13 @@ def _claim(folder: Path, asked: dict[str, float], answers: int) -> None:
     Raises:
         SteerError: a trial in the folder was scored on others, which would not compare.
     """
-    path = folder / SCORED_FILE
-    known = read_json(path) if path.exists() else asked  # an older version kept none
+    path, results = folder / SCORED_FILE, sorted(folder.glob(f"lr-*/{RESULTS_FILE}"))
+    begun = results or [*folder.glob("lr-*/checkpoint-*")]
+    known = read_json(path) if begun and path.exists() else asked  # an older version kept none
     changed = [
         f"{name} was {known[name]}, now {value}" for name, value in asked.items() if known[name] != value
     ]
-    for file in sorted(folder.glob(f"lr-*/{RESULTS_FILE}")):
+    for file in results:
         scored = read_json(file).get("after", {}).get("problems", answers)
         if scored != answers:
             changed.append(f"{file.parent.name} was scored on {scored} answers, now {answers}")
