@@ -216,11 +216,13 @@ class Validation(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        # Only now does a checkpoint know of the best: a run that resumes earlier needs the one before.
-        top = best(self.history)
-        if state.is_world_process_zero and top:
+        # Only now does a checkpoint know of the best: a run that resumes earlier needs the one before. One
+        # that is made longer forgets a validation out of turn, and needs the best of the others.
+        in_turn = [row for row in self.history if row["step"] % self.every == 0]
+        needed = {top["step"] for rows in (self.history, in_turn) if (top := best(rows))}
+        if state.is_world_process_zero and needed:
             for step, place in self._places().items():
-                if step < top["step"]:
+                if step not in needed:
                     shutil.rmtree(place, ignore_errors=True)
 
     def finish(self) -> dict[str, Any]:
@@ -232,8 +234,12 @@ class Validation(TrainerCallback):
         """
         top, kept = best(self.history), "last"
         if self.keep_best and top:
-            self.trainer._load_from_checkpoint(str(self._places()[top["step"]]))
-            kept = "best"
+            place = self._place(top["step"])
+            if place.is_dir():
+                self.trainer._load_from_checkpoint(str(place))
+                kept = "best"
+            else:  # of a run that an older version began, and that was made longer
+                log.warning("%s, the best state, is gone: the last one is kept", place)
         stopped = None
         if stalled(self.history, self.patience) and top:
             stopped = f"no better validation in {self.patience} after update {top['step']}"
@@ -248,12 +254,16 @@ class Validation(TrainerCallback):
         entry = history_entry(step, answered)
         self.history.append(entry)
         if self.keep_best and best(self.history) is entry:
-            self.trainer.save_model(str(self.folder / f"best-{step}"), _internal_call=True)
+            self.trainer.save_model(str(self._place(step)), _internal_call=True)
         if PartialState().is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(self.folder / VALIDATION_FILE, (json.dumps(self.history, indent=1) + "\n").encode())
         PartialState().wait_for_everyone()
         return entry
+
+    def _place(self, step: int) -> Path:
+        """The folder of the state after an update, if it is kept."""
+        return self.folder / f"best-{step}"
 
     def _places(self) -> dict[int, Path]:
         """The folders of states that were kept, by update."""

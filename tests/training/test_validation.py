@@ -19,11 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 from steer import artifact
 from steer.cli import train
 from steer.errors import SteerError
-from steer.evaluation.heldout import answer
+from steer.evaluation.heldout import Answered, answer
 from steer.tasks.grading import Verdict
 from steer.training import rate_search, validation
 from steer.training.run import RunConfig
 from steer.training.steering_trainer import SteeringGRPOTrainer
+from steer.training.sweep.study import Study
 from steer.training.sweep.trainer import PopulationTrainer
 from steer.training.validation import Validation, best, split, stalled
 
@@ -91,7 +92,8 @@ def test_the_best_state_is_kept(run, tmp_path: Path) -> None:
     assert logged(trainer, "validation/accuracy") == accuracies[1:]
     top = max(validation.history[1:], key=lambda row: row["accuracy"])
     assert found["best"] == top and found["kept"] == "best" and found["problems"] == len(ROWS)
-    assert [p.name for p in tmp_path.glob("best-*")] == [f"best-{top['step']}"]
+    in_turn = max(validation.history[1:-1], key=lambda row: row["accuracy"])  # a longer run needs it
+    assert {p.name for p in tmp_path.glob("best-*")} == {f"best-{row['step']}" for row in (top, in_turn)}
     assert same(vectors(trainer), artifact.read(tmp_path / f"best-{top['step']}").tensors)
     assert json.loads((tmp_path / "validation.json").read_text()) == validation.history
 
@@ -132,6 +134,32 @@ def test_a_longer_run_forgets_the_validation_after_the_last_update(run, tmp_path
     assert [row["step"] for row in validation.history] == [0, 2, 3]
     _, longer, _ = run(tmp_path, ByText(), max_steps=5)
     assert [row["step"] for row in longer.history] == [0, 2, 4, 5]
+
+
+# By update: the one after the last update of three is the best, and a longer run forgets it.
+SCRIPT = {0: 0.0, 2: 0.5, 3: 1.0, 4: 0.25, 5: 0.25}
+
+
+def scripted(problems: Any, label: str) -> list[Answered]:
+    """Answers as good as `SCRIPT` says of the update that the label ends with."""
+    step = label.rpartition(" ")[2]
+    right = SCRIPT[int(step) if step.isdecimal() else 0] * len(problems)
+    rows = [(row["problem"], row["answer"], i < right) for i, row in enumerate(problems)]
+    return [Answered(asked, gold, "", None, correct, 1, True, correct) for asked, gold, correct in rows]
+
+
+def test_a_longer_run_keeps_the_best_state_of_those_that_it_remembers(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        validation, "answer_together", lambda *given, **options: scripted(given[1], str(given[5]))
+    )
+    whole, _, expected = run(tmp_path / "whole", None, keep_best=True, max_steps=5)
+    _, _, found = run(tmp_path / "longer", None, keep_best=True, max_steps=3)
+    assert found["best"]["step"] == 3
+    longer, _, found = run(tmp_path / "longer", None, keep_best=True, max_steps=5)
+    assert found == expected and found["best"]["step"] == 2 and found["kept"] == "best"
+    assert same(vectors(longer), vectors(whole))
 
 
 accuracies = st.lists(st.sampled_from([0.0, 0.25, 0.5]), min_size=1, max_size=8)
@@ -306,3 +334,18 @@ def test_a_population_that_is_stopped_validates_at_the_same_updates(
         times = dict.fromkeys(("training_seconds", "training_cpu_seconds"), 0)
         assert found | times == expected | times
         assert same(artifact.read(other / "vectors").tensors, artifact.read(one / "vectors").tensors)
+
+
+def test_a_longer_population_keeps_the_best_state_of_those_that_it_remembers(
+    base: Path, launched: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Study, "answer", lambda *given: scripted(given[2], given[3]))
+    words = ["layer_sweep.py", "--seeds", "1", "--winners", "0", "--warmup_steps", "0", "--output_dir"]
+    launched(*words, str(base / "unbroken"), "--max_steps", "5")
+    for steps, best_step in (("3", 3), ("5", 2)):
+        launched(*words, str(base / "longer"), "--max_steps", steps)
+        folder = base / "longer" / "members" / "seed-1"
+        found = json.loads((folder / "results.json").read_text())["validation"]
+        assert found["best"]["step"] == best_step and found["kept"] == "best"
+    expected = artifact.read(base / "unbroken" / "members" / "seed-1" / "vectors").tensors
+    assert same(artifact.read(folder / "vectors").tensors, expected)

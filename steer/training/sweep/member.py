@@ -83,7 +83,7 @@ class Member:
     log: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # its validations
-    best: dict[str, torch.Tensor] | None = None  # its vectors at the best of them
+    best: dict[str, torch.Tensor] | None = None  # its vectors at the best of those in turn
     init: tuple[str, Artifact] | None = None
 
     def prepare(self, vectors: SteeringVectors, problems: int) -> None:

@@ -41,7 +41,7 @@ from steer.training.sweep.halving import halve, mean_reward
 from steer.training.sweep.member import OWN, Member, read_states
 from steer.training.sweep.study import Study
 from steer.training.sweep.trainer import PopulationTrainer
-from steer.training.validation import summary
+from steer.training.validation import best, summary
 from steer.versions import versions
 
 log = logging.getLogger("steer")
@@ -225,9 +225,12 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         **base,
     }
     if member.history:
-        if member.best is not None:
+        every = study.run.validate_every or 1
+        member.history = [r for r in member.history if r["step"] % every == 0 or r["step"] == member.step]
+        top = best(member.history) if study.run.keep_best else None
+        if member.best is not None and top and top["step"] != member.step:
             member.vectors.set_tensors(member.best)
-        kept = "last" if member.best is None else "best"
+        kept = "best" if top else "last"
         results["validation"] = summary(member.history, len(study.validation), kept, member.stopped)
     if study.held_out is not None:
         with trainer.population.only(member.name):

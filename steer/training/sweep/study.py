@@ -71,7 +71,9 @@ class Study:
         member.history = [row for row in member.history if row["step"] % run.validate_every == 0]
         member.history.append(entry := history_entry(step, answered))
         member.log[-1]["validation/accuracy"] = entry["accuracy"]
-        if run.keep_best and best(member.history) is entry:
+        # the last update may be out of turn: its vectors are there, and a longer run needs the best before
+        in_turn = step % run.validate_every == 0
+        if run.keep_best and in_turn and best(member.history) is entry:
             member.best = {name: tensor.clone() for name, tensor in member.vectors.tensors().items()}
         if stalled(member.history, run.patience) and member.stopped is None:
             member.stopped = f"no better validation in {run.patience}"
