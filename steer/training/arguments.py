@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from steer.config import SteeringArguments
 from steer.errors import SteerError
@@ -64,6 +66,14 @@ class SweepArguments:
     validation_samples: int = field(
         default=8, metadata={"help": "Answers to each validation problem, at temperature 1."}
     )
+
+    def __post_init__(self) -> None:
+        if not self.lr_sweep:
+            _refuse(self, ("sweep_steps", "sweep_only", "validation_samples"), "without lr_sweep")
+        for name in ("sweep_steps", "validation_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SteerError(f"{name}={value} is out of range; give a number from 1, or leave it out")
 
 
 @dataclass
@@ -188,3 +198,34 @@ class PopulationArguments:
             raise SteerError(f"winners={self.winners}: pairs need 2 layers or more; 0 tries none")
         if sorted(set(self.halve_at or [])) != (self.halve_at or []) or min(self.halve_at or [1]) < 1:
             raise SteerError(f"halve_at={self.halve_at} is not a list of updates, the earliest first")
+        if self.validation_problems < 1:
+            raise SteerError(
+                f"validation_problems={self.validation_problems} is out of range; give a number from 1"
+            )
+        if not self.halve_at:
+            _refuse(self, ("keep", "halve_on", "halve_among"), "without halve_at")
+        if self.halve_on != "validation":
+            _refuse(self, ("validation_problems",), "without halve_on=validation")
+
+    def check(self, validates: bool, single: bool) -> None:
+        """
+        SteerError for what has no effect beside the other settings of a run.
+
+        Args:
+            validates: whether the run validates, on problems of its own.
+            single: whether the run is no population where no members are asked for.
+        """
+        if validates:
+            _refuse(
+                self, ("validation_problems",), "with validate_every, whose problems halve_at compares on"
+            )
+        if single and not self.asked:
+            _refuse(self, ("winners",), "without a population")
+
+
+def _refuse(part: Any, names: Sequence[str], where: str) -> None:
+    """SteerError for the settings of `names` that are not at their defaults: they have no effect `where`."""
+    default = {f.name: f.default for f in fields(part)}
+    changed = [f"{name}={getattr(part, name)}" for name in names if getattr(part, name) != default[name]]
+    if changed:
+        raise SteerError(f"{', '.join(changed)} would have no effect {where}; leave out what has none")

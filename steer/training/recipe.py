@@ -138,6 +138,8 @@ def _check_sampling(settings: RunSettings) -> None:
             "another one; set use_vllm=false"
         )
     population = settings.population is not None and settings.population.asked
+    if settings.population is not None:
+        settings.population.check(bool(run.validate_every), single=settings.recipe == "grpo_steer")
     # with an adapter vLLM loads the folder of the merged weights, which has no revisions
     named = run.model_revision and not run.base_adapter
     if training.use_vllm and training.vllm_mode == "colocate" and named and not population:

@@ -187,6 +187,16 @@ SWITCHES = (
     ),
     Switch(("sample_rows",), lambda args: args.fast_sampler, "fast_sampler is false"),
     Switch(
+        ("sample_rows",),
+        lambda args: args.repetition_penalty == 1.0
+        and not args.generation_kwargs
+        and not args.cache_implementation
+        and not args.use_transformers_continuous_batching,
+        "generate() samples where one of repetition_penalty, generation_kwargs, cache_implementation and "
+        "use_transformers_continuous_batching is set",
+    ),
+    Switch(("sample_rows",), lambda args: not args.use_vllm, "vLLM samples"),
+    Switch(
         (
             "eval_", "per_device_eval_batch_size", "num_generations_eval", "prediction_loss_only",
             "label_names", "include_for_metrics", "batch_eval_metrics", "metric_for_best_model",

@@ -187,6 +187,34 @@ def test_a_revision_with_vllm_is_refused_unless_an_adapter_is_merged(tmp_path: P
     begin(RunSettings.parse("grpo_steer", None, [*words, "--base_adapter", str(tmp_path)]))
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--sweep_only true", "sweep_only=True would have no effect without lr_sweep"),
+        (
+            "--sweep_steps 3 --validation_samples 2",
+            "sweep_steps=3, validation_samples=2 would have no effect",
+        ),
+        ("--lr_sweep 0.1 --sweep_steps -3", "sweep_steps=-3 is out of range"),
+        ("--lr_sweep 0.1 --validation_samples 0", "validation_samples=0 is out of range"),
+        ("--seeds 0 1 --keep 0.3", "keep=0.3 would have no effect without halve_at"),
+        ("--seeds 0 1 --halve_on validation --halve_among layers", "halve_on=validation, halve_among=layers"),
+        ("--seeds 0 1 --validation_problems 0", "validation_problems=0 is out of range"),
+        ("--seeds 0 1 --halve_at 2 --validation_problems 8", "without halve_on=validation"),
+        (
+            "--seeds 0 1 --halve_at 2 --halve_on validation --validation_problems 8 --validate_every 2",
+            "validation_problems=8 would have no effect with validate_every",
+        ),
+        ("--winners 2", "winners=2 would have no effect without a population"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(tmp_path: Path, words: str, expected: str) -> None:
+    line = ["--config", "demo", "--use_cpu", "true", "--output_dir", str(tmp_path), *words.split()]
+    with pytest.raises(SteerError) as error:
+        begin(train.parse(line))
+    assert expected in str(error.value)
+
+
 @pytest.mark.parametrize("setting", ["scale", "learning_rate"])
 def test_a_number_that_is_not_finite_is_refused_with_a_fix(tmp_path: Path, setting: str) -> None:
     words = ["--config", "demo", "--output_dir", str(tmp_path), f"--{setting}", "nan"]

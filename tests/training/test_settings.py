@@ -143,12 +143,22 @@ def test_what_a_recipe_does_not_read_is_refused(changes: dict[str, Any]) -> None
         ({"ref_model_mixup_alpha": 0.5}, "sync_ref_model is false"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "gradient_checkpointing is false"),
         ({"sample_rows": 4, "fast_sampler": False}, "fast_sampler is false"),
+        ({"sample_rows": 4, "use_vllm": True}, "vLLM samples"),
         ({"per_device_eval_batch_size": 16}, "trl evaluates nothing here"),
     ],
 )
 def test_what_plays_no_part_is_named(changes: dict[str, Any], why: str) -> None:
     (name, *_) = changes
     assert settings.idle(make(**changes)) == {name: why}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"repetition_penalty": 1.1}, {"generation_kwargs": {"num_beams": 2}},
+                {"cache_implementation": "static"}]
+)  # fmt: skip
+def test_rows_of_another_sampler_play_no_part(changes: dict[str, Any]) -> None:
+    told = settings.idle(make(sample_rows=4, **changes))
+    assert told.keys() == {"sample_rows"} and told["sample_rows"].startswith("generate() samples where")
 
 
 def test_what_has_its_switch_is_not_idle() -> None:
