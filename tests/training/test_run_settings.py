@@ -109,6 +109,24 @@ def test_a_trained_member_takes_another_schedule_only_with_more_updates(tmp_path
     claimed(folder, [*arguments, *linear, "--max_steps", "8"])
 
 
+def test_members_have_the_words_of_either_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "demo", "--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        train.parse([*words, "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    seeds = ["--seeds", "0", "1"]
+    printed = ["--config", str(tmp_path / "printed.yaml")]
+    lines = [[*words, *seeds, "--method", "grpo"], [*printed, *seeds]]
+    found = [grid.members(train.parse(line), 30, line) for line in lines]
+    settings = RunSettings.parse("layer_sweep", None, [*words, *seeds], population=PopulationArguments)
+    expected = grid.members(settings, 30, [*words, *seeds])
+    assert [m.member for m in expected] == ["seed-0", "seed-1"]
+    for members in found:
+        assert [m.identity() for m in members] == [m.identity() for m in expected]
+        assert [m.provenance() for m in members] == [m.provenance() for m in expected]
+        assert all(m.rates is None and m.finder is None for m in members)
+
+
 def test_what_differs_is_named_and_what_is_new_is_at_its_default() -> None:
     have = {"run": {"a": 1, "gone": None, "left": 2}, "steering": {"format_version": 1, "width": None}}
     wanted = {"run": {"a": 1, "new": 5}, "steering": {}}

@@ -60,7 +60,7 @@ def members(settings: RunSettings, num_hidden_layers: int, arguments: Sequence[s
             )
         if name in by_name:
             raise SteerError(f"two members are called {name!r}; give one of them a `name` of its own")
-        by_name[name] = _settings(name, change, arguments, num_hidden_layers)
+        by_name[name] = _settings(settings, name, change, arguments, num_hidden_layers)
     return list(by_name.values())
 
 
@@ -124,7 +124,7 @@ def _name(change: dict[str, Any]) -> str:
 
 
 def _settings(
-    name: str, change: dict[str, Any], arguments: Sequence[str], num_hidden_layers: int
+    whole: RunSettings, name: str, change: dict[str, Any], arguments: Sequence[str], num_hidden_layers: int
 ) -> RunSettings:
     given = {key: value for key, value in change.items() if value is not None}
     if wrong := sorted(change.keys() - given.keys() - _NULLABLE):
@@ -134,8 +134,10 @@ def _settings(
         values = value if isinstance(value, list) else [value]
         extra += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     try:
-        given_all = [*arguments, *extra]
-        settings = RunSettings.parse("layer_sweep", arguments=given_all, population=PopulationArguments)
+        # a command line of `steer train` has words that `steer sweep` does not know
+        parts = {part: getattr(whole, part) for part in ("rates", "finder", "population")}
+        kinds = {part: type(value) for part, value in parts.items() if value is not None}
+        settings = RunSettings.parse(whole.recipe, None, [*arguments, *extra], **kinds)
         run, training = settings.run, settings.training
         for key in change.keys() - given.keys():  # what the command line says of it is taken back
             setattr(training, key, None)
@@ -148,4 +150,4 @@ def _settings(
             f"member {name}: {len(training.reward_weights)} reward_weights for {len(run.rewards)} rewards; "
             "change both together"
         )
-    return replace(settings, member=name)
+    return replace(settings, recipe="layer_sweep", rates=None, finder=None, member=name)
