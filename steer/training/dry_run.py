@@ -6,13 +6,14 @@ import copy
 import math
 import tempfile
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 
 from steer.sharded import shape
+from steer.tasks.prompts import formatter, question
 from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
 from steer.tasks.tools import load_tools
@@ -22,6 +23,7 @@ from steer.training.group_trainer import GroupGRPOTrainer
 from steer.training.problems import asked
 from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
+from steer.training.tool_calls import with_tools
 from steer.training.validation import SHARE, split
 
 # Longest answer, in tokens, of the timed updates.
@@ -70,12 +72,11 @@ def dry_run(
     group = training.num_generations
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     every = rows * PartialState().num_processes
-    prompts = every // group
-    steps = training.max_steps
-    if steps <= 0:
-        steps = math.ceil(training.num_train_epochs * (len(data) // max(prompts, 1)))
-    lengths = [len(ids) for ids in tokenizer(data[:200]["prompt"], add_special_tokens=False)["input_ids"]]
-    longest = max(lengths)
+    prompts, steps = every // group, updates(training, len(data))
+    # of a chat with tools the column has the turns
+    put = formatter(with_tools(settings.prompt, tools) if tools else settings.prompt, tokenizer)
+    texts = [put(question(row)) for row in data.select(range(min(len(data), 200)))]
+    longest = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
     timed = group * last["completions/mean_length"]
     seconds = last["seconds/wall"] * rows * limit / timed
     more = training.dynamic_sampling_rounds
@@ -89,16 +90,31 @@ def dry_run(
         ("problems", counts),
         ("rewards", ", ".join(f"{w:g} x {name}" for name, w in zip(names, weights_of, strict=True))),
         ("update", f"{prompts} prompts x {group} answers of up to {limit} tokens: {every * limit:,} tokens"),
-        ("memory", _memory(trainer, weights, trained, size, rows, longest + limit)),
+        ("memory", _memory(trainer, training, weights, trained, size, longest + limit)),
         ("time", f"at most {_duration(seconds)} an update, {_duration(seconds * steps)} for {steps} updates"),
         ("", f"(from an update of {group} answers of {last['completions/mean_length']:.0f} tokens: "
              f"{last['seconds/wall']:.2f} s; answers that end early take less"
              + (", and vLLM is faster" if training.use_vllm else "") + f"{again})"),
         ("reward there", f"{last['reward']:.3f}"),
     ]  # fmt: skip
-    print("\nA prompt in full:\n" + "-" * 60 + f"\n{data[0]['prompt']}\n" + "-" * 60)
+    print("\nA prompt in full:\n" + "-" * 60 + f"\n{texts[0]}\n" + "-" * 60)
     for name, text in lines:
         print(f"{name:14}{text}")
+
+
+def updates(training: SteeringGRPOConfig, problems: int) -> int:
+    """The updates of a run over that many problems, as transformers counts them."""
+    if training.max_steps > 0:
+        return training.max_steps
+    generations = problems // (training.generation_batch_size // training.num_generations)
+    batches = generations * training.num_iterations * training.steps_per_generation
+    return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
+
+
+def sampled_rows(training: SteeringGRPOConfig) -> int:
+    """The rows that a process draws at once."""
+    rows = training.generation_batch_size // training.world_size
+    return min(training.sample_rows or rows, rows)
 
 
 def small(training: SteeringGRPOConfig, folder: str) -> SteeringGRPOConfig:
@@ -127,13 +143,20 @@ def _layers(trainer: Any) -> str:
     return "" if vectors is None else f", at layers {vectors.config.layers} ({vectors.config.site})"
 
 
-def _memory(trainer: GroupGRPOTrainer, weights: int, trained: int, size: int, rows: int, tokens: int) -> str:
-    training = cast(SteeringGRPOConfig, trainer.args)
+def _memory(
+    trainer: GroupGRPOTrainer,
+    training: SteeringGRPOConfig,
+    weights: int,
+    trained: int,
+    size: int,
+    tokens: int,
+) -> str:
     sizes = shape_of(trainer.model.config)
     text = f"weights {weights / GB:.2f} GB"
     if sizes is not None:
-        sampled = min(training.sample_rows or rows, rows) * tokens
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
         at_once = min(training.update_rows or training.per_device_train_batch_size, rows)
+        sampled = sampled_rows(training) * tokens
         parts = memory(sizes, weights, trained, size, sampled, at_once * tokens)
         if bound := trainer.update_memory:
             parts["update"] = int(min(bound.cost.fixed + bound.cost.token * at_once * tokens, bound.limit))

@@ -13,6 +13,8 @@ from helpers.training import SPREAD, config, make_trainer, parity, problems
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trl.trainer import grpo_trainer
 
+from steer.training.dry_run import sampled_rows, updates
+
 
 def own_reward(completion_ids: list[list[int]], log_extra: Any, **columns: Any) -> list[float]:
     log_extra("length", [len(ids) for ids in completion_ids])
@@ -77,3 +79,25 @@ def test_a_dry_run_says_what_would_be_trained(tmp_path: Path, build_tiny, tiny_t
     assert "rounds of samples" not in text
     text = recipe(ROOT / "recipes" / "grpo_steer.py", *words[:4], "--dynamic_sampling_rounds", "9")
     assert "up to 9 more rounds of samples, whose time is not in it" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "rows"),
+    [
+        ({}, 30, 8),
+        ({"num_iterations": 3}, 90, 8),
+        ({"steps_per_generation": 4}, 24, 32),  # eight problems a generation: four are left over
+        ({"steps_per_generation": 4, "num_iterations": 2, "sample_rows": 12}, 48, 12),
+        ({"gradient_accumulation_steps": 2}, 15, 16),
+        ({"max_steps": 5, "num_iterations": 3}, 5, 8),
+    ],
+)
+def test_updates_and_rows_of_a_dry_run(
+    tmp_path: Path, build_tiny, tiny_tokenizer, changes: dict[str, int], count: int, rows: int
+) -> None:
+    args = config(tmp_path, **{"max_steps": -1, "num_train_epochs": 3, **changes})
+    assert (updates(args, 20), sampled_rows(args)) == (count, rows)
+    model = build_tiny("llama", initializer_range=SPREAD)
+    trainer = make_trainer(model, tiny_tokenizer, args, parity, data=problems(20))
+    batches = len(trainer.get_train_dataloader())
+    assert changes.get("max_steps") or count == 3 * batches / args.gradient_accumulation_steps

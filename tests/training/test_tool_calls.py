@@ -261,6 +261,12 @@ def test_a_recipe_with_tools(base: Path, caplog: pytest.LogCaptureFixture) -> No
         run_here(SCRIPT, *words, "--max_steps", "2")
 
 
+def test_a_dry_run_with_tools(base: Path, recipe: Callable[..., str]) -> None:
+    text = recipe(SCRIPT, "--config", str(base / "config.yaml"), "--dry_run", "true")
+    prompt = text.partition("A prompt in full:")[2]
+    assert "<tools>" in prompt and "<|assistant|>" in prompt and "for 1 updates" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
