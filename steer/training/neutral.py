@@ -32,9 +32,11 @@ WATCHING: frozenset[str] = frozenset(
     | {"samples_shown", "dry_run", "recompute_mlps"}
 )
 
+# Without effect where no update is left.
+SCHEDULE: frozenset[str] = frozenset({"lr_scheduler_type", "lr_scheduler_kwargs"})
+
 # They may change when a run goes on, since what was computed stays as it was: its length, the schedule of the
 # learning rate, and how the untrained model is measured beside it.
-SCHEDULE: frozenset[str] = frozenset({"lr_scheduler_type", "lr_scheduler_kwargs"})
 CONTINUED: frozenset[str] = SCHEDULE | {"max_steps", "examples"}
 
 # In files of version 0.1, where they decided nothing.
