@@ -137,6 +137,7 @@ def analyse(
     features = []
     for place_in_list, f in enumerate(tested):
         hits = int(counts[0][f]), int(counts[1][f])
+        difference, low, high = within[place_in_list]
         shown: dict[tuple[int, ...], int] = {}  # of equal texts the first
         for c in peak[:, f].argsort(descending=True, stable=True).tolist():
             if len(shown) == snippets or peak[c, f] <= 0:
@@ -147,7 +148,9 @@ def analyse(
                 f,
                 hits[0] / sizes[0],
                 hits[1] / sizes[1],
-                *within[place_in_list],
+                difference,
+                low,
+                high,
                 p[place_in_list],
                 q[place_in_list],
                 mean[f].item(),
