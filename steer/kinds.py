@@ -65,8 +65,8 @@ _NUMBERS = itertools.count()
 class SteeringState:
     """
     What all vectors of one model share: the scale, and for each thread whether they are on, the columns of
-    the prompt where it is told, the mask (batch or 1, tokens, 1) of the tokens that are steered in the
-    running pass, None for every token, and the gate (batch,) of a condition: the rows that are steered.
+    the prompt where it is told, the mask of the tokens that are steered in the running pass, (tokens, 1)
+    for all rows or (batch, tokens, 1), None for every token, and the gate (batch,) of a condition: the rows that are steered.
     """
 
     enabled: bool = _per_thread("enabled")
@@ -148,7 +148,7 @@ class SteeringState:
     def narrowed(self, rows: slice) -> Iterator[None]:
         """Inside, the vectors get these rows of the running pass alone."""
         mask = self.mask
-        if mask is not None and len(mask) > 1:
+        if mask is not None and mask.dim() == 3 and len(mask) > 1:
             self.mask = mask[rows]
         try:
             yield

@@ -21,6 +21,8 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Options of other programs that the pages name in their text.
 FOREIGN = {
     "--additional-config",
+    "--api-server-count",
+    "--data-parallel-size",
     "--help",
     "--index-url",
     "--logprobs-mode",

@@ -176,11 +176,12 @@ def test_members_with_positions_train_the_same_on_plain_paths(
 
 
 def test_each_row_has_a_prompt_of_its_own_length(tiny_llama: PreTrainedModel) -> None:
+    ids, lengths = tokens(batch=5), torch.tensor([4, 3, 7, 5, 9])
+    base = logits(tiny_llama, ids)
     population = Population(tiny_llama)
     for seed, positions in enumerate(("completion", "last_prompt")):
         fill(population.add(positions, SteeringConfig(positions=positions)), seed=seed)
-    names, ids, lengths = list(population.sets), tokens(batch=5), torch.tensor([4, 3, 7, 5, 9])
-    base = logits(tiny_llama, ids)
+    names = list(population.sets)
     owner = torch.tensor([-1, 0, 0, 0, 1])
     with population.prompt_length(lengths), population.rows(owner):
         together = logits(tiny_llama, ids)
