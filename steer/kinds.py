@@ -66,7 +66,8 @@ class SteeringState:
     """
     What all vectors of one model share: the scale, and for each thread whether they are on, the columns of
     the prompt where it is told, the mask of the tokens that are steered in the running pass, (tokens, 1)
-    for all rows or (batch, tokens, 1), None for every token, and the gate (batch,) of a condition: the rows that are steered.
+    for all rows or (batch, tokens, 1), None for every token, and the gate (batch,) of a condition: the rows
+    that are steered.
     """
 
     enabled: bool = _per_thread("enabled")

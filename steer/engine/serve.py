@@ -132,7 +132,8 @@ class Vectors:
         if self.models.is_base_model(name) or name == DEFAULT:
             raise SteerError(f"{name!r} cannot name vectors: it is the base model's, or reserved")
         pushed = await asyncio.to_thread(read, artifact)
-        check_shape(pushed.config, *self.shape, str(artifact))
+        # vLLM may call a model type otherwise
+        check_shape(pushed.config, *self.shape[:2], pushed.config.model_type, str(artifact))
         pushed = replace(pushed, config=replace(pushed.config, scale=scale * pushed.config.scale))
         vectors, positions = steered_layers(pushed)
         prompt, _ = served_prompt(pushed.config.prompt, self.template)
@@ -154,6 +155,8 @@ class Vectors:
         if warning := names_another_base(config, *self.base, name):
             logger.warning(warning)
         vocabulary, made_for = config.tokenizer_checksum, config.base_model_name_or_path
+        if config.model_type != self.shape[2]:
+            logger.warning("%s: made for a %s, and vLLM serves a %s", name, config.model_type, self.shape[2])
         if vocabulary and vocabulary != tokenizer_checksum(self.tokenizer):
             logger.warning("%s: made for %s, which has another vocabulary than this model", name, made_for)
 

@@ -17,7 +17,7 @@ from steer.evaluation.benchmarks import Benchmark, Problem
 from steer.evaluation.variants import Asked, Variant
 from steer.prompt import PromptSpec
 from steer.tasks.columns import parse_columns
-from steer.tasks.data import columns_of, load_problems
+from steer.tasks.data import load_problems
 from steer.tasks.elicited import EXAMPLES, choose
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def training(
     with `columns` where it has them.
     """
     if source is not None:
-        own = columns_of(source, parse_columns(columns))
-        return load_problems(source, "train", arithmetic=benchmark.arithmetic, columns=own).to_list()
+        given = {"columns": parse_columns(columns), "of_another": True}
+        return load_problems(source, "train", arithmetic=benchmark.arithmetic, **given).to_list()
     if benchmark.arithmetic:
         return benchmark.arithmetic.generate("train")
     if not benchmark.train:

@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from steer.base_adapter import public_base
 from steer.errors import SteerError
 from steer.files import held, read_json, replace_file
 
@@ -178,7 +179,9 @@ def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> d
     if not before:
         return dict(now)
     changed = [
-        f"{name} was {before[name]!r}, now {now[name]!r}" for name in FIXED if before[name] != now[name]
+        f"{name} was {before[name]!r}, now {now[name]!r}"
+        for name in FIXED
+        if before[name] != now[name] and not (name == "model" and _same_model(before[name], now[name]))
     ]
     for part in ("variants", "benchmarks"):
         for name, asked in now[part].items():
@@ -200,6 +203,11 @@ def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> d
         "benchmarks": {**before["benchmarks"], **now["benchmarks"]},
         "sessions": [*(s for s in before["sessions"] if s["completions"]), *now["sessions"]],
     }
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two folders hold the same adapter merged into the same base; versions of steer name them apart."""
+    return public_base(one) == public_base(other)
 
 
 def _changed(name: str, had: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

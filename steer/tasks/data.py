@@ -71,15 +71,6 @@ def has_own_columns(source: str) -> bool:
     return source != "arithmetic" and source not in _KNOWN
 
 
-def columns_of(source: str, columns: Mapping[str, str] | None) -> Mapping[str, str] | None:
-    """Columns that were given for another source, where `source` is a hub id, or a file that has them too."""
-    path = Path(source)
-    if not columns or not has_own_columns(source) or not path.is_file():
-        return columns if columns and has_own_columns(source) else None
-    first = next((row for row in _from_file(path) if row is not None), None)
-    return columns if isinstance(first, dict) and set(columns.values()) <= set(first) else None
-
-
 def has_splits(source: str) -> bool:
     """Whether `source` has problems beside those of training: not a file, a folder or a set of one split."""
     if source in _KNOWN:
@@ -109,6 +100,7 @@ def load_problems(
     seed: int = 0,
     arithmetic: Arithmetic | None = None,
     columns: Mapping[str, str] | None = None,
+    of_another: bool = False,
 ) -> datasets.Dataset:
     """Problems of one source as a data set with at least the string columns `problem`, `answer` and `source`.
 
@@ -125,13 +117,14 @@ def load_problems(
     exclude: sources whose problems must not occur, compared with whitespace folded. Their "test" split is
         read; write "gsm8k:train" for another.
     columns: the column of each field of the record form that a file or hub id has under another name.
+    of_another: whether `columns` were given for another source, and hold here only where this one has them.
     Raises SteerError for a source that cannot be read, a record without problem or answer, an empty result.
     """
     import datasets  # seconds to import, and only loading needs it
 
     if limit is not None and limit < 1:
         raise SteerError(f"limit is {limit}; expected at least 1, or none for all problems")
-    records = _read(source, split, arithmetic, columns or {})
+    records = _read(source, split, arithmetic, columns, of_another)
     counts = [f"{len(records)} read"]
 
     def keep(rule: str, kept: list[Record]) -> None:
@@ -152,8 +145,7 @@ def load_problems(
         name, mark, part = other.rpartition(":")
         if not mark or part not in ("train", "test", "validation", "heldout"):
             name, part = other, "test"
-        own = columns_of(name, columns)
-        banned = {_fold(r["problem"]) for r in _read(name, part, arithmetic, own)}
+        banned = {_fold(r["problem"]) for r in _read(name, part, arithmetic, columns, of_another=True)}
         keep(f"excluding {other}", [r for r in records if _fold(r["problem"]) not in banned])
     if levels is not None:
         keep(f"keeping levels {sorted(levels)}", [r for r in records if r["level"] in levels])
@@ -178,10 +170,14 @@ def load_problems(
 
 
 def _read(
-    source: str, split: str, arithmetic: Arithmetic | None, columns: Mapping[str, str] | None = None
+    source: str,
+    split: str,
+    arithmetic: Arithmetic | None,
+    columns: Mapping[str, str] | None = None,
+    of_another: bool = False,
 ) -> list[Record]:
     columns = columns or {}
-    if columns and not has_own_columns(source):
+    if columns and not has_own_columns(source) and not of_another:
         raise SteerError(f"columns are for files and hub ids, and {source!r} has its own; leave them out")
     if source == "arithmetic":
         return _records(
@@ -197,13 +193,21 @@ def _read(
             raise SteerError(
                 f"no file {source!r}; give a path ending in {', '.join(_SUFFIXES)} to an existing file"
             )
-        return _records(_from_file(path), path.name, columns)
+        rows = _from_file(path)
+        return _records(rows, path.name, _held(rows, columns) if of_another else columns)
     if _HUB_ID.fullmatch(source) and not path.is_file():
-        return _records(_from_hub(source, None, split), source, columns)
+        rows = _from_hub(source, None, split)
+        return _records(rows, source, _held(rows, columns) if of_another else columns)
     raise SteerError(
         f"unknown source {source!r}; expected arithmetic, {', '.join(_KNOWN)}, a hub id owner/name, or a "
         f"path ending in {', '.join(_SUFFIXES)}"
     )
+
+
+def _held(rows: Sequence[Any], columns: Mapping[str, str]) -> Mapping[str, str]:
+    """`columns` where the rows have all of them, else none."""
+    first = next((row for row in rows if row is not None), None)
+    return columns if isinstance(first, dict) and set(columns.values()) <= set(first) else {}
 
 
 def _from_hub(hub: str, config: str | None, split: str) -> list[Record]:

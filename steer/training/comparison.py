@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from steer.evaluation.plan import ANSWER_RECIPES, EVALUATION, POPULATION_RECIPE,
 from steer.files import replace_file
 from steer.models import MIXED
 from steer.recipe_files import launcher_file, recipes_folder
+from steer.tasks.columns import columns_text, parse_columns
 from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.threads import processor, usable_cpus
 from steer.training import comparison_records as records
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
+# Settings of a run that are about the choice of its rate alone.
+OF_SWEEPS = ("sweep_steps", "sweep_only", "validation_samples")
 
 
 class Failed(Exception):
@@ -150,8 +153,8 @@ class Comparison:
         named = {f"system {n}": text for n, text in enumerate(self.plan.systems, 1)}
         out = self.work / "eval-systems"
         systems = [f"{name}={text}" for name, text in named.items()]
-        model = [*self.base(), "--no-base", "--systems", *systems]
-        self.call([*self.evals(out), "--benchmarks", str(file), "--samples", "0", *model])
+        what = ["--benchmarks", str(file), "--samples", "0", "--no-base", "--systems", *systems]
+        self.call([*self.evals(out, ("columns", "limit")), *self.base(), *what])
         rows = json.loads((out / "scores.json").read_text())["rows"]
         tried = {named[row["method"]]: row["accuracy"]["value"] for row in rows}
         best = max(tried, key=lambda text: tried[text])
@@ -246,7 +249,8 @@ class Comparison:
         own = {k: v for k, v in self.whole(name).items() if k != "together"}
         whole = {**(self.shared if own["recipe"] not in ANSWER_RECIPES else self.of_answers(own)), **own}
         launcher = whole.pop("launcher", None) or self.plan.launcher or _launcher()
-        return {k: v for k, v in whole.items() if k not in ("like", "lr_sweep", "output_dir")}, launcher
+        left = ("like", "lr_sweep", "output_dir", *OF_SWEEPS)
+        return {k: v for k, v in whole.items() if k not in left}, launcher
 
     def whole(self, name: str) -> dict[str, Any]:
         """What the plan says of a method, with what the method that it is like says."""
@@ -279,7 +283,9 @@ class Comparison:
         if "lr_sweep" not in method:
             return self.rate(method["like"])
         settings, launcher = self.settings(name)
-        sweep = {**self.sweep, "lr_sweep": method["lr_sweep"]}
+        said = {**self.shared, **self.whole(name)}
+        sweep = {k: said[k] for k in OF_SWEEPS if k in said}
+        sweep |= {**self.sweep, "lr_sweep": method["lr_sweep"]}
         settings = {**settings, "seed": self.plan.sweep_seed}
         asked = {"training": settings, **sweep}
         file = self.sweeps / f"{name}.json"
@@ -326,8 +332,11 @@ class Comparison:
             from_training["chat_template_kwargs"] = json.dumps(shared["chat_template_kwargs"])
         return {**from_training, **self.plan.evaluation}
 
-    def evals(self, out: Path) -> list[str]:
-        asked = self.asked()
+    def evals(self, out: Path, without: Sequence[str] = ()) -> list[str]:
+        """The start of a `steer eval` command, `without` some of what the plan says of an evaluation."""
+        asked = {name: value for name, value in self.asked().items() if name not in without}
+        if "columns" in asked:
+            asked["columns"] = columns_text(parse_columns(asked["columns"]))
         words = [sys.executable, "-m", "steer.cli", "eval", "--out", str(out)]
         for name in EVALUATION:
             value = json.dumps(asked[name]) if isinstance(asked.get(name), dict) else asked.get(name)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.evaluating import TOKENS, arguments, everything, make_base, rows
+from helpers.evaluating import TOKENS, arguments, everything, make_base, make_run, rows
 from helpers.paths import ROOT
 from helpers.steering import fill
 from helpers.training import write_problems
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import steer
+from steer import SteerError
 from steer.artifact_scores import vectors_checksum
 from steer.config import Condition
 from steer.evaluation import run, store, variants
@@ -34,6 +35,7 @@ from steer.evaluation.heldout import answer
 from steer.evaluation.store import GREEDY, read_completions, read_settings
 from steer.files import held
 from steer.generation import allocator
+from steer.identity import MERGED
 from steer.prompt import PromptSpec
 from steer.tasks.grading import MathGrader
 from steer.tasks.prompts import format_prompt
@@ -339,6 +341,18 @@ def test_a_field_that_is_taken_away_is_another_run(base, tmp_path, capsys):
     assert run.main([*asked, "--prefix", "To"]) == 0
     line = refused(capsys, asked)
     assert "sums: prefix was 'To', now None" in line
+
+
+def test_a_merged_base_in_another_folder_is_the_same_model(tmp_path):
+    made = make_run(tmp_path / "run", {"base": [[True]]}, model=str(tmp_path / "one"))
+    settings = read_settings(made)
+    for name, checksum in (("one", "c"), ("two", "c"), ("other", "d")):
+        (tmp_path / name).mkdir()
+        config = {MERGED: {"base": "org/base", "adapter": "lora", "checksum": checksum}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    assert store._merge(made, settings, {**settings, "model": str(tmp_path / "two")})
+    with pytest.raises(SteerError, match="holds another run: model was"):
+        store._merge(made, settings, {**settings, "model": str(tmp_path / "other")})
 
 
 def test_another_run_in_the_folder_is_refused(base, whole, tmp_path, capsys):

@@ -173,6 +173,15 @@ def test_exclude_reads_files_with_the_same_columns_or_without(tmp_path):
     assert found["problem"] == ["0+1", "3+1"]
 
 
+def test_exclude_reads_hub_sets_with_the_same_columns_or_without(tmp_path, monkeypatch):
+    rows = [{"question": "1+1", "answer": "2"}, {"question": "5+5", "answer": "10"}]
+    mine = write(tmp_path / "mine.jsonl", rows)
+    sets = {"some/alike": rows[:1], "some/plain": [{"problem": "5+5", "answer": "10"}]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, *args, **kwargs: sets[path])
+    for name, kept in (("some/alike", "5+5"), ("some/plain", "1+1")):
+        assert load_problems(mine, columns={"problem": "question"}, exclude=[name])["problem"] == [kept]
+
+
 def test_exclude_reads_the_test_split_unless_told(hub):
     with pytest.raises(SteerError, match="1 after excluding some/set, 0 after excluding math500"):
         load_problems("math", exclude=["gsm8k:train", "some/set", "math500"])

@@ -237,12 +237,32 @@ def test_an_evaluation_that_would_be_ignored_is_refused(place, plan, asked, expe
         read_plan(str(place / "unknown.yaml"))
 
 
+def test_settings_of_a_sweep_stay_with_the_sweep(plan, place, monkeypatch):
+    original = read_plan(str(plan))
+    methods = {**original.methods, "full": {**original.methods["full"], "validation_samples": 3}}
+    where = {"out": str(place / "swept"), "output_dir": str(place / "swept-work")}
+    comparison = Comparison(replace(original, methods=methods, **where))
+    assert "validation_samples" not in comparison.settings("full")[0]
+    seen: list[dict[str, Any]] = []
+
+    def launch(self: Any, job: str, settings: dict[str, Any], launcher: str) -> None:
+        seen.append(settings)
+        raise Failed("stopped")
+
+    monkeypatch.setattr(Comparison, "launch", launch)
+    with pytest.raises(Failed):
+        comparison.rate("full")
+    assert seen[0]["validation_samples"] == 3 and seen[0]["lr_sweep"]
+
+
 def test_what_an_evaluation_says_is_what_steer_eval_is_asked(plan, place):
     comparison = Comparison(read_plan(str(plan)))
     said = {"temperature": 0.5, "limit": 3, "chat_template_kwargs": {"enable_thinking": False}}
+    columns = {"columns": {"answer": "gold"}}
     changed = Comparison(
-        replace(comparison.plan, evaluation={**comparison.plan.evaluation, **said, "columns": "answer=gold"})
+        replace(comparison.plan, evaluation={**comparison.plan.evaluation, **said, **columns})
     )
+    assert not {"--columns", "--limit"} & set(changed.evals(place, ("columns", "limit")))
     args = options.parser("").parse_args([*changed.evals(place)[4:], "--benchmarks", "x", "--model", "m"])
     assert {name: getattr(args, name) for name in said} == said
     assert args.columns == "answer=gold"
