@@ -206,7 +206,7 @@ def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> d
 
 
 def _same_model(one: str, other: str) -> bool:
-    """Whether two folders hold the same adapter merged into the same base; versions of steer name them apart."""
+    """Whether both are one model, or folders with the same adapter merged into the same base."""
     return public_base(one) == public_base(other)
 
 
