@@ -61,7 +61,7 @@ class Trial:
         self.exact = not (rounded or fast)
         self.limit = EXACT
         longest = sum(_PROMPTS) + 2 * _MORE
-        special = {v for k, v in self.config.to_dict().items() if k.endswith("token_id")}
+        special = _special(self.config.to_dict())
         vocabulary = self.config.vocab_size
         ids = [i for i in range(3, vocabulary, max(1, vocabulary // (2 * longest))) if i not in special]
         # The rows begin alike, so that there is a common beginning to read once.
@@ -288,6 +288,12 @@ class Trial:
             )
         limit = self.limit if self.exact else rounded
         return f"{worst:.1g} of their size, {limit} allowed" if worst > limit else None
+
+
+def _special(config: dict[str, Any]) -> set[int | None]:
+    """The special tokens that a configuration names. Several tokens may end a text (Llama 3, Gemma 3)."""
+    named = [value for key, value in config.items() if key.endswith("token_id")]
+    return {token for value in named for token in (value if isinstance(value, (list, tuple)) else [value])}
 
 
 def _rounds(head: nn.Module, seen: list[bool]) -> RemovableHandle:

@@ -21,6 +21,7 @@ from steer.generation import cpu
 from steer.generation.decoding import pad_left
 from steer.generation.sampler import Sampling, rollout, uniforms
 from steer.generation.scoring import add_group_scoring
+from steer.generation.trial import Trial
 from steer.generation.verify import fast_paths
 
 # The last two have a common beginning with the first; they are longer than the tiny models' windows of 8.
@@ -246,6 +247,14 @@ def test_a_routers_loss_that_trl_cannot_compute_is_refused(run, kind: str, reaso
 def test_a_model_that_sees_later_tokens_is_refused(kind: str) -> None:
     with pytest.raises(SteerError, match=r"later tokens.*causal language model"):
         rollout(tiny(kind), PROMPTS, Sampling(2, (NEVER,), temperature=0.0))
+
+
+@pytest.mark.parametrize("ends", [[2, 3, 9], None])
+def test_several_end_tokens_or_none(ends: list[int] | None) -> None:
+    model = tiny("llama", eos_token_id=ends)
+    assert model.config.eos_token_id == ends
+    assert not any(vars(fast_paths(model)).values())
+    assert not {2, 3, 9}.intersection(*Trial(model).rows) or ends is None
 
 
 def test_the_trial_leaves_no_trace_and_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
