@@ -194,6 +194,10 @@ class Bank:
         """By name, a number that changes with every push. No two sets ever share one, except 0: zeros."""
         return {name: entry.version for name, entry in self.entries.items()}
 
+    def partial(self) -> list[str]:
+        """The sets that steer some tokens only: which ones depends on the length of the prompt."""
+        return [name for name, entry in self.entries.items() if not all(PARTS[entry.positions])]
+
     def held(self, name: str) -> dict[str, Any] | None:
         """
         What this process holds under `name`: `version`, `positions`, and `layers`, a list of [layer,

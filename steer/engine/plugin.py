@@ -7,7 +7,7 @@ One mechanism for all architectures, at few places in vLLM:
   `steering` child and a forward hook, before anything is compiled or captured.
 - the model runner: before each forward pass the tokens of the batch learn which vectors they get.
 - `EngineCore` and `LLMEngine`: a request with an unknown name fails alone, and cached prefixes are kept
-  apart by set, version and scale.
+  apart by set, version and scale, and by the prompt's length where a set steers some tokens only.
 - the worker's `steer_*` methods, which `collective_rpc` reaches from outside: see `steer.engine.client`.
 
 A model whose layers cannot be found runs as ever; pushing vectors to it then says why it cannot be steered.
@@ -198,12 +198,24 @@ def _preprocess_add_request(original: Any) -> Any:
     def preprocess_add_request(self: Any, request: Any) -> Any:
         choice = Choice.of(request.sampling_params)
         if choice.names and choice.scale:
-            sets = "+".join(f"{name}:{_versions(self).get(name, 0)}" for name in choice.names)
-            stamp = f"steering:{sets}:{choice.scale!r}"
+            stamp = _stamp(self, choice, request)
             request.cache_salt = f"{request.cache_salt}|{stamp}" if request.cache_salt else stamp
         return original(self, request)
 
     return preprocess_add_request
+
+
+def _stamp(core: Any, choice: Choice, request: Any) -> str:
+    """
+    What a request's cached prefixes are kept apart by. Which tokens a set for some positions steers depends
+    on where the prompt ends: the answer of one turn is part of the next one's prompt.
+    """
+    sets = "+".join(f"{name}:{_versions(core).get(name, 0)}" for name in choice.names)
+    stamp = f"steering:{sets}:{choice.scale!r}"
+    if not core.__dict__.get("steering_partial", set()).isdisjoint(choice.names):
+        tokens = request.prompt_token_ids
+        stamp += f":{len(request.prompt_embeds if tokens is None else tokens)}"
+    return stamp
 
 
 def _submit(original: Any) -> Any:
@@ -257,6 +269,7 @@ def _collective_rpc(original: Any) -> Any:
         answers = original(self, method, timeout, args, kwargs)
         if isinstance(method, str) and method.startswith("steer_"):
             self.steering_versions = answers[0].get("versions", {})
+            self.steering_partial = set(answers[0].get("partial", []))
         return answers
 
     return collective_rpc
@@ -299,4 +312,5 @@ def _answer(worker: Any, do: Any = None, name: str | None = None) -> dict[str, A
         except SteerError as refused:
             error = str(refused)
         held = {} if name is None else {"held": worker.steering.held(name)}
-    return {"error": error, "versions": worker.steering.versions(), **held}
+    told = {"versions": worker.steering.versions(), "partial": worker.steering.partial()}
+    return {"error": error, **told, **held}

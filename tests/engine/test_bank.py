@@ -16,6 +16,7 @@ from torch import nn
 
 from steer import SteerError, SteeringConfig
 from steer.config import POSITIONS
+from steer.engine import plugin
 from steer.engine.bank import DEFAULT, Bank, Choice, pack, unpack
 from steer.engine.client import Server, names, push, remove, returned_logprobs
 from steer.kinds import SteeringState
@@ -243,6 +244,30 @@ def test_a_removal_that_one_of_two_engines_refused_is_completed_later() -> None:
     assert [list(stage.versions()) for stage in engine.stages] == [[DEFAULT]] * 2
     with pytest.raises(SteerError, match="no vectors named 'set'"):
         remove(engine, "set")
+
+
+def test_prefixes_of_sets_for_some_tokens_are_kept_apart_by_the_length_of_the_prompt() -> None:
+    engine, core = Engine(), SimpleNamespace()
+    push(engine, vectors(1), name="all")
+    push(engine, vectors(2), name="some", positions="completion")
+    call = plugin._collective_rpc(
+        lambda core, method, timeout, args, kwargs: engine.collective_rpc(method, args)
+    )
+    call(core, "steer_names")
+    salt_of = plugin._preprocess_add_request(lambda core, request: request.cache_salt)
+
+    def salt(tokens: int, *chosen: str) -> str | None:
+        params = SimpleNamespace(extra_args={"steering": {"name": list(chosen)}})
+        request = {"sampling_params": params, "prompt_token_ids": [5] * tokens, "cache_salt": None}
+        return salt_of(core, SimpleNamespace(**request))
+
+    assert salt(3) is None
+    assert salt(3, "all") == salt(4, "all")
+    for chosen in (["some"], ["all", "some"]):
+        assert salt(3, *chosen) == salt(3, *chosen) != salt(4, *chosen)
+    push(engine, vectors(2), name="some")
+    call(core, "steer_names")
+    assert salt(3, "some") == salt(4, "some")
 
 
 @pytest.mark.parametrize(("site", "shift"), [("resid_post", 0), ("resid_pre", 1)])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers.steering import fill, message
+from helpers.steering import SOME, fill, message
 from helpers.vllm_engine import SHAPES, TOLERANCE, expected, prompt, run, same, start
 from transformers import PreTrainedModel
 
@@ -217,6 +217,21 @@ def test_cached_prefixes_are_never_mixed(llama: Pair) -> None:
     assert same(llama.model, changed)
     with vectors.disabled():
         assert same(llama.model, plain(engine.request(None)))
+
+
+@pytest.mark.parametrize("positions", SOME)
+def test_a_later_turn_reads_no_prefix_whose_other_tokens_were_steered(llama: Pair, positions: str) -> None:
+    vectors = llama.attach(positions=positions)
+    engine.push(llama.llm, Artifact(vectors.config, vectors.tensors()))
+    turn = lambda ids: run(llama.llm, [ids], [None], scored=False)[0]  # noqa: E731
+    first = turn(prompt(60, 13))  # the second block of 32 holds its last tokens and those of the answer
+    assert same(llama.model, first)
+    later = turn([*first.ids, *prompt(10, 14)])
+    assert later.cached == 0
+    assert same(llama.model, later)
+    again = turn(later.ids[: later.prompt])
+    assert again.cached >= 64  # the same prompt, as the samples of a group have it
+    assert same(llama.model, again)
 
 
 def test_a_push_replaces_all_of_the_one_before(llama: Pair) -> None:
