@@ -5,6 +5,7 @@ Load a causal language model and its tokenizer by one name: a hub id (`org/model
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
+log = logging.getLogger(__name__)
 DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 # Mixed precision, as the settings of trainers name it, and what it computes in.
 MIXED = {"bf16": "bfloat16", "fp16": "float16"}
@@ -45,10 +47,13 @@ def load_model(
     `dtype` is "float32", "bfloat16", "float16", a torch dtype, "auto" for the dtype it was saved in (float32
     for converted GGUF weights, bfloat16 for those over 1 GiB), or "fast" (`fast_dtype`).
     `config.name_or_path` is `name` as given, and `loaded_revision` tells the commit. `load_in_4bit` and
-    `load_in_8bit` quantise the weights with bitsandbytes as they are loaded (`steer.quantization`). Raises
-    SteerError as `model_path` does, and when the hub does not answer, when the model is not a decoder-only
-    language model, when the checkpoint lacks weights or is quantised by a method that is not tested, or for a
-    dtype that is not one of these.
+    `load_in_8bit` quantise the weights with bitsandbytes as they are loaded (`steer.quantization`).
+    `attn_implementation` is transformers' own choice where it is None, except for models with a cap on
+    attention scores (Gemma 2): those get "eager".
+
+    Raises SteerError as `model_path` does, and when the hub does not answer, when the model is not a
+    decoder-only language model, when the checkpoint lacks weights or is quantised by a method that is not
+    tested, or for a dtype that is not one of these.
     """
     import torch
 
@@ -68,7 +73,7 @@ def load_model(
             source,
             dtype=wanted,
             output_loading_info=True,
-            attn_implementation=attn_implementation,
+            attn_implementation=attn_implementation or _exact_attention(config),
             device_map=device_map,
             **quantized,  # None would mean that the checkpoint's own is to be ignored
             **common,
@@ -238,6 +243,18 @@ def _check_causal(name: str, source: str, common: dict[str, Any]) -> Any:
             f"model {name!r} ({kind}) is not a causal language model: expected a decoder-only one"
         )
     return config
+
+
+def _exact_attention(config: PreTrainedConfig) -> str | None:
+    """The attention of a model that transformers' fused attention computes wrong; None for all others."""
+    if not getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return None
+    log.warning(
+        "%s is loaded with attn_implementation=eager: transformers' fused attention leaves out the cap on "
+        "attention scores",
+        config.model_type,
+    )
+    return "eager"
 
 
 def sees_images(config: PreTrainedConfig) -> bool:

@@ -12,6 +12,7 @@ import torch
 from helpers.hub import cached_model
 from helpers.models import assert_same_weights, refusal
 from helpers.paths import ROOT
+from helpers.steering import logits, tokens
 
 from steer import hub
 from steer.errors import SteerError
@@ -100,6 +101,20 @@ def test_auto_dtype_is_the_saved_one(folder, tmp_path):
 
 def test_attention_implementation(folder):
     assert load_model(str(folder), attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_a_cap_on_attention_scores_is_kept(build_tiny, tmp_path, caplog):
+    """transformers' fused attention leaves it out."""
+    model = build_tiny("gemma2", initializer_range=0.3, attn_logit_softcapping=0.1)
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation("eager")
+    expected = logits(model, tokens())
+    assert torch.allclose(logits(load_model(str(tmp_path)), tokens()), expected, atol=1e-5)
+    assert "gemma2 is loaded with attn_implementation=eager" in caplog.text
+    caplog.clear()
+    fused = load_model(str(tmp_path), attn_implementation="sdpa")
+    assert fused.config._attn_implementation == "sdpa" and "eager" not in caplog.text
+    assert not torch.allclose(logits(fused, tokens()), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
