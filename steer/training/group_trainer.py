@@ -59,6 +59,7 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
     optimizer: torch.optim.Optimizer | None
     _unweighed: dict[str, Any] | None = None  # rows of another engine that the next scores weigh
     update_memory: UpdateMemory | None = None  # measured at the first update
+    evaluated_rows = 0  # rows of trl's evaluation that were drawn in its earlier batches
 
     def __init__(
         self,
@@ -106,6 +107,10 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
         if self.accelerator.device.type == "cpu":
             allocator.return_freed_memory()  # of loading, and of answers before training
         return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.evaluated_rows = 0
+        return super().evaluation_loop(*args, **kwargs)
 
     # ---- what is trained
 
@@ -165,9 +170,10 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
             self.top_p,
             self.min_p,
         )
-        first = self.first_row + self.accelerator.process_index * len(prompt_ids)
-        rows = range(first, first + len(prompt_ids))
         training = self.model.training
+        drawn = self.first_row if training else self.evaluated_rows
+        first = drawn + self.accelerator.process_index * len(prompt_ids)
+        rows = range(first, first + len(prompt_ids))
         # Evaluation draws from streams of its own.
         seed = self.args.seed if training else self.args.seed + (1 << 32)
         noise = uniforms(rows, self.max_completion_length, seed, self._step)
@@ -184,9 +190,10 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
             ids: list[list[int]] = []
             for i in range(0, len(prompt_ids), size):
                 part = slice(i, i + size)
-                drawn = rollout(model, prompt_ids[part], sampling, noise[part], together)
-                ids += [one.ids for one in drawn]
+                ids += [one.ids for one in rollout(model, prompt_ids[part], sampling, noise[part], together)]
             model.train(training)
+        if not training:
+            self.evaluated_rows += self.accelerator.num_processes * len(prompt_ids)
         return ids, None
 
     def _any_process(self, flag: bool) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.heads import contiguous_inputs
-from helpers.training import SPREAD, config, far, logged, make_trainer, problems, same, target_share
+from helpers.training import SPREAD, config, far, logged, make_trainer, parity, problems, same, target_share
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl.trainer import grpo_trainer
@@ -362,6 +363,30 @@ def test_evaluation_does_not_disturb_training(run) -> None:
     trainer.train()
     assert any("eval_reward" in row for row in trainer.state.log_history)
     assert same(vectors(trainer), vectors(quiet))
+
+
+def test_batches_of_an_evaluation_are_not_drawn_alike(run) -> None:
+    seen: list[tuple[int, ...]] = []
+    evaluations: list[list[tuple[int, ...]]] = []
+
+    def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        seen.extend(tuple(ids) for ids in completion_ids)
+        return parity(completion_ids=completion_ids, **columns)
+
+    class Evaluate(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for _ in range(2):
+                seen.clear()
+                trainer.evaluate(eval_dataset=Dataset.from_list([{"prompt": "7", "number": 1}] * 4))
+                evaluations.append(list(seen))
+
+    trainer = run(reward, max_steps=1, per_device_eval_batch_size=4, train=False)
+    trainer.add_callback(Evaluate())
+    trainer.train()
+    first, second = evaluations
+    assert len(first) == 16
+    assert len(set(first)) > 4, "four batches of four samples of one prompt"
+    assert first == second
 
 
 def test_a_prompt_that_begins_with_bos_gets_no_second_one(run, tiny_tokenizer) -> None:
