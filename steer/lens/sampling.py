@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tqdm.auto import tqdm
@@ -63,6 +64,7 @@ def complete(
             prompt = prompt_columns(padded, batch).repeat(len(conditions)).to(subject.device)
             whole = padded.repeat(len(conditions))
             with (
+                patch.object(subject.model, "generation_config", config),  # generate() fills in from there
                 open_lanes(subject, conditions),
                 subject.vectors.prompt_length(prompt),
                 cpu.head_inputs_copied(subject.model),
@@ -109,19 +111,9 @@ def accuracies(
 
 
 def _config(subject: Subject, new_tokens: int) -> GenerationConfig:
-    """Plain decoding: whatever penalties the model's own generation config asks for are left out."""
+    """Plain decoding: no setting is taken from the model's own generation config but the end tokens."""
     ends = list(stop_token_ids(subject.tokenizer, subject.model.generation_config)) or None
-    plain: dict[str, Any] = {
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 50,
-    }
-    plain |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True}
-    return GenerationConfig(
-        **plain, max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=subject.pad_token
-    )
+    return GenerationConfig(max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=subject.pad_token)
 
 
 class _Gumbel(LogitsProcessor):

@@ -160,7 +160,12 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
             base = self.accelerator.unwrap_model(self.model)
             if not (self.use_vllm or self.use_transformers_continuous_batching):
                 check_padding(base, [len(ids) for ids in prompt_ids])
-            with fast_attention(base), cpu.head_inputs_copied(base):
+            # generate() fills in from the model's own generation config: a min_p or words to suppress would
+            # change what is drawn, and not what is scored.
+            own: AbstractContextManager = nullcontext()
+            if not self.use_vllm:
+                own = patch.object(base, "generation_config", self.generation_config)
+            with own, fast_attention(base), cpu.head_inputs_copied(base):
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         sampling = Sampling(
             self.max_completion_length,

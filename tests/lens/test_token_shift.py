@@ -107,6 +107,16 @@ def test_greedy_completions_are_those_of_plain_generation(tiny_model, tiny_token
         assert off_row.prompt == on_row.prompt == row.prompt
 
 
+def test_only_end_tokens_are_taken_from_the_models_generation_config(tiny_llama, tiny_tokenizer) -> None:
+    subject = subject_of(tiny_llama, tiny_tokenizer, std=1.0)
+    rows = subject.rows(PROBLEMS)
+    expected = complete(subject, rows, [steered(subject)])
+    written = sorted({token for row in expected[0] for token in row.completion})
+    tiny_llama.generation_config.suppress_tokens = written
+    assert complete(subject, rows, [steered(subject)]) == expected
+    assert tiny_llama.generation_config.suppress_tokens == written
+
+
 def test_samples_do_not_depend_on_the_batch_and_lanes_share_their_luck(tiny_llama, tiny_tokenizer) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer, batch_size=8)
     rows = subject.rows(PROBLEMS)

@@ -174,6 +174,15 @@ def test_both_samplers_train(run) -> None:
         assert all(t.norm() > 0 for t in vectors(trainer).values())
 
 
+def test_the_sampler_of_transformers_leaves_out_the_models_generation_config(run, build_tiny) -> None:
+    model = build_tiny("llama", initializer_range=SPREAD)
+    model.generation_config.min_p = 1.0  # alone the likeliest token would be drawn
+    own, plain = run(model=model, fast_sampler=False, folder="own"), run(fast_sampler=False)
+    assert any(tensor.norm() > 0 for tensor in vectors(plain).values())
+    assert same(vectors(own), vectors(plain))
+    assert model.generation_config.min_p == 1.0
+
+
 def test_the_sampler_of_transformers_gives_the_head_no_views(run, build_tiny, monkeypatch) -> None:
     model = build_tiny("llama", initializer_range=SPREAD)
     contiguous = contiguous_inputs(model, monkeypatch)

@@ -177,6 +177,23 @@ def test_greedy_answers_use_the_tools(
     assert trainer.generation_config.do_sample
 
 
+def test_drawn_answers_leave_out_the_models_generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    calls_first(model, tokenizer, lambda row: call("calculator", expression="2+3"))
+    args = config(tmp_path, max_completion_length=120)
+    trainer = make_trainer(model, tokenizer, args, lengths, None, chats(), tools=[calculator])
+    chat = asker(PromptSpec("boxed"), tokenizer, [calculator])
+    drawn = []
+    with MathGrader() as grader:
+        for min_p in (None, 1.0):  # 1 leaves the likeliest token alone
+            model.generation_config.min_p = min_p
+            torch.manual_seed(0)
+            rows = [{"problem": "2+3", "answer": "5"}]
+            drawn.append(answer_with_tools(trainer, rows, chat, grader, "test", temperature=1.0))
+    assert drawn[0] == drawn[1]
+
+
 @pytest.mark.parametrize(
     ("steering", "changes", "message"),
     [
