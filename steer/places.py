@@ -70,11 +70,11 @@ def find_places(model: Any, layers: Sequence[int], site: str) -> list[Place]:
             module's output to the stream as it is (Granite scales it).
     """
     decoder = find_decoder(model)
-    sites = find_sites(decoder, list(layers), site)
-    if site != "resid_mid":
-        return [Place(place, decoder.hidden_size) for place in sites]
-    vectors = model.__dict__.get("steering_vectors")
+    vectors = model.__dict__.get("steering_vectors")  # off, they need not know where a prompt ends
     with vectors.disabled() if vectors is not None else nullcontext():
+        sites = find_sites(decoder, list(layers), site)
+        if site != "resid_mid":
+            return [Place(place, decoder.hidden_size) for place in sites]
         verify(decoder, layers, "constant", site, sites)
     before = find_sites(decoder, list(layers), "resid_pre")
     pairs = zip(sites, before, strict=True)

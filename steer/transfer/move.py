@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -210,7 +211,9 @@ def _possible(source: Artifact, target: PreTrainedModel, method: str, layers_by:
                 "architecture and shape"
             )
         return "direct"
-    find_sites(decoder, list(range(decoder.num_hidden_layers)), config.site)
+    vectors = target.__dict__.get("steering_vectors")  # off, they need not know where a prompt ends
+    with vectors.disabled() if vectors is not None else nullcontext():
+        find_sites(decoder, list(range(decoder.num_hidden_layers)), config.site)
     if config.site in ("attn_out", "mlp_out"):
         if method not in ("auto", "direct") or not alike:
             raise SteerError(

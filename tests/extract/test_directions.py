@@ -162,6 +162,14 @@ def test_attached_vectors_are_off_while_texts_are_read(tiny_llama: Any, tiny_tok
     assert all(torch.equal(again[layer], vector) for layer, vector in before.items())
 
 
+@pytest.mark.parametrize("site", ["resid_mid", "resid_post"])
+def test_resid_mid_is_read_beside_vectors_that_ask_where_a_prompt_ends(tiny_llama: Any, site: str) -> None:
+    rows = texts()
+    before = read_activations(tiny_llama, rows, [1], "resid_mid").mean
+    fill(steer.attach(tiny_llama, steer.SteeringConfig(site=site, positions="completion")))
+    assert torch.equal(read_activations(tiny_llama, rows, [1], "resid_mid").mean, before)
+
+
 def test_raw_directions_have_their_own_length(tiny_llama: Any) -> None:
     positive, negative = (
         read_activations(tiny_llama, texts(seed=s), [0, 2], keep_texts=True) for s in (1, 2)

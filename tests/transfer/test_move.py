@@ -368,6 +368,13 @@ def test_resid_mid_is_mapped_and_needs_the_site(build_tiny, give) -> None:
     assert "resid_mid" in message(error)
 
 
+def test_the_recipient_may_have_vectors_that_ask_where_a_prompt_ends(build_tiny) -> None:
+    source, recipient = trained(build_tiny("llama"), site="resid_mid"), build_tiny("llama", seed=1)
+    steer.attach(recipient, steer.SteeringConfig(positions="completion"))
+    found = transfer(source, None, recipient, method="direct", rescale=False)
+    torch.testing.assert_close(found.artifact.by_layer(), source.by_layer())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
