@@ -88,12 +88,13 @@ class Reader:
 
     def describe(self) -> dict[str, Any]:
         """
-        What an SAE records of its source: the base model, the layer and the site, and the checksum of the
-        vectors that change what is read.
+        What an SAE records of its source: the base model and its precision, the layer and the site, and the
+        checksum of the vectors that change what is read.
         """
         base = describe(self.model)
         source: dict[str, Any] = {"model": base["base_model_name_or_path"]}
         source |= {name: base[name] for name in ("base_revision", "base_adapter", "base_checksum")}
+        source["model_dtype"] = str(self.model.dtype).removeprefix("torch.")
         if self.what != "base" and (vectors := self.model.__dict__.get("steering_vectors")):
             source["vectors"] = vectors_checksum(vectors.config, vectors.tensors())
         source |= {"layer": self.layer, "site": self.site, "what": self.what}

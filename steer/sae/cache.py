@@ -38,6 +38,8 @@ def write_cache(
     fresh: dict[str, Any] = {**wanted, "tokens": 0, "blocks": 0, "done": False}
     # caches of 0.1.0 do not say what was skipped: the default, most likely
     meta = {"skip": 1, **_read_meta(path)} if (path / META_FILE).exists() else fresh
+    if "model_dtype" not in (meta.get("source") or {}):  # nor the model's precision
+        wanted["source"].pop("model_dtype")
     changed = [name for name in wanted if meta.get(name) != wanted[name]]
     if changed:
         raise SteerError(

@@ -378,6 +378,8 @@ def _difference(old: Any, new: Any, name: str = "") -> str:
     """The first setting that differs, as 'saes.topk.d_in was 576, now 640'; empty when none does."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
+            if key == "model_dtype" and key not in old:  # checkpoints of 0.1.0 do not say it
+                continue
             difference = _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
             if difference:
                 return difference

@@ -271,9 +271,14 @@ def test_a_cache_of_other_weights_or_vectors_is_not_reused(tiny_llama, build_tin
     store(tiny_llama)
     steered = build_tiny("llama")
     fill(steer.attach(steered))
-    for other in (build_tiny("llama", seed=1), steered):
+    low = build_tiny("llama").to(torch.bfloat16)
+    for other in (build_tiny("llama", seed=1), steered, low):
         with pytest.raises(SteerError, match="another source"):
             store(other)
+    old = json.loads((tmp_path / "cache.json").read_text())  # as 0.1.0 wrote it
+    assert old["source"].pop("model_dtype") == "float32"
+    (tmp_path / "cache.json").write_text(json.dumps(old))
+    assert len(store(low)) == 8
 
 
 def test_bad_caches_are_refused(stream, tmp_path):

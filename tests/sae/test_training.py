@@ -288,6 +288,20 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     assert "is not a checkpoint" in message(error)
 
 
+def test_a_run_goes_on_in_the_same_precision_of_the_model(tmp_path):
+    def run(**more: str) -> SAETrainer:
+        stream = Made()
+        stream.describe = lambda: {"model": "made", "layer": 0, **more}
+        return SAETrainer({"a": sae()}, stream, training(tokens=512), tmp_path)
+
+    run().train()  # checkpoints of 0.1.0 do not say which it was
+    assert run(model_dtype="float32").step == 2
+    (tmp_path / "checkpoint.pt").unlink()
+    run(model_dtype="float32").train()
+    with pytest.raises(SteerError, match="stream.model_dtype was 'float32', now 'bfloat16'"):
+        run(model_dtype="bfloat16")
+
+
 def test_another_width_is_refused():
     with pytest.raises(SteerError) as error:
         SAETrainer({"a": sae(d_in=17)}, Made(), training())
