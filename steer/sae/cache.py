@@ -33,13 +33,15 @@ def write_cache(
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    wanted = {"source": stream.describe(), "width": stream.width, "window": stream.length, "asked": tokens}
-    wanted["skip"] = stream.skip
-    fresh: dict[str, Any] = {**wanted, "tokens": 0, "blocks": 0, "done": False}
+    wanted: dict[str, Any] = {"source": stream.describe(), "width": stream.width, "window": stream.length}
+    wanted |= {"asked": tokens, "skip": stream.skip}
+    fresh = {**wanted, "block": stream.block, "tokens": 0, "blocks": 0, "done": False}
     # caches of 0.1.0 do not say what was skipped: the default, most likely
     meta = {"skip": 1, **_read_meta(path)} if (path / META_FILE).exists() else fresh
     if "model_dtype" not in (meta.get("source") or {}):  # nor the model's precision
         wanted["source"].pop("model_dtype")
+    if not meta["done"] and "block" in meta:  # it goes on at a block; a finished one has no order
+        wanted["block"] = stream.block
     changed = [name for name in wanted if meta.get(name) != wanted[name]]
     if changed:
         raise SteerError(

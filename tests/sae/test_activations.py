@@ -248,9 +248,12 @@ def test_a_cache_that_was_stopped_goes_on(stream, tmp_path):
         file.write(b"part of a block")
     before = json.loads((tmp_path / "parts" / "cache.json").read_text())
     assert not before["done"]
+    with pytest.raises(SteerError, match="another block: 200, now 300"):  # whose blocks begin elsewhere
+        write_cache(stream(block=300), tmp_path / "parts")
     parts = write_cache(stream(), tmp_path / "parts")
     everything = torch.arange(len(whole))
     assert torch.equal(parts.take(everything), whole.take(everything))
+    assert len(write_cache(stream(block=300), tmp_path / "parts")) == len(whole)  # finished
 
 
 def test_a_cache_stops_at_the_tokens_asked_for(stream, tmp_path):

@@ -289,7 +289,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 
 
 def test_a_run_goes_on_in_the_same_precision_of_the_model(tmp_path):
-    def run(**more: str) -> SAETrainer:
+    def run(**more):
         stream = Made()
         stream.describe = lambda: {"model": "made", "layer": 0, **more}
         return SAETrainer({"a": sae()}, stream, training(tokens=512), tmp_path)
@@ -298,7 +298,7 @@ def test_a_run_goes_on_in_the_same_precision_of_the_model(tmp_path):
     assert run(model_dtype="float32").step == 2
     (tmp_path / "checkpoint.pt").unlink()
     run(model_dtype="float32").train()
-    with pytest.raises(SteerError, match="stream.model_dtype was 'float32', now 'bfloat16'"):
+    with pytest.raises(SteerError, match=r"stream\.model_dtype was 'float32', now 'bfloat16'"):
         run(model_dtype="bfloat16")
 
 
