@@ -22,11 +22,11 @@ from steer.lens.null import DRAWS, Null
 from steer.lens.results import Result, plain
 from steer.lens.sampling import complete, graded
 from steer.lens.subject import Row, Subject, chunks
-from steer.prompt import PromptSpec, recorded
+from steer.prompt import recorded
 from steer.stats import wilson
 from steer.tasks.elicited import best_base
 from steer.tasks.grading import MathGrader
-from steer.tasks.prompts import DEFAULT_PROMPT
+from steer.tasks.prompts import DEFAULT_PROMPT, with_changes
 
 Record = dict[str, Any]
 TEXTS = 24  # that every number is measured on, all tokens of the answer; with fewer it is untestable
@@ -130,9 +130,10 @@ class Study:
                 report.notes.append(f"Control left out: {name} ({error}).")
                 continue
             self._score(name, graded(subject, written, self.problems, self.grader))
-        trained = (subject.prompt or DEFAULT_PROMPT).template
+        prompt = subject.prompt or DEFAULT_PROMPT
+        trained = prompt.template
         plain = "plain" if trained != "plain" else "qwen_math"
-        other = replace(subject, prompt=PromptSpec(plain))
+        other = replace(subject, prompt=with_changes(prompt, template=plain))
         title = f"template {plain} instead of {trained}"
         asked: list[Row] = []
         try:

@@ -21,8 +21,10 @@ from steer.lens.page import render
 from steer.lens.prose import abstract
 from steer.lens.report import save_figures, study
 from steer.lens.sections import SECTIONS
-from steer.lens.study import Report
+from steer.lens.study import Report, Study
+from steer.lens.subject import Subject
 from steer.lens.words import percent
+from steer.prompt import PromptSpec
 from steer.stats import wilson
 
 HOSTILE = '<script>alert("1")</script> & <b>'
@@ -256,6 +258,22 @@ def test_the_rank_of_a_number_among_random_draws() -> None:
 def test_too_few_problems(report) -> None:
     with pytest.raises(SteerError, match="at least 24 problems, got 23; raise --problems"):
         study(report.subject, PROBLEMS * 7 + PROBLEMS[:2], Even())
+
+
+def test_another_template_keeps_the_rest_of_the_prompt(build_tiny, tiny_tokenizer, monkeypatch) -> None:
+    """But for the system text, which a template that is no chat cannot have."""
+    trained = PromptSpec("boxed_short", "To", "Add.", examples=(("1 + 1?", "2"),))
+    model = build_tiny("llama", max_position_embeddings=512)
+    subject = replace(subject_of(model, tiny_tokenizer, std=1.0), prompt=trained)
+    rows, asked = Subject.rows, []
+
+    def noted(self: Subject, *given: Any, **options: Any) -> Any:
+        asked.append(self.prompt)
+        return rows(self, *given, **options)
+
+    monkeypatch.setattr(Subject, "rows", noted)
+    Study(subject, PROBLEMS, Even()).answer()  # type: ignore[arg-type]
+    assert asked == [trained, PromptSpec("plain", "To", examples=trained.examples)]
 
 
 def test_the_page_opens_in_chromium(report, page, tmp_path) -> None:
