@@ -13,11 +13,11 @@ log = logging.getLogger("steer")
 # processor time of all threads) it took 76 s at the first start and 10 s where its result was in the cache,
 # and saved 0.2 to 0.8 ms a token, the more the longer the completions were.
 COMPILING_PAYS = 200_000
-# Processor seconds of an engine's start on a CPU, without and with compiling; and what a token takes without
-# compiling beyond steer's own sampler, by the length of a row (SmolLM2-135M, 64 rows, `evals.rollouts`).
-# Longer rows were not measured; shorter ones count as rows of 64. COMPILING_SAVES is the middle of what was
-# measured above.
-EAGER_START, COMPILED_START = 10.0, 76.0
+# Processor seconds that an engine's start on a CPU takes without compiling beyond that of steer's own sampler
+# (6.7 and 7.5 were measured), and with compiling; and what a token takes without compiling beyond steer's own
+# sampler, by the length of a row (SmolLM2-135M, 64 rows, `evals.rollouts`). Longer rows were not measured;
+# shorter ones count as rows of 64. COMPILING_SAVES is the middle of what was measured above.
+EAGER_START, COMPILED_START = 7.0, 76.0
 MORE = {64: 0.82e-3, 256: -0.13e-3}
 COMPILING_SAVES = 0.5e-3
 
