@@ -10,7 +10,8 @@ token in <<>>, and texts on which it is silent, each with "yes" or "no". It then
 of which make the feature fire, by the difference of the logits of " yes" and " no". Beside accuracy and area
 under the ROC curve stand those of the same questions with the examples' labels shuffled, which tell what the
 judge knows without them: half of the labels of each kind, drawn at random, are exchanged, so the examples say
-nothing. All SAEs must come from one layer of one model. An SAE that is measured is not measured again.
+nothing. All SAEs of one --out must come from one layer of one model. An SAE that is measured is not measured
+again.
 """
 
 from __future__ import annotations
@@ -185,14 +186,10 @@ def run(args: argparse.Namespace) -> None:
         raise SteerError(f"{path} holds results of other settings; give another --out or remove it")
     saes = {folder: load_sae(folder) for folder in args.saes if folder not in results["saes"]}
     if saes:
-        source = next(iter(saes.values())).cfg.source or {}
-        name = args.model or source.get("model")
-        if not name or "layer" not in source:
-            raise SteerError(
-                f"{next(iter(saes))} does not say which model and layer it is of; train it with steer sae"
-            )
+        place = _shared_place(saes, args.model, results, path)
+        name = place["model"]
         model, tokenizer = load_model(name, dtype=args.dtype), load_tokenizer(name)
-        reader = Reader(model, source["layer"], source.get("site", "resid_post"))
+        reader = Reader(model, place["layer"], place["site"])
         found = list(islice(windows(Texts(args.texts), tokenizer, args.length), args.snippets))
         other = args.judge == name
         judge = logit_judge(
@@ -200,12 +197,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer if other else load_tokenizer(args.judge),
         )
     for folder, sae in saes.items():
-        own = sae.cfg.source or {}
-        if (own.get("layer"), own.get("site")) != (source["layer"], source.get("site")):
-            raise SteerError(
-                f"{folder} is of another layer or site than {next(iter(saes))}; measure it on its own"
-            )
-        check_base(own, model, folder)
+        check_base(sae.cfg.source, model, folder)
         snippets = read(sae, reader, tokenizer, found)
         chosen = choose(snippets, args.features, args.shown, args.asked, args.seed)
         rows = [
@@ -214,6 +206,29 @@ def run(args: argparse.Namespace) -> None:
         results["saes"][folder] = {"k": sae.cfg.k, "features": [asdict(row) for row in rows]}
         replace_file(path, (json.dumps(results, indent=1) + "\n").encode())
     print(markdown({folder: results["saes"][folder] for folder in args.saes}))
+
+
+def _shared_place(
+    saes: dict[str, SAE], model: str | None, results: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """
+    The model, layer and site of all SAEs, those of earlier calls too, which `results` keep; SteerError where
+    they differ. model: what --model names.
+    """
+    for folder, sae in saes.items():
+        source = sae.cfg.source or {}
+        own = {"model": model or source.get("model"), "layer": source.get("layer")}
+        if not own["model"] or own["layer"] is None:
+            raise SteerError(f"{folder} does not say which model and layer it is of; train it with steer sae")
+        own["site"] = source.get("site", "resid_post")
+        shared: dict[str, Any] = results.setdefault("place", own)
+        for name, value in own.items():
+            if value != shared[name]:
+                raise SteerError(
+                    f"{folder} is of {name} {value}, the other SAEs of {path} are of {shared[name]}; give "
+                    "another --out"
+                )
+    return shared
 
 
 def markdown(saes: dict[str, Any]) -> str:

@@ -107,6 +107,11 @@ def test_the_command_measures_each_sae_once(build_tiny, tiny_tokenizer, tmp_path
         0 <= row["auc"] <= 1 and row["asked"] == 4 for part in found.values() for row in part["features"]
     )
     assert "| 4 | 2 | " in capsys.readouterr().out
+    for name, place in (("layer", {"layer": 2}), ("site", {"site": "mlp_out"}), ("model", {"model": "it"})):
+        source = {"model": str(model), "layer": 1, "site": "resid_post", **place}
+        save_sae(SAE(SAEConfig(32, 64, 2, source=source)), tmp_path / f"other-{name}")
+        with pytest.raises(SteerError, match=f"is of {name} .*, the other SAEs of .*another --out"):
+            sae_detection.main([str(tmp_path / f"other-{name}"), *words])
     monkeypatch.setattr(sae_detection, "load_model", None)  # nothing is left to do
     sae_detection.main(words)
     with pytest.raises(SteerError) as error:
