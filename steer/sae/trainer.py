@@ -128,6 +128,7 @@ class SAETrainer:
 
     def train(self) -> dict[str, SAE]:
         """All steps that are left; then the SAEs with the normalisation folded away."""
+        self._check_batch()
         batches = self.stream.batches(self.local_batch, self.step)
         began, first = time.perf_counter(), self.step
         while self.step < self.stopping.end:
@@ -253,6 +254,20 @@ class SAETrainer:
             return fine
         flag = torch.tensor(float(fine), device=self.accelerator.device)
         return self.accelerator.reduce(flag, "sum").item() == self.accelerator.num_processes
+
+    def _check_batch(self) -> None:
+        """SteerError for a stream that never fills a batch, however long it is."""
+        order, size = self.stream.order(), self.training.batch_size
+        if (stored := order.get("stored", size)) < size:
+            raise SteerError(
+                f"{stored} stored activations are less than one batch of batch_size={size}; store more (raise "
+                "cache_tokens, give more texts) or lower batch_size"
+            )
+        if (block := order.get("block", size)) < self.local_batch:
+            raise SteerError(
+                f"block={block} is less than one batch of batch_size={size}, of which a process takes "
+                f"{self.local_batch} activations; raise block or lower batch_size"
+            )
 
     def _stop_early(self) -> None:
         self.save()

@@ -161,6 +161,7 @@ def test_two_processes_train_one_sae(config, tmp_path):
         (["decay=0.5"], "decay=0.5 has no effect without schedule=wsd"),
         (["early_stopping_window=0.5"], "has no effect without early_stopping_threshold; give that"),
         (["cache_tokens=5"], "cache_tokens=5 without a cache"),
+        (["block=127"], "block=127 is less than one batch of batch_size=128"),
         (["saes.kron.loss=matryoshka", "saes.kron.prefixes=[12,64]"], "cuts a head of KronSAE in two"),
     ],
 )

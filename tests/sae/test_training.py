@@ -302,6 +302,21 @@ def test_a_run_goes_on_in_the_same_precision_of_the_model(tmp_path):
         run(model_dtype="bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("order", "part"),
+    [
+        ({"stored": 255}, "255 stored activations are less than one batch of batch_size=256; store more"),
+        ({"block": 255}, "block=255 is less than one batch of batch_size=256"),
+    ],
+)
+def test_a_stream_that_never_fills_a_batch_is_refused_at_the_start(order, part):
+    stream = Made()
+    stream.order = lambda: order
+    with pytest.raises(SteerError) as error:
+        SAETrainer({"a": sae()}, stream, training()).train()
+    assert part in message(error)
+
+
 def test_another_width_is_refused():
     with pytest.raises(SteerError) as error:
         SAETrainer({"a": sae(d_in=17)}, Made(), training())
