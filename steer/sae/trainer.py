@@ -98,8 +98,7 @@ class SAETrainer:
         if heldout is not None and heldout.width != stream.width:
             raise SteerError(
                 f"the held-out activations have a width of {heldout.width}, those of training "
-                f"{stream.width}; read "
-                "both at the same site of one model"
+                f"{stream.width}; read both at the same site of one model"
             )
         self.stream, self.training, self.on_log, self.heldout = stream, training, on_log, heldout
         self.stopping = EarlyStopping(training)
@@ -260,8 +259,8 @@ class SAETrainer:
         order, size = self.stream.order(), self.training.batch_size
         if (stored := order.get("stored", size)) < size:
             raise SteerError(
-                f"{stored} stored activations are less than one batch of batch_size={size}; store more (raise "
-                "cache_tokens, give more texts) or lower batch_size"
+                f"{stored} stored activations are less than one batch of batch_size={size}; store more "
+                "(cache_tokens, or more texts) or lower batch_size"
             )
         if (block := order.get("block", size)) < self.local_batch:
             raise SteerError(
