@@ -107,9 +107,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1, help="prompts of the update (default: 1)")
     parser.add_argument("--samples", type=int, default=16, help="samples of a prompt (default: 16)")
     parser.add_argument("--tokens", type=int, default=320, help="tokens of a sample (default: 320)")
+    parser.add_argument("--rows", type=int, default=0, help="rows of one pass (default: all of the update)")
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     args = parser.parse_args()
-    batch = Batch(args.prompts, args.samples, args.tokens)
+    batch = Batch(args.prompts, args.samples, args.tokens, args.rows)
     found = profile(args.shape, args.method, batch, args.dtype, args.depth)
     if args.json:
         print(json.dumps(found))

@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from helpers.commands import parser
@@ -18,6 +19,7 @@ from steer.cli.programs import PROGRAMS
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+STUDIES = [path for path in sorted((ROOT / "evals").rglob("*.py")) if "ArgumentParser(" in path.read_text()]
 # Options of other programs that the pages name in their text.
 FOREIGN = {
     "--additional-config",
@@ -143,6 +145,16 @@ def test_commands_exist(name: str) -> None:
             else:
                 bad += [f"{start}: {what}" for what in wrong(start, arguments)]
     assert not bad, f"{name} names what does not exist: {bad}"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_commands_at_the_head_of_a_study_exist(path: Path) -> None:
+    head, bad = ast.get_docstring(ast.parse(path.read_text()), clean=False) or "", []
+    for words in commands(head):
+        started = program(words)
+        if started and any(word.startswith("--") for word in words):
+            bad += [f"{started[0]}: {what}" for what in wrong(*started)]
+    assert not bad, f"{path.name} names what does not exist: {bad}"
 
 
 @pytest.mark.parametrize("name", NAMES)
