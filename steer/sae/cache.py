@@ -28,8 +28,9 @@ def write_cache(
     Write the activations of `stream` (at most `tokens` of them) into `folder` and open them.
 
     They are stored in float16, multiplied by one factor that gives them a mean norm of sqrt(width). A run
-    that is stopped goes on at the block where it was. A finished cache of the same source is opened as it is;
-    SteerError when the folder holds another. `progress` is called with the number of tokens so far.
+    that is stopped goes on at the block where it was, with blocks of the same size. A finished cache of the
+    same source is opened as it is; SteerError when the folder holds another. `progress` is called with the
+    number of tokens so far.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
