@@ -163,6 +163,11 @@ def _train(run: Run, tokens: int, train: CachedActivations, work: Path, args: ar
 def _check_settings(folder: Path, asked: dict[str, Any]) -> None:
     """SteerError unless the SAE in `folder` was trained with these settings."""
     known = _read(folder / SETTINGS)
+    if not known:
+        raise SteerError(
+            f"{folder} does not say how its SAE was trained (there is no {SETTINGS}); give another --work, or "
+            "remove that folder"
+        )
     for name, value in asked.items():
         if known.get(name) != value:
             raise SteerError(

@@ -40,7 +40,7 @@ def write_cache(
     # caches of 0.1.0 do not say what was skipped: the default, most likely
     meta = {"skip": 1, **_read_meta(path)} if (path / META_FILE).exists() else fresh
     if "model_dtype" not in (meta.get("source") or {}):  # nor the model's precision
-        wanted["source"].pop("model_dtype")
+        wanted["source"].pop("model_dtype", None)
     if not meta["done"] and "block" in meta:  # it goes on at a block; a finished one has no order
         wanted["block"] = stream.block
     changed = [name for name in wanted if meta.get(name) != wanted[name]]
