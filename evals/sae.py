@@ -165,7 +165,7 @@ def _check_settings(folder: Path, asked: dict[str, Any]) -> None:
     known = _read(folder / SETTINGS)
     if not known:
         raise SteerError(
-            f"{folder} does not say how its SAE was trained (there is no {SETTINGS}); give another --work, or "
+            f"{folder} does not say how its SAE was trained (no {SETTINGS}); give another --work, or "
             "remove that folder"
         )
     for name, value in asked.items():
