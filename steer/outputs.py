@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,11 +13,16 @@ from pathlib import Path
 
 from steer.errors import SteerError
 
+CHECKPOINT_MARK = "steer_export.json"  # what tells a checkpoint that `steer export` wrote from any other
 # Folders that steer writes hold one of these and no folders; `--force` deletes no others.
-_MARKS = (
-    *("steering_config.json", "adapter_config.json", "config.json", "cfg.json"),
+_MARKS = {
+    *("steering_config.json", CHECKPOINT_MARK),
+    *("sae_config.json", "cfg.json", "ae.pt"),  # SAEs, in the formats of `steer sae convert`
     *("table.md", "findings.json"),  # `steer compare`, `steer lens report --figures`
-)
+}
+_OWN_WEIGHTS = {CHECKPOINT_MARK, "sae_config.json"}  # beside these, weights of a model's name are steer's
+_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model).*\.(safetensors|bin)")
+_ADAPTER = "adapter_model.safetensors"  # steer's has its config in the header
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +33,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 def check_output(
     path: str | os.PathLike[str],
     replace: bool | None,
-    *sources: str | os.PathLike[str],
+    *sources: str | os.PathLike[str] | None,
     option: str = "--out",
     folder: bool = False,
 ) -> None:
@@ -37,13 +43,13 @@ def check_output(
     Args:
         path: The file or folder to write.
         replace: Whether it may exist; None for a command without `--force`.
-        sources: What the command reads, which it must not replace.
+        sources: What the command reads, which it must not replace; hub ids and None are no paths.
         option: The option that names it, for the message.
         folder: Whether a folder is written, and not a file.
 
     Raises:
-        SteerError: It exists and `replace` is false; it is a source, a folder of something else, or a folder
-            where a file is written or the reverse; its parents cannot be made.
+        SteerError: It exists and `replace` is false; it is a source or holds one, a folder of something else,
+            or a folder where a file is written or the reverse; its parents cannot be made.
     """
     try:
         _check(Path(path), replace, sources, option, folder)
@@ -55,7 +61,11 @@ def check_output(
 
 
 def _check(
-    path: Path, replace: bool | None, sources: tuple[str | os.PathLike[str], ...], option: str, folder: bool
+    path: Path,
+    replace: bool | None,
+    sources: tuple[str | os.PathLike[str] | None, ...],
+    option: str,
+    folder: bool,
 ) -> None:
     if not path.name:
         raise SteerError(f"{str(path)!r} names no {'folder' if folder else 'file'} to write; give {option}")
@@ -67,7 +77,7 @@ def _check(
         raise SteerError(f"cannot write {path}: no permission to write in {place}; give another {option}")
     if not path.exists():
         return
-    if any(Path(source).exists() and path.samefile(source) for source in sources):
+    if any(_reads(path, source) for source in sources):
         raise SteerError(f"{path} is what the command reads; give another {option}")
     if not (path.is_file() or path.is_dir()):
         raise SteerError(f"{path} is neither a file nor a folder; give another {option}")
@@ -83,16 +93,38 @@ def _check(
         raise SteerError(f"{path} is a folder of other files, which --force keeps; give a new {option}")
 
 
+def _reads(path: Path, source: str | os.PathLike[str] | None) -> bool:
+    """Whether `source` is `path`, or a file or folder in it."""
+    if not source:
+        return False
+    try:
+        place = Path(source).expanduser().resolve(strict=True)
+        return any(path.samefile(part) for part in (place, *place.parents))
+    except (OSError, ValueError, RuntimeError):  # no path, such as a hub id
+        return False
+
+
 def _written_by_steer(folder: Path) -> bool:
     inside = list(folder.iterdir())
-    return any(file.name in _MARKS for file in inside) and not any(file.is_dir() for file in inside)
+    names = {file.name for file in inside}
+    own = bool(names & _OWN_WEIGHTS) or (_ADAPTER in names and _has_config(folder / _ADAPTER))
+    if any(file.is_dir() for file in inside) or (not own and any(map(_WEIGHTS.fullmatch, names))):
+        return False
+    return own or bool(names & _MARKS)
+
+
+def _has_config(file: Path) -> bool:
+    """Whether the header of a safetensors file has the config of steering vectors."""
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        return b'"steering_config"' in content.read(min(length, file.stat().st_size))
 
 
 @contextmanager
 def output(
     path: str | os.PathLike[str],
     replace: bool,
-    *sources: str | os.PathLike[str],
+    *sources: str | os.PathLike[str] | None,
     option: str = "--out",
     folder: bool = False,
 ) -> Iterator[Path]:

@@ -43,9 +43,11 @@ def _calibrate(args: argparse.Namespace) -> None:
     from steer.evaluation.side_effects import NeutralText, calibrate, curve
     from steer.models import load_model, load_tokenizer
 
-    if args.out:
-        check_output(args.out, args.replace, args.artifact, folder=True)
     saved = steer.read(args.artifact)
+    base = args.model or saved.config.base_model_name_or_path
+    reads = (args.artifact, base, args.base_adapter or saved.config.base_adapter)
+    if args.out:
+        check_output(args.out, args.replace, *reads, folder=True)
     trust = args.trust_remote_code
     source, revision = artifact_base(saved.config, args.model, args.revision, args.base_adapter, trust)
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust)
@@ -61,7 +63,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     ]
     if args.out:
         known = {**(made.config.provenance or {}), "calibration": told}
-        with output(args.out, args.replace, args.artifact, folder=True):
+        with output(args.out, args.replace, *reads, folder=True):
             replace(made, config=replace(made.config, provenance=known)).save_pretrained(args.out)
     if args.json:
         print(json.dumps({"scale": made.config.scale, "factor": factor, **told, "out": args.out}, indent=2))

@@ -171,7 +171,8 @@ def _export(args: argparse.Namespace) -> None:
             f"the vectors are for {base} with adapter {adapter} merged into it, which {base} lacks; give "
             "--model the .gguf file of the merged model"
         )
-    with output(out, args.replace, args.artifact, folder=args.to in FOLDERS):
+    reads = (args.artifact, base, args.base_adapter or source.config.base_adapter)
+    with output(out, args.replace, *reads, folder=args.to in FOLDERS):
         if args.to == "peft":
             peft.write(source, out, args.model)
         elif args.to == "gguf":
@@ -222,7 +223,7 @@ def _import(args: argparse.Namespace) -> None:
     if not args.source or not there:
         raise SteerError(f"there is no file or folder {shown(args.source)}; give one of another tool's")
     kind = args.format or _format(source)
-    check_output(args.out, args.replace, args.source, folder=True)
+    check_output(args.out, args.replace, args.source, args.model, folder=True)
     _check_format_options(args, kind)
     model = skeleton(args.model, args.revision, args.trust_remote_code)
     if kind == "arrays":
@@ -233,7 +234,7 @@ def _import(args: argparse.Namespace) -> None:
         imported = {"peft": peft, "lm-eval": lm_eval}[kind].read(args.source, model)
     if not args.confirm_model:
         _check_origin(args, recorded(imported.config.provenance, PART))
-    with output(args.out, args.replace, args.source, folder=True):
+    with output(args.out, args.replace, args.source, args.model, folder=True):
         artifact.write(args.out, imported)
     told = {"out": args.out, "kind": imported.config.kind, "layers": imported.config.layers}
     what = f"{told['kind']} vectors of layers {told['layers']}"
@@ -282,7 +283,9 @@ def _transfer(args: argparse.Namespace) -> None:
     from steer.transfer.move import transfer
 
     source = artifact.read(args.artifact)
-    check_output(args.out, args.replace, args.artifact, folder=True)
+    donor = (args.donor or source.config.base_model_name_or_path, source.config.base_adapter)
+    reads = (args.artifact, args.to, *donor, args.texts, args.check)
+    check_output(args.out, args.replace, *reads, folder=True)
     trust = args.trust_remote_code
     recipient = load_model(args.to, dtype=args.dtype, revision=args.revision, trust_remote_code=trust)
     tokenizer = load_tokenizer(args.to, revision=args.revision, trust_remote_code=trust)
@@ -302,7 +305,7 @@ def _transfer(args: argparse.Namespace) -> None:
         trust_remote_code=trust,
         recipient_tokenizer=tokenizer,
     )
-    with output(args.out, args.replace, args.artifact, folder=True):
+    with output(args.out, args.replace, *reads, folder=True):
         artifact.write(args.out, made)
     scores = _check(args, made, recipient, tokenizer) if args.check else {}
     if args.json:

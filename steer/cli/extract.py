@@ -264,11 +264,15 @@ def _condition(args: argparse.Namespace) -> None:
 
     saved = read(args.vectors)
     prompts = read_prompts(args.file)
+    base = (
+        args.model or saved.config.base_model_name_or_path,
+        args.base_adapter or saved.config.base_adapter,
+    )
     name, args.revision = artifact_base(
         saved.config, args.model, args.revision, args.base_adapter, args.trust_remote_code
     )
     args.base_adapter = None  # merged into what `name` is
-    model, tokenizer = _load(args, name, args.file, args.vectors)
+    model, tokenizer = _load(args, name, args.file, args.vectors, *base)
     check_fits(saved.config, model, args.vectors, tokenizer)
     asked = (args.template, args.prefix, args.chat_template_kwargs)
     spec = choose_prompt({args.vectors: saved.config.prompt}, DEFAULT_PROMPT, *asked)
@@ -294,11 +298,11 @@ def _condition(args: argparse.Namespace) -> None:
     print(f"vectors            {args.out}")
 
 
-def _load(args: argparse.Namespace, name: str, *sources: str) -> tuple[Any, Any]:
+def _load(args: argparse.Namespace, name: str, *sources: str | None) -> tuple[Any, Any]:
     from steer.base_adapter import base_source
     from steer.models import load_model, load_tokenizer
 
-    check_output(args.out, args.replace, *sources, folder=True)
+    check_output(args.out, args.replace, name, args.base_adapter, *sources, folder=True)
     trust = args.trust_remote_code
     source, revision = base_source(name, args.base_adapter, args.revision, trust)
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust)

@@ -311,7 +311,8 @@ def _fit_jacobian(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    sources = [args.artifact] if "artifact" in args else args.artifacts
+    given = [args.artifact] if "artifact" in args else args.artifacts
+    sources = [*given, *(getattr(args, name, None) for name in ("model", "base_adapter", "data"))]
     if args.analysis == "report":
         check_output(args.out, args.replace, *sources)
         if args.figures is not None:

@@ -11,6 +11,7 @@ adaptive           Rank one, merged into the MLP's last matrix: W + vector reado
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -24,11 +25,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from steer.artifact import Artifact
 from steer.base_adapter import artifact_base
+from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.export.architecture import bias_place, check_everywhere, check_same_logits
 from steer.export.transformers4 import add_names
 from steer.identity import MERGED
 from steer.models import load_model, load_tokenizer, skeleton
+from steer.outputs import CHECKPOINT_MARK
 from steer.quantization import quantization_method
 from steer.sites import Decoder, find_decoder, find_down_projections
 from steer.vectors import detach, load
@@ -52,7 +55,8 @@ def write(
 ) -> Path:
     """
     Write the model `model_name` with the vectors in it to `folder`, which must be new or empty: weights in
-    the dtype they are saved in, config, generation config and tokenizer; whole or not at all. Returns it.
+    the dtype they are saved in, config, generation config, tokenizer, and a small file by which `--force`
+    knows it (`steer.outputs`); whole or not at all. Returns it.
 
     A `model_name` of None is the artifact's base, of its revision and with its adapter merged into it where
     no other `revision` or `base_adapter` is given. A model that comes with code of its own is loaded with
@@ -97,7 +101,7 @@ def write(
     ):  # what rounding loses of a merge is reported separately
         check_same_logits(_logits(model), steered, base, "a plain checkpoint")
     try:
-        _save(model, config, model_name, common, folder)
+        _save(model, config, model_name, common, folder, made)
     except OSError as error:
         raise SteerError(f"cannot write a checkpoint to {folder}: {error.strerror or error}") from error
     return folder
@@ -184,7 +188,9 @@ def _as_llama(model: Any) -> LlamaConfig:
     return LlamaConfig(**{**kept, "architectures": [LlamaForCausalLM.__name__]})
 
 
-def _save(model: Any, config: Any, model_name: str, common: dict[str, Any], folder: Path) -> None:
+def _save(
+    model: Any, config: Any, model_name: str, common: dict[str, Any], folder: Path, vectors: SteeringConfig
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -201,6 +207,8 @@ def _save(model: Any, config: Any, model_name: str, common: dict[str, Any], fold
                 f"only transformers 5 computes the same with this checkpoint, version 4 does not: {reason}",
                 stacklevel=4,
             )
+        told = {"base_model": vectors.base_model_name_or_path, "layers": vectors.layers}
+        (work / CHECKPOINT_MARK).write_text(json.dumps({**told, "scale": vectors.scale}) + "\n")
         work.chmod(0o755)
         for file in work.iterdir():  # safetensors gives its files to their owner alone
             file.chmod(0o644)

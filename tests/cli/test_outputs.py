@@ -82,6 +82,47 @@ def test_the_source_is_never_replaced(place: Path, capsys: pytest.CaptureFixture
     assert content("vectors") == before
 
 
+def test_a_model_that_is_read_is_never_replaced(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "vectors", "--to", "npz", "--out", "array.npz"]) == 0
+    Path("model", "words.jsonl").write_text('{"positive": "a", "negative": "b"}\n')
+    before = content("model")
+    for argv in (
+        words("checkpoint", "model"),
+        words("import", "model"),
+        words("transfer", "model"),
+        ["transfer", "vectors", "--to", "array.npz", "--from", "model", "--out", "model"],
+        ["calibrate", "vectors", "--target-kl", "0.05", "--model", "model", "--out", "model"],
+        ["extract", "token", "7", "--model", "model", "--out", "model"],
+        ["extract", "pairs", "model/words.jsonl", "--model", "user/name", "--out", "model"],
+    ):
+        assert main([*argv, "--force"]) == 1
+        assert "model is what the command reads" in capsys.readouterr().err, argv
+    assert content("model") == before
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json", "model.safetensors"],
+        ["config.json", "model-00001-of-00002.safetensors", "steering_config.json"],
+        ["config.json", "pytorch_model.bin"],
+        ["config.json", "tokenizer.json"],
+        ["adapter_config.json", "adapter_model.safetensors"],
+        ["adapter_config.json", "adapter_model.bin"],
+    ],
+)
+def test_models_and_adapters_that_steer_did_not_write_are_kept(
+    place: Path, capsys: pytest.CaptureFixture[str], names: list[str]
+) -> None:
+    Path("mine").mkdir()
+    for name in names:
+        Path("mine", name).write_bytes((2).to_bytes(8, "little") + b"{}")
+    before = content("mine")
+    assert main([*words("peft", "mine"), "--force"]) == 1
+    assert "a folder of other files" in capsys.readouterr().err
+    assert content("mine") == before
+
+
 def test_a_failed_replacement_leaves_what_was_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(words("transfer", "out")) == 0
     before = content("out")
