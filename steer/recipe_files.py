@@ -10,6 +10,8 @@ from pathlib import Path
 
 from steer.errors import SteerError, shown
 
+LAUNCHER = "STEER_LAUNCHER"  # the environment variable that tells a process its `--launcher`
+
 
 def recipes_folder() -> Path:
     """The folder of the recipes that belong to this `steer`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,10 +21,11 @@ import steer
 from steer.errors import SteerError
 from steer.evaluation.side_effects import BaseText
 from steer.files import held, read_json, replace_file
+from steer.recipe_files import LAUNCHER
 from steer.sites import find_decoder
 from steer.tasks.rewards import MathGrader
 from steer.training import init
-from steer.training.arguments import FinderArguments, PopulationArguments
+from steer.training.arguments import FinderArguments, PopulationArguments, setting_of
 from steer.training.config import SteeringGRPOConfig
 from steer.training.run_settings import RunSettings
 from steer.training.sweep import find_rate
@@ -188,7 +190,7 @@ def _leave(
     found = {} if best is None else recommended(training, best)
     record = {
         "recommended": found or None,
-        "next": _next(arguments, found) if found else None,
+        "next": _next(arguments, found, settings.finder) if found else None,
         "note": choice.note,
         "rule": find_rate.RULE,
         "layers": {
@@ -227,7 +229,9 @@ def _leave(
     if best is None:
         raise SteerError(choice.note)
     print(f"{choice.note}\n" if choice.note else "")
-    print(f"Run next:\n  {record['next']}\n")
+    processes = PartialState().num_processes
+    where = f", on {processes} processes" if processes > 1 and LAUNCHER not in os.environ else ""
+    print(f"Run next{where}:\n  {record['next']}\n")
 
 
 def recommended(training: SteeringGRPOConfig, trial: Trial) -> dict[str, Any]:
@@ -239,19 +243,22 @@ def recommended(training: SteeringGRPOConfig, trial: Trial) -> dict[str, Any]:
     return {"learning_rate": trial.learning_rate, "lr_by_layer": table}
 
 
-def _next(arguments: Sequence[str], found: dict[str, Any]) -> str:
-    """The command line without the finder's words, with the rates that were found."""
+def _next(arguments: Sequence[str], found: dict[str, Any], asked: FinderArguments | None) -> str:
+    """The command line without the finder's words, with the launcher and the rates that were found."""
     words: list[str] = []
-    dropped = {"find_lr", "find_lr_rates", "find_lr_steps", *found}
-    given, skipping = False, False
+    dropped = {*(field.name for field in fields(FinderArguments)), *found}
+    given: set[str | None] = set()
+    skipping = False
     for word in arguments:
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0].replace("-", "_")
+        if (name := setting_of(word)) is not None:
             skipping = name in dropped
-            given |= name == "find_lr"
+            given.add(name)
         if not skipping:
             words.append(word)
-    words += [] if given else ["--find_lr", "false"]  # a config file has it
+    if set(_changed(asked)) - given:  # a config file has them
+        words += ["--find_lr", "false"]
     for name, value in found.items():
         words += [f"--{name}", str(value)]
+    if launcher := os.environ.get(LAUNCHER):
+        words += ["--launcher", launcher]
     return shlex.join(["steer", "train", *words])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from steer.errors import SteerError, one_line
-from steer.recipe_files import launcher_file
+from steer.recipe_files import LAUNCHER, launcher_file
 
 Program = Callable[[list[str]], "int | None"]
 
@@ -76,7 +76,8 @@ PROGRAMS: dict[str, tuple[Program, str]] = {
 
 def _launch(command: str, words: list[str]) -> list[str]:
     """
-    The words without `--launcher`, which replaces this process by `accelerate launch` of the same program.
+    The words without `--launcher`, which replaces this process by `accelerate launch` of the same program; its
+    processes find the launcher in the environment.
 
     A process that no launcher started keeps to one GPU, the first it sees: transformers' trainer would copy
     the model to all of them and bypass the sampler.
@@ -86,7 +87,9 @@ def _launch(command: str, words: list[str]) -> list[str]:
             used = 1 if "=" in word else 2
             if len(words) < at + used:
                 raise SteerError("--launcher needs a file of accelerate, or a name such as ddp")
-            file = launcher_file(word.partition("=")[2] if used == 1 else words[at + 1])
+            given = word.partition("=")[2] if used == 1 else words[at + 1]
+            file = launcher_file(given)
+            os.environ[LAUNCHER] = given
             start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
             rest = words[:at] + words[at + used :]
             os.execv(sys.executable, [*start, "-m", "steer.cli", *command.split(), *rest])

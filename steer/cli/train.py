@@ -104,7 +104,10 @@ def use(settings: RunSettings, vectors: Path, problem: str) -> str:
 def parse(arguments: Sequence[str]) -> RunSettings:
     """The settings, from --config and the other words of a command line."""
     more = {"rates": SweepArguments, "finder": FinderArguments, "population": PopulationArguments}
-    return RunSettings.parse("grpo_steer", __doc__, arguments, **more)
+    settings = RunSettings.parse("grpo_steer", __doc__, arguments, **more)
+    if settings.finder is not None:
+        settings.finder.check(arguments)
+    return settings
 
 
 def vectors(settings: RunSettings) -> Recipe:

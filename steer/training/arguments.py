@@ -106,13 +106,20 @@ class FinderArguments:
 
     def __post_init__(self) -> None:
         rates, steps = self.find_lr_rates, self.find_lr_steps
-        if not self.find_lr and (rates is not None or steps is not None):
-            raise SteerError("find_lr_rates and find_lr_steps are for the finder; set find_lr=true as well")
         positive = all(0 < rate < math.inf for rate in rates or ())
         if rates is not None and (not positive or len(set(rates)) < max(2, len(rates))):
             raise SteerError(f"find_lr_rates={rates} are not two or more different rates above zero")
         if steps is not None and steps < 8:
             raise SteerError(f"find_lr_steps={steps} is too few to see a trend; give 8 or more")
+
+    def check(self, words: Sequence[str]) -> None:
+        """
+        SteerError for settings of a finder that is not asked for. `words`: the command line, which may switch
+        off the finder of a config file with `--find_lr false`.
+        """
+        own = self.find_lr_rates is not None or self.find_lr_steps is not None
+        if own and not self.find_lr and "find_lr" not in map(setting_of, words):
+            raise SteerError("find_lr_rates and find_lr_steps are for the finder; set find_lr=true as well")
 
 
 @dataclass
@@ -221,6 +228,11 @@ class PopulationArguments:
             )
         if single and not self.asked:
             _refuse(self, ("winners",), "without a population")
+
+
+def setting_of(word: str) -> str | None:
+    """The setting that a word of a command line names; None where it names none."""
+    return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else None
 
 
 def _refuse(part: Any, names: Sequence[str], where: str) -> None:

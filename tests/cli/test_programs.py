@@ -14,7 +14,7 @@ from helpers.paths import ROOT
 
 import steer.training.recipe
 from steer.cli import main, programs
-from steer.recipe_files import recipes_folder
+from steer.recipe_files import LAUNCHER, recipes_folder
 
 # A recipe, and the words of the command that is the same program.
 DOORS = {
@@ -101,6 +101,7 @@ def test_a_launcher_starts_the_same_command(launcher: list[str], monkeypatch: py
         raise Replaced(words)
 
     monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setenv(LAUNCHER, "")  # so that it is put back afterwards
     with pytest.raises(Replaced) as replaced:
         main(["sweep", "--config", "demo", *launcher, "--each_layer", "all"])
     words = replaced.value.args[0]
@@ -109,6 +110,7 @@ def test_a_launcher_starts_the_same_command(launcher: list[str], monkeypatch: py
     assert launch.config_file == str(recipes_folder() / "accelerate" / "ddp.yaml")
     assert launch.module and launch.training_script == "steer.cli"
     assert launch.training_script_args == ["sweep", "--config", "demo", "--each_layer", "all"]
+    assert os.environ[LAUNCHER] == "ddp", "for the command that find_lr prints"
 
 
 @pytest.mark.parametrize(

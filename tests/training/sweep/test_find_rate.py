@@ -21,6 +21,7 @@ import steer
 from steer.cli import train
 from steer.cli.find_lr import _short, growth, recommended
 from steer.errors import SteerError
+from steer.training.arguments import FinderArguments
 from steer.training.sweep import find_rate
 from steer.training.sweep.find_rate import Trial, choose, middle_rate, scaled, smoothed
 from steer.training.sweep.halving import mean_reward
@@ -294,7 +295,6 @@ def test_rewards_are_compared_as_they_were_before_dynamic_sampling() -> None:
         (["--find_lr_rates", "0.1"], "two or more"),
         (["--find_lr_rates", "0.1", "0"], "two or more"),
         (["--find_lr_steps", "3"], "8 or more"),
-        (["--find_lr", "false", "--find_lr_steps", "9"], "set find_lr=true"),
     ],
 )
 def test_what_has_no_part_in_it_is_refused(
@@ -311,8 +311,27 @@ def test_a_config_that_has_the_finder_is_switched_off(base: Path, tmp_path: Path
 
     known = yaml.safe_load((base / "config.yaml").read_text())
     path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump({**known, "find_lr": True, "learning_rate": 0.5}))
-    _, _, *told = shlex.split(_next(["--config", str(path), "--learning-rate=3"], {"learning_rate": 0.25}))
-    settings = train.parse(told)
-    assert settings.training.learning_rate == 0.25
-    assert settings.finder is not None and not settings.finder.find_lr
+    for more in ({}, {"find_lr_rates": [0.1, 0.2], "find_lr_steps": 9}):
+        path.write_text(yaml.safe_dump({**known, "find_lr": True, "learning_rate": 0.5, **more}))
+        for switch in ([], ["--find_lr", "true"]):
+            given = ["--config", str(path), "--learning-rate=3", *switch]
+            command = _next(given, {"learning_rate": 0.25}, train.parse(given).finder)
+            settings = train.parse(shlex.split(command)[2:])
+            assert settings.training.learning_rate == 0.25
+            assert settings.finder is not None and not settings.finder.find_lr
+
+
+def test_rates_of_a_finder_that_is_not_asked_for_are_refused(base: Path) -> None:
+    for more in (["--find_lr_steps", "9"], ["--find_lr_rates", "0.1", "0.2"]):
+        with pytest.raises(SteerError, match="set find_lr=true") as error:
+            train.parse(["--config", str(base / "config.yaml"), *more])
+        message(error)
+
+
+def test_the_next_command_has_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    from steer.cli.find_lr import _next
+
+    monkeypatch.setenv("STEER_LAUNCHER", "ddp")
+    given = ["--config", "demo", "--find_lr", "true"]
+    command = _next(given, {"learning_rate": 0.25}, FinderArguments(find_lr=True))
+    assert command == "steer train --config demo --learning_rate 0.25 --launcher ddp"
