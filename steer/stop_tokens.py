@@ -1,4 +1,4 @@
-"""The tokens that end an answer: one rule for training, evaluation, analysis and both engines."""
+"""The tokens that end an answer, and greedy answers: one rule for training, evaluation, lens and engines."""
 
 from __future__ import annotations
 
@@ -31,6 +31,34 @@ def stop_token_ids(
     ids = [*listed] if isinstance(listed, (list, tuple)) else [listed]
     ids += [tokenizer.eos_token_id, end_of_turn(tokenizer)]
     return tuple(sorted({int(i) for i in ids if i is not None}))
+
+
+def greedy_config(
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None,
+    max_new_tokens: int,
+    pad_token_id: int | None = None,
+) -> GenerationConfig:
+    """
+    Plain greedy decoding for `model.generate`, as steer's own sampler and vLLM decode: whatever penalties the
+    model's `generation_config` asks for are left out. `pad_token_id` of None is the model's.
+    """
+    from transformers import GenerationConfig
+
+    # what is left unset here, `generate` takes from the model
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_token_ids(tokenizer, generation_config)) or None,
+        pad_token_id=pad_token_id,
+    )
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import trl
 from helpers.chat_templates import STYLES, tokenizer
 from helpers.training import SPREAD, config, make_trainer, parity, problems
@@ -15,8 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from steer import SteeringConfig
 from steer.evaluation.engines import generation_config
 from steer.generation.sampler import Sampling, rollout
-from steer.lens.sampling import _config
-from steer.stop_tokens import end_of_turn, stop_token_ids
+from steer.stop_tokens import end_of_turn, greedy_config, stop_token_ids
 from steer.training.sweep.member import Member
 from steer.training.sweep.trainer import PopulationTrainer
 
@@ -112,6 +111,18 @@ def test_a_sampler_without_stop_tokens_writes_to_the_limit(tiny_llama):
     assert len(one.ids) == 6 and not one.finished
 
 
+def test_greedy_answers_know_no_penalties_of_the_model(build_tiny, tiny_tokenizer):
+    model = build_tiny("llama", initializer_range=SPREAD)
+    tiny_tokenizer.eos_token = model.generation_config.eos_token_id = None
+    (plain,) = rollout(model, [[1, 5]], Sampling(60, (), temperature=0))
+    model.generation_config.repetition_penalty = 1000.0
+    model.generation_config.no_repeat_ngram_size = 1
+    config = greedy_config(tiny_tokenizer, model.generation_config, 60)
+    out = model.generate(torch.tensor([[1, 5]]), attention_mask=torch.ones(1, 2), generation_config=config)
+    assert out[0, 2:].tolist() == list(plain.ids)
+    assert len(set(plain.ids)) < 60, "or penalties would change nothing"
+
+
 def test_training_and_analysis_agree(build_tiny, tiny_tokenizer, tmp_path):
     """The template ends turns with <unk>, the generation config lists 5, the tokenizer ends with </s>."""
     tiny_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<unk>{% endfor %}"
@@ -120,8 +131,7 @@ def test_training_and_analysis_agree(build_tiny, tiny_tokenizer, tmp_path):
     trainer = make_trainer(model, tiny_tokenizer, config(tmp_path))
     assert trainer.eos_token_ids == trainer.generation_config.eos_token_id == [2, 3, 5]
     assert trainer.generation_kwargs["eos_token_id"] == [2, 3, 5]
-    subject = SimpleNamespace(model=model, tokenizer=tiny_tokenizer, pad_token=0)
-    assert _config(subject, 4).eos_token_id == [2, 3, 5]
+    assert greedy_config(tiny_tokenizer, model.generation_config, 4).eos_token_id == [2, 3, 5]
     other = build_tiny("llama")
     other.generation_config.eos_token_id = 5
     members = [Member("one", [parity], config(tmp_path), SteeringConfig())]

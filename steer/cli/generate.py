@@ -58,7 +58,7 @@ def _generate(args: argparse.Namespace) -> None:
     from steer.expression import Term, check_names, from_json, parse
     from steer.mixture import chosen, mixed
     from steer.models import check_context, load_model, load_tokenizer
-    from steer.stop_tokens import stop_token_ids
+    from steer.stop_tokens import greedy_config
     from steer.tasks.prompts import DEFAULT_PROMPT, choose_prompt, format_prompt
 
     names = [name for name, _, _ in args.vectors]
@@ -99,12 +99,10 @@ def _generate(args: argparse.Namespace) -> None:
 
     check_context(model.config, inputs["input_ids"].shape[1], args.max_new_tokens, "--max-new-tokens")
 
-    stops = list(stop_token_ids(tokenizer, model.generation_config)) or None
+    greedy = greedy_config(tokenizer, model.generation_config, args.max_new_tokens)
 
     def answer() -> str:
-        out = model.generate(  # type: ignore[operator]  # a mixin of the model's class
-            **inputs, max_new_tokens=args.max_new_tokens, do_sample=False, eos_token_id=stops
-        )
+        out = model.generate(**inputs, generation_config=greedy)  # type: ignore[operator]  # of a mixin
         return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     base = answer()

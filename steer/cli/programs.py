@@ -76,8 +76,8 @@ PROGRAMS: dict[str, tuple[Program, str]] = {
 
 def _launch(command: str, words: list[str]) -> list[str]:
     """
-    The words without `--launcher`, which replaces this process by `accelerate launch` of the same program; its
-    processes find the launcher in the environment.
+    The words without `--launcher`, which replaces this process by `accelerate launch` of the same program.
+    Its processes find the launcher in the environment.
 
     A process that no launcher started keeps to one GPU, the first it sees: transformers' trainer would copy
     the model to all of them and bypass the sampler.

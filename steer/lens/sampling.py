@@ -14,14 +14,14 @@ from unittest.mock import patch
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from steer.errors import SteerError
 from steer.generation import cpu
 from steer.lens.conditions import Condition, open_lanes
 from steer.lens.passes import prompt_columns
 from steer.lens.subject import Row, Subject, chunks
-from steer.stop_tokens import stop_token_ids
+from steer.stop_tokens import greedy_config
 from steer.tasks.grading import MathGrader
 
 
@@ -55,7 +55,9 @@ def complete(
             padded = subject.padded(batch, side="left")
             columns = padded.ids.shape[1]
             forced = min(len(row.completion) for row in batch)
-            config = _config(subject, max(1, subject.max_new_tokens - forced))
+            length = max(1, subject.max_new_tokens - forced)
+            model = subject.model
+            config = greedy_config(subject.tokenizer, model.generation_config, length, subject.pad_token)
             noise: list[Any] = [_Lockstep(len(conditions), followers)] if followers else []
             if temperature > 0:
                 noise.insert(
@@ -67,9 +69,9 @@ def complete(
                 patch.object(subject.model, "generation_config", config),  # generate() fills in from there
                 open_lanes(subject, conditions),
                 subject.vectors.prompt_length(prompt),
-                cpu.head_inputs_copied(subject.model),
+                cpu.head_inputs_copied(model),
             ):
-                ids = subject.model.generate(  # type: ignore[operator]  # a mixin of the model's class
+                ids = model.generate(  # type: ignore[operator]  # a mixin of the model's class
                     input_ids=whole.ids,
                     attention_mask=whole.mask,
                     generation_config=config,
@@ -108,12 +110,6 @@ def accuracies(
         for rows in complete(subject, subject.rows(problems), some, label=text):
             shares.append(graded(subject, rows, problems, grader).double().mean())
     return torch.stack(shares)
-
-
-def _config(subject: Subject, new_tokens: int) -> GenerationConfig:
-    """Plain decoding: no setting is taken from the model's own generation config but the end tokens."""
-    ends = list(stop_token_ids(subject.tokenizer, subject.model.generation_config)) or None
-    return GenerationConfig(max_new_tokens=new_tokens, eos_token_id=ends, pad_token_id=subject.pad_token)
 
 
 class _Gumbel(LogitsProcessor):

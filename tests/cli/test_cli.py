@@ -77,6 +77,19 @@ def test_generate_is_side_by_side_and_scale_zero_is_the_base(steered, capsys):
     assert "--scale 2 and vectors@0.5 both set the scale" in capsys.readouterr().err
 
 
+def test_generate_knows_no_penalties_of_the_model(steered, capsys):
+    model, vectors = (str(path) for path in steered)
+    common = ["generate", model, "--vectors", vectors, "--prompt", "1+1=", "--template", "plain"]
+    common += ["--max-new-tokens", "24", "--json"]
+    assert main(common) == 0
+    plain = json.loads(capsys.readouterr().out)
+    settings = steered[0] / "generation_config.json"
+    penalties = {"repetition_penalty": 1000.0, "no_repeat_ngram_size": 1}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **penalties}))
+    assert main(common) == 0
+    assert json.loads(capsys.readouterr().out) == plain
+
+
 def test_generate_adds_sets_up(steered, capsys):
     model, vectors = (str(path) for path in steered)
     common = ["generate", model, "--prompt", "1+1=", "--max-new-tokens", "8", "--json", "--vectors"]
