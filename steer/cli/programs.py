@@ -39,6 +39,8 @@ def _program(module: str) -> Program:
     def run(words: list[str]) -> int:
         try:
             return import_module(module).main(words)
+        except BrokenPipeError:  # the reader of our output has seen enough: `main` ends quietly
+            raise
         except OSError as error:  # what the operating system refuses: too long a name, a full disk
             raise SteerError(one_line(error)) from error
 

@@ -106,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         collection = collect(args.runs)
         names = [method.name for method in collection.methods]
-        chosen = [args.base, *args.methods] if args.methods else names
-        chosen = [name for name in dict.fromkeys(chosen) if name in names or name != args.base]
+        base = collection.base(args.base)
+        chosen = list(dict.fromkeys([base, *args.methods])) if args.methods else names
         unknown = [name for name in chosen if name not in names]
         if unknown:
             raise SteerError(f"no method {unknown[0]!r} in these runs; they have {', '.join(names)}")
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     width = shutil.get_terminal_size((110, 40)).columns
-    selected = list(select(collection, args.base, chosen, args.verdict, args.benchmark, args.sample))
+    selected = list(select(collection, base, chosen, args.verdict, args.benchmark, args.sample))
     for problem, answers in selected[: args.limit]:
         print(side_by_side(problem, answers, width) + "\n" + "=" * width)
     print(f"{min(args.limit, len(selected))} of {len(selected)} problems ({args.verdict})")

@@ -92,6 +92,16 @@ class Collection:
     def benchmarks(self) -> list[str]:
         return list(self.problems)
 
+    def base(self, asked: str) -> str:
+        """
+        The method that the others are compared with: `asked`, and the first one where that is the default,
+        "base", and there is none. SteerError for any other that is not there.
+        """
+        names = [method.name for method in self.methods]
+        if asked not in names and asked != "base":
+            raise SteerError(f"no method {asked!r} in these runs; they have {', '.join(names)}")
+        return asked if asked in names else names[0]
+
     def cells(self, benchmark: str, greedy: bool) -> list[Cell]:
         """
         The methods that answered `benchmark` this way, on the problems that all of them answered, in the

@@ -144,26 +144,33 @@ def report(
     out: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Print the table of these runs; write scores, plots and page to `out`, or the scores alone to a single
-    run.
+    Write scores, plots and page of these runs to `out`, or the scores alone to a single run; then print the
+    table.
     """
+    rows, text = write(folders, base, reference, out)
+    print(text)
+    return rows
+
+
+def write(
+    folders: Sequence[str | Path],
+    base: str = "base",
+    reference: str | None = None,
+    out: str | Path | None = None,
+) -> tuple[list[dict[str, Any]], str]:
+    """The files of `report`. Returns the scores, and the text to print."""
     collection = collect(folders)
-    if base not in [m.name for m in collection.methods] and base == "base":
-        base = collection.methods[0].name
+    base = collection.base(base)
     rows = score(collection, base, reference)
     against = pairs(collection)
     constants = best_base.constant_rows(collection)
     tasks = task_effects.rows(collection, base)
     collection.notes += brevity(rows, base) + single_runs(rows) + best_base.notes(collection, rows)
-    print(f"\n{table(rows, constants)}\n")
-    if against:
-        print(f"{pairs_table(against)}\n")
-    if tasks:
-        print(f"{task_effects.table(tasks, base)}\n")
+    told = [f"\n{table(rows, constants)}\n"]
+    told += [f"{pairs_table(against)}\n"] if against else []
+    told += [f"{task_effects.table(tasks, base)}\n"] if tasks else []
     said = [*sentences(rows, base), *best_base.sentences(rows), caution(rows), *collection.notes]
-    for text in said:
-        if text:
-            print(text)
+    told += [text for text in said if text]
     made = {
         "base": base,
         "reference": reference,
@@ -192,7 +199,7 @@ def report(
         replace_files({target / name: content for name, content in files.items()})
     except OSError as error:
         raise SteerError(f"cannot write to {target}: {error.strerror}; the runs are untouched") from error
-    return rows
+    return rows, "\n".join(told)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -214,9 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_any_text()
     try:
         with output(args.out, args.replace, *args.runs, folder=True):
-            report(args.runs, args.base, args.reference, args.out)
+            _, text = write(args.runs, args.base, args.reference, args.out)
     except SteerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"\npage  {Path(args.out) / 'index.html'}")
+    print(f"{text}\n\npage  {Path(args.out) / 'index.html'}")  # a reader that is gone undoes nothing
     return 0

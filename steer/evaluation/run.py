@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SteerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of our output has seen enough: `steer.cli` ends quietly
+        raise
     except OSError as error:  # what the operating system refuses: too long a name, a full disk, no permission
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1

@@ -92,6 +92,25 @@ def test_compare_has_two_forms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert "steer's: compare-tiny, " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("steer.evaluation.browse.collect", ["browse", "runs"]),
+        ("steer.evaluation.run.evaluate", ["eval", "--model", "m", "--benchmarks", "gsm8k", "--out", "runs"]),
+    ],
+)
+def test_a_reader_that_has_seen_enough_ends_a_program_quietly(place, words, monkeypatch) -> None:
+    def gone(*args: object, **kwargs: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    turned: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "dup2", lambda old, new: turned.append(new))  # of the tests' own output
+        patched.setattr(place, gone)
+        assert main(words) == 0
+    assert turned == [sys.stdout.fileno()]
+
+
 @pytest.mark.parametrize("launcher", [["--launcher", "ddp"], ["--launcher=ddp"]])
 def test_a_launcher_starts_the_same_command(launcher: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Replaced(Exception):

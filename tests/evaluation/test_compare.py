@@ -65,6 +65,20 @@ def test_scores_of_known_answers(one):
     assert "gain" not in base
 
 
+def test_a_page_stays_when_the_reader_of_the_table_is_gone(one, tmp_path, monkeypatch):
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "table.md").write_text("from before")
+
+    def gone(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(compare, "print", gone, raising=False)
+    with pytest.raises(BrokenPipeError):
+        compare.main([str(one), "--out", str(page), "--force"])
+    assert (page / "index.html").exists() and "from before" not in (page / "table.md").read_text()
+
+
 def test_better_is_said_only_where_it_is_shown(one, capsys):
     compare.report([one])
     printed = capsys.readouterr().out
@@ -369,3 +383,14 @@ def test_browse_mistakes(one, capsys):
     assert "no method 'bad' in these runs; they have base, good, same, noisy" in capsys.readouterr().err
     assert browse.main([str(one), "--benchmark", "gsm8k"]) == 1
     assert "no benchmark 'gsm8k' here; there are sums" in capsys.readouterr().err
+    assert browse.main([str(one), "--base", "bad"]) == 1
+    assert "no method 'bad' in these runs; they have base, good, same, noisy" in capsys.readouterr().err
+
+
+def test_browse_measures_against_the_first_method_where_there_is_no_base(tmp_path, capsys):
+    folder = make_run(tmp_path / "r", {"full": verdicts(BASE), "good": verdicts(GOOD)})
+    for more in ([], ["--methods", "good"]):
+        assert browse.main([str(folder), "--verdict", "gained", *more]) == 0
+        printed = capsys.readouterr().out
+        assert "5 of 20 problems (gained)" in printed
+        assert re.search(r"^full +\| good$", printed, re.MULTILINE)
