@@ -125,10 +125,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     answers.add_argument(
         "--stage",
         choices=("before", "longer", "elicited", "after", "training"),
-        default="after",
-        help="of `steer train`: whose answers; training = those of the updates",
+        help="of a run of `steer train`: whose answers; training = those of the updates (default: after)",
     )
-    answers.add_argument("--variant", default="base", help="of `steer eval`: whose answers")
+    answers.add_argument("--variant", help="of a run of `steer eval`: whose answers (default: base)")
     for one in (pairs, answers):
         one.add_argument(
             "--method", choices=("mean", "pca", "svm"), default="mean", help="mean difference, first "
@@ -178,17 +177,28 @@ def _pairs(args: argparse.Namespace) -> None:
 def _answers(args: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from steer.errors import SteerError, shown
     from steer.evaluation.answers import run_model, run_settings
     from steer.extract.completions import read_completions
 
+    settings = run_settings(Path(args.run_folder))
+    kind, without, other = (
+        ("eval", "stage", "variant") if "variants" in settings else ("train", "variant", "stage")
+    )
+    if (given := getattr(args, without)) is not None:
+        raise SteerError(
+            f"--{without} {shown(given)} has no effect: {args.run_folder} is a run of `steer {kind}`; choose its "
+            f"answers by --{other}"
+        )
     if args.model:
         model, tokenizer = _load(args, args.model, args.run_folder)
     else:
-        of = run_model(run_settings(Path(args.run_folder)))
+        of = run_model(settings)
         args.revision = args.revision or of["revision"]
         args.base_adapter = args.base_adapter or of["base_adapter"]
         model, tokenizer = _load(args, of["model"], args.run_folder)
-    contrast = read_completions(args.run_folder, tokenizer, args.stage, args.variant)
+    stage, variant = args.stage or "after", "base" if args.variant is None else args.variant
+    contrast = read_completions(args.run_folder, tokenizer, stage, variant)
     _contrast(args, model, tokenizer, contrast, args.run_folder)
 
 

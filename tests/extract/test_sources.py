@@ -366,6 +366,21 @@ def test_answers_of_a_run_need_no_model(trained: Path, tmp_path: Path) -> None:
     assert made.config.base_model_name_or_path == str(trained.parent / "model")
 
 
+def test_a_choice_of_answers_that_has_no_effect_is_refused(
+    trained: Path, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, option, kind, other in (
+        (trained, "--variant", "train", "--stage"),
+        (evaluated / "run", "--stage", "eval", "--variant"),
+    ):
+        asked = ["extract", "answers", str(folder), "--out", str(tmp_path / "v")]
+        assert main([*asked, option, "after"]) == 1
+        error = capsys.readouterr().err
+        assert f"{option} 'after' has no effect: {folder} is a run of `steer {kind}`" in error
+        assert f"choose its answers by {other}" in error
+    assert not (tmp_path / "v").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
