@@ -109,7 +109,7 @@ def names_another_base(
     is theirs in the message.
     """
     made_for = config.base_model_name_or_path
-    if made_for is None or (_same(made_for, base) and _same(config.base_adapter, adapter)):
+    if made_for is None or (same_name(made_for, base) and same_name(config.base_adapter, adapter)):
         return None
     return (
         f"{name}: made for {_called(made_for, config.base_adapter)}; this model is {_called(base, adapter)}, "
@@ -117,7 +117,7 @@ def names_another_base(
     )
 
 
-def _same(one: str | None, other: str | None) -> bool:
+def same_name(one: str | None, other: str | None) -> bool:
     """Whether two names are equal, or lead to one place."""
     if not one or not other:
         return not one and not other

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from steer.outputs import add_force, check_output, output
 
 if TYPE_CHECKING:
     from steer.artifact import Artifact
+    from steer.config import SteeringConfig
 
 TARGETS = {
     "peft": ("a PEFT adapter (BEFT; adaptive vectors as a LoRA of rank 1)", "-peft"),
@@ -211,9 +211,8 @@ def _check_options(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from steer import artifact
     from steer.export import arrays, gguf, lm_eval, peft
-    from steer.export.origin import PART
+    from steer.identity import describe
     from steer.models import skeleton
-    from steer.prompt import recorded
 
     source = Path(args.source)
     try:
@@ -232,8 +231,14 @@ def _import(args: argparse.Namespace) -> None:
         imported = gguf.read(args.source, model, block_0=args.block_0 or "refuse")
     else:
         imported = {"peft": peft, "lm-eval": lm_eval}[kind].read(args.source, model)
-    if not args.confirm_model:
-        _check_origin(args, recorded(imported.config.provenance, PART))
+    own = (kind == "peft" and peft.has_config(source)) or (kind == "gguf" and gguf.has_config(source))
+    if problem := _other_model(args.model, imported.config, own):
+        if not args.confirm_model:
+            raise SteerError(
+                f"{args.source} {problem}; if they were made for {args.model}, add --confirm-model"
+            )
+        config = replace(imported.config, **describe(model), tokenizer_checksum=None)
+        imported = replace(imported, config=config)
     with output(args.out, args.replace, args.source, args.model, folder=True):
         artifact.write(args.out, imported)
     told = {"out": args.out, "kind": imported.config.kind, "layers": imported.config.layers}
@@ -250,20 +255,26 @@ def _check_format_options(args: argparse.Namespace, kind: str) -> None:
         raise SteerError(f"--block-0 is for GGUF control vectors; {shown(args.source)} is read as {kind}")
 
 
-def _check_origin(args: argparse.Namespace, origin: Mapping[str, Any]) -> None:
-    """SteerError unless the file that was read names the base model that was given."""
+def _other_model(given: str, config: SteeringConfig, own: bool) -> str | None:
+    """
+    Why a file that was read may not be for the base model `given`; None where it names that model.
+
+    Args:
+        given: a model, as in `steer.models.load_model`.
+        config: what was read.
+        own: whether the file held the config; its provenance may tell of an earlier file.
+    """
+    from steer.export.origin import PART
+    from steer.identity import same_name
+    from steer.prompt import recorded
     from steer.weights import public_name
 
-    if not origin:  # the file is of steer and has its config
-        return
-    named = origin["base_model"]
+    named = config.base_model_name_or_path if own else recorded(config.provenance, PART).get("base_model")
     if named is None:
-        told = "does not say which model its vectors are for"
-    elif named in (args.model, public_name(args.model)):
-        return
-    else:
-        told = f"says that its vectors are for {shown(named)}"
-    raise SteerError(f"{args.source} {told}; if they were made for {args.model}, add --confirm-model")
+        return "does not say which model its vectors are for"
+    if same_name(public_name(named), public_name(given)):
+        return None
+    return f"says that its vectors are for {shown(named)}"
 
 
 def _format(path: Path) -> str:

@@ -187,8 +187,8 @@ def _answers(args: argparse.Namespace) -> None:
     )
     if (given := getattr(args, without)) is not None:
         raise SteerError(
-            f"--{without} {shown(given)} has no effect: {args.run_folder} is a run of `steer {kind}`; choose its "
-            f"answers by --{other}"
+            f"--{without} {shown(given)} has no effect: {args.run_folder} is a run of `steer {kind}`; choose "
+            f"its answers by --{other}"
         )
     if args.model:
         model, tokenizer = _load(args, args.model, args.run_folder)

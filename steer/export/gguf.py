@@ -169,6 +169,11 @@ def read(path: str | os.PathLike[str], model: nn.Module, *, block_0: str = "refu
     return made
 
 
+def has_config(path: str | os.PathLike[str]) -> bool:
+    """Whether a file that `read` accepts has the config of steer, which names its own base model."""
+    return CONFIG_KEY in _load(Path(path))[0]
+
+
 def _load(path: Path) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
     """Metadata, and float32 vectors by block, of one length and finite."""
     try:

@@ -152,6 +152,11 @@ def read(folder: str | os.PathLike[str], model: nn.Module) -> Artifact:
     return _restored(made, metadata.get("steering_config"), folder)
 
 
+def has_config(folder: str | os.PathLike[str]) -> bool:
+    """Whether an adapter that `read` accepts has the config of steer, which names its own base model."""
+    return "steering_config" in _read_tensors(Path(folder) / TENSOR_FILE)[0]
+
+
 def _adapter_config(
     config: SteeringConfig, decoder: str, layers: list[int], place: str, base: str | None
 ) -> dict[str, Any]:

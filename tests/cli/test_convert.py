@@ -55,6 +55,36 @@ def test_a_file_of_steer_knows_its_model(place: Path, source: str) -> None:
     assert artifact.read("out").config == artifact.read("vectors").config
 
 
+@pytest.mark.parametrize("source", ["v.gguf", "adapter"])
+def test_a_file_of_steer_for_another_model_is_imported_when_that_is_confirmed(
+    place: Path, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    (place / "model").rename("copy")
+    argv = ["import", source, "--model", "copy", "--out", "out"]
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert "says that its vectors are for 'model'; if they were made for copy, add --confirm-model" in error
+    assert main([*argv, "--confirm-model"]) == 0
+    found, before = artifact.read("out").config, artifact.read("vectors").config
+    assert (found.base_model_name_or_path, found.base_checksum) == ("copy", None)
+    assert (found.layers, found.hidden_size, found.prompt) == (
+        before.layers,
+        before.hidden_size,
+        before.prompt,
+    )
+    assert main(["import", source, "--model", "./copy", "--out", "again"]) == 1, "the file is as it was"
+    (place / "model").symlink_to("copy")
+    assert main(["import", source, "--model", "./copy", "--out", "again"]) == 0, "one place, two names"
+
+
+@pytest.mark.parametrize(("kind", "source"), [("gguf", "back.gguf"), ("peft", "back")])
+def test_vectors_of_a_foreign_file_go_through_a_file_of_steer(place: Path, kind: str, source: str) -> None:
+    assert main(["import", "v.npy", "--model", "model", "--out", "first", "--confirm-model"]) == 0
+    assert main(["export", "first", "--to", kind, "--out", source]) == 0
+    assert main(["import", source, "--model", "model", "--out", "second"]) == 0
+    assert artifact.read("second").config == artifact.read("first").config
+
+
 def test_an_adapter_that_names_its_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file, save_file
 
