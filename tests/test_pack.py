@@ -59,6 +59,13 @@ def test_an_artifact_goes_to_the_hub_is_listed_and_comes_back(folder: Path, remo
     assert (Path("vectors") / CARD_FILE).read_text() == (remote.home / "me/vectors" / CARD_FILE).read_text()
 
 
+def test_a_card_is_written_into_a_folder_alone(folder: Path, remote: Any, capsys: Any) -> None:
+    assert main(["pack", "push", str(folder), "me/vectors"]) == 0
+    assert "'me/vectors' is not a folder" in refused(["card", "me/vectors"], capsys)
+    assert not Path("me").exists()
+    assert "is not a folder" in refused(["card", str(folder / TENSOR_FILE)], capsys)
+
+
 def test_a_dry_run_uploads_nothing(folder: Path, remote: Any, capsys: Any) -> None:
     assert main(["pack", "push", str(folder), "me/vectors", "--dry-run"]) == 0
     told = capsys.readouterr().out

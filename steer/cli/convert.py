@@ -41,6 +41,7 @@ SOURCES = {
 
 MODELS = ("checkpoint", "gguf-model")  # formats that hold the whole model
 FOLDERS = ("peft", "checkpoint")
+ARRAYS = ("npz", "npy", "pt")  # formats that a file's suffix tells
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -204,6 +205,12 @@ def _check_options(args: argparse.Namespace) -> None:
     for option in ("--revision", "--trust-remote-code", "--base-adapter"):
         if args.to != "checkpoint" and getattr(args, option[2:].replace("-", "_")):
             raise SteerError(f"{option} is for --to checkpoint; --to {args.to} loads no model's weights")
+    suffix = TARGETS[args.to][1]
+    if args.to in ARRAYS and args.out and Path(args.out).suffix != suffix:
+        raise SteerError(
+            f"--to {args.to} writes a {suffix} file, and --out is {shown(args.out)}; give a name that ends "
+            f"in {suffix}, or another --to"
+        )
     if args.block_0 and args.to != "gguf":
         raise SteerError(f"--block-0 is for --to gguf; --to {args.to} holds the vector of block 0")
 
@@ -291,7 +298,7 @@ def _transfer(args: argparse.Namespace) -> None:
     from steer import artifact
     from steer.base_adapter import artifact_base
     from steer.models import load_model, load_tokenizer
-    from steer.transfer.move import transfer
+    from steer.transfer.move import needs_donor, transfer
 
     source = artifact.read(args.artifact)
     donor = (args.donor or source.config.base_model_name_or_path, source.config.base_adapter)
@@ -300,17 +307,16 @@ def _transfer(args: argparse.Namespace) -> None:
     trust = args.trust_remote_code
     recipient = load_model(args.to, dtype=args.dtype, revision=args.revision, trust_remote_code=trust)
     tokenizer = load_tokenizer(args.to, revision=args.revision, trust_remote_code=trust)
-    giver: Any = None  # not needed by a copy between models of one shape
-    if args.donor or source.config.base_model_name_or_path:
+    how: dict[str, Any] = {"method": args.method, "layers_by": args.layers_by, "rescale": not args.no_rescale}
+    giver: Any = None
+    if donor[0] and needs_donor(source.config, recipient, **how):
         name, given = artifact_base(source.config, args.donor, args.from_revision, trust_remote_code=trust)
         giver = load_model(name, dtype=args.dtype, revision=given, trust_remote_code=trust)
     made, report = transfer(
         source,
         giver,
         recipient,
-        method=args.method,
-        layers_by=args.layers_by,
-        rescale=not args.no_rescale,
+        **how,
         texts=args.texts,
         force=args.force,
         trust_remote_code=trust,

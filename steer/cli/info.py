@@ -13,7 +13,7 @@ from steer.arguments import Help
 from steer.artifact import Artifact
 from steer.artifact_scores import MEASURED
 from steer.card import is_score, relevant
-from steer.errors import SteerError
+from steer.errors import SteerError, shown
 from steer.files import read_json
 
 ARTIFACT = "folder, .safetensors file or hub id"
@@ -114,6 +114,11 @@ def _diff(args: argparse.Namespace) -> None:
 
 def _card(args: argparse.Namespace) -> None:
     read = artifact.read(args.artifact)
+    if not Path(args.artifact).is_dir():
+        raise SteerError(
+            f"{shown(args.artifact)} is not a folder, and a card is written beside the vectors; give the "
+            "folder of an artifact (steer pack pull downloads one)"
+        )
     controls = dict(_control(text) for text in args.control)
     known = {**(read.config.provenance or {})}
     if controls:

@@ -99,7 +99,7 @@ def transfer(
     layers_by = "depth" if layers_by == "auto" else layers_by
     target = _loaded(recipient, trust_remote_code)
     decoder = find_decoder(target)
-    blind = method == "direct" and not rescale and layers_by == "depth" and _same_shape(source.config, target)
+    blind = not needs_donor(source.config, target, method=method, layers_by=layers_by, rescale=rescale)
     method = _possible(source, target, method, layers_by)
     layers = source.config.resolve_layers(source.num_hidden_layers)
     matches = by_depth(layers, source.num_hidden_layers, decoder.num_hidden_layers)
@@ -154,6 +154,14 @@ def transfer(
     if recipient_tokenizer is not None:
         config = replace(config, tokenizer_checksum=tokenizer_checksum(recipient_tokenizer))
     return Transferred(Artifact(config, made.tensors), report)
+
+
+def needs_donor(
+    config: SteeringConfig, recipient: PreTrainedModel, *, method: str, layers_by: str, rescale: bool
+) -> bool:
+    """Whether `transfer` runs both models: not for a plain copy into a model of the same shape."""
+    copied = method == "direct" and not rescale and layers_by in ("auto", "depth")
+    return not (copied and _same_shape(config, recipient))
 
 
 def _loaded(model: PreTrainedModel | str, trust: bool) -> PreTrainedModel:

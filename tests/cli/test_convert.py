@@ -170,6 +170,25 @@ def test_diff_tells_of_a_condition(place: Path, capsys: pytest.CaptureFixture[st
     assert "condition: None | Condition(layer=0, threshold=0.25)" in capsys.readouterr().out
 
 
+def test_a_plain_copy_loads_no_donor(place: Path) -> None:
+    argv = [
+        "transfer",
+        "vectors",
+        "--to",
+        "model",
+        "--from",
+        "nothing",
+        "--method",
+        "direct",
+        "--out",
+        "moved",
+    ]
+    assert main([*argv, "--no-rescale"]) == 0
+    moved, before = (artifact.read(name).by_layer() for name in ("moved", "vectors"))
+    torch.testing.assert_close(moved, before)
+    assert main([*argv, "--force"]) == 1, "to rescale, the donor is read"
+
+
 def test_scales_of_constant_vectors_are_refused_before_any_answer(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

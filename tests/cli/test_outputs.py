@@ -143,6 +143,7 @@ def test_a_failed_replacement_leaves_what_was_there(place: Path, monkeypatch: py
     [
         (["--to", "npz", "--model", "model"], "--model is for --to checkpoint, gguf-model and peft"),
         (["--to", "peft", "--block-0", "drop"], "--block-0 is for --to gguf"),
+        (["--to", "npy"], "--to npy writes a .npy file, and --out is 'out.npz'"),
     ],
 )
 def test_an_option_that_the_format_does_not_use_is_refused(
