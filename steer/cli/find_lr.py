@@ -190,7 +190,7 @@ def _leave(
     found = {} if best is None else recommended(training, best)
     record = {
         "recommended": found or None,
-        "next": _next(arguments, found, settings.finder) if found else None,
+        "next": _next(arguments, found) if found else None,
         "note": choice.note,
         "rule": find_rate.RULE,
         "layers": {
@@ -243,20 +243,17 @@ def recommended(training: SteeringGRPOConfig, trial: Trial) -> dict[str, Any]:
     return {"learning_rate": trial.learning_rate, "lr_by_layer": table}
 
 
-def _next(arguments: Sequence[str], found: dict[str, Any], asked: FinderArguments | None) -> str:
-    """The command line without the finder's words, with the launcher and the rates that were found."""
+def _next(arguments: Sequence[str], found: dict[str, Any]) -> str:
+    """The command line with the finder off, the rates that were found, and the launcher."""
     words: list[str] = []
     dropped = {*(field.name for field in fields(FinderArguments)), *found}
-    given: set[str | None] = set()
     skipping = False
     for word in arguments:
         if (name := setting_of(word)) is not None:
             skipping = name in dropped
-            given.add(name)
         if not skipping:
             words.append(word)
-    if set(_changed(asked)) - given:  # a config file has them
-        words += ["--find_lr", "false"]
+    words += ["--find_lr", "false"]  # a config file may have it, and its other settings
     for name, value in found.items():
         words += [f"--{name}", str(value)]
     if launcher := os.environ.get(LAUNCHER):

@@ -21,7 +21,6 @@ import steer
 from steer.cli import train
 from steer.cli.find_lr import _short, growth, recommended
 from steer.errors import SteerError
-from steer.training.arguments import FinderArguments
 from steer.training.sweep import find_rate
 from steer.training.sweep.find_rate import Trial, choose, middle_rate, scaled, smoothed
 from steer.training.sweep.halving import mean_reward
@@ -315,7 +314,7 @@ def test_a_config_that_has_the_finder_is_switched_off(base: Path, tmp_path: Path
         path.write_text(yaml.safe_dump({**known, "find_lr": True, "learning_rate": 0.5, **more}))
         for switch in ([], ["--find_lr", "true"]):
             given = ["--config", str(path), "--learning-rate=3", *switch]
-            command = _next(given, {"learning_rate": 0.25}, train.parse(given).finder)
+            command = _next(given, {"learning_rate": 0.25})
             settings = train.parse(shlex.split(command)[2:])
             assert settings.training.learning_rate == 0.25
             assert settings.finder is not None and not settings.finder.find_lr
@@ -333,5 +332,5 @@ def test_the_next_command_has_the_launcher(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setenv("STEER_LAUNCHER", "ddp")
     given = ["--config", "demo", "--find_lr", "true"]
-    command = _next(given, {"learning_rate": 0.25}, FinderArguments(find_lr=True))
-    assert command == "steer train --config demo --learning_rate 0.25 --launcher ddp"
+    command = _next(given, {"learning_rate": 0.25})
+    assert command == "steer train --config demo --find_lr false --learning_rate 0.25 --launcher ddp"
