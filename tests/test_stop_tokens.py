@@ -118,7 +118,8 @@ def test_greedy_answers_know_no_penalties_of_the_model(build_tiny, tiny_tokenize
     model.generation_config.repetition_penalty = 1000.0
     model.generation_config.no_repeat_ngram_size = 1
     config = greedy_config(tiny_tokenizer, model.generation_config, 60)
-    out = model.generate(torch.tensor([[1, 5]]), attention_mask=torch.ones(1, 2), generation_config=config)
+    ids = torch.tensor([[1, 5]])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     assert out[0, 2:].tolist() == list(plain.ids)
     assert len(set(plain.ids)) < 60, "or penalties would change nothing"
 
