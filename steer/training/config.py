@@ -161,6 +161,11 @@ class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[mis
             raise SteerError(self._odd_groups()) from error
         if self.loss_type not in LOSSES:
             raise SteerError(f"loss_type={self.loss_type!r} is unknown; choose one of {', '.join(LOSSES)}")
+        if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:  # trl would take epsilon for None
+            raise SteerError(
+                f"loss_type=cispo with epsilon_high={self.epsilon_high}: it bounds the weight itself; give "
+                "one above 1, such as 5.0"
+            )
         if self.advantage not in ADVANTAGES:
             raise SteerError(
                 f"advantage={self.advantage!r} is unknown; choose one of {', '.join(ADVANTAGES)}"

@@ -76,6 +76,7 @@ def test_neither_rows_left_out_nor_an_update_in_parts_change_anything(run, loss_
         "max_grad_norm": 0.0,
         "gradient_accumulation_steps": 2,
         "importance_sampling_level": "sequence" if loss_type == "luspo" else "token",
+        "epsilon_high": 5.0 if loss_type == "cispo" else None,
     }
     counts: list[int] = []
 

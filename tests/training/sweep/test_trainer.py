@@ -385,7 +385,7 @@ def test_every_setting_is_honoured_irrelevant_or_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"loss_type": "cispo"}, "loss_type='cispo' is not for a population"),
+        ({"loss_type": "cispo", "epsilon_high": 5.0}, "loss_type='cispo' is not for a population"),
         ({"steps_per_generation": 4}, "one update"),
         ({"num_iterations": 2}, "num_iterations at 1"),
         ({"reward_weights": [1.0, 2.0]}, "2 reward_weights for 1 reward functions"),
