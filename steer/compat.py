@@ -166,6 +166,8 @@ APIS: tuple[Api, ...] = (
     Api(f"{_GRPO}._load_optimizer_and_scheduler", _TRL, "overrides it", (*_SELF, "checkpoint")),
     Api(f"{_GRPO}._tag_names", _TRL, "overrides it"),
     Api("trl.DPOTrainer._prepare_dataset", _TRL, "overrides it", (*_SELF, "dataset", MORE)),
+    Api(f"{_TRAINER}._init_training_state", _TRANSFORMERS, "overrides it", (*_SELF, "max_steps", MORE)),
+    Api("transformers.TrainerState.compute_steps", _TRANSFORMERS, "calls it", (*_SELF, "args", "max_steps")),
     Api(f"{_TRAINER}._run_epoch", _TRANSFORMERS, "overrides it", (*_SELF, MORE)),
     Api(f"{_TRAINER}._save_rng_state", _TRANSFORMERS, "overrides it", (*_SELF, "output_dir")),
     Api(f"{_TRAINER}._save_optimizer_and_scheduler", _TRANSFORMERS, "overrides it", (*_SELF, "output_dir")),

@@ -38,6 +38,12 @@ class ResumableMixin(Trainer):
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        done = super()._init_training_state(max_steps, *args, **kwargs)
+        # a checkpoint's state brings the save_steps and logging_steps that it was written with
+        self.state.compute_steps(self.args, max_steps)
+        return done
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # it had been stopped after its last update, or a callback knows that it had ended early
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:

@@ -77,6 +77,17 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(run, tmp_path: Path, case
     assert logged(resumed, "reward") == logged(whole, "reward")
 
 
+def test_a_resumed_run_saves_and_logs_as_it_is_told_now(run, tmp_path: Path) -> None:
+    run(folder="first", max_steps=2, save_strategy="steps", save_steps=2)
+    changed = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "save_total_limit": 10}
+    resumed = run(folder="then", resume=tmp_path / "first" / "checkpoint-2", max_steps=5, **changed)
+    assert (resumed.state.save_steps, resumed.state.logging_steps) == (3, 2)
+    assert {path.name for path in (tmp_path / "then").glob("checkpoint-*")} == {
+        "checkpoint-3",
+        "checkpoint-5",
+    }
+
+
 def test_last_checkpoint_skips_what_was_cut_short(run, tmp_path: Path) -> None:
     run(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=10)
     folder = tmp_path / "run"
