@@ -309,7 +309,10 @@ class GroupGRPOTrainer(SamplingGRPOTrainer):
                     )
             options["share"] &= self.args.share_prompts
             options["share"] &= not recomputes and not self.sharded
-            size = None if options["share"] else kwargs.get("batch_size")
+            size = kwargs.get("batch_size")  # none in an update, which is cut in `_parts`
+            if size and options["share"]:  # whole groups: a part reads its prompts itself
+                group = self.num_generations if self.model.training else self.num_generations_eval
+                size = ceil(size / group) * group
             with nullcontext() if recomputes else self._recomputing(input_ids, attention_mask, prompt):
                 parts = [
                     self._score_rows(model, ids, mask, prompt, options)

@@ -100,6 +100,34 @@ def test_neither_rows_left_out_nor_an_update_in_parts_change_anything(run, loss_
     assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4, abs=1e-6)
 
 
+def test_what_is_scored_before_an_update_is_scored_in_whole_groups(run, monkeypatch) -> None:
+    counts: list[int] = []
+    original = SteeringGRPOTrainer._score_rows
+
+    def count(self: Any, model: Any, ids: torch.Tensor, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            counts.append(len(ids))
+        return original(self, model, ids, *args)
+
+    monkeypatch.setattr(SteeringGRPOTrainer, "_score_rows", count)
+    # a generation of three groups of four feeds two updates of six rows
+    settings: dict[str, Any] = {"per_device_train_batch_size": 6, "steps_per_generation": 2, "beta": 0.1}
+    trainer = run(max_steps=1, **settings)
+    assert counts == [8, 4] * 2, "of the policy, and of the reference"
+    counts.clear()
+    prompts = torch.tensor([[0, 0, 5, 6], [0, 7, 8, 9], [3, 4, 5, 6]]).repeat_interleave(4, 0)
+    ids = torch.cat([prompts, torch.arange(60).view(12, 5) + 10], 1)
+    with torch.no_grad():
+        parts, whole = (
+            trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, (ids > 0).long(), 5, batch_size=size
+            )[0]
+            for size in (6, None)
+        )
+    assert counts == [8, 4, 12]
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_an_update_in_parts_with_a_reference_changes_nothing(run) -> None:
     settings: dict[str, Any] = {"beta": 0.1, "max_steps": 3, "learning_rate": 0.1}
     assert far(vectors(run(update_rows=3, **settings)), vectors(run(update_rows=0, **settings))) < 1e-4
