@@ -99,6 +99,11 @@ def load(settings: RunSettings) -> tuple[Dataset | None, Problems | None]:
             )
         if not pairs_given:
             return problems(run)
+        if run.prefix:
+            raise SteerError(
+                f"prefix={shown(run.prefix)} opens every answer, and the prompts and answers of "
+                f"{run.train_data} are used as they are; leave prefix out, or write it into them"
+            )
     why = f"train_data={run.train_data} holds answers and no problems"
     _no_effect(run, unset, OF_PROBLEMS, why)
     if run.examples:

@@ -219,6 +219,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "problems": ("--method dpo --train_data {train}", "has no pairs of answers; method=dpo takes the folder"),
     "pairs": ("--method sft --train_data {two}", "has chosen and rejected answers, and method=sft"),
     "pair": ("--method dpo --train_data {two}", "two.jsonl, line 2 has no 'rejected'"),
+    "prefix of pairs": (
+        "--method dpo --train_data {two} --prefix To",
+        "prefix='To' opens every answer, and the prompts and answers of {two} are used as they are",
+    ),
     "all seen": (
         "--method sft --train_data {run} --min_reward 1.25 --eval_data {same}",
         "every answer to train on is one to a held-out problem",
