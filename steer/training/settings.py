@@ -141,6 +141,12 @@ class Switch(NamedTuple):
     why: str
 
 
+def _ratios_differ(args: Any) -> bool:
+    """Whether a sample enters updates of another policy than the one that drew it."""
+    return args.num_iterations > 1 or args.steps_per_generation != args.gradient_accumulation_steps
+
+
+_ONE_UPDATE = "a generation feeds one update, in which all ratios of probabilities are 1"
 SWITCHES = (
     Switch(
         (
@@ -153,6 +159,33 @@ SWITCHES = (
     Switch(("vllm_",), lambda args: args.use_vllm, "use_vllm is false"),
     Switch(("sapo_",), lambda args: args.loss_type == "sapo", "loss_type is not sapo"),
     Switch(("vespo_",), lambda args: args.loss_type == "vespo", "loss_type is not vespo"),
+    Switch(("epsilon",), lambda args: args.loss_type == "cispo" or _ratios_differ(args), _ONE_UPDATE),
+    Switch(("delta",), lambda args: args.delta < 1 or _ratios_differ(args), _ONE_UPDATE),
+    Switch(
+        ("epsilon",),
+        lambda args: args.loss_type not in ("sapo", "vespo"),
+        "sapo and vespo clip no ratio",
+    ),
+    Switch(
+        ("delta",),
+        lambda args: args.loss_type not in ("cispo", "sapo", "vespo"),
+        "cispo, sapo and vespo do not read it",
+    ),
+    Switch(
+        ("importance_sampling_level",),
+        lambda args: args.loss_type != "vespo" or (args.beta != 0 and args.use_bias_correction_kl),
+        "vespo weighs whole samples itself",
+    ),
+    Switch(("use_bias_correction_kl",), lambda args: args.beta != 0, "beta is 0"),
+    Switch(
+        ("update_rows",),
+        lambda args: args.top_entropy_quantile == 1
+        and not args.entropy_coef
+        and not args.use_adaptive_entropy
+        and not args.router_aux_loss_coef,
+        "a batch is not divided where one of top_entropy_quantile, entropy_coef, use_adaptive_entropy and "
+        "router_aux_loss_coef is set",
+    ),
     Switch(("ref_model_",), lambda args: args.sync_ref_model, "sync_ref_model is false"),
     Switch(
         ("entropy_coef_", "entropy_target"),

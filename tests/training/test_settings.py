@@ -27,12 +27,12 @@ HONOURED = """
     chat_template_kwargs dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
     dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
     dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
-    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed delta disable_dropout
+    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_dropout
     disable_tqdm do_train ds3_gather_for_generation dynamic_sampling_rounds
-    enable_jit_checkpoint entropy_coef epsilon
-    epsilon_high fast_sampler fp16 fsdp fsdp_config full_determinism generation_batch_size
+    enable_jit_checkpoint entropy_coef
+    fast_sampler fp16 fsdp fsdp_config full_determinism generation_batch_size
     generation_kwargs gradient_accumulation_steps gradient_checkpointing hub_always_push hub_model_id
-    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip importance_sampling_level
+    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
     include_num_input_tokens_seen learning_rate local_rank log_completions
     log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node
     log_unique_prompts logging_first_step logging_nan_inf_filter logging_steps logging_strategy
@@ -47,8 +47,8 @@ HONOURED = """
     save_total_limit scale_rewards seed share_prompts shuffle_dataset skip_memory_metrics
     skip_zero_advantage steps_per_generation sync_ref_model temperature tf32 top_entropy_quantile top_k
     top_p trust_remote_code torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
-    trackio_bucket_id trackio_space_id trackio_static_space_id update_memory update_rows use_adaptive_entropy
-    use_bias_correction_kl use_cache use_cpu use_transformers_continuous_batching use_transformers_paged
+    trackio_bucket_id trackio_space_id trackio_static_space_id update_memory use_adaptive_entropy
+    use_cache use_cpu use_transformers_continuous_batching use_transformers_paged
     use_vllm warmup_steps weight_decay
     """
 # Names that later versions of transformers have for gradient_checkpointing and its arguments.
@@ -147,11 +147,51 @@ def test_what_a_recipe_does_not_read_is_refused(changes: dict[str, Any]) -> None
         ({"sample_rows": 4, "fast_sampler": False}, "fast_sampler is false"),
         ({"sample_rows": 4, "use_vllm": True}, "vLLM samples"),
         ({"per_device_eval_batch_size": 16}, "trl evaluates nothing here"),
+        ({"epsilon_high": 0.28}, settings._ONE_UPDATE),
+        ({"delta": 2.0}, settings._ONE_UPDATE),
+        ({"delta": 2.0, "loss_type": "cispo", "epsilon_high": 5.0}, "cispo, sapo and vespo do not read it"),
+        ({"epsilon": 0.1, "loss_type": "sapo", "num_iterations": 2}, "sapo and vespo clip no ratio"),
+        (
+            {"importance_sampling_level": "sequence", "loss_type": "vespo"},
+            "vespo weighs whole samples itself",
+        ),
+        ({"use_bias_correction_kl": False}, "beta is 0"),
     ],
 )
 def test_what_plays_no_part_is_named(changes: dict[str, Any], why: str) -> None:
     (name, *_) = changes
     assert settings.idle(make(**changes)) == {name: why}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_entropy_quantile": 0.5},
+        {"entropy_coef": 0.1},
+        {"use_adaptive_entropy": True},
+        {"router_aux_loss_coef": 0.1},
+    ],
+)
+def test_rows_of_an_update_that_is_not_divided_play_no_part(changes: dict[str, Any]) -> None:
+    told = settings.idle(make(update_rows=4, **changes))
+    assert told.keys() == {"update_rows"} and told["update_rows"].startswith("a batch is not divided where")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_type": "sapo", "sapo_temperature_neg": 2.0},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0, "num_iterations": 2},
+        {"epsilon_high": 0.3, "steps_per_generation": 2},
+        {"delta": 0.5},
+        {"importance_sampling_level": "sequence", "loss_type": "vespo", "beta": 0.1},
+        {"use_bias_correction_kl": False, "beta": 0.1},
+        {"update_rows": 4},
+    ],
+)
+def test_what_has_its_switch_is_not_idle(changes: dict[str, Any]) -> None:
+    assert settings.idle(make(**changes)) == {}
 
 
 @pytest.mark.parametrize(
@@ -161,10 +201,6 @@ def test_what_plays_no_part_is_named(changes: dict[str, Any], why: str) -> None:
 def test_rows_of_another_sampler_play_no_part(changes: dict[str, Any]) -> None:
     told = settings.idle(make(sample_rows=4, **changes))
     assert told.keys() == {"sample_rows"} and told["sample_rows"].startswith("generate() samples where")
-
-
-def test_what_has_its_switch_is_not_idle() -> None:
-    assert settings.idle(make(loss_type="sapo", sapo_temperature_neg=2.0)) == {}
 
 
 @hypothesis_settings(max_examples=150, deadline=None)
