@@ -115,10 +115,15 @@ class ResumableGRPOTrainer(ResumableMixin, GRPOTrainer):
         """What the coming rollouts depend on, in types that `torch.load` reads without executing any."""
         # samples are still to be used when a generation feeds more than one update
         cycle = self.args.steps_per_generation * self.num_iterations
-        return {"step": self._step, "buffer": self._buffered_inputs if self._step % cycle else None}
+        buffer = self._buffered_inputs if self._step % cycle else None
+        # trl writes these two after trainer_state.json, which marks a checkpoint whole
+        entropy = (self.entropy_coef, self._last_world_entropy)
+        return {"step": self._step, "buffer": buffer, "entropy": entropy}
 
     def _set_rollout_state(self, state: dict[str, Any]) -> None:
         self._step, self._buffered_inputs = state["step"], state["buffer"]
+        if self.use_adaptive_entropy and "entropy" in state:
+            self.entropy_coef, self._last_world_entropy = state["entropy"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
