@@ -149,7 +149,12 @@ APIS: tuple[Api, ...] = (
         ("tokenizer", "ids", "prefix", "tools"),
     ),
     Api(f"{_GRPO}._generate_and_score_completions", _TRL, "overrides it", (*_SELF, "inputs")),
-    Api(f"{_GRPO}._calculate_rewards", _TRL, "overrides it", (*_SELF, MORE)),
+    Api(
+        f"{_GRPO}._calculate_rewards",
+        _TRL,
+        "overrides it",
+        (*_SELF, "inputs", "prompts", "completions", "completion_ids_list"),
+    ),
     Api(f"{_GRPO}._prepare_inputs", _TRL, "overrides it", (*_SELF, "generation_batch")),
     Api(
         f"{_GRPO}._get_per_token_logps_and_entropies",

@@ -22,6 +22,8 @@ from steer.tasks.data import has_own_columns, heldout_source, load_problems
 from steer.tasks.prompts import Question, format_prompt, question
 
 STAGES = ("before", "longer", "elicited", "after", "training")
+# Column of the tables of completions, which older ones lack: whether its limit cut an answer off.
+CUT_OFF = "cut_off"
 
 
 class Answer(NamedTuple):
@@ -215,8 +217,11 @@ def _trained(
             rewards = [row[name] or 0.0 for name in columns[first : first + len(weights)]]
             total = sum(weight * reward for weight, reward in zip(weights, rewards, strict=True))
             right = (row["correctness"] or 0) > 0 if least is None else total >= least
-            length = len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"])
-            yield Answer(row["prompt"], row["prompt"], row["completion"], right, spec, length < limit)
+            cut = row.get(CUT_OFF)
+            if cut is None:  # a text may have fewer tokens than were sampled
+                length = len(tokenizer(row["completion"], add_special_tokens=False)["input_ids"])
+                cut = length >= limit - max(2, 0.02 * limit)
+            yield Answer(row["prompt"], row["prompt"], row["completion"], right, spec, not cut)
 
 
 def _limit_and_weights(settings: Mapping[str, Any]) -> tuple[int, list[float]]:

@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from steer.errors import SteerError
+from steer.evaluation.answers import CUT_OFF
 from steer.training.config import SteeringGRPOConfig
 from steer.training.dynamic_sampling import PassRates, UpdateSamples
 from steer.training.resuming import ResumableGRPOTrainer
@@ -147,10 +148,18 @@ class SamplingGRPOTrainer(ResumableGRPOTrainer):
         ]
         return gather_object(rows), scores
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
         if self._known_rewards is not None:
             return self._known_rewards
-        return super()._calculate_rewards(*args, **kwargs)
+        scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        limit, ends = self.args.max_completion_length, self.eos_token_ids
+        # its text does not tell: it may be tokenised in another way
+        self._pending_extra_logs[CUT_OFF] = [
+            len(ids) >= limit and ids[-1] not in ends for ids in completion_ids_list
+        ]
+        return scores
 
     # ---- checkpoints
 

@@ -32,7 +32,7 @@ def answers_folder(place: Path, build_tiny: Callable, tiny_tokenizer: Any) -> Pa
         (run / "completions").mkdir(parents=True)
         settings = {
             "run": {"model": str(folder / "model"), "template": "plain", "rewards": ["correct01", "format"]},
-            "training": {"max_completion_length": 10, "reward_weights": [1.0, 0.25]},
+            "training": {"max_completion_length": 12, "reward_weights": [1.0, 0.25]},
         }
         (run / "run.json").write_text(json.dumps(settings))
         rows = [

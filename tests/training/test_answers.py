@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from accelerate.state import AcceleratorState
 from helpers.answers import answers_folder, made, texts, with_tests
@@ -14,6 +16,7 @@ from helpers.answers import answers_folder, made, texts, with_tests
 import steer
 from steer import SteerError
 from steer.evaluation import variants
+from steer.evaluation.answers import read_answers
 from steer.tasks.prompts import format_prompt
 from steer.training.answer_tokens import Example, tokens
 
@@ -68,6 +71,26 @@ def test_right_answers_of_a_run(base: Path, tiny_tokenizer: Any, build_tiny: Cal
     more = ("--train_data", str(base / "run" / "completions"), "--min_reward", "1.25")
     rows, _ = made(base, tiny_tokenizer, build_tiny, *where, *more)
     assert [text[1] for text in texts(rows, tiny_tokenizer)] == [r"\boxed{7}</s>", r"\boxed{9}</s>"]
+
+
+def test_what_its_limit_cut_off_is_read_or_told_by_the_length(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    (tmp_path / "completions").mkdir()
+    settings = {
+        "run": {"template": "plain", "rewards": ["correct"]},
+        "training": {"max_completion_length": 10},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    rows: dict[str, Any] = {"prompt": ["3+4"] * 3, "completion": ["7" * n for n in (7, 8, 1)]}
+    rows["correctness"] = [1.0] * 3
+
+    def finished() -> list[bool]:
+        path = tmp_path / "completions" / "completions_00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.table(rows), path)
+        return [answer.finished for answer in read_answers(tmp_path, tiny_tokenizer, "training").rows]
+
+    assert finished() == [True, False, True], "of an older version"
+    rows["cut_off"] = [True, False, True]
+    assert finished() == [False, True, False]
 
 
 def test_pairs_of_a_run(base: Path, tiny_tokenizer: Any, build_tiny: Callable) -> None:

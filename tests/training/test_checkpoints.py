@@ -89,8 +89,8 @@ def test_a_resumed_run_saves_and_logs_as_it_is_told_now(run, tmp_path: Path) -> 
 
 
 def test_the_bonus_of_entropy_goes_on_where_a_checkpoint_lacks_its_last_file(run, tmp_path: Path) -> None:
-    settings = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "use_adaptive_entropy": True}
-    settings |= {"entropy_target": 9.0, "entropy_coef_delta": 0.1}
+    settings: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+    settings |= {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.1}
     whole = run(folder="whole", **settings)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     (checkpoint / "entropy_ctrl_state.json").unlink()  # a stop between trainer_state.json and this file

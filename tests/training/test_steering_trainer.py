@@ -304,11 +304,19 @@ def test_the_trainer_brings_its_log_and_its_bar(run) -> None:
 def test_completions_are_written(run, tmp_path: Path, capsys) -> None:
     import pandas
 
-    run(log_completions=True, num_completions_to_print=1)
+    drawn: list[list[int]] = []
+
+    def size(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        drawn.extend(completion_ids)
+        return [float(sum(ids) % 5) for ids in completion_ids]
+
+    trainer = run(size, log_completions=True, num_completions_to_print=1)
     tables = sorted((tmp_path / "run" / "completions").glob("*.parquet"))
     assert [table.name for table in tables] == ["completions_00001.parquet", "completions_00002.parquet"]
     table = pandas.read_parquet(tables[0])
-    assert len(table) == 8 and {"prompt", "completion", "advantage", "parity"} <= set(table.columns)
+    assert len(table) == 8 and {"prompt", "completion", "advantage", "size"} <= set(table.columns)
+    cut = [len(ids) == 8 and ids[-1] not in trainer.eos_token_ids for ids in drawn[:8]]
+    assert table["cut_off"].tolist() == cut and any(cut)
 
 
 def test_tensorboard_gets_the_log(run, tmp_path: Path, monkeypatch) -> None:
