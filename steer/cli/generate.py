@@ -100,6 +100,7 @@ def _generate(args: argparse.Namespace) -> None:
     check_context(model.config, inputs["input_ids"].shape[1], args.max_new_tokens, "--max-new-tokens")
 
     greedy = greedy_config(tokenizer, model.generation_config, args.max_new_tokens)
+    model.generation_config = greedy  # generate() takes from there what is unset
 
     def answer() -> str:
         out = model.generate(**inputs, generation_config=greedy)  # type: ignore[operator]  # of a mixin
