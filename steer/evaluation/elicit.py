@@ -90,7 +90,7 @@ def training(
     with `columns` where it has them.
     """
     if source is not None:
-        given = {"columns": parse_columns(columns), "of_another": True}
+        given: dict[str, Any] = {"columns": parse_columns(columns), "of_another": True}
         return load_problems(source, "train", arithmetic=benchmark.arithmetic, **given).to_list()
     if benchmark.arithmetic:
         return benchmark.arithmetic.generate("train")

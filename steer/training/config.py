@@ -164,7 +164,7 @@ class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[mis
         if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:  # trl would take epsilon for None
             raise SteerError(
                 f"loss_type=cispo with epsilon_high={self.epsilon_high}: it bounds the weight itself; give "
-                "one above 1, such as 5.0"
+                "one from 1, such as 5.0"
             )
         if self.advantage not in ADVANTAGES:
             raise SteerError(

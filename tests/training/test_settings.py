@@ -112,7 +112,7 @@ def test_the_defaults_are_in_range_and_nothing_is_idle() -> None:
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"chat_template_kwargs": "[1]"}, "not a mapping"),
-        ({"loss_type": "cispo"}, "epsilon_high=None: it bounds the weight itself; give one above 1"),
+        ({"loss_type": "cispo"}, "epsilon_high=None: it bounds the weight itself; give one from 1"),
         ({"loss_type": "cispo", "epsilon_high": 0.28}, "epsilon_high=0.28: it bounds the weight itself"),
     ],
 )
