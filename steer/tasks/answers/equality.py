@@ -208,7 +208,7 @@ def _same_relation(gold: Answer, text: str, decide: bool) -> bool | None:
     if one[1] != two[1]:
         return False
     direct = every([same(g, a, decide) for g, a in zip(one[0], two[0], strict=True)])
-    if direct is not False or one[1] not in (("<",), ("le",)):
+    if direct is not False or one[1] not in (("<",), ("le",)) or _still_to_solve(gold, answer):
         return direct
     sign = _ratio_sign((one[0][0], one[0][1]), (two[0][0], two[0][1]), decide)
     return None if sign is None else sign == 1
@@ -231,6 +231,8 @@ def _same_equation(gold: Answer, answer: Answer, decide: bool) -> bool | None:
             return same(gold.items[1], sides[1], decide)
         if _is_label(gold.items[1]) and gold.items[1] == sides[1]:
             return same(gold.items[0], sides[0], decide)
+    if _still_to_solve(gold, answer):
+        return False
     left, right = gold.items
     sign = _ratio_sign((left, right), (answer.items[0], answer.items[1]), decide)
     if sign or (decide and _one_solves_the_other(gold, answer)):
@@ -239,6 +241,16 @@ def _same_equation(gold: Answer, answer: Answer, decide: bool) -> bool | None:
     if all(words):
         return sorted(words[:2]) == sorted(words[2:])  # type: ignore[type-var]
     return None if sign is None else False
+
+
+def _still_to_solve(gold: Answer, answer: Answer) -> bool:
+    """Whether the gold says what number a name is, and the answer, such as 2x=4 for x=2, does not."""
+
+    def solved(sides: tuple[str, ...]) -> bool:
+        pairs = (sides, sides[::-1])
+        return any(_is_label(label) and number_in(value) is not None for label, value in pairs)
+
+    return solved(gold.items) and not solved(answer.items)
 
 
 def _same_label(one: str, other: str) -> bool:

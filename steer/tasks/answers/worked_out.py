@@ -57,17 +57,27 @@ _WORK_PATTERNS = {name: re.compile(pattern) for name, pattern in _WORK.items()}
 _PRODUCT = re.compile(r"(?<![\^_\w.}])[0-9.]+(?:[*]\(?[0-9.]+(?![0-9.^])|\^(?:[0-9]|\{[0-9]+\}))")
 _SUM = re.compile(r"(?:^|(?<=[(=+{\-,]))[0-9.]+[+\-]-?[0-9.]+(?=$|[)=+}\-,])")
 
+_REAL = r"(?:[0-9]*\\frac\{-?[0-9]+\}\{[0-9]+\}|[0-9]+/[0-9]+|[0-9,]*\.?[0-9]+)"
+_IMAGINARY = rf"(?:{_REAL}\*?i|i\*{_REAL}|\\frac\{{-?[0-9]*i\}}\{{[0-9]+\}}|[0-9]*i/[0-9]+|i)"
+_PARTS = rf"[+-]?(?:{_REAL}[+-]{_IMAGINARY}|{_IMAGINARY}[+-]{_REAL}|{_IMAGINARY})"
+_COMPLEX = re.compile(rf"{_PARTS}|-?\\frac\{{{_PARTS}\}}\{{[0-9]+\}}|-?\({_PARTS}\)/[0-9]+")
+
 
 def _arithmetic(text: str) -> str:
     return re.sub(r"\\(?:cdot|times|ast)(?![a-zA-Z])", "*", text).replace(" ", "")
 
 
 def work_left(gold: str, answer: str) -> bool:
-    """Whether the answer asks for more work than the gold does: other functions, or arithmetic on numbers."""
+    """Whether the answer asks for more work than the gold does: other functions, or arithmetic on numbers.
+
+    Where the gold is a complex number a+bi, anything that is none is work.
+    """
     for pattern in _WORK_PATTERNS.values():
         if pattern.search(answer) and not pattern.search(gold):
             return True
     one, other = _arithmetic(gold), _arithmetic(answer)
+    if _COMPLEX.fullmatch(one):
+        return _COMPLEX.fullmatch(other) is None
     return any(pattern.search(other) and not pattern.search(one) for pattern in (_PRODUCT, _SUM))
 
 
