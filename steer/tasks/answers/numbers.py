@@ -135,17 +135,17 @@ def read_number(text: str) -> Number | None:
         sign, money = "", ""
         if match := re.match(r"([+-]?) ?(\\\$|€|£) ?", rest):
             sign, money, rest = match[1], CURRENCY[match[2]], rest[match.end() :]
-            if rest[:1] in ("+", "-"):
+            if sign and rest[:1] in ("+", "-"):
                 return None
         started = _leading_number(rest)
         if started is None:
             continue
         value, form, length = started
-        behind = read_units(rest[length:], value)
+        behind = read_units(rest[length:], value, in_words)
         if behind is None:
             return None
         scale, (unit, nouns) = behind
-        if money and not any(name in ("dollar", "euro") for name, _ in unit):
+        if money and not any(name in CURRENCY.values() for name, _ in unit):
             unit = tuple(sorted((*unit, (money, 1))))
         value = int(sign + "1") * value * scale
         if scale > 1 and form == "decimal" and value.denominator == 1:

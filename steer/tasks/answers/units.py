@@ -77,12 +77,19 @@ CURRENCY = {"\\$": "dollar", "€": "euro", "£": "poundsterling"}
 
 # Words that change what the number before them says, or offer another one
 _CHANGING_WORDS = """
-or not if unless except than maybe either neither plus minus times divided factorial mod modulo base half
-halves third thirds fourths quarters fifths sixths eighths tenths hundredths thousandths least most negative
+or not if unless except than maybe either neither plus minus divided factorial mod modulo base half halves
+third thirds fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths least most negative
 opposite reciprocal inverse vs versus isn't
 """
 _CHANGING = frozenset(_CHANGING_WORDS.split())
 _CHANGING_FIRST = ("squared", "cubed", "over", "by", "to", "root", "roots", "choose")
+# "1 tenth" and "5 and a quarter" are other numbers; "16 quarters" may be coins, and so may "1 quarter"
+_TENTHS = ("fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "hundredth", "thousandth")
+_FRACTIONS = ("half", "third", "quarter", *_TENTHS)
+# "3 times" and "3 times as many"; "3 times eight" is a product
+_BEHIND_TIMES = ("as", "a", "an", "per", "each", "every", "more", "larger", "greater", "longer", "faster")
+# Words too short to tell from a product of letters, which stand between other words
+_SMALL = ("of", "a", "an", "to", "on", "at")
 _LEADING = re.compile(
     r"(?:(?:is|it's|it is|are|was) )?(?:about|approximately|approx\.?|roughly|around|exactly|only|just|total|"
     r"a total of|total of|answer|the answer|final answer|sum)?"
@@ -105,15 +112,16 @@ def harmless_lead(words: str) -> bool:
 _TOKEN = re.compile(
     r"(?P<degree>\^\\circ|\^\{\\circ\}|\\circ|\\degree|°)|(?P<percent>\\?%)|(?P<check>\\checkmark|✓|\\blacksquare)"
     r"|\^\{?(?P<power>-?[0-9])\}?(?![0-9])|(?P<divide>/)|(?P<times>\\cdot|\*|·)|(?P<space>[ ,.!]+)"
-    r"|(?P<word>[A-Za-zµ][A-Za-z.'’\-]*)|(?P<bracket>[()\[\]])"
+    r"|(?P<money>\\\$|€|£)|(?P<word>[A-Za-zµ][A-Za-z.'’\-]*)|(?P<bracket>[()\[\]])"
 )
 
 
 class _Remainder:
     """Reads what follows a number; `ok` turns False at anything but units and harmless words."""
 
-    def __init__(self, value: Fraction) -> None:
+    def __init__(self, value: Fraction, in_words: bool) -> None:
         self.value = value
+        self.in_words = in_words
         self.scale = 1
         self.ok = True
         self.units: dict[str, int] = {}
@@ -121,7 +129,7 @@ class _Remainder:
         self.last: str | None = None  # the unit that an exponent would belong to
         self.sign = 1
         self.power = 1  # from "square" and "cubic"
-        self.words = 0
+        self.said: list[str] = []  # the words so far
 
     def read(self, text: str, quoted: bool, spaced: bool) -> None:
         """text: words and unit symbols. quoted: it was in \text. spaced: a space is before it."""
@@ -134,20 +142,22 @@ class _Remainder:
             place = match.end()
             kind = match.lastgroup
             if kind == "space":
-                self.ok &= quoted or "!" not in match[0]
+                self.ok &= "!" not in match[0] or (bool(self.said) and (quoted or self.in_words))
                 spaced = True
                 continue
             if kind == "word":
-                following = any(w.lastgroup == "word" for w in words[number + 1 :])
+                following = next((w[0] for w in words[number + 1 :] if w.lastgroup == "word"), "")
                 self._word(match[0], quoted, spaced, following)
             elif kind == "degree":
                 self._unit("degree")
             elif kind == "percent":
                 self._unit("percent")
+            elif kind == "money":
+                self._unit(CURRENCY[match[0]])
             elif kind == "power":
                 self._exponent(int(match["power"]))
             elif kind == "divide":
-                self.ok &= self.last is not None or self.words > 0
+                self.ok &= self.last is not None or bool(self.said)
                 self.sign = -1
             elif kind == "times":
                 self.ok &= self.last is not None
@@ -166,19 +176,23 @@ class _Remainder:
         self.units[name] = self.units.get(name, 0) + self.sign * self.power
         self.last, self.power = name, 1
 
-    def _word(self, raw: str, quoted: bool, spaced: bool, following: bool) -> None:
+    def _word(self, raw: str, quoted: bool, spaced: bool, following: str) -> None:
         raw = raw.replace(".", "").rstrip("'’-")
         word = raw.lower()
-        first = self.words == 0 and not self.units
-        self.words += 1
-        if word in _CHANGING or (first and word in _CHANGING_FIRST):
+        first = not self.said and not self.units
+        before = self.said[-1:]
+        self.said += word.split("-")
+        multiplied = before == ["times"] and not self._goes_on(raw, quoted, following)
+        changing = word in _CHANGING or (first and word in _CHANGING_FIRST)
+        if changing or multiplied or self._is_fraction(word, first, following):
             self.ok = False
         elif word in _SCALES or word.removesuffix("s") in _SCALES:
-            if self.words > 1 and not (first or self.scale > 1):
+            if len(self.said) > 1 and not (first or self.scale > 1):
                 self.ok = False
             self.scale *= _SCALES.get(word) or _SCALES[word.removesuffix("s")]
         elif word in NUMBER_WORDS:  # "5 (five)", "3 two digit numbers"; not "5, six"
-            self.ok &= following or self.value == NUMBER_WORDS[word]
+            names = bool(following) and (quoted or before != ["of"])
+            self.ok &= names or self.value == NUMBER_WORDS[word]
         elif word == "per":
             self.sign = -1
         elif word in ("square", "sq"):
@@ -197,13 +211,32 @@ class _Remainder:
             self.ok &= quoted or spaced or len(word) > 1 or self.last is not None
             self._unit(_UNITS.get(raw) or _UNITS[word])
         else:
-            # "5 xyz" is a product; a word has a vowel and is set apart
-            self.ok &= quoted or (spaced and len(word) > 2 and re.search("[aeiouy]", word) is not None)
+            self.ok &= quoted or (spaced and self._is_word(word, following))
             self.ok &= quoted or self.last is None or raw not in ("x", "y", "z")
             if self.last == "degree" and raw in ("C", "F", "c", "f"):
                 self.ok = self.ok or len(raw) == 1
             self.nouns.add(word.removesuffix("s"))
             self.last, self.power = word, 1
+
+    def _is_fraction(self, word: str, first: bool, following: str) -> bool:
+        """Whether the last word makes another number: "1 tenth (of a mile)", "5 and a quarter"."""
+        part = self.said[-1].removesuffix("s") in _FRACTIONS
+        if first or len(self.said) < 3:
+            return first and ((word in _TENTHS and not following) or (part and following == "of"))
+        joint, count = self.said[-3:-1]
+        return part and joint in ("and", "times") and (count in ("a", "an") or count in NUMBER_WORDS)
+
+    def _goes_on(self, word: str, quoted: bool, following: str) -> bool:
+        """Whether a word behind "times" is not what the number is multiplied by."""
+        return (quoted or self.in_words) and word in _BEHIND_TIMES and (bool(following) or len(word) > 3)
+
+    def _is_word(self, word: str, following: str) -> bool:
+        r"""Whether letters outside of \text are a word: one has a vowel, "5 xyz" is a product."""
+        if word in ("am", "pm"):
+            return True
+        if word in _SMALL:
+            return bool(following) and (self.in_words or word != "a" or len(self.said) > 1)
+        return len(word) > 2 and (self.in_words or re.search("[aeiouy]", word) is not None)
 
 
 _PIECE = re.compile(r'"([^"]*)"|\(([A-Za-z .\'-]+)\)')
@@ -212,16 +245,16 @@ _UNIT_FRACTION = re.compile(r'\\frac\{("[^"]*"(?:\^\{?[0-9]\}?)?)\}\{("[^"]*"(?:
 _QUOTED_DEGREE = re.compile(r'(\^\{?\\circ\}?|°|\\degree) ?"?([CF])"?(?![A-Za-z])')
 
 
-def read_units(text: str, value: Fraction) -> tuple[int, Around] | None:
-    """Scale ("million"), unit and other words of the text behind a number; None when it is more than that.
+def read_units(text: str, value: Fraction, in_words: bool = False) -> tuple[int, Around] | None:
+    r"""Scale ("million"), unit and other words of the text behind a number; None when it is more than that.
 
-    value: the number, which words such as "(five)" may repeat.
+    value: the number, which words such as "(five)" may repeat. in_words: the number is in \text as well.
     """
     text = _BRACKETED.sub(r"\1", text)
     text = _UNIT_FRACTION.sub(r"\1/\2", text)
     text = _QUOTED_DEGREE.sub(r'\1"\2elsius"', text)
     text = re.sub(r'\^\{?"(th|st|nd|rd)"\}?', r'"\1"', text)
-    reader, place = _Remainder(value), 0
+    reader, place = _Remainder(value, in_words), 0
     for match in _PIECE.finditer(text):
         before = text[place : match.start()]
         reader.read(before, quoted=False, spaced=place > 0)
