@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("steer")
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Methods of peft that train what is put before the prompt: the model itself stays as it was.
+PROMPT_LEARNING = "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING CPT CARTRIDGE"
 
 
 class Asked(NamedTuple):
@@ -99,6 +101,11 @@ def collect(
     for source in adapters:
         name, path = _named(source)
         folder = adapter_folder(path)
+        if (method := _method(folder)) in PROMPT_LEARNING.split():
+            raise SteerError(
+                f"{path}: a {method} adapter trains what stands before the prompt, which is not measured; "
+                "give an adapter that changes the model itself, such as a LoRA"
+            )
         parameters, digest = _adapter(folder)
         variants.append(Variant(name, "adapter", str(folder), 1.0, "", parameters, digest))
     names = [variant.name for variant in variants]
@@ -247,12 +254,24 @@ def adapter_folder(source: str) -> Path:
     return path
 
 
+def _method(folder: Path) -> str:
+    """The `peft_type` of an adapter."""
+    config = read_json(folder / ADAPTER_FILES[0])
+    method = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(method, str):
+        raise SteerError(
+            f"{folder / ADAPTER_FILES[0]} is not an adapter config: it names no peft_type; give a folder "
+            "that peft saved"
+        )
+    return method
+
+
 def adapter_rank(folder: str | Path) -> int:
     """The largest LoRA rank in an adapter; 0 for other methods."""
+    if _method(Path(folder)) != "LORA":
+        return 0
     try:
         config = read_json(Path(folder) / ADAPTER_FILES[0])
-        if config["peft_type"] != "LORA":
-            return 0
         return max([config["r"], *(config.get("rank_pattern") or {}).values()])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise SteerError(f"{folder}/{ADAPTER_FILES[0]} is not an adapter config ({error})") from error

@@ -8,9 +8,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers.steering import fill
+from safetensors.torch import save_file
 
 import steer
+from steer.errors import SteerError
 from steer.evaluation import variants
 from steer.evaluation.engines import VllmEngine
 
@@ -44,3 +47,23 @@ def test_vectors_of_another_base_are_told(
         tiny_llama.config.name_or_path = "org/other"
         variants.tell_of_other_base(compared, tiny_llama)
     assert caplog.text.count("made for org/tiny; this model is org/other") == 1
+
+
+def test_a_learned_prompt_is_refused(tmp_path: Path) -> None:
+    """peft puts it before the prompt when it is called itself: the answers would be the base's."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
+
+    learned = [
+        kind.value
+        for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        if issubclass(config, PromptLearningConfig)
+    ]
+    assert "PREFIX_TUNING" in learned
+    save_file({"prompt_embeddings": torch.zeros(2, 4)}, tmp_path / "adapter_model.safetensors")
+    for kind in learned:
+        (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": "{kind}"}}')
+        with pytest.raises(SteerError, match=f"a {kind} adapter trains what stands before the prompt"):
+            variants.collect(variants.Variant("base"), adapters=[str(tmp_path)])
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SteerError, match="names no peft_type"):
+        variants.collect(variants.Variant("base"), adapters=[str(tmp_path)])
