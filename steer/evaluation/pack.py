@@ -54,12 +54,13 @@ def read_run(path: str | Path, columns: Iterable[str] = tuple(COLUMNS)) -> Run:
     """
     columns = tuple(columns)
     wanted = dict.fromkeys((*columns, *NEEDED) if "lenient" in columns else columns)
-    if not Path(path).is_file():
+    packed = Path(path).is_file()
+    if not packed:
         settings, problems, whole = _settings(path), read_problems(path), read_completions(path, wanted)
     else:
         settings, problems, whole = _unpacked(path, wanted)
     if "lenient" in columns:
-        regrade(whole, problems)
+        regrade(whole, problems, TEXTS if packed else None)
     return settings, problems, {name: whole[name] for name in columns}
 
 

@@ -229,6 +229,21 @@ def test_texts_that_a_packed_run_of_old_lacks_are_not_guessed_at(tmp_path):
     assert any(f"base {pack.TEXTS}, of {samples - 1}" in note for note in notes)
 
 
+def test_an_empty_answer_of_old_is_wrong(tmp_path):
+    old = made(tmp_path / "old", {"base": [[False] * (pack.TEXTS + 2)] * 2}, base="")
+    columns = read_completions(old)
+    regrade(columns, read_problems(old))
+    assert set(columns["lenient"]) == {False}
+    packed = tmp_path / "old.json"
+    pack.pack(old, packed)
+    content = json.loads(packed.read_text())
+    del content["completions"]["lenient"]  # as packed before
+    packed.write_text(json.dumps(content))
+    columns = pack.read_run(packed)[2]
+    found = dict(zip(columns["sample"], columns["lenient"], strict=True))
+    assert found == {**dict.fromkeys(range(-1, pack.TEXTS), False), pack.TEXTS: None}
+
+
 def test_the_best_elicited_base_is_what_gains_are_also_measured_against(tmp_path, capsys):
     count = 40
     right = {
