@@ -157,13 +157,13 @@ def read_number(text: str) -> Number | None:
 def same_number(gold: Number, answer: Number) -> bool:
     """Whether the answer is the gold, worked out as far, and in its unit where both name one.
 
-    50% is 50, 0.5 and 1/2; 25 is 25%, but not 0.25.
+    50% is 50, 0.5 and 1/2; 25 is 25%, but not 0.25, and 0.5 is 50%, but not 0.5%.
     """
     if conflict(gold.around, answer.around):
         return False
     percents = ("percent", 1) in gold.unit, ("percent", 1) in answer.unit
     if _equal(gold, answer):
-        return True
+        return percents != (False, True) or abs(gold.value) >= 1 or not gold.value
     if percents == (True, False):
         return _equal(gold._replace(value=gold.value / 100, form="decimal"), answer)
     if percents == (False, True):
