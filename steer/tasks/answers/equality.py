@@ -255,7 +255,7 @@ def _still_to_solve(gold: Answer, answer: Answer) -> bool:
 
 def _same_label(one: str, other: str) -> bool:
     """y = x^2 and f(x) = x^2 say the same."""
-    return one == other or (
+    return one.replace(", ", ",") == other.replace(", ", ",") or (
         "y" in (one, other) and any(re.fullmatch(r"[a-zA-Z]\(x\)", s) for s in (one, other))
     )
 
@@ -270,14 +270,19 @@ def _one_solves_the_other(gold: Answer, answer: Answer) -> bool:
     return False
 
 
-_LABEL = re.compile(r"(?:\\(?!sqrt|frac)[a-zA-Z]+ ?)?[a-zA-Z ]*(?:_(?:\w|\{[^{}]*\}))?'*(?:\([\w,()]*\))?")
+_LABEL = re.compile(
+    r"(?:\\(?!sqrt|frac)[a-zA-Z]+ ?)?[a-zA-Z ]*(?:_(?:\w|\{[^{}]*\}))?'*"
+    r"(?:\((?:[\w()]|, ?|\\(?:theta|(?:var)?phi|rho|alpha|beta|gamma|lambda|mu)(?![a-zA-Z]))*\))?"
+)
 
 
 def _is_label(side: str) -> bool:
-    r"""Whether a side of an equation is only a name: x, AB, X_d, f(x), \angle ABC, "Area"."""
+    r"""Whether a side of an equation is only a name: x, AB, X_d, f(x), (x, y), a:b, \angle ABC, "Area"."""
     if side.startswith('"'):
         return is_name(side)
-    return bool(re.search("[a-zA-Z]", side)) and _LABEL.fullmatch(side) is not None
+    if re.match(r"\((?:[^()]*,)? ?[0-9]", side):  # (x, 1) says something of x
+        return False
+    return all(re.search("[a-zA-Z]", part) and _LABEL.fullmatch(part) for part in side.split(":"))
 
 
 def _in_equation(gold: str, answer: Answer, decide: bool) -> bool | None:
@@ -353,11 +358,11 @@ def _same_structure(gold: str, answer: str, decide: bool) -> bool | None:
     one, other = structure.read(gold), structure.read(answer)
     if one.kind == "relation":
         return some([_same_relation(one, answer, decide), _same_ranges(gold, answer, decide)])
+    if one.kind != "single" and other.kind == "relation" and other.marks == ("=",):  # (x, y) = (1, 2)
+        return _is_label(other.items[0]) and same(gold, other.items[1], decide)
     ranges = _same_ranges(gold, answer, decide) if one.kind != "set" else False
     if ranges is not False or one.kind == "union" or (one.kind in _RANGES and other.kind == "relation"):
         return ranges
-    if one.kind in ("list", "set", "matrix", "tuple") and other.kind == "relation" and other.marks == ("=",):
-        return _is_label(other.items[0]) and same(gold, other.items[1], decide)
     if one.kind != "single" or other.kind in ("tuple", "interval", "union", "matrix", "ratio"):
         return _same_collection(one, other, answer, decide)
     if other.kind == "relation":
