@@ -87,7 +87,7 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_shape(
-    config: SteeringConfig, hidden_size: int, num_hidden_layers: int, model_type: str, name: str
+    config: SteeringConfig, hidden_size: int, num_hidden_layers: int, model_type: str | None, name: str
 ) -> None:
     """Refuse vectors that are for a model of another shape. `name` is theirs in the message."""
     have = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers, "model_type": model_type}
