@@ -129,6 +129,12 @@ def test_a_set_that_the_engine_still_uses_is_removed_later(monkeypatch: Any) -> 
         async with engine.mixes.use(1, SUMS[1]):
             engine.busy = {"mix+0"}
         waiting = asyncio.create_task(engine.mixes.use(2, SUMS[2]).__aenter__())
+
+        async def forgotten_by_one() -> None:
+            while engine.both != ([], ["mix+0"]):  # the sum is made in a thread first
+                await asyncio.sleep(0)
+
+        await asyncio.wait_for(forgotten_by_one(), 60)
         for _ in range(20):
             await asyncio.sleep(0)
         assert not waiting.done() and engine.both == ([], ["mix+0"])
