@@ -283,9 +283,8 @@ class Comparison:
         if "lr_sweep" not in method:
             return self.rate(method["like"])
         settings, launcher = self.settings(name)
-        own, of_all = self.whole(name), {**self.shared, **self.sweep}
-        sweep = {k: v for k, v in of_all.items() if k in (*OF_SWEEPS, *self.sweep)}
-        sweep |= {k: own[k] for k in OF_SWEEPS if k in own} | {"lr_sweep": method["lr_sweep"]}
+        said = {**self.shared, **self.sweep, **self.whole(name)}
+        sweep = {**self.sweep, **{k: said[k] for k in OF_SWEEPS if k in said}, "lr_sweep": method["lr_sweep"]}
         settings = {**settings, "seed": self.plan.sweep_seed}
         asked = {"training": settings, **sweep}
         file = self.sweeps / f"{name}.json"
