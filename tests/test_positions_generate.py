@@ -20,12 +20,14 @@ PROMPT = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5]])
 
 
 @torch.no_grad()
-def generated(model: Any, ids: torch.Tensor = PROMPT, **options: Any) -> torch.Tensor:
+def generated(
+    model: Any, ids: torch.Tensor = PROMPT, mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
     """The scores of eight greedy tokens: (tokens, vocabulary)."""
     model.generation_config.eos_token_id = None
     out = model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
         max_new_tokens=8,
         do_sample=False,
         output_logits=True,
@@ -62,6 +64,16 @@ def test_a_second_turn_on_the_cache_of_the_first(tiny_llama, positions: str) -> 
     torch.testing.assert_close(
         generated(tiny_llama, past_key_values=cache), generated(tiny_llama), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("positions", SOME)
+def test_a_second_turn_by_its_new_tokens_alone(tiny_llama, positions: str) -> None:
+    vectors = fill(steer.attach(tiny_llama, SteeringConfig(positions=positions)))
+    cache = DynamicCache()
+    with vectors.prompt_length(len(PROMPT[0])):
+        logits(tiny_llama, PROMPT[:, :4], past_key_values=cache)
+    new = generated(tiny_llama, PROMPT[:, 4:], torch.ones_like(PROMPT), past_key_values=cache)
+    torch.testing.assert_close(new, generated(tiny_llama), rtol=1e-4, atol=1e-5)
 
 
 def test_copies_and_populations_tell_too(tiny_llama) -> None:
