@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +27,7 @@ from steer.errors import SteerError
 from steer.generation import allocator, cpu
 from steer.generation.scoring import add_group_scoring
 from steer.generation.verify import fast_paths
-from steer.identity import tokenizer_checksum
+from steer.identity import describe, tokenizer_checksum
 from steer.stop_tokens import stop_token_ids
 from steer.training.callbacks import VectorLog, watch
 from steer.training.loading import already_loaded, load_policy
@@ -109,6 +110,8 @@ class SteeringTrainerMixin(ResumableMixin):
         _still(policy)
         self.vectors = attached(policy) if has_vectors else attach(policy, steering)
         self.vectors.config.refuse_condition("training")
+        if has_vectors:  # loaded, they name the base that they were made for
+            self.vectors.config = replace(self.vectors.config, **describe(policy))
         try:
             _check_trained(policy, self.vectors)
             reference: dict[str, Any] = {}

@@ -11,7 +11,9 @@ import torch
 from helpers.steering import message
 from helpers.training import SPREAD, config, model_folder, parity, problems, same
 
+import steer
 from steer import SteerError, SteeringConfig
+from steer.identity import describe
 from steer.models import load_model
 from steer.training.baselines import Baseline, BaselineGRPOTrainer
 from steer.training.steering_trainer import SteeringGRPOTrainer
@@ -44,6 +46,22 @@ def test_a_name_trains_the_vectors_that_a_model_does(
     assert same(found, given.vectors.tensors())
     assert named.vectors.config.base_model_name_or_path == folder
     assert named.vectors.config.tokenizer_checksum == given.vectors.config.tokenizer_checksum
+
+
+def test_loaded_vectors_are_for_the_model_that_is_trained(
+    folder: str, build_tiny: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    other = build_tiny("llama", seed=1)
+    saved = steer.attach(other, SteeringConfig(base_model_name_or_path="other")).save(tmp_path / "other")
+    model = load_model(folder)
+    with pytest.warns(UserWarning, match="other weights"):
+        loaded = steer.load(saved, model)
+    expected = describe(model)
+    assert loaded.config.base_model_name_or_path == "other"
+    args = config(tmp_path / "run")
+    made = SteeringGRPOTrainer(model, parity, args, train_dataset=problems(), processing_class=tiny_tokenizer)
+    assert {name: getattr(made.vectors.config, name) for name in expected} == expected
+    assert expected["base_model_name_or_path"] == folder and expected["base_checksum"]
 
 
 def test_model_init_kwargs_are_those_of_load_model(folder: str, tmp_path: Path, caplog: Any) -> None:
