@@ -89,6 +89,8 @@ def digest(text: str, data: Mapping[str, bytes]) -> str:
 
 def _tensor_file(source: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
     path = Path(source)
+    if path.exists():
+        hub.refuse_revision(path, revision)
     if path.is_dir():
         if not (path / TENSOR_FILE).exists():
             raise SteerError(f"{path} holds no {TENSOR_FILE}: it is not a folder of steering vectors")

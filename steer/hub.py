@@ -21,6 +21,14 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not Path(name).exists()
 
 
+def refuse_revision(here: object, revision: str | None) -> None:
+    """SteerError for a revision of `here`, a folder or file that is not on the hub."""
+    if revision is not None:
+        raise SteerError(
+            f"revision {revision!r} was given with {str(here)!r}: only hub ids have one, omit it"
+        )
+
+
 def fetch(repo_id: str, file: str, revision: str | None = None, token: str | None = None) -> Path:
     """
     One file of a model repository, downloaded unless it is in the cache.

@@ -155,8 +155,8 @@ def model_source(name: str, revision: str | None, tokenizer: bool = False) -> st
     """What to hand to from_pretrained for `name`: a local folder, or the name itself where it is a hub id."""
     path = Path(name).expanduser()
     local = name in BUNDLED or path.exists()
-    if local and revision is not None:
-        raise SteerError(f"revision {revision!r} was given with {name!r}: only hub ids have one, omit it")
+    if local:
+        hub.refuse_revision(name, revision)
     if not local and _HUB_ID.fullmatch(name) and not name.lower().endswith(".gguf"):
         return name
     if tokenizer and name not in BUNDLED and path.is_dir():

@@ -66,6 +66,16 @@ def test_vectors_go_to_the_hub_and_come_back(build_tiny: Any, remote: Any) -> No
     assert "THIS_FOLDER" not in card and "pypi.org" not in card
 
 
+def test_a_revision_is_for_ids_of_the_hub(tiny_llama: Any, tmp_path: Path) -> None:
+    folder = steer.attach(tiny_llama).save(tmp_path / "vectors")
+    sae = make().save_pretrained(tmp_path / "sae")
+    cases: list[tuple[Any, Path]] = [(steer.read, folder), (steer.read, folder / TENSOR_FILE)]
+    for read, source in [*cases, (SAE.from_pretrained, sae)]:
+        with pytest.raises(SteerError, match=r"revision 'v1' was given with .*: only hub ids have") as error:
+            read(source, revision="v1")
+        message(error)
+
+
 def test_the_name_of_a_repository_may_have_dots(tiny_llama: Any, remote: Any) -> None:
     vectors = fill(steer.attach(tiny_llama))
     vectors.push_to_hub("me/Qwen2.5-7B-math")

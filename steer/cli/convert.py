@@ -156,13 +156,13 @@ def _export(args: argparse.Namespace) -> None:
 
     _check_options(args)
     source = artifact.read(args.artifact)
+    if args.scale is not None:  # first: a part of shared vectors may have the scale folded in
+        source = replace(source, config=replace(source.config, scale=args.scale))
     if args.layers:
         ends = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", args.layers)
         if not ends:
             raise SteerError(f"--layers {shown(args.layers)} is not a range; write 4-20 or 12")
         source = source.layers(int(ends[1]), int(ends[2] or ends[1]))
-    if args.scale is not None:
-        source = replace(source, config=replace(source.config, scale=args.scale))
     out = args.out or str(args.artifact).rstrip("/").removesuffix(".safetensors") + TARGETS[args.to][1]
     base = args.model or source.config.base_model_name_or_path or ""
     if args.to in MODELS and not base:

@@ -73,7 +73,9 @@ def read(
         SteerError: when there are no such files, or they are damaged.
     """
     folder = Path(name_or_path)
-    if not folder.is_dir():
+    if folder.is_dir():
+        hub.refuse_revision(folder, revision)
+    else:
         if not hub.is_hub_id(str(name_or_path)):
             raise SteerError(
                 f"no SAE at {name_or_path}: there is no such folder; a hub id looks like user/name"

@@ -77,6 +77,18 @@ def test_a_file_of_steer_for_another_model_is_imported_when_that_is_confirmed(
     assert main(["import", source, "--model", "./copy", "--out", "again"]) == 0, "one place, two names"
 
 
+@pytest.mark.parametrize("kind", ["constant", "shared"])
+def test_the_scale_of_an_export_is_that_of_its_part_too(place: Path, build_tiny: Any, kind: str) -> None:
+    # Two layers are fewer than the rank: the part has constant vectors.
+    config = steer.SteeringConfig(kind=kind, rank=3, scale=0.5, base_model_name_or_path="model")
+    fill(steer.attach(build_tiny("llama"), config)).save("half")
+    argv = ["export", "half", "--to", "npy", "--scale", "2"]
+    assert main([*argv, "--out", "whole.npy"]) == 0
+    assert main([*argv, "--layers", "1-2", "--out", "part.npy"]) == 0
+    whole, part = np.load("whole.npy"), np.load("part.npy")
+    assert not part[0].any() and np.allclose(part[1:], whole[1:]) and np.abs(part[1:]).max() > 0.1
+
+
 @pytest.mark.parametrize(("kind", "source"), [("gguf", "back.gguf"), ("peft", "back")])
 def test_vectors_of_a_foreign_file_go_through_a_file_of_steer(place: Path, kind: str, source: str) -> None:
     assert main(["import", "v.npy", "--model", "model", "--out", "first", "--confirm-model"]) == 0
