@@ -27,6 +27,7 @@ from torch import nn
 
 from steer.artifact import Artifact
 from steer.artifact_tensors import renamed
+from steer.batching import BatchGuard
 from steer.errors import SteerError
 from steer.expression import Term
 from steer.hooks import Site, hook
@@ -104,6 +105,7 @@ def mixed(
                 stack.callback(hook(module, place).remove)
             if vectors.reads_prompt:
                 stack.callback(PromptWatch(model, vectors._state, vectors._asked).remove)
+            stack.callback(BatchGuard(model, vectors._off).remove)
         yield {name: vectors for name, (vectors, _) in made.items()}
 
 
@@ -135,6 +137,7 @@ class Mixer:
         self.sets: dict[str, SteeringVectors] = {}
         # of the thread, and in asyncio of the task: what one user chooses does not reach another
         self._mix: ContextVar[Mix] = ContextVar("mix", default=BASE)
+        BatchGuard(model, self._chosen)
 
     def add(self, name: str, artifact: Artifact, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """
@@ -175,6 +178,7 @@ class Mixer:
     def active(self, mix: Mix) -> Iterator[None]:
         """
         Inside, the model is steered by `mix`: in the thread that calls this, not in others.
+        `model.generate_batch`, which runs the model in another thread, raises SteerError inside.
 
         Raises:
             SteerError: a set that there is none of, or a layer that no set steers.
@@ -190,6 +194,10 @@ class Mixer:
             yield
         finally:
             self._mix.reset(token)
+
+    def _chosen(self) -> str | None:
+        """How this thread has chosen a mix; None where it has not."""
+        return None if self.current == BASE else "mixer.active(mix)"
 
     def prompt_length(self, columns: int | torch.Tensor) -> AbstractContextManager[None]:
         """`SteeringVectors.prompt_length` of all sets."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from steer import artifact
 from steer.artifact_tensors import directions_name, probe_name, renamed
+from steer.batching import BatchGuard
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hook
@@ -160,13 +161,18 @@ class SteeringVectors:
     def disabled(self) -> Iterator[None]:
         """
         Inside, the model is the base model again, exactly: in the thread that calls this, not in others. A
-        compiled model (`torch.compile`) has one state for all threads.
+        compiled model (`torch.compile`) has one state for all threads. `model.generate_batch`, which runs the
+        model in another thread, raises SteerError inside.
         """
         before, self._state.enabled = self._state.enabled, False
         try:
             yield
         finally:
             self._state.enabled = before
+
+    def _off(self) -> str | None:
+        """How this thread has the vectors off; None where they are on."""
+        return None if self._state.enabled else "vectors.disabled()"
 
     @contextmanager
     def prompt_length(self, columns: int | torch.Tensor) -> Iterator[None]:
@@ -261,6 +267,7 @@ def _attach(model: nn.Module, config: SteeringConfig) -> SteeringVectors:
         decoder.holder.steering = vectors._shared[1]
     if vectors.reads_prompt:
         vectors._handles.append(PromptWatch(model, vectors._state, vectors._asked))
+    vectors._handles.append(BatchGuard(model, vectors._off))
     vectors._was_trainable = trainable
     model.__dict__["steering_vectors"] = vectors
     warn_when_saved(model)

@@ -17,7 +17,7 @@ FLOORS = [
     "errors names stats threads versions extras recipe_files arguments files outputs hub pages "
     "sharded compat",
     "prompt config expression",
-    "hooks sites kinds prompt_watch saving tasks",
+    "hooks sites kinds prompt_watch batching saving tasks",
     "final_norm identity probe places artifact_scores card weights quantization models base_adapter "
     "stop_tokens",
     "artifact_file artifact_tensors artifact pack",

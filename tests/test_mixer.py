@@ -99,6 +99,19 @@ def test_threads_do_not_see_each_others_vectors(build_tiny: Any) -> None:
     assert mixer.current == BASE
 
 
+def test_continuous_batching_is_refused_in_a_mix(build_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_tiny("llama")
+    monkeypatch.setattr(type(model), "generate_batch", lambda model, inputs: inputs)
+    made = artifact(model)
+    mixer = Mixer(model)
+    mixer.add("one", made)
+    assert model.generate_batch([[5]]) == [[5]], "the base model"
+    with mixer.active(Mix({"one": 1})), pytest.raises(SteerError, match="does not reach") as error:
+        model.generate_batch([[5]])
+    message(error)
+    assert model.generate_batch([[5]]) == [[5]]
+
+
 def test_what_cannot_be_mixed_is_refused(build_tiny: Any) -> None:
     model = build_tiny("llama")
     made = artifact(model, layers="1")

@@ -7,11 +7,11 @@ from threading import Barrier
 
 import pytest
 import torch
-from helpers.steering import fill, logits, tokens
+from helpers.steering import fill, logits, message, tokens
 from torch.utils.checkpoint import checkpoint
 
 import steer
-from steer import SteeringConfig
+from steer import SteerError, SteeringConfig
 
 THREADS = 4
 
@@ -40,6 +40,21 @@ def test_vectors_off_in_one_thread_are_on_in_another(tiny_llama) -> None:
         first, second = pool.submit(off), pool.submit(on)
         assert torch.equal(first.result(), base)
         assert torch.equal(second.result(), steered)
+
+
+def test_continuous_batching_is_refused_where_vectors_are_off(tiny_llama, monkeypatch) -> None:
+    monkeypatch.setattr(type(tiny_llama), "generate_batch", lambda model, inputs: inputs)
+    vectors = steer.attach(tiny_llama)
+    assert tiny_llama.generate_batch([[5]]) == [[5]]
+    with vectors.disabled():
+        with pytest.raises(SteerError, match=r"`vectors.disabled\(\)` does not reach") as error:
+            tiny_llama.generate_batch([[5]])
+        message(error)
+        with pytest.raises(SteerError, match="in a thread of its own"):
+            tiny_llama.generate(tokens(1), cache_implementation="paged", max_new_tokens=2)
+    assert tiny_llama.generate_batch([[5]]) == [[5]]
+    steer.detach(tiny_llama)
+    assert "generate_batch" not in tiny_llama.__dict__
 
 
 @pytest.mark.parametrize("positions", ["completion", "last_prompt"])
