@@ -69,11 +69,25 @@ def agreed_prompt(prompts: Mapping[str, PromptSpec | None]) -> PromptSpec | None
 
 def is_question(request: Mapping[str, Any]) -> bool:
     """Whether the body of a chat request is one question, without a system turn or an answer begun."""
+    return _question(request) is not None
+
+
+def _question(request: Mapping[str, Any]) -> str | None:
+    """The text of the question that the request is; None where it is another."""
     turns = request.get("messages")
     if not isinstance(turns, list) or len(turns) != 1 or request.get("continue_final_message"):
-        return False
+        return None
     (turn,) = turns
-    return isinstance(turn, dict) and turn.get("role") == "user" and isinstance(turn.get("content"), str)
+    if not isinstance(turn, dict) or turn.get("role") != "user":
+        return None
+    content = turn.get("content")
+    if isinstance(content, list) and content and all(map(_is_text, content)):
+        return "\n".join(part["text"] for part in content)  # as vLLM joins them
+    return content if isinstance(content, str) else None
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def put(request: Mapping[str, Any], prompt: PromptSpec, tokenizer: Any) -> dict[str, Any]:
@@ -90,11 +104,11 @@ def put(request: Mapping[str, Any], prompt: PromptSpec, tokenizer: Any) -> dict[
     Raises:
         SteerError: the chat template takes neither the turns nor the variables.
     """
-    if not is_question(request):
+    question = _question(request)
+    if question is None:
         return dict(request)
-    (turn,) = request["messages"]
     variables = {**(prompt.chat_template_kwargs or {}), **(request.get("chat_template_kwargs") or {})}
-    asked, _ = chat_turns(turn["content"], tokenizer, replace(prompt, chat_template_kwargs=variables))
+    asked, _ = chat_turns(question, tokenizer, replace(prompt, chat_template_kwargs=variables))
     changed: dict[str, Any] = {**request, "messages": asked}
     if variables:
         changed["chat_template_kwargs"] = variables

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from steer.engine.chat import put, served_prompt
+from steer.engine.chat import is_question, put, served_prompt
 from steer.errors import SteerError
 from steer.prompt import PromptSpec
 from steer.tasks.prompts import format_prompt
@@ -51,11 +51,24 @@ def test_the_text_of_the_turns_is_that_of_training(tiny_tokenizer: Any) -> None:
     assert text == format_prompt("1+1?", tiny_tokenizer, prompt)
 
 
+def test_a_question_in_parts_of_text_is_one(tiny_tokenizer: Any) -> None:
+    parts = [{"type": "text", "text": text} for text in ("What is", "1+1?")]
+    whole, split = ({"messages": [{"role": "user", "content": c}]} for c in ("What is\n1+1?", parts))
+    assert is_question(split)
+    assert put(split, SHORT, tiny_tokenizer) == put(whole, SHORT, tiny_tokenizer) != whole
+
+
 @pytest.mark.parametrize(
     "messages",
     [
         [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "1+1?"}],
-        [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}],
+        [{"role": "user", "content": []}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "1+1?"}, {"type": "image_url", "image_url": "x"}],
+            }
+        ],
         [{"role": "assistant", "content": "2"}],
         [],
         "1+1?",
