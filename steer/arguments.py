@@ -70,9 +70,9 @@ def text(given: str) -> str:
     return given
 
 
-_VECTORS = re.compile(
-    r"((?P<name>[A-Za-z0-9][\w.-]*)=)?(?P<artifact>.*?)(@(?P<scale>-?\d+(\.\d+)?))?", re.DOTALL
-)
+# A factor on vectors, here and in expressions: without a plus, which stands between the terms there.
+SCALE = r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]-?[0-9]+)?"
+_VECTORS = re.compile(rf"((?P<name>[A-Za-z0-9][\w.-]*)=)?(?P<artifact>.*?)(@(?P<scale>{SCALE}))?", re.DOTALL)
 
 
 def named_vectors(text: str) -> tuple[str, str, float]:

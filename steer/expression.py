@@ -13,12 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from steer.arguments import SCALE
 from steer.config import SteeringArguments
 from steer.errors import SteerError, shown
 
 # The expression of the base model, without vectors.
 BASE = "base"
-_SCALE = re.compile(r"-?(\d+(\.\d*)?|\.\d+)([eE]-?\d+)?", re.ASCII)
+_SCALE = re.compile(SCALE)
 _FORM = "write names with scales, such as math@0.7+brief@-0.3, or base for no vectors"
 
 

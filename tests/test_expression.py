@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer import SteerError
+from steer.arguments import named_vectors
 from steer.config import POSITIONS
 from steer.expression import Term, check_name, from_json, parse, show
 
@@ -57,6 +58,19 @@ def test_any_text_is_an_expression_or_one_line(text: str) -> None:
 )
 def test_expressions(text: str, terms: tuple[Term, ...]) -> None:
     assert parse(text) == terms
+
+
+@pytest.mark.parametrize("scale", ["2", "-0.3", ".5", "1.", "-2.", "1e-3", "-.5E2"])
+def test_a_scale_is_written_the_same_behind_an_artifact(scale: str) -> None:
+    assert named_vectors(f"math=runs/math@{scale}") == ("math", "runs/math", float(scale))
+    assert parse(f"math@{scale}") == (Term("math", float(scale)),)
+
+
+@pytest.mark.parametrize(
+    "source", ["runs/math@", "runs/math@v1", "runs/math@1e", "runs/math@.", "runs/math@1_0"]
+)
+def test_what_is_no_scale_is_part_of_the_path(source: str) -> None:
+    assert named_vectors(f"math={source}") == ("math", source, 1.0)
 
 
 @pytest.mark.parametrize(

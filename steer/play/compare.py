@@ -20,6 +20,7 @@ from steer.generation.sampler import Sampling, draw_token, uniforms
 from steer.generation.verify import fast_paths
 from steer.mixture import BASE, Mix, Mixer
 from steer.models import check_context
+from steer.prompt import PromptSpec
 from steer.sites import input_device
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.prompts import Question, format_prompt, prompt_ids
@@ -77,9 +78,8 @@ class Comparison:
             self.mixer.add(name, artifact, tokenizer)
         model.requires_grad_(False)
         self.stops = stop_token_ids(tokenizer, model.generation_config)
-        trained = [artifact.config.prompt for artifact in artifacts.values() if artifact.config.prompt]
         # By label, in the order of preference: as the sets were trained, and as it is.
-        self._prompts = {f"as in training: {prompt}": prompt for prompt in trained}
+        self._prompts = _labelled({name: artifact.config.prompt for name, artifact in artifacts.items()})
         self.ways = [*self._prompts, *([CHAT] if tokenizer.chat_template else []), TEXT]
 
     def prompt(self, message: str, history: Sequence[tuple[str, str]], way: str) -> list[int]:
@@ -251,3 +251,16 @@ class Comparison:
         if text and "\ufffd" not in text:
             return text
         return str(self.tokenizer.convert_ids_to_tokens([token])[0])
+
+
+def _labelled(trained: Mapping[str, PromptSpec | None]) -> dict[str, PromptSpec]:
+    """The different prompts of sets by label, which names the first set of each where two look the same."""
+    first: dict[str, PromptSpec] = {}
+    for name, prompt in trained.items():
+        if prompt is not None and prompt not in first.values():
+            first[name] = prompt
+    looks = [str(prompt) for prompt in first.values()]
+    return {
+        f"as in training{f' of {name}' if looks.count(str(prompt)) > 1 else ''}: {prompt}": prompt
+        for name, prompt in first.items()
+    }

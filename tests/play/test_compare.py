@@ -157,6 +157,27 @@ def test_prompts_are_those_of_training_of_the_chat_or_plain(two: Any) -> None:
     ]
 
 
+def test_two_prompts_that_look_the_same_name_their_sets(build_tiny: Any, tiny_tokenizer: Any) -> None:
+    model = build_tiny("llama")
+    prompts = {
+        "plain": PromptSpec(),
+        "one": PromptSpec(examples=(("1+1?", "2"),)),
+        "other": PromptSpec(examples=(("2+2?", "4"),)),
+        "again": PromptSpec(examples=(("1+1?", "2"),)),
+    }
+    sets = {name: one(model, prompt=prompt) for name, prompt in prompts.items()}
+    comparison = Comparison(model, tiny_tokenizer, sets)
+    assert comparison.ways == [
+        "as in training: template boxed",
+        "as in training of one: template boxed, 1 worked example",
+        "as in training of other: template boxed, 1 worked example",
+        CHAT,
+        TEXT,
+    ]
+    told = [tiny_tokenizer.decode(comparison.prompt("7?", [], way)) for way in comparison.ways[1:3]]
+    assert "1+1?" in told[0] and "2+2?" in told[1]
+
+
 def test_without_a_chat_template_text_goes_on(build_tiny: Any, tiny_tokenizer: Any) -> None:
     tiny_tokenizer.chat_template = None
     model = build_tiny("llama")
