@@ -309,6 +309,11 @@ class AdaptiveVector(_Precise):
 
     def coefficient(self, x: torch.Tensor) -> torch.Tensor:
         """How much of the vector each token gets: (batch, tokens) from x (batch, tokens, inner)."""
+        if x.shape[-1] != self.readout.shape[0]:  # this process has a part of x
+            raise SteerError(
+                f"kind='adaptive': the down-projection reads {x.shape[-1]} numbers a token, expected "
+                f"{len(self.readout)}; load a tensor-parallel model without tp_plan, or use kind='constant'"
+            )
         return x @ self.readout.to(x.device, x.dtype)
 
     def effective(self) -> torch.Tensor:

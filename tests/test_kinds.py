@@ -32,6 +32,15 @@ def kind(request: pytest.FixtureRequest) -> str:
 # --- fresh vectors
 
 
+def test_a_part_of_the_input_of_a_down_projection_is_refused(tiny_llama):
+    """As each process of a tensor-parallel model has it."""
+    attach(tiny_llama, "adaptive")
+    vector = layers_of(tiny_llama)[0].steering
+    with pytest.raises(SteerError, match=r"reads 24 numbers a token, expected 48; .* tp_plan") as error:
+        vector(torch.zeros(1, 2, 32), torch.zeros(1, 2, 24))
+    message(error)
+
+
 def test_fresh_vectors_change_no_output_and_leave_no_trace(dense, kind):
     ids, flags = tokens(), {name: p.requires_grad for name, p in dense.named_parameters()}
     base, modules = logits(dense, ids), [name for name, _ in dense.named_modules()]
