@@ -126,7 +126,7 @@ def compared(
     subject: Subject, lens: JacobianLens, measured: Tensor, small: Tensor | None = None
 ) -> list[dict[str, Any]]:
     """One row a layer: the most promoted token, its rank in each reading, and each reading's correlation."""
-    own = subject.vectors.effective()
+    own = subject.vectors.added()
     readings = {
         "logit": logit_lens(subject.model, subject.tokenizer, own).scores,
         "jacobian": logit_lens(subject.model, subject.tokenizer, lens.transport(own)).scores,

@@ -125,6 +125,10 @@ class SteeringVectors:
             directions = [whole(module.effective()).cpu() for module in self._modules.values()]
         return dict(zip(self.layers, directions, strict=True))
 
+    def added(self) -> dict[int, torch.Tensor]:
+        """What each layer adds: `effective()` times the scale."""
+        return {layer: self.scale * vector for layer, vector in self.effective().items()}
+
     def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy values in, by parameter name. Missing or additional names and other shapes are refused."""
         parameters = self.named_parameters()
@@ -154,7 +158,7 @@ class SteeringVectors:
         return probe_name(find_decoder(self.model).name)
 
     def norms(self) -> dict[int, float]:
-        """Euclidean norm of what each layer adds, by layer index."""
+        """Euclidean norm of `effective()`, by layer index."""
         return {layer: vector.norm().item() for layer, vector in self.effective().items()}
 
     @contextmanager

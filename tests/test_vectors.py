@@ -148,6 +148,9 @@ def test_values_go_in_and_out_as_copies(tiny_llama):
     for value in values.values():
         value.zero_()
     assert all(norm > 1 for norm in vectors.norms().values())
+    own = vectors.effective()
+    vectors.scale = -2.0
+    assert all(torch.equal(vector, -2 * own[layer]) for layer, vector in vectors.added().items())
     vectors.set_tensors(values)
     assert vectors.norms() == {0: 0.0, 2: 0.0}
     assert "2 layers, 64 numbers" in repr(vectors)

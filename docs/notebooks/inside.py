@@ -34,7 +34,7 @@ print(f"{len(norms)} vectors, {min(norms.values()):.2f} to {max(norms.values()):
 # The logit lens multiplies each vector with the model's unembedding.
 
 # %%
-lens = logit_lens(model, tokenizer, vectors.effective(), top=5)
+lens = logit_lens(model, tokenizer, vectors.added(), top=5)
 for layer in (0, 15, 26, 28, 29):
     print(f"layer {layer:2}  promotes {lens.top_tokens[layer]}")
 

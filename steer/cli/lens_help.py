@@ -83,7 +83,7 @@ HELP = {
         "steer lens compose my-vectors --layers 0,8,16,24\n    steer lens compose my-vectors --leave-one-out",
     ),
     "sweep": (
-        "accuracy over the scale of the vectors",
+        "accuracy over factors of the scale",
         "Greedy accuracy with all vectors multiplied: weaker, stronger, reversed.",
         "steer lens sweep my-vectors --scales -1 0 0.5 1 2",
     ),

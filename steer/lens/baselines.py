@@ -10,6 +10,7 @@ make likely; no direction from activations wrote any.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -167,6 +168,8 @@ def tuned_baselines(
             f"{sum(right)} of {len(answers)} steered answers are right, {len(choose)} of those that choose "
             f"the length and {len(measure)} of those that measure; both need one: give more problems"
         )
+    sign = math.copysign(1.0, subject.vectors.scale)  # a condition multiplies its directions with the scale
+    size = {layer: sign * own[layer].norm() for layer in chosen}
     made = _directions(subject, [answers[n] for n in fit], [base[n] for n in fit], chosen, label)
     for n in range(draws):
         generator = torch.Generator().manual_seed(seed + n)
@@ -177,12 +180,12 @@ def tuned_baselines(
     trained = []
     for n, some in enumerate(sets):
         told = label and f"{label}, {'all layers' if n == len(chosen) else f'layer {some[0]}'}"
-        tried = [_condition(some, made[name], own, length) for name in made for length in lengths]
+        tried = [_condition(some, made[name], size, length) for name in made for length in lengths]
         scores = likelihoods(subject, choose, [BASE, *tried], told)
         gains = (scores[1:] - scores[0]).unflatten(0, (len(made), len(lengths)))
         best = [lengths[int(row.argmax())] if row.max() > 0 else 0.0 for row in gains]
-        kept = [_condition(some, one, own, length) for one, length in zip(made.values(), best, strict=True)]
-        plain = [_condition(some, one, own, 1.0) for one in made.values()]
+        kept = [_condition(some, one, size, length) for one, length in zip(made.values(), best, strict=True)]
+        plain = [_condition(some, one, size, 1.0) for one in made.values()]
         scores = likelihoods(subject, measure, [BASE, Condition(frozenset(some)), *kept, *plain], told)
         gains = scores[1:] - scores[0]
         trained.append(gains[0])
@@ -240,8 +243,8 @@ def _directions(
 
 
 def _condition(
-    layers: Sequence[int], directions: Directions, own: Mapping[int, torch.Tensor], length: float
+    layers: Sequence[int], directions: Directions, size: Mapping[int, torch.Tensor], length: float
 ) -> Condition:
-    """The condition in which `layers` add `directions` at `length` times their trained vector's length."""
-    added = {layer: directions[layer] * length * own[layer].norm() for layer in layers}
+    """The condition in which `layers` add `directions` at `length` times `size`, their vector's length."""
+    added = {layer: directions[layer] * length * size[layer] for layer in layers}
     return Condition(frozenset(layers), directions=added)

@@ -242,7 +242,7 @@ class ScaleSweep(Result):
             {"accuracy": self.accuracy},
             x=self.scales,
             bands={"accuracy": intervals},
-            xlabel="scale of the vectors",
+            xlabel="factor of the vectors' scale",
             ylabel=f"accuracy on {self.problems} problems",
             title="Scale sweep",
         )
@@ -264,7 +264,7 @@ def scale_sweep(
     before, measured, lengths = subject.vectors.scale, [], []
     try:
         for scale in scales:
-            subject.vectors.scale = scale
+            subject.vectors.scale = scale * before
             (rows,) = complete(
                 subject, subject.rows(problems), [steered(subject)], label=label and f"{label} {scale}"
             )

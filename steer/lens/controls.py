@@ -6,6 +6,7 @@ Each function gives tensors by parameter name; `values` puts them in the subject
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,9 @@ def mean_difference(
         )
         for rows in (wanted, unwanted)
     )
-    return _with_directions(subject.vectors, extract.mean_difference(positive, negative))
+    sign = math.copysign(1.0, subject.vectors.scale)  # the scale is applied to them again
+    found = extract.mean_difference(positive, negative)
+    return _with_directions(subject.vectors, {layer: sign * one for layer, one in found.items()})
 
 
 def _with_directions(vectors: SteeringVectors, chosen: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -100,7 +100,7 @@ def lens_conventions(
     layers = subject.layers
 
     def best() -> list[list[list[int]]]:
-        own = subject.vectors.effective()
+        own = subject.vectors.added()
         found = []
         for options in LENSES.values():
             scores = lens_scores(subject.model, own, **options)
@@ -218,7 +218,7 @@ def published_persistence(
         Two tensors (sources, num_hidden_layers): NaN in the layers below the source, and for the second also
         where the layer has no vector.
     """
-    compared = subject.vectors.effective() if vectors is None else vectors
+    compared = subject.vectors.added() if vectors is None else vectors
     shape = (len(sources), subject.decoder.num_hidden_layers)
     found = torch.zeros(2, *shape, dtype=torch.float64)
     alone = [Condition(frozenset([layer])) for layer in sources]

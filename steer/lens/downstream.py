@@ -101,7 +101,7 @@ def downstream(
 
     def measure() -> tuple[torch.Tensor, torch.Tensor]:
         mean, length = mean_changes(subject, rows, layers, label)
-        own = subject.vectors.effective()
+        own = subject.vectors.added()
         direct = lens_scores(model, {layer: own[layer] for layer in layers})
         through = lens_scores(model, dict(zip(layers, mean, strict=True)))
         known = min(len(subject.tokenizer), through.shape[1])

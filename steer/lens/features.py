@@ -232,7 +232,7 @@ def read_features(
     def direction(means: _Means) -> Tensor:
         if here is None:
             return means.stream - off.stream
-        return subject.vectors.effective()[here].double() * subject.vectors.scale
+        return subject.vectors.added()[here].double()
 
     own = direction(with_vectors)
     changed = (with_vectors.stream - off.stream).norm()

@@ -84,7 +84,7 @@ def persistence(
     m / (n |m|), so sums of changes and of unit changes are all that is kept, however many texts there are.
     """
     chosen = {"all": subject.layers} if sources is None else sources
-    compared = subject.vectors.effective() if vectors is None else vectors
+    compared = subject.vectors.added() if vectors is None else vectors
     parts = []
     for _, some in chunks(list(chosen.values()), min(SOURCES, max(1, subject.batch_size - 1))):
         conditions = [one if isinstance(one, Condition) else Condition(frozenset(one)) for one in some]

@@ -24,7 +24,7 @@ from steer.sites import find_decoder
 def logit(args: argparse.Namespace) -> None:
     subject = read_subject(args)
     apply_control(args, subject)
-    vectors, through = subject.vectors.effective(), None
+    vectors, through = subject.vectors.added(), None
     if args.jacobian is not None:
         lens = JacobianLens.load(args.jacobian)
         lens.check(subject.model, subject.vectors.config)

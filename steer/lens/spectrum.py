@@ -111,7 +111,7 @@ def set_spectrum(subject: Subject, rows: Sequence[Row], *, draws: int = DRAWS, s
     residual = residual_norms(subject, rows, layers)
 
     def both() -> tuple[torch.Tensor, torch.Tensor]:
-        own = subject.vectors.effective()
+        own = subject.vectors.added()
         matrix = torch.stack([own[layer].double().cpu() for layer in layers])
         svd = torch.linalg.svdvals
         return svd(matrix), svd(matrix / residual[:, None].clamp(min=1e-30))

@@ -93,6 +93,20 @@ def test_gains_and_lengths_are_those_of_plain_runs(tiny_llama, tiny_tokenizer) -
     assert (found.random[0] != found.random[1]).any()
 
 
+def test_a_negative_scale_turns_no_direction_round(tiny_llama, tiny_tokenizer) -> None:
+    """Negated vectors at scale -1 are the same vectors, and so are the lengths and gains beside them."""
+    subject = subject_of(tiny_llama, tiny_tokenizer, layers="0-1")
+    found, *_ = measured(subject)
+    subject.vectors.set_tensors({name: -one for name, one in subject.vectors.tensors().items()})
+    subject.vectors.scale = -1.0
+    again, *_ = measured(subject)
+    for name in ("trained", "random"):
+        torch.testing.assert_close(getattr(again, name), getattr(found, name))
+    for name in ("gain", "untuned", "length"):
+        for method, values_ in getattr(found, name).items():
+            torch.testing.assert_close(getattr(again, name)[method], values_)
+
+
 def test_a_mean_difference_with_a_useful_length_gains(build_tiny, tiny_tokenizer) -> None:
     """Answers of one token against those of another: what raises that token is found, and its length."""
     model = build_tiny("llama", tie_word_embeddings=True)

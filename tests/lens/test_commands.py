@@ -16,7 +16,7 @@ from helpers.training import model_folder
 
 import steer
 from steer import SteerError
-from steer.artifact import write
+from steer.artifact import Artifact, write
 from steer.cli.lens import add_commands
 from steer.lens.findings import RULES
 from steer.lens.inputs import read_problems
@@ -96,6 +96,17 @@ def test_json_and_text_and_figure(artifact, argv, key, capsys, tmp_path) -> None
     assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
     call(name, artifact, *rest)
     assert len(capsys.readouterr().out.splitlines()) > 1
+
+
+def test_logit_reads_a_negated_artifact_the_other_way(artifact, tmp_path, capsys) -> None:
+    negated = write(tmp_path / "negated", -Artifact.from_pretrained(artifact))
+    found = []
+    for source in (artifact, negated):
+        call("logit", source, "--top", "3", "--json")
+        found.append(json.loads(capsys.readouterr().out)["layers"])
+    for own, other in zip(*found, strict=True):
+        for one, two in zip(own["top"], other["bottom"], strict=True):
+            assert (one["id"], one["score"]) == (two["id"], -two["score"])
 
 
 def test_no_setting_is_ignored(artifact, capsys) -> None:

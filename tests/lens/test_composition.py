@@ -159,7 +159,7 @@ def test_scale_sweep(tiny_llama, tiny_tokenizer) -> None:
     subject = subject_of(tiny_llama, tiny_tokenizer, std=1.0)
     subject.vectors.scale = 2.0
     wanted = goal(subject, [0, 1, 2])
-    found = scale_sweep(subject, wanted, Exact(), [0.0, 2.0])
+    found = scale_sweep(subject, wanted, Exact(), [0.0, 1.0])  # in units of the subject's own scale
     assert found.accuracy.tolist()[1] == 1 > found.accuracy.tolist()[0]
     assert subject.vectors.scale == 2.0
     assert found.tokens.max() <= subject.max_new_tokens

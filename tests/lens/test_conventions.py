@@ -26,6 +26,7 @@ from steer.lens.conventions import (
 )
 from steer.lens.downstream import downstream, mean_changes
 from steer.lens.entropy import entropy_shift
+from steer.lens.logit_lens import logit_lens
 from steer.lens.sampling import complete
 from steer.lens.subject import Row
 
@@ -122,6 +123,18 @@ def test_the_published_cosines_are_those_of_a_plain_loop(loud_llama, tiny_tokeni
                 expected = sum(to_vector) / len(to_vector)
                 assert diff_vector[n, layer].item() == pytest.approx(expected, abs=1e-4)
     assert diff_vector[:, 2].isnan().all()
+
+
+def test_vectors_are_read_at_their_scale(loud_llama, tiny_tokenizer) -> None:
+    subject = subject_of(loud_llama, tiny_tokenizer)
+    subject.vectors.scale = -2.0
+    prompts = [row.question for row in texts()]
+    assert published_persistence(subject, prompts, [0])[1][0, 0].item() == pytest.approx(1, abs=1e-4)
+    found = downstream(subject, texts(), top=6, draws=2, seed=3)
+    assert found.statistics[2, 2] == 1  # the last layer's change is read as the vector itself
+    assert found.random[2, :, 2].tolist() == [1, 1]
+    lens = logit_lens(loud_llama, tiny_tokenizer, subject.vectors.added(), top=3)
+    assert lens_conventions(subject, top=10, shown=3, draws=1).tokens[0] == lens.top_tokens
 
 
 def test_both_conventions_are_there_with_their_controls(loud_llama, tiny_tokenizer) -> None:

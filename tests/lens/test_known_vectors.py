@@ -110,6 +110,13 @@ def test_a_vector_that_only_shifts_the_first_token(model, tiny_tokenizer) -> Non
     assert study.report.numbers["last_lens_rank"] == 0
 
 
+def test_a_negated_vector_is_read_as_it_acts(model, tiny_tokenizer) -> None:
+    study = study_of(model, tiny_tokenizer, {3: -unit(AXES[FIRST[0]])})
+    study.subject.vectors.scale = -1.0
+    compare_last(study, study.rows)
+    assert study.report.numbers["last_lens_rank"] == 0
+
+
 def test_a_vector_that_shifts_every_token_is_not_seen_on_the_first(model, tiny_tokenizer) -> None:
     study = study_of(model, tiny_tokenizer, {3: unit(AXES[LATER[0]])})
     compare_last(study, study.rows)

@@ -75,6 +75,12 @@ def test_a_constant_change_persists_fully_where_it_is_made(tiny_model, tiny_toke
     assert found.size[1, 0] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_change_is_compared_with_the_vectors_at_their_scale(tiny_llama, tiny_tokenizer) -> None:
+    subject = subject_of(tiny_llama, tiny_tokenizer, layers="0-1")
+    subject.vectors.scale = -2.0
+    assert persistence(subject, texts(), {"0": [0]}).diff_vector[0, 0] == pytest.approx(1, abs=1e-4)
+
+
 def test_persistence_does_not_depend_on_batch_size_or_padding(tiny_model, tiny_tokenizer) -> None:
     subject = subject_of(tiny_model, tiny_tokenizer, layers="0-1")
     sources = {str(n): [n % 2] for n in range(10)}  # more than run side by side
@@ -112,6 +118,9 @@ def test_the_mean_difference_is_that_of_the_streams(tiny_llama, tiny_tokenizer) 
         direction = mean(wanted, layer) - mean(unwanted, layer)
         found = made[f"model.layers.{layer}.steering.vector"]
         torch.testing.assert_close(found, direction / direction.norm() * own.norm(), rtol=1e-4, atol=1e-5)
+    subject.vectors.scale = -2.0  # which turns what is put in its place round
+    for name, turned in mean_difference(subject, wanted, unwanted).items():
+        torch.testing.assert_close(turned, -made[name])
     with pytest.raises(SteerError) as error:
         mean_difference(subject, [row.question for row in wanted], unwanted)
     assert "needs texts with completions" in message(error)

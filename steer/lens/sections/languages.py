@@ -33,7 +33,7 @@ class Languages(Section):
             study.report.notes.append(f"Languages of tokens left out: {error}.")
             return
         with values(subject.vectors, study.random):
-            control = logit_lens(subject.model, subject.tokenizer, subject.vectors.effective())
+            control = logit_lens(subject.model, subject.tokenizer, subject.vectors.added())
         own: Any = results["logit lens"]
         found = languages(own, subject.tokenizer, classify, seed=study.seed)
         if not found.tables["vocabulary"].any():

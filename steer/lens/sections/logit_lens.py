@@ -28,14 +28,15 @@ class LogitLens(Section):
     def measure(self, study: Study) -> None:
         subject, results = study.subject, study.report.results
         read = lambda vectors: logit_lens(subject.model, subject.tokenizer, vectors)  # noqa: E731
-        own = read(subject.vectors.effective())
+        own = read(subject.vectors.added())
         results["logit lens"] = own
         results["scripts"] = counts = count_scripts(own, subject.tokenizer)
         middle = [n for n, i in enumerate(own.layers) if study.last / 3 <= i <= 2 * study.last / 3]
         if middle and counts.foreign_base >= 0.01:
             study.note(vocabulary_foreign=counts.foreign_base)
             layers = [own.layers[n] for n in middle]
-            vectors = [drawn[layer] for drawn in study.directions for layer in layers]
+            scale = subject.vectors.scale
+            vectors = [scale * drawn[layer] for drawn in study.directions for layer in layers]
             control = count_scripts(read(dict(enumerate(vectors))), subject.tokenizer)
             drawn = control.foreign().unflatten(0, (-1, len(layers))).mean(1)
             study.compare("middle_foreign", counts.foreign()[middle].mean().item(), drawn.tolist())

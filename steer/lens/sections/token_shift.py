@@ -89,7 +89,8 @@ def compare_last(study: Study, rows: Sequence[Row]) -> None:
     study.compare("last_first_share", own, drawn)
     own, *drawn = made.concentration.tolist()
     study.compare("last_concentration", own, drawn)
-    vectors = [subject.vectors.effective()[last], *(drawn[last] for drawn in study.directions)]
+    scale = subject.vectors.scale
+    vectors = [subject.vectors.added()[last], *(scale * drawn[last] for drawn in study.directions)]
     lens = logit_lens(subject.model, subject.tokenizer, dict(enumerate(vectors)), top=1)
     # how many tokens the lens of a vector ranks above the one that this vector makes gain most
     ranks = [
