@@ -42,19 +42,29 @@ def windows(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int = 256, skip: int = 1
 ) -> Iterator[Window]:
     """
-    Each text in pieces of at most `length` tokens, with the special tokens that the tokenizer puts in.
+    Each text in pieces of at most `length` tokens, with the special tokens that the tokenizer puts in. A BOS
+    token that it puts before every text is before every piece.
 
     Special tokens are not kept, nor are the first `skip` tokens of a piece: models use the first one as an
     attention sink, with a norm many times that of all others ("Massive Activations", arXiv 2402.17762).
     """
     special = set(tokenizer.all_special_ids)
+    bos = first_token(tokenizer)
+    lead = [] if bos is None else [bos]
+    step = max(1, length - len(lead))
     for text in texts:
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        for start in range(0, len(ids), length):
-            piece = list(ids[start : start + length])
+        ids = tokenizer(text, verbose=False)["input_ids"][len(lead) :]
+        for start in range(0, len(ids), step):
+            piece = [*lead, *ids[start : start + step]]
             keep = [place >= skip and token not in special for place, token in enumerate(piece)]
             if any(keep):
                 yield Window(piece, keep)
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS token of a tokenizer that puts it before every text, else None."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos] else None
 
 
 class Reader:
@@ -215,7 +225,11 @@ class ActivationStream:
         self.width = reader.width
 
     def describe(self) -> dict[str, Any]:
-        return {**self.reader.describe(), "texts": getattr(self.texts, "sources", None)}
+        told = {**self.reader.describe(), "texts": getattr(self.texts, "sources", None)}
+        if checksums := getattr(self.texts, "checksums", None):
+            told["texts_sha256"] = checksums
+        # Activations of 0.1.0 have BOS before the first piece of a text alone, and are not taken for these.
+        return told if first_token(self.tokenizer) is None else {**told, "bos": "before every piece"}
 
     def order(self) -> dict[str, Any]:
         """What decides, with the texts, which activations a batch holds."""
@@ -223,23 +237,26 @@ class ActivationStream:
         return {"window": self.length, **{name: getattr(self, name) for name in names}}
 
     def windows(self) -> Iterator[Window]:
-        """The windows of this process, all epochs."""
-        for _ in range(self.epochs):
-            pieces = windows(self.texts, self.tokenizer, self.length, self.skip)
-            yield from (window for index, window in enumerate(pieces) if index % self.world == self.rank)
+        """The windows of this process, one epoch."""
+        pieces = windows(self.texts, self.tokenizer, self.length, self.skip)
+        return (window for index, window in enumerate(pieces) if index % self.world == self.rank)
 
     def blocks(self) -> Iterator[tuple[list[Window], int]]:
-        """The windows of each block and how many of their tokens are kept; nothing is computed."""
-        gathered: list[Window] = []
-        kept = 0
-        for window in self.windows():
-            gathered.append(window)
-            kept += sum(window.keep)
-            if kept >= self.block:
+        """
+        The windows of each block and how many of their tokens are kept; nothing is computed. A block ends
+        with its epoch, so that more epochs change none of those before.
+        """
+        for _ in range(self.epochs):
+            gathered: list[Window] = []
+            kept = 0
+            for window in self.windows():
+                gathered.append(window)
+                kept += sum(window.keep)
+                if kept >= self.block:
+                    yield gathered, kept
+                    gathered, kept = [], 0
+            if gathered:
                 yield gathered, kept
-                gathered, kept = [], 0
-        if gathered:
-            yield gathered, kept
 
     def batches(self, size: int, start: int = 0) -> Iterator[Tensor]:
         """

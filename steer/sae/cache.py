@@ -16,6 +16,8 @@ from steer.files import read_json, replace_file
 from steer.sae.activations import ActivationStream, Window, read_all
 
 META_FILE, DATA_FILE = "cache.json", "activations.f16"
+# What caches and checkpoints of 0.1.0 do not say of their source.
+UNRECORDED = ("model_dtype", "texts_sha256")
 
 
 def write_cache(
@@ -39,16 +41,10 @@ def write_cache(
     fresh = {**wanted, "block": stream.block, "tokens": 0, "blocks": 0, "done": False}
     # caches of 0.1.0 do not say what was skipped: the default, most likely
     meta = {"skip": 1, **_read_meta(path)} if (path / META_FILE).exists() else fresh
-    if "model_dtype" not in (meta.get("source") or {}):  # nor the model's precision
-        wanted["source"].pop("model_dtype", None)
     if not meta["done"] and "block" in meta:  # it goes on at a block; a finished one has no order
         wanted["block"] = stream.block
-    changed = [name for name in wanted if meta.get(name) != wanted[name]]
-    if changed:
-        raise SteerError(
-            f"{path} holds activations with another {changed[0]}: {meta.get(changed[0])!r}, now "
-            f"{wanted[changed[0]]!r}; give another folder or remove it"
-        )
+    if changed := difference({name: meta.get(name) for name in wanted}, wanted):
+        raise SteerError(f"{path} holds other activations: {changed}; give another folder or remove it")
     if meta["done"]:
         return CachedActivations(path)
     row = 2 * stream.width
@@ -165,6 +161,19 @@ class CachedActivations(HeldActivations):
 
     def take(self, indices: Tensor) -> Tensor:
         return torch.from_numpy(cast(np.ndarray, self.rows)[indices.numpy()]).float() / self.factor
+
+
+def difference(old: Any, new: Any, name: str = "") -> str:
+    """The first setting that differs, as 'saes.topk.d_in was 576, now 640'; empty when none does."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            if key in UNRECORDED and key not in old:
+                continue
+            found = difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return ""
+    return "" if old == new else f"{name} was {old!r}, now {new!r}"
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

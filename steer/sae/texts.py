@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
-from steer.errors import SteerError
+from steer.errors import SteerError, one_line
 from steer.files import json_lines, text_lines
 
 # The fields of a record that make its text, joined by a blank line: the first group of which all but the last
@@ -34,6 +36,18 @@ class Texts:
                 raise SteerError(
                     f"unknown texts {source!r}; expected a .txt or .jsonl file or a hub data set owner/name"
                 )
+
+    @cached_property
+    def checksums(self) -> dict[str, str]:
+        """By local file: the SHA-256 of its content when it was first asked for, cut to 16 digits."""
+        found = {}
+        for source in filter(_is_file, self.sources):
+            try:
+                with Path(source).open("rb") as file:
+                    found[source] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            except OSError as error:
+                raise SteerError(f"cannot read {source!r}: {one_line(error)}") from error
+        return found
 
     def __iter__(self) -> Iterator[str]:
         left = [_lines(Path(source)) if _is_file(source) else _from_hub(source) for source in self.sources]

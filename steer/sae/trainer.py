@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steer.errors import SteerError
 from steer.files import replace_file
-from steer.sae.cache import HeldActivations
+from steer.sae.cache import HeldActivations, difference
 from steer.sae.config import SAEConfig
 from steer.sae.evaluate import explained_by_prefix, quality
 from steer.sae.jumprelu import count_active, jump
@@ -271,7 +271,10 @@ class SAETrainer:
     def _stop_early(self) -> None:
         self.save()
         remedy = ": give more texts or epochs, or lower tokens"
-        if self.folder and self.step:
+        if not self.step:
+            size = self.training.batch_size
+            remedy = f": the texts fill no batch of batch_size={size}; give more texts or lower batch_size"
+        elif self.folder:
             remedy = (
                 f"; the {self.step} steps done are saved in {self.folder} and continue with more epochs; "
                 "give another folder for more texts or fewer tokens"
@@ -367,7 +370,7 @@ class SAETrainer:
                 f"{path} is not a checkpoint of this recipe ({type(error).__name__}); remove it or give "
                 f"another folder"
             ) from error
-        changed = _difference(asked, self._asked())
+        changed = difference(asked, self._asked())
         if changed:
             raise SteerError(f"{self.folder} holds another run: {changed}; give another folder or remove it")
         for name, run in self.runs.items():
@@ -386,16 +389,3 @@ class SAETrainer:
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
             replace_file(path, "".join(kept).encode())
-
-
-def _difference(old: Any, new: Any, name: str = "") -> str:
-    """The first setting that differs, as 'saes.topk.d_in was 576, now 640'; empty when none does."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            if key == "model_dtype" and key not in old:  # checkpoints of 0.1.0 do not say it
-                continue
-            difference = _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-            if difference:
-                return difference
-        return ""
-    return "" if old == new else f"{name} was {old!r}, now {new!r}"

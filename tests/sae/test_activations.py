@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers.chat_templates import tokenizer as characters
 from helpers.steering import fill, layers_of, message
 from transformers import GraniteConfig, GraniteForCausalLM
 
@@ -58,6 +59,27 @@ def test_windows_keep_neither_special_nor_first_tokens(tiny_tokenizer):
     assert "".join(kept) == "12 and 3"
     (first,) = windows(["abcdef"], tiny_tokenizer, length=4, skip=2)  # of "ef" nothing would be kept
     assert first.keep == [False, False, True, True]
+
+
+def test_every_piece_begins_with_the_bos_token_that_texts_begin_with(tiny_llama, tmp_path):
+    def stream(adds_bos):
+        tokenizer = characters(None, adds_bos)
+        return ActivationStream(Reader(tiny_llama, 1), ["abcdefg"], tokenizer, length=4)
+
+    plain, with_bos = stream(False), stream(True)
+    ids = plain.tokenizer("abcdefg")["input_ids"]
+    assert [window.ids for window in plain.windows()] == [ids[:4], ids[4:]]
+    bos = with_bos.tokenizer.bos_token_id
+    assert list(with_bos.windows()) == [
+        Window([bos, *part], [False, *[True] * len(part)]) for part in (ids[:3], ids[3:6], ids[6:])
+    ]
+    assert "bos" not in plain.describe()
+    write_cache(with_bos, tmp_path)
+    old = json.loads((tmp_path / "cache.json").read_text())  # as 0.1.0 wrote it
+    del old["source"]["bos"]
+    (tmp_path / "cache.json").write_text(json.dumps(old))
+    with pytest.raises(SteerError, match=r"source\.bos was None, now 'before every piece'"):
+        write_cache(with_bos, tmp_path)
 
 
 def test_a_window_that_keeps_nothing_is_left_out(tiny_tokenizer):
@@ -184,6 +206,12 @@ def test_seeds_shuffle_and_epochs_repeat(stream):
     assert twice == 2 * once
 
 
+def test_more_epochs_leave_the_first_as_it_was(stream):
+    once, twice = list(stream().batches(32)), list(stream(epochs=2).batches(32))
+    assert len(twice) == 2 * len(once)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice[: len(once)], strict=True))
+
+
 def test_two_processes_share_the_windows(stream):
     whole = {tuple(w.ids) for w in stream().windows()}
     halves = [{tuple(w.ids) for w in stream(rank=rank, world=2).windows()} for rank in (0, 1)]
@@ -248,7 +276,7 @@ def test_a_cache_that_was_stopped_goes_on(stream, tmp_path):
         file.write(b"part of a block")
     before = json.loads((tmp_path / "parts" / "cache.json").read_text())
     assert not before["done"]
-    with pytest.raises(SteerError, match="another block: 200, now 300"):  # whose blocks begin elsewhere
+    with pytest.raises(SteerError, match="block was 200, now 300"):  # whose blocks begin elsewhere
         write_cache(stream(block=300), tmp_path / "parts")
     parts = write_cache(stream(), tmp_path / "parts")
     everything = torch.arange(len(whole))
@@ -261,10 +289,10 @@ def test_a_cache_stops_at_the_tokens_asked_for(stream, tmp_path):
     assert len(write_cache(stream(), tmp_path, tokens=233)) == 233  # finished: nothing is computed
     with pytest.raises(SteerError) as error:
         write_cache(stream(), tmp_path, tokens=444)
-    assert "another asked: 233, now 444" in message(error)
+    assert "asked was 233, now 444" in message(error)
     with pytest.raises(SteerError) as error:
         write_cache(stream(skip=2), tmp_path, tokens=233)
-    assert "another skip: 1, now 2" in message(error)
+    assert "skip was 1, now 2" in message(error)
 
 
 def test_a_cache_of_other_weights_or_vectors_is_not_reused(tiny_llama, build_tiny, tiny_tokenizer, tmp_path):
@@ -275,13 +303,32 @@ def test_a_cache_of_other_weights_or_vectors_is_not_reused(tiny_llama, build_tin
     steered = build_tiny("llama")
     fill(steer.attach(steered))
     low = build_tiny("llama").to(torch.bfloat16)
-    for other in (build_tiny("llama", seed=1), steered, low):
-        with pytest.raises(SteerError, match="another source"):
+    others = {"base_checksum": build_tiny("llama", seed=1), "vectors": steered, "model_dtype": low}
+    for name, other in others.items():
+        with pytest.raises(SteerError, match=f"holds other activations: source.{name} was"):
             store(other)
     old = json.loads((tmp_path / "cache.json").read_text())  # as 0.1.0 wrote it
     assert old["source"].pop("model_dtype") == "float32"
     (tmp_path / "cache.json").write_text(json.dumps(old))
     assert len(store(low)) == 8
+
+
+def test_a_cache_of_texts_with_another_content_is_not_reused(tiny_llama, tiny_tokenizer, tmp_path):
+    file, folder = tmp_path / "some.txt", tmp_path / "cache"
+
+    def store():
+        texts = Texts([str(file)])
+        return write_cache(ActivationStream(Reader(tiny_llama, 1), texts, tiny_tokenizer, 16), folder)
+
+    file.write_text("1+2=3\n4+5=9\n")
+    assert len(store()) == 8
+    file.write_text("1+2=3\n4+5=8\n")
+    with pytest.raises(SteerError, match=r"source\.texts_sha256\..*some\.txt was"):
+        store()
+    old = json.loads((folder / "cache.json").read_text())  # as 0.1.0 wrote it
+    del old["source"]["texts_sha256"]
+    (folder / "cache.json").write_text(json.dumps(old))
+    assert len(store()) == 8
 
 
 def test_bad_caches_are_refused(stream, tmp_path):

@@ -288,18 +288,21 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     assert "is not a checkpoint" in message(error)
 
 
-def test_a_run_goes_on_in_the_same_precision_of_the_model(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "one", "two"), [("model_dtype", "float32", "bfloat16"), ("texts_sha256", "12ab", "34cd")]
+)
+def test_a_run_goes_on_with_the_same_precision_and_texts(name, one, two, tmp_path):
     def run(**more):
         stream = Made()
         stream.describe = lambda: {"model": "made", "layer": 0, **more}
         return SAETrainer({"a": sae()}, stream, training(tokens=512), tmp_path)
 
     run().train()  # checkpoints of 0.1.0 do not say which it was
-    assert run(model_dtype="float32").step == 2
+    assert run(**{name: one}).step == 2
     (tmp_path / "checkpoint.pt").unlink()
-    run(model_dtype="float32").train()
-    with pytest.raises(SteerError, match=r"stream\.model_dtype was 'float32', now 'bfloat16'"):
-        run(model_dtype="bfloat16")
+    run(**{name: one}).train()
+    with pytest.raises(SteerError, match=rf"stream\.{name} was '{one}', now '{two}'"):
+        run(**{name: two})
 
 
 @pytest.mark.parametrize(
@@ -315,6 +318,11 @@ def test_a_stream_that_never_fills_a_batch_is_refused_at_the_start(order, part):
     with pytest.raises(SteerError) as error:
         SAETrainer({"a": sae()}, stream, training()).train()
     assert part in message(error)
+
+
+def test_texts_that_fill_no_batch_are_told():
+    with pytest.raises(SteerError, match="the texts fill no batch of batch_size=256; give more texts or"):
+        SAETrainer({"a": sae()}, Made(count=0), training()).train()
 
 
 def test_another_width_is_refused():
