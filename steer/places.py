@@ -8,14 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from steer.hooks import Site, hook, one_stream, watch
+from steer.hooks import Site, hook, hooked, one_stream, watch
 from steer.probe import verify
-from steer.sites import find_decoder, find_sites
+from steer.sites import find_decoder, find_sites, probing
+
+# Largest difference, relative to the stream, at which a layer counts as the sum of its parts.
+ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,27 @@ def find_places(model: Any, layers: Sequence[int], site: str) -> list[Place]:
     before = find_sites(decoder, list(layers), "resid_pre")
     pairs = zip(sites, before, strict=True)
     return [Place(place, decoder.hidden_size, stream) for place, stream in pairs]
+
+
+def adds_as_is(model: Any, layer: int) -> bool:
+    """
+    Whether a layer adds what its attention and its MLP return to the stream as it is; some architectures put
+    it through a norm or a factor first. One pass without vectors tells.
+
+    Raises:
+        SteerError: the architecture has no such places.
+    """
+    decoder = find_decoder(model)
+    sites = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    places = {site: find_places(model, [layer], site)[0] for site in sites}
+    vectors = model.__dict__.get("steering_vectors")
+    off = nullcontext() if vectors is None else vectors.disabled()
+    seen: dict[str, Tensor] = {}
+    with off, hooked() as handles, probing(decoder.backbone) as ids:
+        for site, place in places.items():
+            handles += place.watch(partial(seen.__setitem__, site))
+        decoder.backbone(ids, use_cache=False)
+    seen = {site: value.float() for site, value in seen.items()}
+    added = seen["resid_pre"] + seen["attn_out"] + seen["mlp_out"]
+    error = torch.linalg.vector_norm(added - seen["resid_post"]) / torch.linalg.vector_norm(added)
+    return bool(error < ROUNDING)

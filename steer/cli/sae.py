@@ -51,7 +51,7 @@ def _info(args: argparse.Namespace) -> None:
     cfg = sae.cfg
     there = (cfg.source or {}).get("tool", "steer")  # of the hub
     print(f"format      {detect(args.sae) if Path(args.sae).exists() else there}")
-    print(f"features    {cfg.d_sae} for activations of width {cfg.d_in}, {cfg.activation} with k={cfg.k}")
+    print(f"features    {cfg.d_sae} for activations of width {cfg.d_in}, {cfg.variant}")
     kron = f"kron: {cfg.heads} heads of {cfg.m} x {cfg.n}, {cfg.interaction}"
     shape = kron if cfg.encoder == "kron" else "dense"
     print(
@@ -60,7 +60,8 @@ def _info(args: argparse.Namespace) -> None:
     )
     print(f"loss        {cfg.loss}{'' if cfg.prefixes is None else f', prefixes {cfg.prefixes}'}")
     for name, value in (cfg.source or {}).items():
-        print(f"{name:11} {value}")
+        if name != "k":  # which is not known
+            print(f"{name:11} {value}")
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -19,11 +19,13 @@ import logging
 import sys
 from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -92,7 +94,9 @@ class RunConfig:
 def main(arguments: list[str]) -> dict[str, SAE]:
     """Run with these command-line arguments; the trained SAEs."""
     run, training = parse(arguments)
-    accelerator = Accelerator()
+    # while one process writes the cache, the others wait
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(kwargs_handlers=[patient])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging.set_verbosity_error()
     if accelerator.device.type == "cpu":
@@ -255,10 +259,12 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
 def _check_effect(run: RunConfig, training: TrainConfig) -> None:
     """SteerError for a value that is not the default and has no effect, since another setting is missing."""
     measured, stops = run.heldout is not None, training.early_stopping_threshold > 0
+    selects = any(one.get("activation") != "jumprelu" for one in run.saes.values())
     for settings, name, has_effect, needed in (
         (run, "heldout_tokens", measured, "heldout=FILE"),
         (training, "eval_every", measured, "heldout=FILE"),
         (training, "decay", training.schedule == "wsd", "schedule=wsd"),
+        (training, "precision", selects, "an SAE of topk or batchtopk"),
         (training, "early_stopping_window", stops, "early_stopping_threshold"),
     ):
         value = getattr(settings, name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from steer.config import SITES
 from steer.errors import SteerError
 from steer.hooks import hooked
 from steer.identity import describe, has_other_weights
-from steer.places import find_places
+from steer.places import adds_as_is, find_places
 from steer.sites import find_decoder, input_device
 from steer.vectors import attached
 
@@ -96,6 +97,14 @@ class Reader:
         if what != "base" and "steering_vectors" in model.__dict__:
             attached(model).config.refuse_condition("activations of texts, which have no prompts")
 
+    @cached_property
+    def added(self) -> bool | None:
+        """Whether the layer adds what its modules return as it is; None where a pass does not tell."""
+        try:
+            return adds_as_is(self.model, self.layer)
+        except SteerError:
+            return None
+
     def describe(self) -> dict[str, Any]:
         """
         What an SAE records of its source: the base model and its precision, the layer and the site, and the
@@ -108,6 +117,8 @@ class Reader:
         if self.what != "base" and (vectors := self.model.__dict__.get("steering_vectors")):
             source["vectors"] = vectors_checksum(vectors.config, vectors.tensors())
         source |= {"layer": self.layer, "site": self.site, "what": self.what}
+        if self.site in ("attn_out", "mlp_out"):
+            source["added"] = self.added
         # Caches of 0.1.0 hold what the attention adds there, and are not taken for the stream.
         return {**source, "reads": "stream"} if self.site == "resid_mid" else source
 

@@ -17,7 +17,7 @@ from steer.sae.activations import ActivationStream, Window, read_all
 
 META_FILE, DATA_FILE = "cache.json", "activations.f16"
 # What caches and checkpoints of 0.1.0 do not say of their source.
-UNRECORDED = ("model_dtype", "texts_sha256")
+UNRECORDED = ("model_dtype", "texts_sha256", "added")
 
 
 def write_cache(

@@ -177,6 +177,16 @@ class SAEConfig:
         """Rows of the encoder's matrix: d_sae, or h(m + n) for KronSAE."""
         return self.d_sae if self.heads is None else self.heads * (self.m + self.n)
 
+    @property
+    def stated_k(self) -> int | None:
+        """`k`; None for a JumpReLU of another tool, whose file does not say it."""
+        return None if (self.source or {}).get("k", self.k) is None else self.k
+
+    @property
+    def variant(self) -> str:
+        """The activation with its `k`, in words."""
+        return self.activation if self.stated_k is None else f"{self.activation} with k={self.k}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, in field order."""
         return asdict(self)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def save_sae(sae: SAE, folder: str | os.PathLike[str], format: str = "steer") ->
         raise SteerError(f"SAE format {format!r} is unknown; choose one of {', '.join(FILES)}")
     if format == "steer":
         return sae.save_pretrained(folder)
+    if (sae.cfg.source or {}).get("what") == "difference":
+        raise SteerError(
+            f"this SAE reads differences that vectors make, and format={format!r} would name it one of the "
+            "activations themselves; save it with format='steer'"
+        )
     write: dict[str, Callable[[SAE], tuple[dict[str, Any], dict[str, Tensor]]]] = {
         "saelens": _to_saelens,
         "sparsify": _to_sparsify,
@@ -212,7 +218,23 @@ def _to_saelens(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _hook_name(source: dict[str, Any]) -> str | None:
-    """The site's name in TransformerLens, which SAELens uses."""
+    """
+    The site's name in TransformerLens, which SAELens uses. Its hook_attn_out and hook_mlp_out are what the
+    layer adds to the stream: SteerError where that is known to be another place than the SAE's.
+    """
+    site = source.get("site", "")
+    if site in ("attn_out", "mlp_out") and source.get("tool") != "SAELens":
+        if source.get("added") is False:
+            raise SteerError(
+                f"this SAE reads {site} of a model that normalises or scales it before it is added to the "
+                f"stream, and SAELens's hook_{site} is after that; save it with format='steer'"
+            )
+        if source.get("added") is None:
+            warnings.warn(
+                f"the SAE does not say whether its model adds {site} to the stream as it is, and SAELens's "
+                f"hook_{site} is what is added: another place in models such as Gemma and OLMo 2",
+                stacklevel=4,
+            )
     names = {
         "resid_pre": "hook_resid_pre",
         "resid_mid": "hook_resid_mid",
@@ -220,7 +242,7 @@ def _hook_name(source: dict[str, Any]) -> str | None:
         "attn_out": "hook_attn_out",
         "mlp_out": "hook_mlp_out",
     }
-    name = names.get(source.get("site", ""))
+    name = names.get(site)
     return f"blocks.{source['layer']}.{name}" if name and "layer" in source else None
 
 
@@ -257,7 +279,7 @@ def _to_dictionary_learning(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]
         "dict_class": classes[cfg.activation],
         "activation_dim": cfg.d_in,
         "dict_size": cfg.d_sae,
-        "k": cfg.k,
+        **({} if cfg.stated_k is None else {"k": cfg.k}),
         "layer": source.get("layer"),
         "lm_name": source.get("model"),
         "submodule_name": source.get("site"),

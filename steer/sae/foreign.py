@@ -177,7 +177,7 @@ def sae_config(
 ) -> SAEConfig:
     """`k` None: a JumpReLU file does not say what it aimed at, and nothing that is computed depends on it."""
     if k is None:
-        k = min(50, d_sae)
+        k, source = min(50, d_sae), {**(source or {}), "k": None}
     if activation == "jumprelu" and isinstance(k, float):  # a target, which may lie between two numbers
         k = max(1, round(k))
     return SAEConfig(d_in, d_sae, k, activation=activation, bias="tied" if tied else "free", source=source)

@@ -119,7 +119,7 @@ def card(config: SAEConfig, name: str = PLACE) -> str:
         "base adapter": source.get("base_adapter") and f"`{source['base_adapter']}`, merged",
         "activations": "site" in source and f"`{source['site']}` of layer {source.get('layer')}",
         "size": f"{config.d_sae:,} features for activations of {config.d_in:,} numbers",
-        "variant": f"{config.encoder} encoder, {config.activation}, k={config.k}",
+        "variant": f"{config.encoder} encoder, {config.variant}",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
     metadata = front_matter(str(base) if base else None, "sparse-autoencoder", "interpretability")

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from steer.errors import SteerError
-from steer.hooks import hooked
 from steer.identity import describe
-from steer.places import find_places
+from steer.places import adds_as_is
 from steer.sae.activations import check_base
 from steer.sae.model import SAE
-from steer.sites import find_decoder, probing
+from steer.sites import find_decoder
 from steer.weights import public_name
-
-# Largest difference, relative to the stream, at which a layer counts as the sum of its parts.
-ROUNDING = 1e-2
 
 
 def sae_place(
@@ -91,20 +83,7 @@ def _check_added(model: PreTrainedModel, layer: int, site: str, name: str, tool:
     SteerError unless the layer adds what its modules return to the stream as it is. TransformerLens reads
     what is added, after a norm or a factor that some architectures have there; the site is before it.
     """
-    decoder = find_decoder(model)
-    sites = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-    places = {one: find_places(model, [layer], one)[0] for one in sites}
-    vectors = model.__dict__.get("steering_vectors")
-    off = nullcontext() if vectors is None else vectors.disabled()
-    seen: dict[str, Tensor] = {}
-    with off, hooked() as handles, probing(decoder.backbone) as ids:
-        for one, place in places.items():
-            handles += place.watch(partial(seen.__setitem__, one))
-        decoder.backbone(ids, use_cache=False)
-    seen = {one: value.float() for one, value in seen.items()}
-    added = seen["resid_pre"] + seen["attn_out"] + seen["mlp_out"]
-    error = torch.linalg.vector_norm(added - seen["resid_post"]) / torch.linalg.vector_norm(added)
-    if not error < ROUNDING:
+    if not adds_as_is(model, layer):
         raise SteerError(
             f"{name} is an SAE of what {tool} calls {site}, which is what the layer adds to the stream; this "
             f"model normalises or scales the module's output first, and {site} is before that: use an SAE "

@@ -62,7 +62,10 @@ class TrainConfig:
     )
     precision: str = field(
         default="float32",
-        metadata={"help": "Of the encoder's product: float32, bfloat16, or fast: the faster one here."},
+        metadata={
+            "help": "Of the encoder's product: float32, bfloat16, or fast: the faster one here. JumpReLU's "
+            "is float32."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Of the SAEs' first weights."})
     log_every: int = field(default=20, metadata={"help": "Steps between two lines of metrics."})

@@ -191,6 +191,21 @@ def test_what_a_format_cannot_express_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_another_place_is_not_given_the_name_of_one_of_transformer_lens(tmp_path):
+    place = {**SOURCE, "site": "mlp_out"}
+    with pytest.raises(SteerError, match="normalises or scales it before it is added to the stream"):
+        save_sae(make(source={**place, "added": False}), tmp_path / "lens", "saelens")
+    for format in ("saelens", "sparsify", "dictionary_learning"):
+        with pytest.raises(SteerError, match="reads differences that vectors make"):
+            save_sae(make(source={**SOURCE, "what": "difference"}), tmp_path / "lens", format)
+    assert not (tmp_path / "lens").exists()
+    with pytest.warns(UserWarning, match="does not say whether its model adds mlp_out"):
+        save_sae(make(source=place), tmp_path / "lens", "saelens")
+    save_sae(make(source={**place, "added": True}), tmp_path / "lens", "saelens")
+    settings_ = json.loads((tmp_path / "lens" / "cfg.json").read_text())
+    assert settings_["metadata"]["hook_name"] == "blocks.4.hook_mlp_out"
+
+
 @pytest.mark.parametrize("format", FILES)
 def test_damaged_files_are_refused(format, tmp_path):
     settings, weights = FILES[format]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -116,6 +117,20 @@ def test_a_run_until_flat_says_how_it_ended(config, tmp_path, capsys):
     assert set(last["heldout"]["explained_variance"]) == {"topk", "kron"}
 
 
+def test_processes_wait_while_one_writes_the_cache(config, monkeypatch):
+    """NCCL gives up after ten minutes by default."""
+    handlers = []
+
+    def made(kwargs_handlers):
+        handlers.extend(kwargs_handlers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_sae, "Accelerator", made)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae.main(["--config", str(config)])
+    assert handlers[0].timeout >= timedelta(hours=12)
+
+
 def test_two_processes_train_one_sae(config, tmp_path):
     """Data parallel on two CPU processes: it finishes, and both read their share of the texts."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
@@ -161,6 +176,10 @@ def test_two_processes_train_one_sae(config, tmp_path):
         (["decay=0.5"], "decay=0.5 has no effect without schedule=wsd"),
         (["early_stopping_window=0.5"], "has no effect without early_stopping_threshold; give that"),
         (["cache_tokens=5"], "cache_tokens=5 without a cache"),
+        (
+            ["saes={a: {d_sae: 64, k: 4, activation: jumprelu}}", "precision=bfloat16"],
+            "precision=bfloat16 has no effect without an SAE of topk or batchtopk",
+        ),
         (["block=127"], "block=127 is less than one batch of batch_size=128"),
         (["saes.kron.loss=matryoshka", "saes.kron.prefixes=[12,64]"], "cuts a head of KronSAE in two"),
     ],

@@ -16,6 +16,7 @@ from evals.architectures import tiny
 from steer.cli import main
 from steer.errors import SteerError
 from steer.sae import SAE, SAEConfig, load_sae, save_sae
+from steer.sae.activations import Reader
 from steer.sae.place import sae_place
 from steer.sae.saelens import (
     ACTIVATION,
@@ -120,7 +121,7 @@ def test_hooks(hook: Any, expected: tuple[int, str] | None) -> None:
 
 def test_the_place_is_read_from_before_and_after_version_6(tmp_path: Path) -> None:
     save_sae(
-        SAE(SAEConfig(D_IN, D_SAE, 5, source={"model": "m", "layer": 4, "site": "mlp_out"})),
+        SAE(SAEConfig(D_IN, D_SAE, 5, source={"model": "m", "layer": 4, "site": "mlp_out", "added": True})),
         tmp_path,
         "saelens",
     )
@@ -147,8 +148,22 @@ def test_sites_that_other_tools_read_after_a_norm_are_refused() -> None:
             assert "normalises or scales the module's output first" in message(error)
         else:
             assert sae_place(sae, model, "it") == (1, "mlp_out")
+        assert Reader(model, 1, "mlp_out").describe()["added"] is not refused
+        assert "added" not in Reader(model, 1).describe()
         sae.cfg.source["site"] = "resid_post"
         assert sae_place(sae, model, "it") == (1, "resid_post")
+
+
+def test_a_k_that_is_not_known_is_not_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae = SAE.from_state(*from_saelens(settings("jumprelu"), weights("jumprelu")), tmp_path)
+    save_sae(sae, tmp_path / "own")
+    assert main(["sae", "info", str(tmp_path / "own")]) == 0
+    shown = capsys.readouterr().out
+    assert "48 for activations of width 12, jumprelu\n" in shown
+    assert "k=" not in shown and "k=" not in (tmp_path / "own" / "README.md").read_text()
+    save_sae(sae, tmp_path / "theirs", "dictionary_learning")
+    assert "k" not in json.loads((tmp_path / "theirs" / "config.json").read_text())["trainer"]
+    assert load_sae(tmp_path / "theirs").cfg.stated_k is None
 
 
 def test_a_foreign_sae_of_another_name_is_told(tiny_llama: Any, recwarn: Any) -> None:
@@ -282,7 +297,7 @@ def test_a_release(sae_lens: Any, hub: Path, capsys: pytest.CaptureFixture[str])
     compare(sae, by_saelens(sae_lens, "made-res", "one"), rows())
     assert sae.cfg.source == {
         "tool": "SAELens", "model": "gpt2-small", "hook": "blocks.1.hook_resid_post", "layer": 1,
-        "site": "resid_post", "release": "made-res", "id": "one",
+        "site": "resid_post", "k": None, "release": "made-res", "id": "one",
     }  # fmt: skip
     compare(load_sae("me/made:one"), by_saelens(sae_lens, "made-res", "one"), rows())  # straight from the hub
     assert main(["sae", "info", "made-res:one"]) == 0

@@ -289,9 +289,10 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "one", "two"), [("model_dtype", "float32", "bfloat16"), ("texts_sha256", "12ab", "34cd")]
+    ("name", "one", "two"),
+    [("model_dtype", "float32", "bfloat16"), ("texts_sha256", "12ab", "34cd"), ("added", True, False)],
 )
-def test_a_run_goes_on_with_the_same_precision_and_texts(name, one, two, tmp_path):
+def test_a_run_goes_on_with_the_same_source(name, one, two, tmp_path):
     def run(**more):
         stream = Made()
         stream.describe = lambda: {"model": "made", "layer": 0, **more}
@@ -301,7 +302,7 @@ def test_a_run_goes_on_with_the_same_precision_and_texts(name, one, two, tmp_pat
     assert run(**{name: one}).step == 2
     (tmp_path / "checkpoint.pt").unlink()
     run(**{name: one}).train()
-    with pytest.raises(SteerError, match=rf"stream\.{name} was '{one}', now '{two}'"):
+    with pytest.raises(SteerError, match=rf"stream\.{name} was {one!r}, now {two!r}"):
         run(**{name: two})
 
 
