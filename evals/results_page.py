@@ -39,9 +39,6 @@ def render(results: Path = RESULTS) -> str:
     def data(file: str) -> Any:
         return json.loads((results / file).read_text())
 
-    def exists(file: str) -> bool:
-        return (results / file).exists()
-
     template = environment.from_string(TEMPLATE.read_text())
     made = template.render(
         table=table,
@@ -51,7 +48,6 @@ def render(results: Path = RESULTS) -> str:
         seeds=seeds,
         first_above=first_above,
         data=data,
-        exists=exists,
         demo_table=demo(data("demo/results.json"), {c: data(f"control-{c}/results.json") for c in CONTROLS}),
         comparison_table=comparison(
             data("compare-tiny/scores.json"), (results / "compare-tiny/training.md").read_text()
