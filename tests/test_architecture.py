@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -77,6 +78,13 @@ def test_every_module_has_a_floor() -> None:
     rooms = {room(name) for name in FILES if name.startswith("steer.")}
     assert rooms - FLOOR.keys() == set(), "place the new module on its floor in tests/test_architecture.py"
     assert FLOOR.keys() - rooms == set(), "no such module any more"
+
+
+def test_the_page_has_these_floors() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    cells = re.findall(r"^\| [a-z ]+ \| (.*?) \|", page, re.MULTILINE)[1:]  # without the head of the table
+    told = [set(re.findall(r"`(\w+)`", cell)) for cell in cells]
+    assert [names for names in told if names] == [set(names.split()) for names in reversed(FLOORS)]
 
 
 def test_no_import_circle() -> None:
