@@ -1,6 +1,6 @@
 """
-The SAE results of the README: tables at equal FLOPs, at equal tokens and over l0, speed, and the DiffSAE of a
-demo's vectors.
+The SAE results of docs/results.md: tables at equal FLOPs, at equal tokens and over l0, speed, and the DiffSAE
+of a demo's vectors.
 
     python -m evals.sae all --texts train.jsonl --heldout test.jsonl --vectors runs/demo/vectors
     python -m evals.sae tables --texts train.jsonl --heldout test.jsonl
@@ -181,7 +181,7 @@ def _explained(row: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any], small: int, large: int) -> str:
-    """Both tables of the README."""
+    """Both tables of docs/results.md."""
     facts, saes = results["facts"], results["saes"]
     lines = [
         f"{facts['model']}, layer {facts['layer']}, {facts['stored_tokens']:,} distinct tokens of "

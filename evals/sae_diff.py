@@ -249,7 +249,7 @@ def _facts(feature: Feature) -> dict[str, Any]:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The table of the README."""
+    """The table of docs/results.md."""
     sae = content["sae"]
     lines = [
         f"{content['model']} with {content['vectors']}, layer {content['layer']}: "

@@ -285,7 +285,7 @@ def _sae_lens(args: argparse.Namespace, x: Tensor, k: int) -> Callable[[], None]
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The tables of the README."""
+    """The tables of docs/results.md."""
     kind = "CPU time of one thread" if found["threads"] == 1 else f"{found['threads']} threads"
     lines = [
         f"{found['batch']:,} activations of width {found['width']}, {found['features']:,} features, float32, "

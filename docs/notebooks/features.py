@@ -112,4 +112,4 @@ assert none < steered
 
 # %% [markdown]
 # A feature that fires in right answers need not cause them. At full size ([results](../results.md), "What
-# the demo's vectors change") no single feature made a difference, and all of them together did.
+# vectors change") no single feature made a difference, and all of them together did.

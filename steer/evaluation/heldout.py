@@ -1,5 +1,5 @@
 """
-Accuracy on held-out problems, for a before/after table and for sweeps. Benchmarks live in `evals`.
+Accuracy on held-out problems, for a before/after table and for sweeps. Benchmarks are `steer eval`'s.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def read_packed(path: str | Path) -> dict[str, Any]:
     """The whole content of a packed file; `about` is what `pack` was given."""
     packed = read_json(path)
     if not isinstance(packed, dict) or "completions" not in packed:
-        raise SteerError(f"{path} is not a packed run of evals: it has no completions")
+        raise SteerError(f"{path} is not a packed run of `steer eval`: it has no completions")
     return packed
 
 

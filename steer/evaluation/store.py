@@ -75,7 +75,7 @@ class Store:
             others = [f.name for f in self.folder.iterdir() if not f.name.startswith(".")]
             if set(others) - {PROBLEMS_FILE} and RUN_FILE not in others:
                 raise SteerError(
-                    f"{self.folder} holds {others[0]}, which is not a run of evals; give another --out"
+                    f"{self.folder} holds {others[0]}, which is not a run of `steer eval`; give another --out"
                 )
         except OSError as error:
             raise _disk(self.folder, error) from error

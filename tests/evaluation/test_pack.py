@@ -80,7 +80,7 @@ def test_the_file_is_smaller_than_its_columns_written_out(run, packed):
     ("change", "expected"),
     [
         (lambda text: text[:-20], "is not JSON"),
-        (lambda text: "[]", "is not a packed run of evals"),
+        (lambda text: "[]", "is not a packed run of `steer eval`"),
         (lambda text: text.replace('"rows": 96', '"rows": 95'), "is not a packed run"),
         (lambda text: text.replace('"id":"p3"', '"name":"p3"'), "is not a packed run"),
     ],
