@@ -60,6 +60,14 @@ def test_the_workflow_runs_every_group_of_tools() -> None:
     assert set(workflow["jobs"]["interop"]["strategy"]["matrix"]["tool"]) == groups | {"deepspeed"}
 
 
+def test_the_workflow_makes_what_must_pass_before_a_change_lands() -> None:
+    wanted = re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    made = {found[1].rstrip("-") for step in steps if (found := re.match(r"make ([\w-]+)", step))}
+    assert made == set(wanted)
+
+
 def test_no_result_names_a_folder_of_a_machine() -> None:
     results = (ROOT / "evals" / "results").rglob("*")
     kept = [file for file in results if file.suffix in (".json", ".md", ".jsonl")]

@@ -95,7 +95,9 @@ def test_the_demo_prefers_your_own_run(tmp_path: Path, monkeypatch: Any) -> None
 def test_the_wheel_has_the_vectors_of_the_demo() -> None:
     built = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
     assert built["wheel"]["force-include"]["evals/results/demo/vectors"] == "steer/play/vectors/arithmetic"
-    assert "/evals/results/demo/vectors" in built["sdist"]["include"]
+    shipped = built["sdist"]["include"]
+    assert "/evals/results/demo/vectors" in shipped
+    assert not {"/tests", "/docs", "/evals/*.py"} & set(shipped), "they do not run without the repository"
 
 
 def test_the_card_of_cheerful_names_the_file_it_is_made_of() -> None:
