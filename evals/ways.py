@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 from steer.arguments import count, whole
 from steer.errors import SteerError
 from steer.files import read_json, replace_file
-from steer.threads import prepare_environment, processor, usable_cpus
+from steer.threads import machine, prepare_environment
 from steer.versions import versions
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Study:
             "seconds": round(time.perf_counter() - wall, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "versions": versions("steer", "torch", "transformers", "trl"),
-            "machine": {"processor": processor(), "cores": usable_cpus()},
+            "machine": machine(),
         }
         self.save()
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # OMP_WAIT_POLICY is OpenMP's own variable; GNU's library still spins a little unless GOMP_SPINCOUNT is 0.
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
@@ -65,6 +66,11 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What a record of times has to say of where they were measured."""
+    return {"processor": processor(), "cores": usable_cpus()}
 
 
 def busy_cpus(seconds: float = 0.1) -> float:

@@ -23,7 +23,7 @@ from steer.models import MIXED
 from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.columns import columns_text, parse_columns
 from steer.tasks.prompts import DEFAULT_PROMPT
-from steer.threads import processor, usable_cpus
+from steer.threads import machine, usable_cpus
 from steer.training import comparison_records as records
 from steer.training.comparison_report import curve, write_report
 from steer.training.config import SteeringGRPOConfig
@@ -349,8 +349,7 @@ class Comparison:
         what = ["--benchmarks", *self.asked()["benchmarks"], "--samples", str(self.asked()["samples"])]
         self.call([*self.evals(out), *what, *model])
         self.runs.mkdir(parents=True, exist_ok=True)
-        machine = {"processor": processor(), "cores": usable_cpus()}
-        known = {"hash": records.digest(asked), "asked": asked, **(about or {}), "machine": machine}
+        known = {"hash": records.digest(asked), "asked": asked, **(about or {}), "machine": machine()}
         pack(out, self.runs / f"{job}.json", known)
 
     # ---- what is done

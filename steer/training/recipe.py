@@ -35,6 +35,7 @@ from steer.tasks.prompts import Question
 from steer.tasks.reward_loading import load_rewards, reward_names
 from steer.tasks.rewards import MathGrader
 from steer.tasks.tools import load_tools
+from steer.threads import machine
 from steer.training import init
 from steer.training import run as runs
 from steer.training.problems import Problems, asked, check_held_out
@@ -352,6 +353,7 @@ def _train(
         training_cpu_seconds=logged_seconds(history, "seconds/cpu"),
         trained_numbers=sum(shape(p).numel() for p in trainer.model.parameters() if p.requires_grad),
         versions=versions("steer", "torch", "transformers", "trl", "peft"),
+        machine=machine(),
     )
     runs.write_results(folder, results)
 

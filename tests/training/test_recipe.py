@@ -81,6 +81,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_whole_run_leaves_everything_behind(whole: Path, base: Path) -> None:
     results = json.loads((whole / "results.json").read_text())
     assert results["steps"] == STEPS and results["trained_numbers"] == 3 * 32
+    assert results["machine"].keys() == {"processor", "cores"}
     for stage in ("before", "longer", "elicited", "after"):
         assert results[stage]["problems"] == 6 and 0 <= results[stage]["accuracy"] <= 1
         assert results[stage]["lenient"] >= results[stage]["accuracy"]

@@ -32,6 +32,7 @@ from steer.models import context_length, loaded_revision
 from steer.prompt import PromptSpec
 from steer.tasks.elicited import STAGES, UNTRAINED, choose
 from steer.tasks.reward_loading import load_rewards
+from steer.threads import machine
 from steer.training import init
 from steer.training import run as runs
 from steer.training.neutral import differences
@@ -222,6 +223,7 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         "trained_numbers": sum(p.numel() for p in member.vectors.parameters()),
         "reward": mean_reward(member.log),
         "versions": versions("steer", "torch", "transformers", "trl"),
+        "machine": machine(),
         **base,
     }
     if member.history:
