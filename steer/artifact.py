@@ -375,11 +375,11 @@ def read(source: str | os.PathLike[str], revision: str | None = None, token: str
     return replace(artifact, config=with_scores(config, tensors))
 
 
-def read_numpy(source: str | os.PathLike[str], revision: str | None = None) -> Artifact:
+def read_numpy(source: str | os.PathLike[str]) -> Artifact:
     """The same with float64 numpy arrays for tensors: starts without torch."""
     import numpy as np
 
-    path, config, entries = read_file(source, revision)
+    path, config, entries = read_file(source)
     arrays = {}
     for name, (dtype, shape, data) in entries.items():
         if dtype == "bfloat16":  # numpy has none: the upper half of a float32

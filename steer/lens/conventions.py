@@ -200,8 +200,6 @@ def published_persistence(
     prompts: Sequence[Row],
     sources: Sequence[int],
     *,
-    vectors: Mapping[int, torch.Tensor] | None = None,
-    temperature: float = 1.0,
     seed: int = 0,
     label: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,19 +208,18 @@ def published_persistence(
     change with the mean change of its text, and with the vector of that layer.
 
     Args:
-        prompts: Each vector writes one answer to each, alone, at `temperature`.
+        prompts: Each vector writes one answer to each, alone, at temperature 1.
         sources: Layers whose vector is on, one at a time.
-        vectors: (hidden_size,) by layer, what the change is compared with; by default the subject's own.
 
     Returns:
         Two tensors (sources, num_hidden_layers): NaN in the layers below the source, and for the second also
         where the layer has no vector.
     """
-    compared = subject.vectors.added() if vectors is None else vectors
+    compared = subject.vectors.added()
     shape = (len(sources), subject.decoder.num_hidden_layers)
     found = torch.zeros(2, *shape, dtype=torch.float64)
     alone = [Condition(frozenset([layer])) for layer in sources]
-    written = complete(subject, prompts, alone, temperature=temperature, seed=seed, label=label)
+    written = complete(subject, prompts, alone, temperature=1.0, seed=seed, label=label)
     for n, (layer, rows) in enumerate(zip(sources, written, strict=True)):
         found[:, n] = own_means(subject, rows, [layer], compared, label)
     return found[0].float(), found[1].float()

@@ -5,7 +5,7 @@ MLP write differently because of them. The sum is exact for any residual network
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -64,19 +64,17 @@ class Decomposition(Result):
 
 
 @torch.no_grad()
-def decompose(
-    subject: Subject, rows: Sequence[Row], *, layers: Collection[int] | None = None, label: str | None = None
-) -> Decomposition:
+def decompose(subject: Subject, rows: Sequence[Row], *, label: str | None = None) -> Decomposition:
     """
-    Split the change that the vectors of `layers` (all by default) make after the last layer, at the tokens
-    that predict the completion (of a prompt alone: its last token). For constant and shared vectors at
-    `resid_post`. SteerError where the parts do not sum to the change in float32, to 1 % at every token.
+    Split the change that all vectors together make after the last layer, at the tokens that predict the
+    completion (of a prompt alone: its last token). For constant and shared vectors at `resid_post`.
+    SteerError where the parts do not sum to the change in float32, to 1 % at every token.
     """
     config = subject.vectors.config
     if config.kind == "adaptive" or config.site != "resid_post":
         what = config.kind if config.kind == "adaptive" else config.site
         raise SteerError(f"the decomposition takes vectors at site resid_post, these are {what}")
-    conditions = [BASE, Condition(frozenset(subject.layers if layers is None else layers))]
+    conditions = [BASE, Condition(frozenset(subject.layers))]
     num_hidden_layers, last = subject.decoder.num_hidden_layers, subject.decoder.num_hidden_layers - 1
     writers = residual_writers(subject)
     shares, norms = (

@@ -11,6 +11,8 @@ from steer.lens.conditions import BASE, Condition
 from steer.lens.passes import passes
 from steer.lens.subject import Row, Subject
 
+POSITIONS = 64  # generated tokens of a row that count, as in `token_shift.token_shift`
+
 
 @dataclass
 class FirstToken:
@@ -30,11 +32,10 @@ def first_token(
     rows: Sequence[Row],
     conditions: Sequence[Condition],
     *,
-    positions: int = 64,
     label: str | None = None,
 ) -> FirstToken:
-    """Each of `conditions` against the base model along `rows`, up to the `positions`-th generated token."""
-    rows = [Row(row.ids[: row.prompt + positions], row.prompt) for row in rows]
+    """Each of `conditions` against the base model along `rows`, up to the 64th generated token."""
+    rows = [Row(row.ids[: row.prompt + POSITIONS], row.prompt) for row in rows]
     first, whole = (torch.zeros(len(conditions), dtype=torch.float64) for _ in range(2))
     size = len(subject.model.get_output_embeddings().weight)
     change = torch.zeros(len(conditions), size, dtype=torch.float64)

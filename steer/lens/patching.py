@@ -283,7 +283,6 @@ def by_layer(
     rows: Sequence[Row],
     layers: Sequence[int] | None = None,
     *,
-    others: bool = False,
     effect_paths: Mapping[str, EffectPath] | None = None,
     label: str | None = None,
 ) -> list[Patching]:
@@ -292,5 +291,5 @@ def by_layer(
     results = []
     for n, layer in enumerate(layers, 1):
         text = label and f"{label}, layer {layer} ({n} of {len(layers)})"
-        results.append(patch(subject, rows, effect_paths, layers=[layer], others=others, label=text))
+        results.append(patch(subject, rows, effect_paths, layers=[layer], label=text))
     return results

@@ -70,7 +70,6 @@ def persistence(
     rows: Sequence[Row],
     sources: Mapping[str, Collection[int] | Condition] | None = None,
     *,
-    vectors: Mapping[int, torch.Tensor] | None = None,
     window: int = 32,
     label: str | None = None,
 ) -> Persistence:
@@ -78,13 +77,12 @@ def persistence(
     Both cosines for each of `sources`, which name sets of layers whose vectors are on, or conditions; by
     default all vectors together.
 
-    vectors: (hidden_size,) by layer, what the change is compared with; by default the subject's own. window:
-    positions on either side of the first generated token that are told apart; the means take in every token
-    but the first, which models use as an attention sink. One pass: mean_t cos(d_t, m) = (sum_t d_t / |d_t|) .
-    m / (n |m|), so sums of changes and of unit changes are all that is kept, however many texts there are.
+    window: positions on either side of the first generated token that are told apart; the means take in every
+    token but the first, which models use as an attention sink. One pass: mean_t cos(d_t, m) = (sum_t d_t /
+    |d_t|) . m / (n |m|), so sums of changes and of unit changes are all that is kept for any number of texts.
     """
     chosen = {"all": subject.layers} if sources is None else sources
-    compared = subject.vectors.added() if vectors is None else vectors
+    compared = subject.vectors.added()
     parts = []
     for _, some in chunks(list(chosen.values()), min(SOURCES, max(1, subject.batch_size - 1))):
         conditions = [one if isinstance(one, Condition) else Condition(frozenset(one)) for one in some]

@@ -155,7 +155,7 @@ def detect(folder: str | os.PathLike[str]) -> str:
 
 
 @torch.no_grad()
-def as_dense(sae: SAE, tolerance: float = 1e-6) -> SAE:
+def as_dense(sae: SAE) -> SAE:
     """
     The same SAE with a dense encoder. A dense one is given back as it is; a KronSAE has an equal only where
     all p and q of each head are positive multiples of one another: then sqrt(p q) is linear where it is
@@ -173,11 +173,11 @@ def as_dense(sae: SAE, tolerance: float = 1e-6) -> SAE:
     heads = torch.cat(sae.kron.factors(rows), 1)
     norms = heads.norm(dim=2, keepdim=True)
     unit = heads / norms.clamp(min=1e-30)
-    apart = (unit - unit[:, :1]).norm(dim=2).amax(1)
-    if (apart > tolerance).any():
+    apart = (unit - unit[:, :1]).norm(dim=2).amax(1) > 1e-6
+    if apart.any():
         raise SteerError(
             f"this KronSAE has no equal dense encoder: sqrt(p q) is not linear in the input, in "
-            f"{int((apart > tolerance).sum())} of {len(apart)} heads; save it with format='steer'"
+            f"{int(apart.sum())} of {len(apart)} heads; save it with format='steer'"
         )
     sizes = (norms[:, : cfg.m] * norms[:, cfg.m :].transpose(1, 2)).sqrt()
     dense = (sizes[..., None] * unit[:, :1, None, :]).reshape(cfg.d_sae, -1)

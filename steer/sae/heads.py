@@ -16,7 +16,7 @@ from steer.sae.model import SAE
 
 # A feature needs this many tokens at which it is above 0, and as many at which it is not.
 LEAST = 10
-DRAWS = 20
+DRAWS = 20  # of random heads, the null distribution of `within`
 BAND = (0.05, 0.95)
 
 
@@ -49,9 +49,7 @@ class HeadCorrelation:
 
 
 @torch.no_grad()
-def head_correlation(
-    sae: SAE, batches: Callable[[], Iterable[Tensor]], draws: int = DRAWS, seed: int = 0
-) -> HeadCorrelation:
+def head_correlation(sae: SAE, batches: Callable[[], Iterable[Tensor]]) -> HeadCorrelation:
     """
     Correlations of features within the heads of a KronSAE and between them. No matrix of all pairs is held:
     the correlations of all pairs in a group sum to the variance of the sum of its standardised features.
@@ -59,8 +57,6 @@ def head_correlation(
     Args:
         sae: a KronSAE.
         batches: gives the activations (tokens, d_in), batch by batch; called twice.
-        draws: random heads, the null distribution of `within`.
-        seed: of the random heads.
 
     Raises:
         SteerError: an SAE without heads, and activations at which no head has two features that fire.
@@ -79,8 +75,8 @@ def head_correlation(
     deviation = (squares / max(tokens, 1) - mean.square()).clamp(min=0).sqrt()
     kept = ((fires >= LEAST) & (tokens - fires >= LEAST) & (deviation > 0)).nonzero().squeeze(1)
     own = kept // (sae.cfg.m * sae.cfg.n)
-    generator = torch.Generator().manual_seed(seed)
-    groups = [own, *(own[torch.randperm(len(own), generator=generator)] for _ in range(draws))]
+    generator = torch.Generator().manual_seed(0)
+    groups = [own, *(own[torch.randperm(len(own), generator=generator)] for _ in range(DRAWS))]
     heads = sae.cfg.heads or 0
     pairs = torch.bincount(own, minlength=heads).double()
     pairs = (pairs * (pairs - 1)).sum()
