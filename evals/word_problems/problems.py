@@ -31,7 +31,6 @@ from steer.files import replace_file
 from steer.tasks.data import load_problems
 
 KEPT = ("problem", "answer", "source", "solution")
-TESTS = ("gsm8k", "multiarith", "addsub")
 ALIKE = 0.8  # similarity from which two problems count as nearly the same
 
 

@@ -42,9 +42,10 @@ class TokenShift(Result):
     Steered against base, averaged over texts. `variation` and `kl` (positions,): mean total variation
     distance and KL(steered || base) in nats of the distributions of the n-th generated token; `count`
     (positions,) the texts that are so long. `gained` and `lost` (vocabulary,): mean change of probability at
-    the first generated token where positive and negative, `top` and `bottom` its largest. `before`
-    (positions,): the variation at the last tokens of the prompt, the one before the first generated token
-    last.
+    the first generated token where positive and negative, `top` and `bottom` its largest: token, its id and
+    the change. `overall_top` and `overall_bottom` are the same for the mean change over all generated tokens.
+    `before` (positions,): the variation at the last tokens of the prompt, the one before the first generated
+    token last.
     """
 
     layers: list[int]

@@ -23,7 +23,6 @@ DOORS = {
     "dpo_steer": ["train", "--method", "dpo"],
     "grpo_baseline": ["train-baseline"],
     "layer_sweep": ["sweep"],
-    "compare": ["compare"],
     "train_sae": ["sae", "train"],
 }
 
