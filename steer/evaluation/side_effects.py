@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from steer.config import SteeringConfig
 from steer.errors import SteerError
-from steer.evaluation.prose import prose
+from steer.evaluation.neutral_text import prose
 from steer.models import context_length
 from steer.vectors import SteeringVectors
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steer.artifact import Artifact, from_vectors
 from steer.config import SITES, SteeringConfig
 from steer.errors import SteerError
-from steer.evaluation.prose import prose
+from steer.evaluation.neutral_text import prose
 from steer.extract.activations import TOKENS, read_activations
 from steer.extract.contrast import Contrast
 from steer.extract.directions import (
@@ -126,7 +126,7 @@ def from_direction(
 ) -> Artifact:
     """
     The same direction in each of `layers`; the length of the residual stream is measured on the neutral text
-    that comes with the package (`steer.evaluation.prose`).
+    that comes with the package (`steer.evaluation.neutral_text`).
 
     Args:
         direction: (hidden_size,), of `token_direction` or `sae_direction`.

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from steer.errors import SteerError
-from steer.evaluation.prose import prose
+from steer.evaluation.neutral_text import prose
 from steer.extract.rows import Row
 from steer.lens.features import Features, Reading, check_upstream, read_features
 from steer.lens.inputs import chosen_layers, read_problems, read_subject, write_answers

@@ -12,8 +12,8 @@ import yaml
 from steer.errors import SteerError
 from steer.evaluation.pack import read_packed
 from steer.files import HOLDER_FILE, LOCK_FILE
-from steer.training.neutral import CONTINUED, WATCHING, differences
 from steer.training.run import RUN_FILE
+from steer.training.same_result import CONTINUED, WATCHING, differences
 
 
 def is_made(file: Path, asked: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES
 from steer.tasks.reward_loading import reward_entries
 from steer.tasks.rewards import REWARDS
 from steer.tasks.tools import TOOLS, tool_names
-from steer.training.neutral import CONTINUED, SCHEDULE, Settings, differences
+from steer.training.same_result import CONTINUED, SCHEDULE, Settings, differences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

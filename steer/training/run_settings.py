@@ -31,8 +31,8 @@ from steer.training import init
 from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
 from steer.training.arguments import AnswerArguments
 from steer.training.config import SteeringGRPOConfig
-from steer.training.neutral import WATCHING
 from steer.training.run import RUN_FILE, RunConfig
+from steer.training.same_result import WATCHING
 from steer.versions import versions
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from helpers.training import SPREAD, model_folder
 import steer
 from steer import SteerError, SteeringConfig
 from steer.cli import main
-from steer.evaluation.prose import prose
+from steer.evaluation.neutral_text import prose
 from steer.evaluation.side_effects import NeutralText, calibrate
 
 TEXTS = ["The bakery opens at six.", "A river begins as a thin stream.", "x"]

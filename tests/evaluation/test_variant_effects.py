@@ -18,8 +18,8 @@ from steer import SteeringConfig
 from steer.evaluation import compare, run, tables, variant_effects
 from steer.evaluation.broken import loops
 from steer.evaluation.collect import collect
+from steer.evaluation.neutral_text import prose
 from steer.evaluation.pack import pack
-from steer.evaluation.prose import prose
 from steer.evaluation.store import read_settings
 
 

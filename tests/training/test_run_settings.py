@@ -18,10 +18,10 @@ from steer.errors import SteerError
 from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
 from steer.training.arguments import PopulationArguments
 from steer.training.config import SteeringGRPOConfig
-from steer.training.neutral import CONTINUED, WATCHING, differences
 from steer.training.recipe import begin
 from steer.training.run import RUN_FILE, RunConfig, claim_output_dir
 from steer.training.run_settings import RunSettings
+from steer.training.same_result import CONTINUED, WATCHING, differences
 from steer.training.sweep import grid
 from steer.training.sweep.member import IDLE, OWN, SHARED
 from steer.training.sweep.run import POPULATION_FILE, claim_sweep_dir

@@ -35,8 +35,8 @@ from steer.tasks.reward_loading import load_rewards
 from steer.threads import machine
 from steer.training import init
 from steer.training import run as runs
-from steer.training.neutral import differences
 from steer.training.run_settings import RunSettings
+from steer.training.same_result import differences
 from steer.training.sweep.grid import own
 from steer.training.sweep.halving import halve, mean_reward
 from steer.training.sweep.member import OWN, Member, read_states

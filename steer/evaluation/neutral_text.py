@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_FILE = Path(__file__).with_name("prose.txt")
+_FILE = Path(__file__).with_name("neutral_text.txt")
 
 
 def prose() -> list[str]:
