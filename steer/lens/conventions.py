@@ -20,7 +20,7 @@ from steer.lens.conditions import BASE, Condition
 from steer.lens.logit_lens import lens_scores
 from steer.lens.passes import streams
 from steer.lens.persistence import persistence
-from steer.lens.random_sets import DRAWS, with_random_sets
+from steer.lens.random_sets import TWO_SIDED_DRAWS, with_random_sets
 from steer.lens.results import Result
 from steer.lens.sampling import complete
 from steer.lens.subject import Row, Subject
@@ -87,7 +87,7 @@ _ENDS = (torch.mean, torch.amin, torch.amax)
 
 @torch.no_grad()
 def lens_conventions(
-    subject: Subject, *, top: int = 50, shown: int = 5, draws: int = DRAWS, seed: int = 0
+    subject: Subject, *, top: int = 50, shown: int = 5, draws: int = TWO_SIDED_DRAWS, seed: int = 0
 ) -> LensConventions:
     """
     The logit lens of the subject's vectors by each convention of `LENSES`.

@@ -15,7 +15,7 @@ from scipy import stats
 
 from steer.lens.conditions import BASE, Condition
 from steer.lens.passes import passes
-from steer.lens.random_sets import DRAWS, two_sided_p, with_random_sets
+from steer.lens.random_sets import TWO_SIDED_DRAWS, two_sided_p, with_random_sets
 from steer.lens.results import Result
 from steer.lens.subject import Row, Subject, chunks
 
@@ -105,7 +105,7 @@ def entropy_shift(
     rows: Sequence[Row],
     *,
     layers: Collection[int] | None = None,
-    draws: int = DRAWS,
+    draws: int = TWO_SIDED_DRAWS,
     seed: int = 0,
     label: str | None = None,
 ) -> EntropyShift:

@@ -19,7 +19,7 @@ from steer.errors import SteerError
 from steer.hooks import hooked
 from steer.lens.conditions import BASE, Condition, open_lanes
 from steer.lens.passes import prompt_columns
-from steer.lens.random_sets import with_random_sets
+from steer.lens.random_sets import ONE_SIDED_DRAWS, with_random_sets
 from steer.lens.results import Result
 from steer.lens.subject import Row, Subject, chunks
 from steer.places import Place, find_places
@@ -29,7 +29,6 @@ from steer.sae.features import logit_effects
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DRAWS = 20  # a strength has one side: of 19 or more, p can be 0.05
 BAND = (0.05, 0.95)  # quantiles of the random vectors that are shown
 RANKS = 50  # of the figure
 WORDS = 3  # that a feature promotes, beside its number
@@ -187,7 +186,7 @@ def read_features(
     rows: Sequence[Row],
     *,
     layers: Sequence[int] | None = None,
-    draws: int = DRAWS,
+    draws: int = ONE_SIDED_DRAWS,
     top: int = 10,
     seed: int = 0,
     label: str | None = None,

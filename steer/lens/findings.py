@@ -2,7 +2,7 @@
 The paper's findings (arXiv 2509.06608, section by section) put to one artifact, by the rules in `rules`.
 
 A rule first asks for the effect, then whether it is specific: beyond what random vectors of equal length do
-in at least `null.LEAST` draws. So a verdict is one of "seen", "seen but not specific", "not seen", and
+in at least `random_sets.LEAST` draws. So a verdict is one of "seen", "seen but not specific", "not seen", and
 "untestable" with the reason.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from steer.lens.null import LEAST, Null
+from steer.lens.random_sets import LEAST, Null
 from steer.lens.rules import RULES, WORDS, Rule
 
 SEEN, NOT_SPECIFIC, NOT_SEEN = "seen", "seen but not specific", "not seen"

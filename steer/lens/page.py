@@ -6,7 +6,7 @@ from typing import Any
 
 from steer.lens import plots, prose
 from steer.lens.findings import NOT_SEEN, NOT_SPECIFIC, SEEN, told_null, words
-from steer.lens.null import DRAWS
+from steer.lens.random_sets import ONE_SIDED_DRAWS
 from steer.lens.sections import SECTIONS
 from steer.lens.study import TEXTS, Report
 from steer.lens.words import percent
@@ -28,7 +28,7 @@ def render(report: Report) -> str:
         provenance=_provenance(report),
         figures=_figures(report),
         texts=TEXTS,
-        draws=DRAWS,
+        draws=ONE_SIDED_DRAWS,
         classes={SEEN: "seen", NOT_SPECIFIC: "unspecific", NOT_SEEN: "not"},
         told_null=told_null,
         percent=percent,

@@ -33,8 +33,8 @@ def study(
 ) -> Report:
     """
     Run everything on `problems`: accuracies on all of them, sampled answers and scales on the first half
-    (at least `TEXTS`), all else on `TEXTS` answers, with `DRAWS` sets of random vectors. Shows its progress.
-    checkpoints: artifacts of the same run, the earliest first.
+    (at least `TEXTS`), all else on `TEXTS` answers, with `ONE_SIDED_DRAWS` sets of random vectors. Shows its
+    progress. checkpoints: artifacts of the same run, the earliest first.
     """
     if len(problems) < TEXTS:
         raise SteerError(f"a report needs at least {TEXTS} problems, got {len(problems)}; raise --problems")

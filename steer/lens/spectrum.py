@@ -14,7 +14,7 @@ import torch
 from steer.errors import SteerError
 from steer.lens.conditions import BASE
 from steer.lens.passes import streams
-from steer.lens.random_sets import DRAWS, two_sided_p, with_random_sets
+from steer.lens.random_sets import TWO_SIDED_DRAWS, two_sided_p, with_random_sets
 from steer.lens.results import Result, plain
 from steer.lens.subject import Row, Subject
 
@@ -95,7 +95,9 @@ def residual_norms(subject: Subject, rows: Sequence[Row], layers: Sequence[int])
     return torch.tensor([total[layer] for layer in layers], dtype=torch.float64) / max(1, count)
 
 
-def set_spectrum(subject: Subject, rows: Sequence[Row], *, draws: int = DRAWS, seed: int = 0) -> SetSpectrum:
+def set_spectrum(
+    subject: Subject, rows: Sequence[Row], *, draws: int = TWO_SIDED_DRAWS, seed: int = 0
+) -> SetSpectrum:
     """
     Singular values of the subject's vectors, beside those of `draws` random sets.
 

@@ -18,7 +18,7 @@ from steer.lens.composition import likelihoods
 from steer.lens.conditions import BASE, Condition, steered
 from steer.lens.controls import directions, mean_difference, random_vectors, shuffled_layers, values
 from steer.lens.findings import Finding
-from steer.lens.null import DRAWS, Null
+from steer.lens.random_sets import ONE_SIDED_DRAWS, Null
 from steer.lens.results import Result, plain
 from steer.lens.sampling import complete, graded
 from steer.lens.subject import Row, Subject, chunks
@@ -88,7 +88,7 @@ class Study:
         self.last = subject.decoder.num_hidden_layers - 1
         self.half = self.problems[: max(TEXTS, len(problems) // 2)]
         # Random vectors of equal length, as values and as directions of a condition; the first for figures.
-        self.draws = [random_vectors(subject.vectors, seed + draw) for draw in range(DRAWS)]
+        self.draws = [random_vectors(subject.vectors, seed + draw) for draw in range(ONE_SIDED_DRAWS)]
         self.directions = [directions(subject.vectors, drawn) for drawn in self.draws]
         self.random = self.draws[0]
         self.rows: list[Row] = []  # the steered model's greedy answers
@@ -156,7 +156,7 @@ class Study:
         for _, some in chunks(self.random_conditions(self.subject.layers), self.subject.batch_size):
             answers += complete(self.subject, rows, some, label="random vectors")
         solved = torch.stack([graded(self.subject, one, self.problems, self.grader) for one in answers])
-        self._score(f"random vectors of equal length ({DRAWS} draws)", solved)
+        self._score(f"random vectors of equal length ({ONE_SIDED_DRAWS} draws)", solved)
         self.compare("vectors_accuracy", right.double().mean().item(), solved.double().mean(1).tolist())
         return [_those(*pair) for pair in zip(answers, solved, strict=True)]
 

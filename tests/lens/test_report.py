@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from steer import SteerError
 from steer.lens.findings import NOT_SEEN, NOT_SPECIFIC, RULES, SEEN, UNTESTABLE, judge
-from steer.lens.null import Null
 from steer.lens.page import render
 from steer.lens.prose import abstract
+from steer.lens.random_sets import Null
 from steer.lens.report import save_figures, study
 from steer.lens.sections import SECTIONS
 from steer.lens.study import Report, Study
@@ -38,8 +38,9 @@ MADE: dict[str, Any] = {}  # once for all tests: it takes seconds
 def report(build_tiny, tiny_tokenizer, monkeypatch) -> Report:
     """The study of a tiny model, with a problem that is hostile to a page."""
     if "report" not in MADE:
-        for section in ("entropy", "spectrum", "downstream", "conventions"):  # no verdict depends on these
-            monkeypatch.setattr(f"steer.lens.sections.{section}.DRAWS", 2)
+        few = ("entropy.TWO_SIDED_DRAWS", "spectrum.DRAWS", "downstream.DRAWS", "conventions.DRAWS")
+        for name in few:  # no verdict depends on these
+            monkeypatch.setattr(f"steer.lens.sections.{name}", 2)
         subject = subject_of(
             build_tiny("llama", num_hidden_layers=4), tiny_tokenizer, std=1.0, batch_size=1024
         )

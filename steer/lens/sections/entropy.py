@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from steer.lens.entropy import SHIFTS, EntropyShift, entropy_shift
-from steer.lens.random_sets import DRAWS
+from steer.lens.random_sets import TWO_SIDED_DRAWS
 from steer.lens.results import Result
 from steer.lens.sections.base import Block, Section, Table
 from steer.lens.study import Report, Study
@@ -25,7 +25,7 @@ class Entropy(Section):
 
     def measure(self, study: Study) -> None:
         study.report.results["entropy"] = entropy_shift(
-            study.subject, study.rows[:TEXTS], draws=DRAWS, seed=study.seed, label="entropy"
+            study.subject, study.rows[:TEXTS], draws=TWO_SIDED_DRAWS, seed=study.seed, label="entropy"
         )
 
     def sentences(self, name: str, report: Report) -> list[str]:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from steer.lens.null import DRAWS
 from steer.lens.persistence import persistence
+from steer.lens.random_sets import ONE_SIDED_DRAWS
 from steer.lens.results import spread
 from steer.lens.sections.base import Section
 from steer.lens.study import TEXTS, Report, Study
@@ -24,7 +24,7 @@ def random_diff_diff(
     """The mean Diff-Diff cosine of single random vectors of `layers` in the layers above them, by draw."""
     cosines = []
     for layer in layers:
-        draws = dict(zip(map(str, range(DRAWS)), study.random_conditions([layer]), strict=True))
+        draws = dict(zip(map(str, range(ONE_SIDED_DRAWS)), study.random_conditions([layer]), strict=True))
         found = persistence(study.subject, rows, draws, label=f"persistence, random, layer {layer}")
         cosines.append(found.diff_diff)
     by_draw = torch.stack(cosines, 1)  # (draws, layers of the vector, num_hidden_layers)

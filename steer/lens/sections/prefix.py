@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from steer.lens.composition import likelihoods
 from steer.lens.conditions import BASE
 from steer.lens.first_token import likely_openings
-from steer.lens.null import DRAWS
+from steer.lens.random_sets import ONE_SIDED_DRAWS
 from steer.lens.sections.base import Section
 from steer.lens.study import TEXTS, Report, Study
 from steer.lens.subject import Row
@@ -29,8 +29,8 @@ def compare_openings(study: Study, token: int) -> None:
         if study.right:
             study.lack(reason, "forced_likelihood")
         return
-    usual = likely_openings(study.subject, rows, DRAWS + 1)
-    tokens = [token, *[one for one in usual if one != token][:DRAWS]]
+    usual = likely_openings(study.subject, rows, ONE_SIDED_DRAWS + 1)
+    tokens = [token, *[one for one in usual if one != token][:ONE_SIDED_DRAWS]]
     own, *others = (
         likelihoods(
             study.subject,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from steer.lens.composition import scale_sweep
 from steer.lens.controls import random_readouts, values
-from steer.lens.null import DRAWS
+from steer.lens.random_sets import ONE_SIDED_DRAWS
 from steer.lens.results import Result
 from steer.lens.scale_maps import ScaleMaps, scale_maps
 from steer.lens.sections.base import Block, Note, Section, Strip
@@ -29,7 +29,7 @@ class Scales(Section):
             rows, drawn = study.rows[:TEXTS], []
             maps = scale_maps(subject, rows)
             study.report.results["scale maps"] = maps
-            for draw in range(DRAWS):
+            for draw in range(ONE_SIDED_DRAWS):
                 with values(subject.vectors, random_readouts(subject.vectors, study.seed + draw)):
                     drawn.append(_mean_spread(scale_maps(subject, rows, texts=0)))
             study.compare("adaptive_spread", _mean_spread(maps), drawn)
