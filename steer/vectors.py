@@ -290,9 +290,11 @@ def build(
     check_quantization(base, base.name_or_path or type(model).__name__)
     keep_gradients(model)
     layers = config.resolve_layers(decoder.num_hidden_layers)
-    names = ("base_model_name_or_path", "base_revision", "base_adapter", "base_checksum")
-    known = {k: getattr(config, k) for k in names}
-    config = replace(config, **{**describe(model), **{k: v for k, v in known.items() if v is not None}})
+    made_for = describe(model)
+    if config.base_model_name_or_path is not None:  # they may be of another one than this
+        names = ("base_model_name_or_path", "base_revision", "base_adapter", "base_checksum")
+        made_for |= {name: getattr(config, name) for name in names}
+    config = replace(config, **made_for)
     state = state or SteeringState(config.positions, config.scale, config.condition)
     shared, modules, places = _make(decoder, layers, config, state)
     named = {f"{decoder.name}.{i}.steering": module for i, module in zip(layers, modules, strict=True)}

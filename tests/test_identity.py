@@ -195,6 +195,24 @@ def test_what_an_artifact_does_not_know_is_not_reported(build_tiny, tiny_tokeniz
         steer.load(tmp_path, other, tokenizer=tokenizer)
 
 
+def test_loading_joins_no_two_bases(build_tiny, tmp_path):
+    """A base without revision and checksum gets neither from the model that its vectors are loaded into."""
+    named = SteeringConfig(base_model_name_or_path="bundled")
+    vectors = fill(steer.attach(build_tiny("llama"), named))
+    assert vectors.config.base_checksum is None
+    vectors.save(tmp_path / "vectors")
+    model = build_tiny("llama", seed=1)
+    model.config._name_or_path, model.steer_revision = "org/tiny", "v1"
+    again = steer.load(tmp_path / "vectors", model).save(tmp_path / "again")
+    told = artifact.read(again).config
+    assert (told.base_model_name_or_path, told.base_revision, told.base_checksum) == ("bundled", None, None)
+    assert told.hidden_size == 32 and told.model_type == "llama"
+    steer.detach(model)
+    told = steer.attach(model).config
+    assert (told.base_model_name_or_path, told.base_revision) == ("org/tiny", "v1")
+    assert told.base_checksum == base_checksum(model)
+
+
 @pytest.mark.parametrize(
     ("model_type", "shape", "named"),
     [
