@@ -93,12 +93,17 @@ def public_base(source: str) -> str:
     What a merged model is made of, in words that mean the same on every machine: the base and the checksum of
     the adapter. Any other `source` as it is.
     """
+    made = merged_from(source)
+    return f"{made['base']} with adapter {made['checksum']}" if made else source
+
+
+def merged_from(source: str) -> dict[str, Any]:
+    """The names of what a merged model is made of, as its config has them; empty for any other `source`."""
     try:
         config = json.loads((Path(source) / "config.json").read_text())
     except (OSError, ValueError):
-        return source
-    made = config.get(MERGED)
-    return f"{made['base']} with adapter {made['checksum']}" if made else source
+        return {}
+    return config.get(MERGED) or {}
 
 
 def artifact_base(

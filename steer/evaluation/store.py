@@ -21,8 +21,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from steer.base_adapter import public_base
+from steer.base_adapter import merged_from, public_base
 from steer.errors import SteerError
+from steer.evaluation.variants import fingerprint
 from steer.files import held, read_json, replace_file
 
 RUN_FILE, PROBLEMS_FILE = "run.json", "problems.parquet"
@@ -206,8 +207,12 @@ def _merge(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> d
 
 
 def _same_model(one: str, other: str) -> bool:
-    """Whether both are one model, or folders with the same adapter merged into the same base."""
-    return public_base(one) == public_base(other)
+    """Whether both are one model, or folders with the same adapter merged into the same base and revision."""
+    return (
+        public_base(one) == public_base(other)
+        and merged_from(one).get("revision") == merged_from(other).get("revision")
+        and fingerprint(Path(one)) == fingerprint(Path(other))
+    )
 
 
 def _changed(name: str, had: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -346,13 +346,17 @@ def test_a_field_that_is_taken_away_is_another_run(base, tmp_path, capsys):
 def test_a_merged_base_in_another_folder_is_the_same_model(tmp_path):
     made = make_run(tmp_path / "run", {"base": [[True]]}, model=str(tmp_path / "one"))
     settings = read_settings(made)
-    for name, checksum in (("one", "c"), ("two", "c"), ("other", "d")):
+    same = {"base": "org/base", "revision": "r1", "adapter": "lora", "checksum": "c"}
+    others = {"adapter": {"checksum": "d"}, "revision": {"revision": "r2"}, "weights": {}}
+    for name, changes in {"one": {}, "two": {"adapter": "moved"}, **others}.items():
         (tmp_path / name).mkdir()
-        config = {MERGED: {"base": "org/base", "adapter": "lora", "checksum": checksum}}
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "config.json").write_text(json.dumps({MERGED: {**same, **changes}}))
+        weights = {"weight": torch.full((4,), float(name == "weights"))}
+        save_file(weights, tmp_path / name / "model.safetensors")
     assert store._merge(made, settings, {**settings, "model": str(tmp_path / "two")})
-    with pytest.raises(SteerError, match="holds another run: model was"):
-        store._merge(made, settings, {**settings, "model": str(tmp_path / "other")})
+    for name in others:
+        with pytest.raises(SteerError, match="holds another run: model was"):
+            store._merge(made, settings, {**settings, "model": str(tmp_path / name)})
 
 
 def test_another_run_in_the_folder_is_refused(base, whole, tmp_path, capsys):
