@@ -285,6 +285,8 @@ class Comparison:
         settings, launcher = self.settings(name)
         said = {**self.shared, **self.sweep, **self.whole(name)}
         sweep = {**self.sweep, **{k: said[k] for k in OF_SWEEPS if k in said}, "lr_sweep": method["lr_sweep"]}
+        if "validation" in sweep:  # a method's own wins here too
+            sweep["validation"] = said["validation"]
         settings = {**settings, "seed": self.plan.sweep_seed}
         asked = {"training": settings, **sweep}
         file = self.sweeps / f"{name}.json"

@@ -239,9 +239,11 @@ def test_an_evaluation_that_would_be_ignored_is_refused(place, plan, asked, expe
 
 def test_settings_of_a_sweep_stay_with_the_sweep(plan, place, monkeypatch):
     original = read_plan(str(plan))
-    methods = {**original.methods, "full": {**original.methods["full"], "validation_samples": 3}}
+    own = {"validation_samples": 3, "validation": 5}
+    methods = {**original.methods, "full": {**original.methods["full"], **own}}
     where = {"out": str(place / "swept"), "output_dir": str(place / "swept-work")}
-    comparison = Comparison(replace(original, methods=methods, **where))
+    sweep = {**original.sweep, "validation": 7}
+    comparison = Comparison(replace(original, methods=methods, sweep=sweep, **where))
     assert "validation_samples" not in comparison.settings("full")[0]
     seen: list[dict[str, Any]] = []
 
@@ -252,7 +254,7 @@ def test_settings_of_a_sweep_stay_with_the_sweep(plan, place, monkeypatch):
     monkeypatch.setattr(Comparison, "launch", launch)
     with pytest.raises(Failed):
         comparison.rate("full")
-    assert seen[0]["validation_samples"] == 3 and seen[0]["lr_sweep"]
+    assert {name: seen[0][name] for name in own} == own and seen[0]["lr_sweep"]
 
 
 def test_what_an_evaluation_says_is_what_steer_eval_is_asked(plan, place):
