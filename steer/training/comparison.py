@@ -331,17 +331,17 @@ class Comparison:
             from_training["prefix"] = shared["prefix"]
         if shared.get("chat_template_kwargs"):
             from_training["chat_template_kwargs"] = json.dumps(shared["chat_template_kwargs"])
-        return {**from_training, **self.plan.evaluation}
+        said = {name: value for name, value in self.plan.evaluation.items() if value is not None}
+        return {**from_training, **said}
 
     def evals(self, out: Path, without: Sequence[str] = ()) -> list[str]:
         """The start of a `steer eval` command, `without` some of what the plan says of an evaluation."""
         asked = {name: value for name, value in self.asked().items() if name not in without}
-        if "columns" in asked:
-            asked["columns"] = columns_text(parse_columns(asked["columns"]))
+        asked["columns"] = columns_text(parse_columns(asked.get("columns")))
         words = [sys.executable, "-m", "steer.cli", "eval", "--out", str(out)]
         for name in EVALUATION:
             value = json.dumps(asked[name]) if isinstance(asked.get(name), dict) else asked.get(name)
-            words += [f"--{name.replace('_', '-')}", str(value)] if name in asked else []
+            words += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
         return [*words, "--trust-remote-code"] if self.shared.get("trust_remote_code") else words
 
     def evaluate(

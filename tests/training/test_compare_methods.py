@@ -270,6 +270,16 @@ def test_what_an_evaluation_says_is_what_steer_eval_is_asked(plan, place):
     assert args.columns == "answer=gold"
 
 
+@pytest.mark.parametrize("columns", [None, {}])
+def test_what_an_evaluation_leaves_empty_is_as_if_not_said(plan, place, columns):
+    comparison = Comparison(read_plan(str(plan)))
+    empty = {"template": None, "prefix": None, "samples": None, "columns": columns}
+    evaluation = {**comparison.plan.evaluation, **empty}
+    changed = Comparison(replace(comparison.plan, evaluation=evaluation))
+    assert changed.evals(place) == comparison.evals(place)
+    assert changed.asked()["samples"] == 8
+
+
 def test_chosen_seeds_leave_the_seed_of_the_rates_alone(plan, monkeypatch, capsys):
     def seen(given: Any) -> None:
         raise SteerError(f"seeds {given.seeds}, rates with {given.sweep_seed}")
