@@ -221,11 +221,8 @@ def _same_equation(gold: Answer, answer: Answer, decide: bool) -> bool | None:
     if not all(answer.items):
         return False
     if len(answer.items) > 2:  # y = 2x + 3 = 3 + 2x
-        links = [
-            _same_equation(gold, Answer("relation", (answer.items[0], side), ("=",)), decide)
-            for side in answer.items[1:]
-        ]
-        return every(links)
+        first, *others = answer.items
+        return every([_same_equation(gold, Answer("relation", (first, s), ("=",)), decide) for s in others])
     for sides in (answer.items, answer.items[::-1]):
         if _is_label(gold.items[0]) and _same_label(gold.items[0], sides[0]):
             return same(gold.items[1], sides[1], decide)
@@ -244,13 +241,15 @@ def _same_equation(gold: Answer, answer: Answer, decide: bool) -> bool | None:
 
 
 def _still_to_solve(gold: Answer, answer: Answer) -> bool:
-    """Whether the gold says what number a name is, and the answer, such as 2x=4 for x=2, does not."""
+    """Whether the gold says what number a name is, and the answer does not: 2x=4 for x=2, but not x-2=0."""
 
     def solved(sides: tuple[str, ...]) -> bool:
         pairs = (sides, sides[::-1])
         return any(_is_label(label) and number_in(value) is not None for label, value in pairs)
 
-    return solved(gold.items) and not solved(answer.items)
+    moved = [re.fullmatch(r'([^"+-]+)[+-](.+)', side) for side in answer.items if "0" in answer.items]
+    said = [answer.items, *(parts.groups() for parts in moved if parts)]
+    return solved(gold.items) and not any(solved(sides) for sides in said)
 
 
 def _same_label(one: str, other: str) -> bool:
