@@ -213,8 +213,13 @@ def _shared_place(
 ) -> dict[str, Any]:
     """
     The model, layer and site of all SAEs, those of earlier calls too, which `results` keep; SteerError where
-    they differ. model: what --model names.
+    they differ, and for results of old that do not say. model: what --model names.
     """
+    if results["saes"] and "place" not in results:
+        raise SteerError(
+            f"{path} does not say of which model and layer the SAEs in it are; give another --out for "
+            f"{', '.join(saes)}"
+        )
     for folder, sae in saes.items():
         source = sae.cfg.source or {}
         own = {"model": model or source.get("model"), "layer": source.get("layer")}

@@ -113,6 +113,11 @@ def test_the_command_measures_each_sae_once(build_tiny, tiny_tokenizer, tmp_path
         with pytest.raises(SteerError, match=f"is of {name} .*, the other SAEs of .*another --out"):
             sae_detection.main([str(tmp_path / f"other-{name}"), *words])
     monkeypatch.setattr(sae_detection, "load_model", None)  # nothing is left to do
+    found = json.loads((tmp_path / "detection.json").read_text())
+    del found["place"]  # as older versions wrote it
+    (tmp_path / "detection.json").write_text(json.dumps(found))
+    with pytest.raises(SteerError, match=r"does not say of which model and layer .* another --out for"):
+        sae_detection.main([str(tmp_path / "other-layer"), *words])
     sae_detection.main(words)
     with pytest.raises(SteerError) as error:
         sae_detection.main([*words, "--shown", "3"])
