@@ -25,7 +25,7 @@ from typing import Any
 from steer.errors import SteerError
 from steer.prompt import PromptSpec
 from steer.tasks.arithmetic import Arithmetic
-from steer.tasks.data import load_problems
+from steer.tasks.data import load_problems, on_hub
 from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES, Question
 
 FORMS = {
@@ -204,7 +204,7 @@ def load(
     elif benchmark.hub and data_dir is None:
         records, digest = _from_hub(benchmark), ""
     else:
-        path = Path(data_dir or "") / benchmark.file if benchmark.hub else Path(benchmark.file)
+        path = _file(benchmark, data_dir)
         if benchmark.hub and not path.is_file():
             raise SteerError(
                 f"benchmark {benchmark.name!r}: no file {path}; put the problems there as JSON lines with "
@@ -230,6 +230,35 @@ def load(
         random.Random(0).shuffle(problems)
         problems = problems[: benchmark.limit]
     return problems, digest
+
+
+def has_training_problems(
+    benchmark: Benchmark, run: Mapping[str, Any], data_dir: str | Path | None = None
+) -> bool:
+    """
+    Whether a benchmark asks problems that vectors were trained on, by the settings `run` that their
+    provenance names: it reads the same file, or the same split of a set on the hub, or generates arithmetic
+    of which the training held out a smaller share.
+    """
+    source, split = run.get("train_data"), run.get("train_split")
+    if not isinstance(source, str):
+        return False
+    if generated := benchmark.arithmetic:
+        share = run.get("heldout")
+        return (
+            source == "arithmetic"
+            and isinstance(share, int | float)
+            and share < generated.heldout
+            and run.get("terms") == generated.terms
+            and bool(set(str(run.get("operators"))) & set(generated.operators))
+        )
+    if benchmark.hub and on_hub(source, str(split)) == (benchmark.hub, benchmark.split):
+        return True
+    return Path(source).resolve() == _file(benchmark, data_dir).resolve()
+
+
+def _file(benchmark: Benchmark, data_dir: str | Path | None) -> Path:
+    return Path(data_dir or "") / benchmark.file if benchmark.hub else Path(benchmark.file)
 
 
 def _from_hub(benchmark: Benchmark) -> list[dict[str, Any]]:

@@ -129,7 +129,7 @@ def evaluate(args: argparse.Namespace, command: Sequence[str] = ()) -> None:
     variants.check(compared, bones, tokenizer, args.other_tokenizer)
     if args.engine == "vllm":  # transformers compares the weights that it loads
         variants.tell_of_other_base(compared, bones)
-    variants.tell_of_trained_on(compared, [b.name for b in chosen])
+    variants.tell_of_trained_on(compared, chosen, args.data_dir)
     variants.tell_of_precision(args.model, args.dtype)
     if args.side_effects:
         variant_effects.check(compared, args.fine_tuned, args.side_effect_tasks)

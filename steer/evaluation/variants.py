@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from steer import artifact
 from steer.errors import SteerError
+from steer.evaluation.benchmarks import has_training_problems
 from steer.files import read_json
 from steer.models import MIXED, fast_dtype
 from steer.prompt import recorded
@@ -24,6 +25,8 @@ from steer.tasks.elicited import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from steer.evaluation.benchmarks import Benchmark
 
 log = logging.getLogger("steer")
 
@@ -159,23 +162,34 @@ def tell_of_other_base(variants: Sequence[Variant], model: PreTrainedModel) -> N
             log.warning("warning: %s", warning)
 
 
-def tell_of_trained_on(variants: Sequence[Variant], names: Sequence[str]) -> None:
-    """Warn of vectors trained on answers to problems of a benchmark among `names`, or with tools."""
+def tell_of_trained_on(
+    variants: Sequence[Variant], chosen: Sequence[Benchmark], data_dir: str | None = None
+) -> None:
+    """Warn of vectors trained on answers to problems of a benchmark among `chosen`, or with tools."""
     for path in dict.fromkeys(variant.path for variant in variants if variant.kind == "vectors"):
         provenance = artifact.read(path).config.provenance
-        if tools := recorded(provenance, "run").get("tools"):
+        run = recorded(provenance, "run")
+        if tools := run.get("tools"):
             log.warning(
                 "warning: %s was trained with tools (%s), and answers without", path, ", ".join(tools)
             )
         scored = recorded(provenance, "data").get("scored_on", [])
         known = {name for source in scored for name in (source, Path(source).stem)}
-        if seen := [name for name in names if name in known]:
+        seen = [b.name for b in chosen if b.name in known]
+        seen += [_named_in_training(b, run) for b in chosen if has_training_problems(b, run, data_dir)]
+        if seen:
             log.warning(
                 "warning: %s was trained on answers to problems of %s: its score on them does not show what "
                 "it does on new problems",
                 path,
-                " and ".join(seen),
+                " and ".join(dict.fromkeys(seen)),
             )
+
+
+def _named_in_training(benchmark: Benchmark, run: Mapping[str, Any]) -> str:
+    if benchmark.arithmetic is None:
+        return benchmark.name
+    return f"{benchmark.name} (heldout={benchmark.arithmetic.heldout:g}, and in training {run['heldout']:g})"
 
 
 def tell_of_precision(model: str, dtype: str) -> None:

@@ -66,6 +66,12 @@ _KNOWN = {
 }
 
 
+def on_hub(source: str, split: str) -> tuple[str, str]:
+    """The hub id (a file as it is named) and split that `load_problems` reads for a source."""
+    known = _KNOWN.get(source)
+    return (known.hub, known.only_split or split) if known else (source, split)
+
+
 def has_own_columns(source: str) -> bool:
     """Whether `source` is a file or hub id, whose columns may have any names, and none that is known here."""
     return source != "arithmetic" and source not in _KNOWN

@@ -51,6 +51,41 @@ def test_mistakes_in_a_name(text, expected):
     message(error)
 
 
+ARITHMETIC = {"train_data": "arithmetic", "operators": "+-", "digits": 2, "terms": 2, "heldout": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("text", "run", "trained_on"),
+    [
+        ("data/mine.jsonl", {"train_data": "data/../data/mine.jsonl"}, True),
+        ("data/mine.jsonl", {"train_data": "elsewhere/mine.jsonl"}, False),
+        ("data/mine.jsonl", {"train_data": "arithmetic"}, False),
+        ("data/mine.jsonl", {}, False),
+        ("gsm8k", {"train_data": "gsm8k", "train_split": "train"}, False),
+        ("gsm8k", {"train_data": "gsm8k", "train_split": "test"}, True),
+        ("gsm8k:split=train", {"train_data": "gsm8k", "train_split": "train"}, True),
+        ("math500", {"train_data": "math", "train_split": "train"}, False),
+        ("math500", {"train_data": "math500", "train_split": "train"}, True),
+        ("aime25", {"train_data": "math-ai/aime25", "train_split": "test"}, True),
+        ("arithmetic", ARITHMETIC, False),
+        ("arithmetic:heldout=0.1", ARITHMETIC, False),
+        ("arithmetic:heldout=0.4", ARITHMETIC, True),
+        ("arithmetic:heldout=0.4:operators=*", ARITHMETIC, False),
+        ("arithmetic:heldout=0.4:terms=3", ARITHMETIC, False),
+        ("arithmetic:heldout=0.4", {"train_data": "gsm8k", "train_split": "train", "heldout": 0.2}, False),
+    ],
+)
+def test_what_vectors_were_trained_on_is_known_by_their_settings(text, run, trained_on):
+    assert benchmarks.has_training_problems(benchmarks.parse(text), run) is trained_on
+
+
+def test_a_local_file_of_a_known_benchmark_may_be_what_was_trained_on(tmp_path):
+    gsm8k = benchmarks.parse("gsm8k")
+    run = {"train_data": str(tmp_path / "gsm8k_test.jsonl")}
+    assert benchmarks.has_training_problems(gsm8k, run, tmp_path)
+    assert not benchmarks.has_training_problems(gsm8k, run, tmp_path / "other")
+
+
 @given(st.text(alphabet="gsm8kath.:=limt0129jon_", max_size=30))
 @settings(max_examples=300, deadline=None)
 def test_any_text_is_a_benchmark_or_one_line_of_error(text):

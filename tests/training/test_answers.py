@@ -17,6 +17,7 @@ import steer
 from steer import SteerError
 from steer.evaluation import variants
 from steer.evaluation.answers import read_answers
+from steer.evaluation.benchmarks import Benchmark, parse
 from steer.tasks.prompts import format_prompt
 from steer.training.answer_tokens import Example, tokens
 
@@ -137,10 +138,20 @@ def test_answers_to_problems_of_a_test_are_told(
     assert "trained on answers to problems of `sums`" in (base / "vectors-of-tests" / "README.md").read_text()
     caplog.clear()
     seen = [variants.Variant("v", "vectors", str(base / "vectors-of-tests"))]
-    variants.tell_of_trained_on(seen, ["others"])
+    variants.tell_of_trained_on(seen, [Benchmark("others")])
     assert not caplog.text
-    variants.tell_of_trained_on(seen, ["others", "sums"])
+    variants.tell_of_trained_on(seen, [Benchmark("others"), Benchmark("sums")])
     assert "was trained on answers to problems of sums: its score" in caplog.text
+
+    own = {"train_data": str(base / "one.jsonl"), "train_split": "train"}
+    vectors.config.provenance = {"run": own}
+    vectors.save(base / "vectors-of-one")
+    caplog.clear()
+    seen = [variants.Variant("v", "vectors", str(base / "vectors-of-one"))]
+    variants.tell_of_trained_on(seen, [parse(str(base / "two.jsonl")), parse("gsm8k")])
+    assert not caplog.text
+    variants.tell_of_trained_on(seen, [parse(str(base / "one.jsonl"))])
+    assert "was trained on answers to problems of one: its score" in caplog.text
 
 
 def test_a_reward_of_ones_own_tells_what_is_right(
