@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from steer.tasks.answers.units import changes_number
 from steer.tasks.grading import extract_boxed
 
 _DIGITS = r"(?:[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9])|[0-9]+)"
@@ -16,7 +17,7 @@ _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
 _NUMBER = re.compile(
     rf"(?<![\w.])(?:(?<![)}}\]])[-\u2212])?(?:\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}|{_DECIMAL}(?:/[0-9]+(?![0-9.]))?)"
 )
-_PHRASE = re.compile(r"\banswer\s*(?:is|:|=)\s*:?\s*", re.IGNORECASE)
+_PHRASE = re.compile(r"\banswer\s*(?:is|:|=)\s*:?\s*(?:\\\[\s*)?", re.IGNORECASE)
 # The end of a line, or a full stop that ends a sentence.
 _END = re.compile(r"\n|\.(?=\s|$)")
 _WORDS = re.compile(r"[A-Za-z ,'\u20ac$%*]*")
@@ -30,7 +31,8 @@ def extract_lenient(text: str) -> str | None:
 
     1. the content of the last closed `\boxed{}` (`extract_boxed`) that is not empty;
     2. what follows the last "answer is" or "answer:", to the end of the sentence: its number where it holds a
-       single one among words, else all of it. It must hold a digit, a LaTeX command or a single letter;
+       single one among words, with those words that may change it ("2 million", "50%", "negative 5"), else
+       all of it. It must hold a digit, a LaTeX command or a single letter;
     3. the last number.
 
     Returns:
@@ -51,10 +53,20 @@ def _phrase(text: str) -> str | None:
     end = _END.search(text, start)
     said = text[start : end.start() if end else len(text)].strip(" \t*")
     numbers = list(_NUMBER.finditer(said))
-    if len(numbers) == 1 and _WORDS.fullmatch(said[: numbers[0].start()] + said[numbers[0].end() :]):
-        return numbers[0][0]
+    if len(numbers) == 1:
+        before, after = said[: numbers[0].start()], said[numbers[0].end() :]
+        if _WORDS.fullmatch(before + after):
+            return _changing(before) + numbers[0][0] + _changing(after)
     letter = re.fullmatch(r"\(?[A-Za-z]\)?", said)
     return said if letter or re.search(r"[0-9]|\\[A-Za-z]", said) else None
+
+
+def _changing(words: str) -> str:
+    r"""The words beside a number as in a box, `\text{ million}`, where they may change it; else nothing."""
+    if not changes_number(words):
+        return ""
+    words = words.replace("*", "").replace("$", "")
+    return rf"\text{{{words}}}" if re.search("[A-Za-z]", words) else words.strip()
 
 
 def _last_number(text: str) -> str | None:

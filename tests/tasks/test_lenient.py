@@ -24,6 +24,12 @@ from steer.tasks.lenient import extract_lenient
         (r"the answer is \frac{3}{4}.", r"\frac{3}{4}"),
         (r"The answer is $x + \pi$", r"$x + \pi$"),
         ("The answer is (B)", "(B)"),
+        ("The answer is 2 million.", r"2\text{ million}"),
+        ("The answer is: he has $2 million", r"2\text{ million}"),
+        ("The answer is 50%.", "50%"),
+        ("The answer is **50** %.", "50%"),
+        ("The answer is negative 5 degrees.", r"\text{negative }5"),
+        ("The answer is 3.5 to the nearest tenth.", "3.5"),
         ("The answer is easy. 3 + 4 = 7.", "7"),
         ("2 + 7 = 9\n\nSo 2 + 7 is 9", "9"),
         ("it falls to -5 degrees", "-5"),
@@ -46,6 +52,28 @@ def test_what_is_taken_for_the_answer(text, answer):
 def grader():
     with MathGrader() as found:
         yield found
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "correct"),
+    [
+        (r"The answer is \[ 42 \].", "42", True),
+        ("The answer is\n\\[\nx^2 + 1\n\\]", "x^2+1", True),
+        (r"So \boxed{\[ 42 \]}", "42", True),
+        ("The answer is 2 million.", "2000000", True),
+        ("The answer is 2 million.", "2", False),
+        ("The answer is 2 million dollars.", "2000000", True),
+        ("The answer is 5 and a quarter.", "5", False),
+        ("The answer is negative 5.", "5", False),
+        ("The answer is not 5.", "5", False),
+        ("The answer is 50%.", "0.5", True),
+        ("The answer is 50%.", "50", True),
+        ("The answer is 50 percent of them.", "0.5", True),
+        ("The answer is 0.5%.", "0.5", False),
+    ],
+)
+def test_words_that_change_a_number_count(grader, text, gold, correct):
+    assert grader.check([text], [gold], extract_lenient)[0].correct is correct
 
 
 WORDS = st.text(st.sampled_from("abc xyz\n,;:!?'\"-"), max_size=30)

@@ -33,7 +33,7 @@ _COMMAND = re.compile(r"\\(" + "|".join(_COMMANDS) + r")(?![a-zA-Z])")
 _DROPPED = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![a-zA-Z])\s*\.?"
     r"|\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it|boldmath|normalfont)(?![a-zA-Z])"
-    r"|\\(?:hspace|vspace|color)\*?\{[^{}]*\}|\\!\s*|(?<!\\)\\[()]|\\phantom\s*(?:\{[^{}]*\}|-)?"
+    r"|\\(?:hspace|vspace|color)\*?\{[^{}]*\}|\\!\s*|(?<!\\)\\[()\[\]]|\\phantom\s*(?:\{[^{}]*\}|-)?"
 )
 _WIDE = re.compile(r"\\q?quad(?![a-zA-Z])")
 _SPACE = re.compile(r"(?:\s|~|\\[,;: ]|\\(?:space|thinspace|enspace)(?![a-zA-Z]))+")

@@ -107,6 +107,17 @@ def harmless_lead(words: str) -> bool:
     return _LEADING.fullmatch(words) is not None
 
 
+def changes_number(words: str) -> bool:
+    """Whether words beside a number may make it another one: "million", "and a quarter", "negative", "%"."""
+    words = re.sub(r"\bnearest +[a-z]+", "", words.lower())  # "to the nearest tenth" changes nothing
+    return "%" in words or any(
+        word in _CHANGING
+        or word.removesuffix("s") in (*_SCALES, *_FRACTIONS)
+        or _UNITS.get(word) == "percent"
+        for word in re.findall("[a-z']+", words)
+    )
+
+
 # --- units --------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(
