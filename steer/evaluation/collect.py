@@ -95,12 +95,15 @@ class Collection:
     def base(self, asked: str) -> str:
         """
         The method that the others are compared with: `asked`, and the first one where that is the default,
-        "base", and there is none. SteerError for any other that is not there.
+        "base", and there is none, which is noted. SteerError for any other that is not there.
         """
         names = [method.name for method in self.methods]
         if asked not in names and asked != "base":
             raise SteerError(f"no method {asked!r} in these runs; they have {', '.join(names)}")
-        return asked if asked in names else names[0]
+        if asked in names:
+            return asked
+        self._note(f"there is no method 'base' here: the others are compared with {names[0]}")
+        return names[0]
 
     def cells(self, benchmark: str, greedy: bool) -> list[Cell]:
         """

@@ -166,10 +166,10 @@ def write(
     constants = best_base.constant_rows(collection)
     tasks = task_effects.rows(collection, base)
     collection.notes += brevity(rows, base) + single_runs(rows) + best_base.notes(collection, rows)
-    told = [f"\n{table(rows, constants)}\n"]
+    told = [f"\n{table(rows, constants, base)}\n"]
     told += [f"{pairs_table(against)}\n"] if against else []
     told += [f"{task_effects.table(tasks, base)}\n"] if tasks else []
-    said = [*sentences(rows, base), *best_base.sentences(rows), caution(rows), *collection.notes]
+    said = [*sentences(rows, base), *best_base.sentences(rows), caution(rows, base), *collection.notes]
     told += [text for text in said if text]
     made = {
         "base": base,
@@ -187,7 +187,7 @@ def write(
         from steer.evaluation import page, plots
 
         figures = plots.draw(collection, rows)
-        blocks = [table(rows, constants), *best_base.sentences(rows), pairs_table(against)]
+        blocks = [table(rows, constants, base), *best_base.sentences(rows), pairs_table(against)]
         blocks.append(task_effects.table(tasks, base))
         files["table.md"] = ("\n\n".join(block for block in blocks if block) + "\n").encode()
         files |= {f"{name}.png": png for name, (png, _) in figures.items()}

@@ -47,7 +47,7 @@ def render(
     items, left_out = _items(collection, methods, base)
     script = asset("comparison.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    notes = [*collection.notes, caution(rows)]
+    notes = [*collection.notes, caution(rows, base)]
     if left_out:
         notes.append(f"the answers to {left_out} problems are left out of this page to keep it small")
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
@@ -59,13 +59,14 @@ def render(
         policy=Markup(f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"),
         style=asset("comparison.css"),
         script=script,
+        base=base,
         conditions=_conditions(collection),
         gains=[
             _gains(rows, "gain", f"Gain over {base}"),
             _gains(rows, "elicited_gain", "Gain over the best elicited base, all read leniently"),
         ],
         sentences=best_base.sentences(rows),
-        tables=[_table(rows, benchmark, constants) for benchmark in benchmarks],
+        tables=[_table(rows, benchmark, base, constants) for benchmark in benchmarks],
         how_to_read=_how_to_read(rows),
         wide=len(benchmarks) > 1,
         figures=[Markup(svg) for svg in shown],
@@ -128,14 +129,14 @@ def _gain(row: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _table(
-    rows: Sequence[dict[str, Any]], benchmark: str, constants: Sequence[dict[str, Any]] = ()
+    rows: Sequence[dict[str, Any]], benchmark: str, base: str, constants: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """The scores of one benchmark; intervals and training seeds are shown small under their numbers."""
     of = [row for row in rows if row["benchmark"] == benchmark]
-    lines = [cells(group) for group in by_method(of)]
+    lines = [cells(group, base) for group in by_method(of)]
     lines += [constant_cells(row) for row in constants if row["benchmark"] == benchmark]
     kept = ("greedy", "greedy, lenient", "sampled", "sampled, lenient")
-    heads = [head for head in columns(lines) if head in kept or not re.search(r",| against ", head)]
+    heads = [head for head in columns(lines, base) if head in kept or not re.search(r",| against ", head)]
     shown = []
     for line in lines:
         fields = []

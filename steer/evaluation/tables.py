@@ -9,15 +9,20 @@ from steer.evaluation import scores
 from steer.evaluation.scores import Estimate
 
 
-def table(rows: Sequence[dict[str, Any]], constants: Sequence[dict[str, Any]] = ()) -> str:
-    """The scores as Markdown, a table for each benchmark; `constants` are `best_base.constant_rows`'s."""
+def table(
+    rows: Sequence[dict[str, Any]], constants: Sequence[dict[str, Any]] = (), base: str = "base"
+) -> str:
+    """
+    The scores as Markdown, a table for each benchmark; `constants` are `best_base.constant_rows`'s, and
+    `base` is the method that the others are compared with.
+    """
     blocks = []
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
         of_benchmark = [row for row in rows if row["benchmark"] == benchmark]
         lines = [f"**{benchmark}**, {of_benchmark[0]['problems']} problems", ""]
-        shown = [cells(group) for group in by_method(of_benchmark)]
+        shown = [cells(group, base) for group in by_method(of_benchmark)]
         shown += [constant_cells(row) for row in constants if row["benchmark"] == benchmark]
-        heads = columns(shown)
+        heads = columns(shown, base)
         grid = [heads, *[[row.get(head, "") for head in heads] for row in shown]]
         widths = [max(len(row[i]) for row in grid) for i in range(len(heads))]
         for number, row in enumerate(grid):
@@ -36,7 +41,7 @@ def by_method(rows: Sequence[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]
     return list(groups.values())
 
 
-def cells(group: dict[str, dict[str, Any]]) -> dict[str, str]:
+def cells(group: dict[str, dict[str, Any]], base: str = "base") -> dict[str, str]:
     """One method's line of the table, by column."""
     one = next(iter(group.values()))
     shown = {"method": one["method"], "trainable parameters": f"{one['parameters']:,}"}
@@ -47,7 +52,7 @@ def cells(group: dict[str, dict[str, Any]]) -> dict[str, str]:
         shown[name] = interval(row["accuracy"])
         if row["seeds"] > 1:
             shown[f"{name}, each seed"] = " ".join(f"{value:.3f}" for value in row["by_seed"].values())
-        shown[f"{name} against base"] = gain(row)
+        shown[f"{name} against {base}"] = gain(row)
         if row.get("gain_share"):
             shown[f"{name}, share of gain"] = interval(row["gain_share"])
         if "lenient" in row:
@@ -76,11 +81,11 @@ def constant_cells(row: dict[str, Any]) -> dict[str, str]:
     return {"method": row["method"], "trainable parameters": "0", "greedy": text, "greedy, lenient": text}
 
 
-def columns(lines: Sequence[dict[str, str]]) -> list[str]:
+def columns(lines: Sequence[dict[str, str]], base: str = "base") -> list[str]:
     """The columns that these lines of a table have, in reading order."""
     order = ["method", "trainable parameters"]
     for name in ("greedy", "sampled"):
-        order += [name, f"{name}, each seed", f"{name} against base", f"{name}, share of gain"]
+        order += [name, f"{name}, each seed", f"{name} against {base}", f"{name}, share of gain"]
         order += [f"{name}, lenient", f"{name} against elicited base"]
         order += [f"{name}, share of gain over elicited base"]
     order += ["pass@k", "maj@k", "tokens", "cut off", "no answer", "in a loop", "broken"]
@@ -182,11 +187,16 @@ def single_runs(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def caution(rows: Sequence[dict[str, Any]]) -> str:
+def named(base: str) -> str:
+    """What a sentence calls the method that the others are compared with."""
+    return "the base" if base == "base" else base
+
+
+def caution(rows: Sequence[dict[str, Any]], base: str = "base") -> str:
     count = sum("gain" in row for row in rows)
     return (
-        f"{count} comparisons with the base, each at the 95 % level: about one in twenty of those without a "
-        "real difference would show one by chance."
+        f"{count} comparisons with {named(base)}, each at the 95 % level: about one in twenty of those "
+        "without a real difference would show one by chance."
         if count > 1
         else ""
     )

@@ -23,7 +23,7 @@ from steer import artifact, extras
 from steer.errors import SteerError, one_line, shown
 from steer.evaluation import scores
 from steer.evaluation.collect import Collection
-from steer.evaluation.tables import difference, interval
+from steer.evaluation.tables import difference, interval, named
 from steer.evaluation.variants import Variant
 from steer.versions import versions
 
@@ -220,7 +220,7 @@ def table(rows: Sequence[Mapping[str, Any]], base: str) -> str:
     if not rows:
         return ""
     lines = [f"**Side effects on tasks of lm-eval**, paired with {base} over the problems", ""]
-    lines.append("| task | metric | method | accuracy | minus the base | p | |")
+    lines.append(f"| task | metric | method | accuracy | minus {named(base)} | p | |")
     lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
         cells = [f"{row['task']} ({row['problems']} problems)", row["metric"], row["method"]]

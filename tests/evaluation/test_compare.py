@@ -17,7 +17,7 @@ from helpers.evaluating import make_run
 from helpers.steering import message
 
 from steer.errors import SteerError
-from steer.evaluation import browse, compare, page, scores, tables
+from steer.evaluation import browse, compare, page, scores, tables, task_effects
 from steer.evaluation.collect import collect
 
 N = 40
@@ -90,6 +90,22 @@ def test_better_is_said_only_where_it_is_shown(one, capsys):
     assert "about one in twenty" in printed
     assert "the length limit cut off 75% of the answers of base" in printed
     assert json.loads((one / "scores.json").read_text())["base"] == "base"
+
+
+def test_the_method_that_the_others_are_compared_with_is_named(tmp_path, capsys):
+    folder = make_run(tmp_path / "r", {"full": verdicts(BASE), "good": verdicts(GOOD)})
+    compare.report([folder], out=tmp_path / "page")
+    printed = capsys.readouterr().out
+    assert "there is no method 'base' here: the others are compared with full" in printed
+    assert "comparisons with full, each at the 95 % level" in printed
+    for text in (printed, (tmp_path / "page" / "table.md").read_text()):
+        assert "| greedy against full" in text and "against base" not in text
+    shown = (tmp_path / "page" / "index.html").read_text()
+    assert "gained: full wrong, method right" in shown and "no method &#39;base&#39; here" in shown
+    half = {"value": 0.5, "low": 0.25, "high": 0.75}
+    tasks = [{"task": "t", "metric": "acc", "method": "m", "problems": 1, "accuracy": half}]
+    assert "| accuracy | minus full |" in task_effects.table(tasks, "full")
+    assert "| accuracy | minus the base |" in task_effects.table(tasks, "base")
 
 
 def test_table_is_markdown_with_every_method(one):
