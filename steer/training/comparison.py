@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
 # Settings of a run that are about the choice of its rate alone.
 OF_SWEEPS = ("sweep_steps", "sweep_only", "validation_samples")
+# Those that say which problems are trained on.
+OF_DATA = (
+    *("train_data", "train_split", "train_limit", "levels", "max_problem_chars", "exclude", "columns"),
+    *("operators", "digits", "terms", "generated_problems", "heldout"),
+)
 
 
 class Failed(Exception):
@@ -86,6 +91,12 @@ class Comparison:
         others = {name: self.shared.get(name) for name in ("model_revision", "base_adapter")}
         return {"model": self.model, **{name: value for name, value in others.items() if value}}
 
+    def data_settings(self) -> dict[str, Any]:
+        """The settings that say which problems are trained on: the source, and what is no default."""
+        default = RunConfig()
+        said = {name: self.shared.get(name, getattr(default, name)) for name in OF_DATA}
+        return {k: v for k, v in said.items() if k == "train_data" or v != getattr(default, k)}
+
     # ---- controls that train nothing
 
     def untrained(self) -> None:
@@ -106,6 +117,7 @@ class Comparison:
     def elicited(self) -> None:
         """The base with worked examples in its prompts, out of the training problems, and a longer limit."""
         asked = {"evaluation": self.asked(), "base": self.base_settings(), "examples": self.plan.examples}
+        asked["data"] = self.data_settings()
         if not self.done("elicited", asked):
             self.evaluate("elicited", [*self.base(), "--no-base", *self.worked_examples()], asked)
 
@@ -117,6 +129,8 @@ class Comparison:
         model = {name: value for name, value in self.base_settings().items() if name != "base_adapter"}
         given = {"longer": self.plan.longer, "examples": self.plan.examples}
         asked = {"evaluation": self.asked(), "model": model, **given}
+        if self.plan.examples:
+            asked["data"] = self.data_settings()
         if self.done("no-adapter", asked):
             return
         words = ["--model", self.model, "--name", "without adapter"]
@@ -140,6 +154,7 @@ class Comparison:
             "base": self.base_settings(),
             "systems": self.plan.systems,
             "sweep": self.sweep,
+            "data": self.data_settings(),
         }
         if self.done("system-prompt", asked):
             return
@@ -393,8 +408,19 @@ def precision(settings: dict[str, Any]) -> str:
 
 
 def _write_problems(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write problems, as `load_problems` returns them, so that it reads the same ones back."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    replace_file(file, "".join(json.dumps(_record(row)) + "\n" for row in rows).encode())
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    """A problem in the record form, in which a chat is its prompt and its answer may be a list."""
+    record = {name: value for name, value in row.items() if name not in ("messages", "golds")}
+    if row.get("messages"):
+        record["prompt"] = row["messages"]
+    if row.get("golds"):
+        record["answer"] = row["golds"]
+    return record
 
 
 def _processes(launcher: str) -> int:

@@ -26,7 +26,10 @@ def is_made(file: Path, asked: dict[str, Any]) -> bool:
     if not file.exists():
         return False
     packed = read_packed(file)
-    about, rest = packed["about"], {k: v for k, v in asked.items() if k != "base"}
+    about = packed["about"]
+    if "data" not in about.get("asked", {}):  # older: nothing says which training problems were used
+        asked = {k: v for k, v in asked.items() if k != "data"}
+    rest = {k: v for k, v in asked.items() if k != "base"}
     if "base" in asked and about["hash"] == digest(rest):  # older: the evaluation says which base
         told = {"model": packed["settings"]["model"], "model_revision": packed["settings"]["revision"]}
         known = {**rest, "base": {name: value for name, value in told.items() if value}}

@@ -32,8 +32,9 @@ from steer.models import load_model
 from steer.recipe_files import launcher_file
 from steer.tasks.data import load_problems
 from steer.tasks.elicited import choose
+from steer.training import comparison_records as records
 from steer.training.arguments import SweepArguments
-from steer.training.comparison import Comparison, Failed
+from steer.training.comparison import Comparison, Failed, _write_problems
 from steer.training.comparison_report import curve
 from steer.training.validation import split
 
@@ -366,6 +367,57 @@ def test_results_that_do_not_name_their_base_are_known_by_their_evaluation(job, 
     for change in ({"base_adapter": "adapter"}, {"model_revision": "v2"}, {"model": "another"}):
         with pytest.raises(SteerError, match="was made with other settings than these"):
             getattr(Comparison(replace(plan, settings={**plan.settings, **change})), job)()
+
+
+def test_controls_of_other_training_problems_are_not_taken_for_these(plan, tmp_path, monkeypatch):
+    def call(self: Any, words: list[str]) -> None:
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(parents=True)
+        row = {"method": "system 1", "accuracy": {"value": 0.5}}
+        (out / "scores.json").write_text(json.dumps({"rows": [row]}))
+
+    def evaluate(self: Any, job: str, model: list[str], asked: dict[str, Any], about: Any = None) -> None:
+        self.runs.mkdir(parents=True, exist_ok=True)
+        made = {"about": {"hash": records.digest(asked), "asked": asked}, "completions": {}}
+        (self.runs / f"{job}.json").write_text(json.dumps(made))
+
+    monkeypatch.setattr(Comparison, "call", call)
+    monkeypatch.setattr(Comparison, "evaluate", evaluate)
+    places = {"out": str(tmp_path / "out"), "output_dir": str(tmp_path / "work")}
+    original = replace(read_plan(str(plan)), systems=("Be brief.",), **places)
+    write_problems(tmp_path / "other.jsonl", range(40, 60), modulus=10)
+    changed = replace(original, settings={"train_data": str(tmp_path / "other.jsonl")})
+    jobs = ("elicited", "without_adapter", "system_prompt")
+    for job in jobs:
+        getattr(Comparison(original), job)()
+    monkeypatch.setattr(Comparison, "evaluate", None)  # nothing more is made
+    for job in jobs:
+        getattr(Comparison(original), job)()
+        with pytest.raises(SteerError, match=r"train_data was '.*train.jsonl', now '.*other.jsonl'"):
+            getattr(Comparison(changed), job)()
+    for file in (tmp_path / "out" / "runs").iterdir():  # as an older version left them
+        made = json.loads(file.read_text())
+        made["about"]["asked"].pop("data")
+        made["about"]["hash"] = records.digest(made["about"]["asked"])
+        file.write_text(json.dumps(made))
+    for job in jobs:
+        getattr(Comparison(changed), job)()
+    without = replace(changed, examples=0)
+    with pytest.raises(SteerError, match="examples was 2, now 0"):
+        Comparison(without).without_adapter()
+
+
+def test_problems_that_are_written_are_read_back_as_they_were(tmp_path):
+    chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 3"}]
+    rows = [
+        {"prompt": chat, "answer": ["4", "four"], "level": 2, "hint": "a sum"},
+        {"prompt": chat[1:], "problem": "one and three", "answer": "4", "level": 1, "hint": "easy"},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = load_problems(str(tmp_path / "mine.jsonl"))
+    _write_problems(tmp_path / "written.jsonl", read)
+    assert load_problems(str(tmp_path / "written.jsonl")).to_list() == read.to_list()
+    assert read[0]["messages"] == chat and read[0]["golds"] == ["4", "four"]
 
 
 def test_the_best_system_prompt_is_chosen_on_validation_problems(
