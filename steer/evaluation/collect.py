@@ -185,7 +185,14 @@ def collect(folders: Sequence[str | Path], columns: Iterable[str] = tuple(COLUMN
             if effects := settings.get("side_effects", {}).get(name):
                 method.measured[seed] = effects
             if verdicts := settings.get("side_effect_tasks", {}).get(name):
-                method.tasks[seed] = verdicts
+                known = method.tasks.setdefault(seed, {})
+                for task, one in verdicts.items():
+                    first = known.setdefault(task, one)
+                    if any(first.get(part) != one.get(part) for part in ("limit", "file")):
+                        collection._note(
+                            f"{name}: task {task} of lm-eval was answered in several runs with another limit "
+                            "or file; those of the first are shown"
+                        )
             names[name] = method.rows.setdefault(seed, {})
         for row in rows:
             place = names[row["variant"]].setdefault(row["benchmark"], {}).setdefault(row["problem"], {})

@@ -167,6 +167,22 @@ def test_a_task_is_answered_again_when_its_file_or_limit_changes(tmp_path: Path)
     assert task_effects.missing(settings, variants[1:], tasks, 4) == [(variants[1], tasks[:1])]
 
 
+def test_tasks_of_several_runs_are_joined(tmp_path: Path) -> None:
+    folders = []
+    for name, task, limit in (("a", "one", None), ("b", "two", None), ("c", "one", 3)):
+        folders.append(make_run(tmp_path / name, {"base": [[True]] * 4}))
+        file = folders[-1] / "run.json"
+        told = {"metric": "acc", "limit": limit, "values": [1.0] * (limit or 4)}
+        settings = json.loads(file.read_text()) | {"side_effect_tasks": {"base": {task: told}}}
+        file.write_text(json.dumps(settings))
+    collection = collect(folders[:2])
+    assert [row["task"] for row in task_effects.rows(collection, "base")] == ["one", "two"]
+    assert not collection.notes
+    collection = collect(folders)
+    assert [row["problems"] for row in task_effects.rows(collection, "base")] == [4, 4]
+    assert any("task one of lm-eval was answered in several runs" in note for note in collection.notes)
+
+
 def test_seeds_are_compared_with_the_base(tmp_path: Path) -> None:
     runs = {"base": [[True]] * 4, "v#0": [[True]] * 4, "v#1": [[False]] * 4}
     folder = make_run(tmp_path / "run", runs)
