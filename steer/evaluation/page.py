@@ -70,7 +70,7 @@ def render(
         how_to_read=_how_to_read(rows),
         wide=len(benchmarks) > 1,
         figures=[Markup(svg) for svg in shown],
-        changes=_gained_and_lost(items, methods, base),
+        changes=_gained_and_lost(_compared(collection, items), methods, base),
         notes=[note for note in notes if note],
         sessions=[_session(session) for session in collection.sessions],
         data=json_data(
@@ -223,6 +223,15 @@ def _change(item: dict[str, Any], base: str, method: str) -> int:
     before, after = item["answers"].get(base, {}), item["answers"].get(method, {})
     shared = next((label for label in before if label in after), None)
     return int(after[shared]["correct"]) - int(before[shared]["correct"]) if shared else 0
+
+
+def _compared(collection: Collection, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items whose problems the scores are of: those that all methods answered."""
+    shared: set[tuple[str, str]] = set()
+    for benchmark in collection.benchmarks():
+        answered = collection.cells(benchmark, greedy=True) or collection.cells(benchmark, greedy=False)
+        shared |= {(benchmark, key) for cell in answered for key in cell.problems}
+    return [item for item in items if (item["benchmark"], item["id"]) in shared]
 
 
 def _gained_and_lost(

@@ -311,6 +311,14 @@ def test_problems_gained_and_lost_stand_in_the_page(written):
     assert text.count("What is 4 + 1?") > 1
 
 
+def test_problems_gained_are_counted_among_those_that_are_compared(one, tmp_path):
+    few = make_run(tmp_path / "few", {"short": verdicts(GOOD[:8])})
+    assert compare.main([str(one), str(few), "--out", str(tmp_path / "page")]) == 0
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert "good: 4 problems</summary>" in text and "short: 4 problems</summary>" in text
+    assert "and of the first training seed. The gains above" in text
+
+
 def test_a_page_is_kept_small(one, monkeypatch):
     monkeypatch.setattr(page, "MAX_CHARACTERS", 2000)
     found = collect([one])
