@@ -55,6 +55,7 @@ from steer.prompt import PromptSpec
 from steer.stop_tokens import stop_token_ids
 from steer.tasks.columns import parse_columns
 from steer.tasks.data import has_own_columns
+from steer.tasks.grading import check_prefix
 from steer.tasks.lenient import extract_lenient
 from steer.tasks.prompts import TEMPLATES, agreed_prompt, choose_prompt, format_prompt
 from steer.versions import versions
@@ -359,6 +360,7 @@ def _rows(
             if way:
                 spec, limit = replace(spec, examples=way.examples), way.max_new_tokens
             spec = replace(spec, prefix=variant.prefix or spec.prefix, system=variant.system or spec.system)
+            check_prefix(spec.prefix)
             texts = [format_prompt(p.asks, tokenizer, spec) for p in problems[b.name]]
             tokens = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
             asked = sorted(zip(problems[b.name], tokens, strict=True), key=lambda pair: -len(pair[1]))

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import pebble
 
-from steer.errors import SteerError
+from steer.errors import SteerError, shown
 from steer.tasks.answers.equality import compare
 from steer.tasks.answers.worked_out import unevaluated
 
@@ -69,6 +69,15 @@ def extract_boxed(text: str) -> str | None:
             if depth == 0:
                 return text[start : brace.start()]
     return None
+
+
+def check_prefix(prefix: str) -> None:
+    r"""Raise SteerError where a forced opening has a box: what the model writes is graded alone."""
+    if re.search(r"\\(?:boxed|fbox)(?![a-zA-Z])", prefix):
+        raise SteerError(
+            f"prefix={shown(prefix)} has a box, and only what the model writes after it is graded: no answer "
+            "would be right; give a prefix without it"
+        )
 
 
 # --- in this process ----------------------------------------------------------------------------------------

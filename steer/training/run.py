@@ -17,6 +17,7 @@ from steer.models import load_model, load_tokenizer
 from steer.tasks.arithmetic import Arithmetic
 from steer.tasks.columns import columns_text, parse_columns
 from steer.tasks.elicited import EXAMPLES
+from steer.tasks.grading import check_prefix
 from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES
 from steer.tasks.reward_loading import reward_entries
 from steer.tasks.rewards import REWARDS
@@ -183,6 +184,7 @@ class RunConfig:
         self.rewards = reward_entries(self.rewards)  # type: ignore[assignment]
         self.tools = tool_names(self.tools)
         self.columns = columns_text(parse_columns(self.columns))
+        check_prefix(str(self.prefix))  # a config file may hold anything
         for name, least in (("validate_every", 1), ("patience", 1), ("validation", 1e-9)):
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:

@@ -359,6 +359,14 @@ def test_a_merged_base_in_another_folder_is_the_same_model(tmp_path):
             store._merge(made, settings, {**settings, "model": str(tmp_path / name)})
 
 
+@pytest.mark.parametrize("option", ["--prefix", "--prefixes"])
+def test_a_forced_opening_with_a_box_is_refused(base, tmp_path, capsys, option):
+    """The box would not be in what is graded."""
+    for text in (r"The answer is $\boxed{", r"\fbox"):
+        line = refused(capsys, arguments(base, tmp_path / "out", option, text))
+        assert "has a box, and only what the model writes after it is graded" in line
+
+
 def test_another_run_in_the_folder_is_refused(base, whole, tmp_path, capsys):
     assert "seed was 0, now 5" in refused(capsys, everything(base, whole, "--seed", "5"))
     assert "max_new_tokens was 6, now 4" in refused(capsys, everything(base, whole, "--max-new-tokens", "4"))
