@@ -21,6 +21,7 @@ _PHRASE = re.compile(r"\banswer\s*(?:is|:|=)\s*:?\s*(?:\\\[\s*)?", re.IGNORECASE
 # The end of a line, or a full stop that ends a sentence.
 _END = re.compile(r"\n|\.(?=\s|$)")
 _WORDS = re.compile(r"[A-Za-z ,'\u20ac$%*]*")
+_MINUS = re.compile(r"(?<![0-9] )\b(?:negative|minus) +(?=[0-9.])", re.IGNORECASE)
 
 
 def extract_lenient(text: str) -> str | None:
@@ -31,8 +32,8 @@ def extract_lenient(text: str) -> str | None:
 
     1. the content of the last closed `\boxed{}` (`extract_boxed`) that is not empty;
     2. what follows the last "answer is" or "answer:", to the end of the sentence: its number where it holds a
-       single one among words, with those words that may change it ("2 million", "50%", "negative 5"), else
-       all of it. It must hold a digit, a LaTeX command or a single letter;
+       single one among words, with those words that may change it ("2 million", "50%"), else all of it;
+       "negative 5" and "minus 5" are -5. It must hold a digit, a LaTeX command or a single letter;
     3. the last number.
 
     Returns:
@@ -51,7 +52,7 @@ def _phrase(text: str) -> str | None:
     if start < 0:
         return None
     end = _END.search(text, start)
-    said = text[start : end.start() if end else len(text)].strip(" \t*")
+    said = _MINUS.sub("-", text[start : end.start() if end else len(text)].strip(" \t*"))
     numbers = list(_NUMBER.finditer(said))
     if len(numbers) == 1:
         before, after = said[: numbers[0].start()], said[numbers[0].end() :]
