@@ -184,6 +184,7 @@ APIS: tuple[Api, ...] = (
         "overrides it",
         (*_SELF, "resume_from_checkpoint", "model"),
     ),
+    Api(f"{_TRAINER}._load_best_model", _TRANSFORMERS, "overrides it", _SELF),
     Api(f"{_TRAINER}._get_output_dir", _TRANSFORMERS, "calls it", (*_SELF, "trial")),
     # ---- methods that `steer.engine.rollout` overrides
     Api(f"{_VLLM}._init_vllm", _TRL, "overrides it", _SELF),

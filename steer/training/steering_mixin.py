@@ -237,6 +237,9 @@ class SteeringTrainerMixin(ResumableMixin):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.vectors.set_tensors(artifact.read(resume_from_checkpoint).tensors)
 
+    def _load_best_model(self) -> None:  # transformers looks for the files of a whole model
+        self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))
+
 
 class _BaseModel(nn.Module):
     """

@@ -96,6 +96,21 @@ def run(build_tiny: Callable, tiny_tokenizer: Any, tmp_path: Path) -> Callable[.
 # ---- every kind
 
 
+def test_the_best_checkpoint_is_loaded_at_the_end(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def worse_and_worse(self: SteeringSFTTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return {"eval_loss": float(self.state.global_step)}
+
+    monkeypatch.setattr(SteeringSFTTrainer, "evaluate", worse_and_worse, raising=False)
+    data = Dataset.from_dict({name: ROWS[name] for name in ("prompt", "completion")})
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = run("sft", max_steps=2, load_best_model_at_end=True, more={"eval_dataset": data}, **every)
+    folder = Path(trainer.args.output_dir)
+    assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-1")
+    kept = trainer.vectors.tensors()
+    assert same(kept, artifact.read(folder / "checkpoint-1").tensors)
+    assert not same(kept, artifact.read(folder / "checkpoint-2").tensors)
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_loss_falls_and_only_vectors_change(run: Any, build_tiny: Any, kind: str) -> None:
     before = {n: p.clone() for n, p in build_tiny("llama", initializer_range=SPREAD).named_parameters()}
