@@ -28,6 +28,7 @@ from steer.training import init
 from steer.training.arguments import FinderArguments, PopulationArguments, setting_of
 from steer.training.config import SteeringGRPOConfig
 from steer.training.run_settings import RunSettings
+from steer.training.settings import unpublished
 from steer.training.sweep import find_rate
 from steer.training.sweep.find_rate import Choice, Trial
 from steer.training.sweep.halving import reward_of
@@ -117,7 +118,7 @@ def _find(folder: Path, settings: RunSettings, asked: FinderArguments, arguments
 def _short(settings: RunSettings, folder: Path, steps: int, processes: int) -> RunSettings:
     """The settings that all rates share."""
     default = settings.unset().training
-    training = copy.copy(settings.training)
+    training = unpublished(settings.training)
     training.output_dir, training.max_steps = str(folder), steps
     # a rate is on one process, with the batch that the run has on all of them
     training.gradient_accumulation_steps *= processes
@@ -126,7 +127,7 @@ def _short(settings: RunSettings, folder: Path, steps: int, processes: int) -> R
     training.lr_scheduler_type, training.lr_scheduler_kwargs = CONSTANT, default.lr_scheduler_kwargs
     if training.warmup_steps >= 1:  # of the whole run: these updates would not reach the rate
         training.warmup_steps = default.warmup_steps
-    training.report_to, training.log_completions, training.push_to_hub = default.report_to, False, False
+    training.report_to = default.report_to  # a population takes no other
     # rates are compared on the same problems, which it would choose by what each rate has learned
     training.pass_rate_floor = default.pass_rate_floor
     run = replace(settings.run, validate_every=None, validation=None, keep_best=False, patience=None)

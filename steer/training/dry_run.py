@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from steer.training.group_trainer import GroupGRPOTrainer
 from steer.training.problems import asked
 from steer.training.recipe import Recipe
 from steer.training.run_settings import RunSettings
+from steer.training.settings import unpublished
 from steer.training.tool_calls import with_tools
 from steer.training.validation import SHARE, split
 
@@ -119,7 +119,7 @@ def sampled_rows(training: SteeringGRPOConfig) -> int:
 
 def small(training: SteeringGRPOConfig, folder: str) -> SteeringGRPOConfig:
     """The settings of two updates of one prompt each, which leave nothing behind outside of `folder`."""
-    smaller = copy.copy(training)
+    smaller = unpublished(training)
     smaller.output_dir, smaller.max_steps, smaller.warmup_steps = folder, 2, 0
     smaller.per_device_train_batch_size = smaller.generation_batch_size = training.num_generations
     smaller.generation_batch_size *= PartialState().num_processes
@@ -128,13 +128,7 @@ def small(training: SteeringGRPOConfig, folder: str) -> SteeringGRPOConfig:
     # one round of samples of the problems as they come: what is timed, and the reward that is told
     smaller.dynamic_sampling_rounds, smaller.pass_rate_floor = 0, 1.0
     smaller.logging_steps, smaller.save_strategy = 1, type(training.save_strategy)("no")
-    smaller.report_to, smaller.log_completions, smaller.push_to_hub, smaller.use_vllm = (
-        [],
-        False,
-        False,
-        False,
-    )
-    smaller.disable_tqdm = True
+    smaller.use_vllm, smaller.disable_tqdm = False, True
     return smaller
 
 

@@ -5,7 +5,6 @@ this alone. Held-out problems take no part.
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import logging
@@ -24,6 +23,7 @@ from steer.training.arguments import SweepArguments
 from steer.training.recipe import Recipe, train_run
 from steer.training.run import RESULTS_FILE
 from steer.training.run_settings import RunSettings
+from steer.training.settings import unpublished
 from steer.training.validation import split
 
 log = logging.getLogger("steer")
@@ -64,7 +64,7 @@ def choose(
     # scored at its end, not on the way
     run = replace(settings.run, validate_every=None, validation=None, keep_best=False, patience=None)
     for rate in rates:
-        one = copy.copy(training)
+        one = unpublished(training)
         one.learning_rate, one.output_dir = rate, str(folder / f"lr-{rate:g}")
         one.max_steps = sweep.sweep_steps or training.max_steps
         log.info("learning rate %g, on %d validation problems", rate, len(validation))

@@ -8,16 +8,20 @@ the others.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from steer.errors import SteerError, one_line, shown
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+Kind = TypeVar("Kind")
 
 
 class Range(NamedTuple):
@@ -305,6 +309,13 @@ def changed(args: TrainingArguments) -> list[str]:
         return f.default if f.default_factory is MISSING else f.default_factory()
 
     return [f.name for f in fields(args) if getattr(args, f.name) != default(f)]
+
+
+def unpublished(args: Kind) -> Kind:
+    """A copy for a run that only tries something: it reports, uploads and keeps tables of nothing."""
+    tried: Any = copy.copy(args)
+    tried.report_to, tried.log_completions, tried.push_to_hub = [], False, False
+    return tried
 
 
 def _refuse(args: TrainingArguments, reasons: Mapping[str, str]) -> None:

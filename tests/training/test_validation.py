@@ -260,6 +260,8 @@ def test_all_rates_are_scored_on_the_same_problems(base: Path, monkeypatch: pyte
     def scored(
         trial: Any, recipe: Any, train: Any, problems: Any, stages: Any, samples: int
     ) -> dict[str, Any]:
+        one = trial.training
+        assert (one.push_to_hub, one.log_completions, one.report_to) == (False, False, [])
         folder = Path(trial.training.output_dir)
         folder.mkdir(exist_ok=True)
         after = {"accuracy": 0.5, "problems": len(problems) * samples}
@@ -270,7 +272,9 @@ def test_all_rates_are_scored_on_the_same_problems(base: Path, monkeypatch: pyte
     sums = Dataset.from_dict({"problem": [f"{a}+{b}" for a in range(9) for b in range(9)]})
 
     def choose(*more: str) -> float:
-        chosen = train.parse(["--config", str(base / "config.yaml"), "--lr_sweep", "0.1", "0.2", *more])
+        published = ["--push_to_hub", "true", "--log_completions", "true", "--report_to", "tensorboard"]
+        words = ["--config", str(base / "config.yaml"), *published]
+        chosen = train.parse([*words, "--lr_sweep", "0.1", "0.2", *more])
         assert chosen.rates is not None
         return rate_search.choose(chosen, chosen.rates, train.vectors(chosen), sums)
 
