@@ -96,6 +96,7 @@ class Artifact:
         *,
         private: bool | None = None,
         token: str | None = None,
+        revision: str | None = None,
         commit_message: str = "Upload steering vectors",
     ) -> str:
         """
@@ -106,6 +107,7 @@ class Artifact:
             repo_id: such as "user/name".
             private: whether a repository that is created is private, by default as the account says.
             token: with write access, by default that of `hf auth login`.
+            revision: branch that is committed to, by default the main branch.
             commit_message: the title of the commit.
 
         Returns:
@@ -115,10 +117,11 @@ class Artifact:
             SteerError: when the artifact cannot be saved, the hub refuses or cannot be reached.
         """
         return hub.push(
-            lambda folder: write(folder, self, repo_id),
+            lambda folder, name: write(folder, self, name),
             repo_id,
             private=private,
             token=token,
+            revision=revision,
             commit_message=commit_message,
         )
 

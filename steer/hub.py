@@ -117,21 +117,25 @@ def size(repo_id: str, file: str) -> int | None:
 
 
 def push(
-    write: Callable[[Path], object],
+    write: Callable[[Path, str], object],
     repo_id: str,
     *,
     private: bool | None = None,
     token: str | None = None,
+    revision: str | None = None,
     commit_message: str,
 ) -> str:
     """
     Create a model repository unless it is there, and upload a folder to it as one commit.
 
     Args:
-        write: called with an empty folder, writes the files into it. Nothing is created if it raises.
-        repo_id: such as "user/name".
+        write: called with a folder and the id of the repository, writes the files into it. Nothing is
+            created if it raises.
+        repo_id: such as "user/name"; without "user/" a repository of the user who is logged in, whose id
+            `write` is then called with once more.
         private: whether a repository that is created is private, by default as the user's account says.
         token: with write access, by default that of `hf auth login`.
+        revision: branch that is committed to, by default the main branch.
         commit_message: the title of the commit.
 
     Returns:
@@ -143,11 +147,16 @@ def push(
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as name:
-        write(Path(name))
+        write(Path(name), repo_id)
         try:
             api = HfApi(token=token)
             repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return str(api.upload_folder(repo_id=repo, folder_path=name, commit_message=commit_message))
+            if repo != repo_id:
+                write(Path(name), repo)
+            sent = api.upload_folder(
+                repo_id=repo, folder_path=name, commit_message=commit_message, revision=revision
+            )
+            return str(sent)
         except (
             Exception
         ) as error:  # network, permissions, a name that is not an id: classes of several packages

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def test_the_fake_takes_what_the_library_takes() -> None:
     import inspect
 
     assert {"private", "exist_ok"} <= set(inspect.signature(HfApi.create_repo).parameters)
-    assert {"repo_id", "folder_path", "commit_message"} <= set(
+    assert {"repo_id", "folder_path", "commit_message", "revision"} <= set(
         inspect.signature(HfApi.upload_folder).parameters
     )
     assert {"filter", "author", "sort", "limit"} <= set(inspect.signature(HfApi.list_models).parameters)
@@ -53,7 +54,7 @@ def test_vectors_go_to_the_hub_and_come_back(build_tiny: Any, remote: Any) -> No
     assert remote.calls == [
         ("token", "secret"),
         ("create_repo", "me/vectors", {"private": True, "exist_ok": True}),
-        ("upload_folder", "me/vectors", {"commit_message": "First"}),
+        ("upload_folder", "me/vectors", {"commit_message": "First", "revision": None}),
     ]
     assert remote.files("me/vectors") == sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
     found = Artifact.from_pretrained("me/vectors", revision="v1", token="secret")
@@ -74,6 +75,20 @@ def test_a_revision_is_for_ids_of_the_hub(tiny_llama: Any, tmp_path: Path) -> No
         with pytest.raises(SteerError, match=r"revision 'v1' was given with .*: only hub ids have") as error:
             read(source, revision="v1")
         message(error)
+
+
+def test_a_name_without_an_owner_is_the_whole_id_in_the_card(
+    tiny_llama: Any, remote: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(self: Any, repo_id: str, **arguments: Any) -> Any:
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
+    vectors = fill(steer.attach(tiny_llama))
+    Artifact(vectors.config, vectors.tensors()).push_to_hub("vectors", revision="v1")
+    assert remote.calls[-1][:2] == ("upload_folder", "me/vectors")
+    assert remote.calls[-1][2]["revision"] == "v1"
+    assert 'steer.load("me/vectors", model)' in (remote.home / "me/vectors" / CARD_FILE).read_text()
 
 
 def test_the_name_of_a_repository_may_have_dots(tiny_llama: Any, remote: Any) -> None:
@@ -146,7 +161,7 @@ def test_an_sae_goes_to_the_hub_and_comes_back(remote: Any, tmp_path: Path) -> N
     sae = make()
     address = sae.push_to_hub("me/sae", private=False, commit_message="An SAE")
     assert address.endswith("me/sae/commit/1")
-    assert ("upload_folder", "me/sae", {"commit_message": "An SAE"}) in remote.calls
+    assert ("upload_folder", "me/sae", {"commit_message": "An SAE", "revision": None}) in remote.calls
     assert remote.files("me/sae") == sorted([own.CONFIG_FILE, own.WEIGHTS_FILE, own.CARD_FILE])
     found = SAE.from_pretrained("me/sae", revision="v2")
     assert [call[2:] for call in remote.calls[-2:]] == [

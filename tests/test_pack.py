@@ -45,7 +45,8 @@ def test_an_artifact_goes_to_the_hub_is_listed_and_comes_back(folder: Path, remo
         "me/vectors/commit/1\n"
     )
     assert ("create_repo", "me/vectors", {"private": True, "exist_ok": True}) in remote.calls
-    assert ("upload_folder", "me/vectors", {"commit_message": "First"}) in remote.calls
+    sent = {"commit_message": "First", "revision": None}
+    assert ("upload_folder", "me/vectors", sent) in remote.calls
     assert 'steer.load("me/vectors", model)' in (remote.home / "me/vectors" / CARD_FILE).read_text()
 
     assert main(["pack", "list", "me"]) == 0

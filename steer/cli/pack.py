@@ -108,7 +108,7 @@ def _push(args: argparse.Namespace) -> None:
             print(f"\n{(folder / 'README.md').read_text()}\nnothing was uploaded (--dry-run)")
             return
 
-        def copy(target: Path) -> None:
+        def copy(target: Path, name: str) -> None:
             shutil.copytree(folder, target, dirs_exist_ok=True)
 
         address = hub.push(copy, args.repo_id, private=args.private or None, commit_message=args.message)

@@ -54,7 +54,7 @@ from steer.training.rate_search import choose
 from steer.training.recipe import Recipe
 from steer.training.resuming import newest_checkpoint
 from steer.training.run_settings import RunSettings, TrainingConfig
-from steer.training.steering_mixin import SteeringTrainerMixin
+from steer.training.steering_mixin import SteeringTrainerMixin, push
 from steer.training.steering_trainer import SteeringGRPOTrainer
 
 
@@ -88,6 +88,9 @@ def main(arguments: Sequence[str]) -> None:
         first = islice(held_out or train or ({"problem": "What is 2 + 3?"},), 8)
         problem = min((row["problem"] for row in first), key=len)
         print(f"\nUse them:\n  {use(settings, folder / 'vectors', problem)}\n")
+        if training.push_to_hub:  # the folder names the repository, as in transformers
+            repo_id = training.hub_model_id or folder.absolute().name
+            print(f"On the hub: {push(artifact.read(folder / 'vectors'), repo_id, training)}\n")
 
 
 def use(settings: RunSettings, vectors: Path, problem: str) -> str:
@@ -124,6 +127,7 @@ def vectors(settings: RunSettings) -> Recipe:
             trainer = SteeringDPOTrainer(model, training, steering, **data)
         else:
             trainer = SteeringGRPOTrainer(model, rewards, training, steering, **data)
+        trainer.uploads_saved = False  # `main` does so, with the scores
         if source := settings.run.init:
             saved = init.read(source, settings.training.output_dir)
             init.start(trainer.vectors, saved, source, data["processing_class"])

@@ -153,7 +153,7 @@ class SAE(nn.Module):
             SteerError: when the hub refuses or cannot be reached.
         """
         return hub.push(
-            lambda folder: own.write(folder, self.cfg, self.state_dict(), repo_id),
+            lambda folder, name: own.write(folder, self.cfg, self.state_dict(), name),
             repo_id,
             private=private,
             token=token,

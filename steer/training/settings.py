@@ -83,6 +83,7 @@ IGNORED: dict[str, str] = {
     "optim_target_modules": "it chooses weight matrices, and none is trained",
     "use_liger_kernel": "its kernels were not checked beside the vectors' hooks",
     "liger_kernel_config": "use_liger_kernel is refused",
+    "hub_always_push": "an upload ends before the run goes on, and none is left out",
 }
 # The same of GRPO, of supervised training and of DPO alone.
 IGNORED_BY_GRPO: dict[str, str] = {

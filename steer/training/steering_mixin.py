@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -83,6 +82,8 @@ class SteeringTrainerMixin(ResumableMixin):
     ref_model: Any
     vectors: SteeringVectors
     eos_token_ids: list[int]
+    # Whether `save_model` uploads with `push_to_hub`. A recipe does so itself, when the scores are known.
+    uploads_saved = True
     # Whether the trainer computes log-probabilities by trl's fused LM head, which some models cannot take.
     uses_fused_head = True
 
@@ -209,22 +210,20 @@ class SteeringTrainerMixin(ResumableMixin):
         folder = cast(str, output_dir or self.args.output_dir)
         if self.args.should_save:
             artifact.write(folder, vectors)
-            if self.args.push_to_hub and not _internal_call:
-                self._push(folder)
+        if self.args.push_to_hub and self.uploads_saved and not _internal_call:
+            self._push(vectors)
 
-    def _push(self, folder: str) -> None:
-        HfApi().upload_folder(
-            repo_id=cast(str, self.hub_model_id),  # `init_hf_repo` has set it
-            folder_path=folder,
-            allow_patterns=[artifact.CONFIG_FILE, artifact.TENSOR_FILE, artifact.CARD_FILE],
-            commit_message="Steering vectors",
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-        )
+    def _push(self, vectors: artifact.Artifact) -> None:
+        if self.is_world_process_zero():
+            push(vectors, cast(str, self.hub_model_id), self.args)  # `init_hf_repo` has set it
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.args.should_save and self.args.hub_strategy != "end":
-            self._push(checkpoint_folder)
+        if self.args.hub_strategy == "end" or not self.is_world_process_zero():
+            return
+        try:
+            self._push(artifact.read(checkpoint_folder))
+        except SteerError as error:
+            log.warning("the vectors of %s were not uploaded: %s", checkpoint_folder, error)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with compat.base_left_out():
@@ -239,6 +238,25 @@ class SteeringTrainerMixin(ResumableMixin):
 
     def _load_best_model(self) -> None:  # transformers looks for the files of a whole model
         self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))
+
+
+def push(vectors: artifact.Artifact, repo_id: str, args: SteeringTrainerConfig) -> str:
+    """
+    Upload vectors as the settings of a run say.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        SteerError: the hub refuses or cannot be reached.
+    """
+    return vectors.push_to_hub(
+        repo_id,
+        private=args.hub_private_repo,
+        token=args.hub_token,
+        revision=args.hub_revision,
+        commit_message="Steering vectors",
+    )
 
 
 class _BaseModel(nn.Module):

@@ -98,6 +98,12 @@ class SteeringTrainerConfig(TrainingArguments):
         self._name_checkpointing()
         super().__post_init__()
         check(self, self.ignored)
+        for strategy in ("checkpoint", "all_checkpoints"):
+            if self.hub_strategy == strategy:
+                raise SteerError(
+                    f"hub_strategy={strategy} has no effect: the vectors of a checkpoint are uploaded, and "
+                    "nothing else that is in it; set every_save, or end"
+                )
         for name, example in _MAPPINGS.items():
             if not isinstance(value := getattr(self, name, None), (dict, type(None))):
                 raise SteerError(

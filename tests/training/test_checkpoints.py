@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.hub import fake_hub
 from helpers.training import SPREAD, last_checkpoint, logged, same
 from transformers import TrainerCallback
 
@@ -170,21 +171,49 @@ def test_save_model_writes_the_artifact(run, tmp_path: Path) -> None:
     assert same(artifact.read(tmp_path / "out").tensors, vectors(trainer))
 
 
-def test_push_to_hub_sends_the_artifact_alone(run, tmp_path: Path, monkeypatch) -> None:
-    sent: list[dict[str, Any]] = []
-
-    class Api:
-        def upload_folder(self, **arguments: Any) -> None:
-            sent.append(arguments)
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A hub that is a folder; runs upload to `someone/vectors` there."""
 
     def repo(self: SteeringGRPOTrainer, token: str | None = None) -> None:
         self.hub_model_id = "someone/vectors"
 
-    monkeypatch.setattr("steer.training.steering_mixin.HfApi", Api)
     monkeypatch.setattr(SteeringGRPOTrainer, "init_hf_repo", repo)
-    trainer = run(push_to_hub=True, save_strategy="steps", save_steps=1, max_steps=2)
-    assert [Path(call["folder_path"]).name for call in sent] == ["checkpoint-1", "checkpoint-2"]
+    return fake_hub(tmp_path, monkeypatch)
+
+
+def test_push_to_hub_sends_the_artifact_alone(run, tmp_path: Path, remote: Any) -> None:
+    settings = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = run(hub_revision="v1", **settings)
+    told = {"commit_message": "Steering vectors", "revision": "v1"}
+
+    def sent() -> list[Any]:
+        return [call for call in remote.calls if call[0] == "upload_folder"]
+
+    assert sent() == [("upload_folder", "someone/vectors", told)] * 2
+    files = [artifact.CONFIG_FILE, artifact.TENSOR_FILE, artifact.CARD_FILE]
+    assert remote.files("someone/vectors") == sorted(files)
+    place = remote.home / "someone" / "vectors"
+    assert 'steer.load("someone/vectors", model)' in (place / artifact.CARD_FILE).read_text()
     trainer.save_model(str(tmp_path / "vectors"))
-    assert sent[-1]["repo_id"] == "someone/vectors" and sent[-1]["folder_path"] == str(tmp_path / "vectors")
-    patterns = [artifact.CONFIG_FILE, artifact.TENSOR_FILE, artifact.CARD_FILE]
-    assert sent[-1]["allow_patterns"] == patterns
+    assert len(sent()) == 3
+    assert same(artifact.read(place).tensors, vectors(trainer))
+    run(folder="end", hub_strategy="end", **settings)
+    assert len(sent()) == 3
+
+
+def test_a_checkpoint_that_cannot_be_uploaded_is_a_warning(
+    run, tmp_path: Path, remote: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: Any, **arguments: Any) -> None:
+        raise OSError("503 Server Error\n\nService Unavailable")  # HfHubHTTPError is one
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", refuse)
+    trainer = run(push_to_hub=True, save_strategy="steps", save_steps=1, max_steps=2)
+    assert trainer.state.global_step == 2
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    told = [text for record in caplog.records if "not uploaded" in (text := record.getMessage())]
+    assert len(told) == 2 and all("503" in text and "\n" not in text for text in told)
+    with pytest.raises(SteerError, match="cannot push to someone/vectors"):
+        trainer.save_model(str(tmp_path / "out"))
+    assert same(artifact.read(tmp_path / "out").tensors, vectors(trainer))

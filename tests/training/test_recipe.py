@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from helpers.format_1 import downgrade, old_config
+from helpers.hub import fake_hub
 from helpers.launching import LAUNCHERS, ROOT, environment, launcher, run_folder, run_here, started
 from helpers.training import far, last_checkpoint, same
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -29,6 +30,7 @@ from steer.cli import main as steer_command
 from steer.files import held
 from steer.training import recipe
 from steer.training.resuming import log_history
+from steer.training.steering_trainer import SteeringGRPOTrainer
 
 RECIPE = ROOT / "recipes" / "grpo_steer.py"
 STEPS = 12
@@ -160,6 +162,33 @@ def test_a_finished_run_says_so_and_changes_nothing(whole: Path, here: Callable[
     assert {n for n in before if n != "training.png"} == {n for n in after if n != "training.png"}
     assert [n for n in before if n != "training.png" and before[n] != after[n]] == []
     assert last_checkpoint(whole) == whole / f"checkpoint-{STEPS}"
+
+
+def test_a_run_uploads_its_vectors_with_their_scores(
+    here: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = fake_hub(tmp_path, monkeypatch)
+
+    def repo(self: SteeringGRPOTrainer, token: str | None = None) -> None:
+        self.hub_model_id = "me/vectors"
+
+    def refuse(self: object, **arguments: object) -> None:
+        raise OSError("503 Server Error")
+
+    monkeypatch.setattr(SteeringGRPOTrainer, "init_hf_repo", repo)
+    folder = tmp_path / "out"
+    words = ["--output_dir", str(folder), "--max_steps", "2", "--examples", "0"]
+    words += ["--push_to_hub", "true", "--hub_model_id", "me/vectors", "--hub_strategy", "end"]
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.HfApi.upload_folder", refuse)
+        with pytest.raises(SystemExit, match="error: cannot push to me/vectors"):
+            here(*words)
+    assert "after" in json.loads((folder / "results.json").read_text())
+    assert "finished" in here(*words)
+    assert [call[0] for call in remote.calls].count("upload_folder") == 1
+    place = remote.home / "me" / "vectors"
+    assert artifact.read(place).config.provenance["results"]["after"]["problems"] == 6
+    assert 'steer.load("me/vectors", model)' in (place / artifact.CARD_FILE).read_text()
 
 
 # ---- killed, and on two processes

@@ -31,7 +31,7 @@ HONOURED = """
     disable_tqdm do_train ds3_gather_for_generation dynamic_sampling_rounds
     enable_jit_checkpoint entropy_coef
     fast_sampler fp16 fsdp fsdp_config full_determinism generation_batch_size
-    generation_kwargs gradient_accumulation_steps gradient_checkpointing hub_always_push hub_model_id
+    generation_kwargs gradient_accumulation_steps gradient_checkpointing hub_model_id
     hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
     include_num_input_tokens_seen learning_rate local_rank log_completions
     log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node
@@ -110,6 +110,9 @@ def test_the_defaults_are_in_range_and_nothing_is_idle() -> None:
         ({"data_seed": 3}, "data_seed=3 has no effect: the order"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"hub_always_push": True}, "hub_always_push=True has no effect"),
+        ({"hub_strategy": "checkpoint"}, "hub_strategy=checkpoint has no effect.*set every_save"),
+        ({"hub_strategy": "all_checkpoints"}, "hub_strategy=all_checkpoints has no effect"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"chat_template_kwargs": "[1]"}, "not a mapping"),
         ({"loss_type": "cispo"}, "epsilon_high=None: it bounds the weight itself; give one from 1"),
