@@ -158,9 +158,10 @@ def _training(made: dict[str, Any]) -> str:
         parts.append(f"{count}{_METHODS[method]}")
     elif isinstance(rewards, list) and rewards:
         parts.append(f"rewarded by {', '.join(f'`{_line(reward)}`' for reward in rewards)}")
-    for name, words in (("max_steps", "updates"), ("num_generations", "answers to each prompt")):
-        if isinstance(training.get(name), int) and training[name] > 0:
-            parts.append(f"{training[name]} {words}")
+    updates = made.get("updates", training.get("max_steps"))  # older artifacts say what was asked for alone
+    for count, words in ((updates, "updates"), (training.get("num_generations"), "answers to each prompt")):
+        if isinstance(count, int) and count > 0:
+            parts.append(f"{count} {words}")
     return f"## Trained on\n\n{', '.join(parts)}."
 
 

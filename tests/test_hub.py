@@ -277,6 +277,16 @@ def test_a_card_names_the_exports_that_are_possible(fields: dict[str, Any], expe
     assert re.findall(r"`steer export THIS_FOLDER --to (.*?) --out ", text) == expected
 
 
+@pytest.mark.parametrize(("made", "said"), [({}, "100 updates"), ({"updates": 24}, "24 updates")])
+def test_a_card_names_the_updates_that_made_the_vectors(made: dict[str, Any], said: str) -> None:
+    told = {"run": {"train_data": "gsm8k"}, "training": {"max_steps": 100}, **made}
+    config = SteeringConfig(
+        base_model_name_or_path="org/tiny", hidden_size=4, num_hidden_layers=1, provenance=told
+    )
+    text = card(config, "model.layers", 4, 16)
+    assert f"## Trained on\n\n`gsm8k`, {said}." in text
+
+
 @pytest.mark.parametrize(
     ("name", "expected"), [("org/name", True), ("name", False), ("", False), ("org/a b", False)]
 )

@@ -84,6 +84,8 @@ class SteeringTrainerMixin(ResumableMixin):
     eos_token_ids: list[int]
     # Whether `save_model` uploads with `push_to_hub`. A recipe does so itself, when the scores are known.
     uploads_saved = True
+    # How many updates made the vectors, where they were loaded and not trained since; 0: it is not known.
+    _loaded: int | None = None
     # Whether the trainer computes log-probabilities by trl's fused LM head, which some models cannot take.
     uses_fused_head = True
 
@@ -188,6 +190,7 @@ class SteeringTrainerMixin(ResumableMixin):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         allocator.limit_kept_memory(self.accelerator.device)
+        self._loaded = None
         with self._told(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
 
@@ -206,7 +209,11 @@ class SteeringTrainerMixin(ResumableMixin):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the artifact; the base model is never written."""
         tensors = self.vectors.tensors()  # every process takes part in the gathering of sharded ones
-        vectors = artifact.Artifact(self.vectors.config, tensors)
+        config = self.vectors.config
+        updates = self.state.global_step if self._loaded is None else self._loaded
+        if config.provenance and updates:
+            config = replace(config, provenance={**config.provenance, "updates": updates})
+        vectors = artifact.Artifact(config, tensors)
         folder = cast(str, output_dir or self.args.output_dir)
         if self.args.should_save:
             artifact.write(folder, vectors)
@@ -234,7 +241,9 @@ class SteeringTrainerMixin(ResumableMixin):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.vectors.set_tensors(artifact.read(resume_from_checkpoint).tensors)
+        saved = artifact.read(resume_from_checkpoint)
+        self.vectors.set_tensors(saved.tensors)
+        self._loaded = (saved.config.provenance or {}).get("updates", 0)
 
     def _load_best_model(self) -> None:  # transformers looks for the files of a whole model
         self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))

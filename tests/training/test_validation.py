@@ -227,7 +227,13 @@ def test_a_recipe_validates_and_says_so(base: Path, launched: Callable[..., str]
     assert [row["step"] for row in found["history"]] == [0, 2, 3] and found["problems"] >= 8
     assert f"best accuracy {found['best']['accuracy']:.3f} at update {found['best']['step']}" in text
     kept = artifact.read(base / "whole" / f"best-{found['best']['step']}").tensors
-    assert same(artifact.read(base / "whole" / "vectors").tensors, kept)
+    saved = artifact.read(base / "whole" / "vectors")
+    assert same(saved.tensors, kept)
+    step = found["best"]["step"]
+    assert saved.config.provenance["updates"] == step
+    assert f", {step} updates, " in (base / "whole" / "vectors" / artifact.CARD_FILE).read_text()
+    last = artifact.read(base / "whole" / "checkpoint-3").config.provenance
+    assert last["updates"] == 3
 
 
 @pytest.mark.parametrize(
@@ -298,6 +304,8 @@ def test_a_population_validates_each_member(base: Path, launched: Callable[..., 
         folder = base / "whole" / "members" / name
         found = json.loads((folder / "results.json").read_text())["validation"]
         assert [row["step"] for row in found["history"]] == [0, 2, 3] and found["kept"] == "best"
+        made = artifact.read(folder / "vectors").config.provenance
+        assert made["updates"] == found["best"]["step"]
         rows = json.loads((folder / "log.json").read_text())
         assert "validation/accuracy" not in rows[0]
         assert rows[1]["validation/accuracy"] == found["history"][1]["accuracy"]

@@ -226,12 +226,14 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         "machine": machine(),
         **base,
     }
+    updates = member.step
     if member.history:
         every = study.run.validate_every or 1
         member.history = [r for r in member.history if r["step"] % every == 0 or r["step"] == member.step]
         top = best(member.history) if study.run.keep_best else None
         if member.best is not None and top and top["step"] != member.step:
             member.vectors.set_tensors(member.best)
+            updates = top["step"]
         kept = "best" if top else "last"
         results["validation"] = summary(member.history, len(study.validation), kept, member.stopped)
     if study.held_out is not None:
@@ -241,7 +243,8 @@ def _finish(study: Study, trainer: PopulationTrainer, member: Member, settings: 
         results["after"] = _scored(answered, study.prompts, trainer.args.max_completion_length)
     replace_file(folder / "log.json", json.dumps(member.log).encode())
     scores = {stage: results[stage] for stage in STAGES if stage in results}
-    made = {**settings.provenance(), "stopped": member.stopped, **({"results": scores} if scores else {})}
+    made = {**settings.provenance(), "stopped": member.stopped, "updates": updates}
+    made |= {"results": scores} if scores else {}
     config = replace(member.vectors.config, provenance=made)
     artifact.write(folder / "vectors", artifact.Artifact(config, member.vectors.tensors()))
     runs.write_results(folder, results)  # last: it says that all is there
