@@ -195,7 +195,8 @@ APIS: tuple[Api, ...] = (
 # Attributes of a `trl.GRPOTrainer` that trl 1.16.0 sets when it is made, and steer's trainers read or set.
 TRAINER_ATTRIBUTES = (
     *("_buffered_inputs", "_dist", "_entropy_bonus_enabled", "_logs", "_metrics", "_step", "_tokenizer"),
-    *("_last_world_entropy", "_pending_extra_logs", "entropy_coef", "use_adaptive_entropy"),
+    *("_last_world_entropy", "_pending_extra_logs", "_pending_metrics", "entropy_coef"),
+    "use_adaptive_entropy",
     *("aux_loss_enabled", "beta", "eos_token_ids", "generation_config", "generation_kwargs", "loss_type"),
     *("model_accepts_loss_kwargs", "multi_objective_aggregation", "ref_model", "repetition_penalty"),
     *("reward_weights", "top_entropy_quantile", "use_transformers_continuous_batching", "use_vllm"),

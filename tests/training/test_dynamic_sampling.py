@@ -299,6 +299,18 @@ def test_what_rewards_log_stays_with_its_rows(run, monkeypatch) -> None:
     assert list(trainer._logs["prompt"]) == [PROMPTS[n] for n in numbers for _ in range(GROUP)]
 
 
+def test_what_rewards_measure_is_of_the_first_round(run) -> None:
+    calls: list[int] = []
+
+    def reward(completions: Any, log_metric: Any, **_: Any) -> list[float]:
+        calls.append(len(completions))
+        log_metric("call", float(len(calls)))
+        return [0.0] * len(completions)
+
+    trainer = run(max_steps=1, dynamic_sampling_rounds=3, reward=reward)
+    assert len(calls) == 4 and logged(trainer, "call") == [1.0]
+
+
 def test_known_problems_come_up_less(run) -> None:
     def reward(number: list[int], completion_ids: Any, **_: Any) -> list[float]:
         seen.update(number[::GROUP])

@@ -35,15 +35,18 @@ def score(
     columns: dict[str, list],
     completions: list[Completion],
     tokenizer: PreTrainedTokenizerBase,
+    first: bool = True,
 ) -> torch.Tensor:
     """
-    The rewards of some of a member's samples. What its reward functions log is left in `member.metrics`.
+    The rewards of some of a member's samples. What its reward functions log of the first round is left in
+    `member.metrics`.
 
     Args:
         member: whose samples they are.
         columns: the columns of their problems, which the reward functions read.
         completions: what was sampled.
         tokenizer: turns the completions into text.
+        first: whether the samples are those of the first round.
 
     Returns:
         (rows, functions): NaN where a function returned None.
@@ -52,6 +55,11 @@ def score(
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     given = {k: v for k, v in columns.items() if k not in ("prompt", "completion", "completion_ids")}
     scored = torch.zeros(len(ids), len(member.reward_funcs))
+
+    def log_metric(name: str, value: float) -> None:
+        if first:
+            member.metrics[name].append(value)
+
     before = random.getstate()
     random.setstate(member.random)
     try:
@@ -61,7 +69,7 @@ def score(
                 completions=texts,
                 completion_ids=ids,
                 trainer_state=TrainerState(global_step=member.step, max_steps=member.steps),
-                log_metric=lambda name, value: member.metrics[name].append(value),
+                log_metric=log_metric,
                 log_extra=lambda column, values: None,  # there is no table of completions
                 **given,
             )

@@ -177,7 +177,7 @@ class PopulationTrainer:
         sample = self._draw if self.engine else self._sample
         drawn = sample(members, prompts, rows)
         for i, (member, draw, _) in enumerate(wanting):
-            scored = score(member, columns[i], drawn[i], self.tokenizer)
+            scored = score(member, columns[i], drawn[i], self.tokenizer, first=not draw.drawn)
             draw.add(list(zip(prompts[i], drawn[i], strict=True)), scored)
         return sum(len(one.ids) for group in drawn for one in group)
 

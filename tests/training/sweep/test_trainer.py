@@ -284,6 +284,20 @@ def test_what_a_population_refuses(tiny_llama: PreTrainedModel) -> None:
         Population(tiny_llama)
 
 
+def test_what_rewards_measure_is_of_the_first_round(build_tiny, tiny_tokenizer, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def reward(completions: list[str], log_metric: Any, **columns: Any) -> list[float]:
+        calls.append(len(completions))
+        log_metric("call", float(len(calls)))
+        return [0.0] * len(completions)
+
+    specs = {"one": ({"layers": "1"}, {"dynamic_sampling_rounds": 3, "max_steps": 1}, reward)}
+    together = population(build_tiny("llama"), tiny_tokenizer, tmp_path, specs)
+    together.train()
+    assert len(calls) == 4 and [row["call"] for row in together.members[0].log] == [1.0]
+
+
 # ---- members stop, and go on
 
 
