@@ -139,16 +139,32 @@ IGNORED_BY_ANSWER_RECIPES: dict[str, str] = {
 
 
 class Switch(NamedTuple):
-    """Settings whose names begin with one of `names` are read only where `on` says so."""
+    """Settings whose names begin with one of `names` and none of `but` are read only where `on` says so."""
 
     names: tuple[str, ...]
     on: Callable[[Any], bool]
     why: str
+    but: tuple[str, ...] = ()
 
 
 def _ratios_differ(args: Any) -> bool:
-    """Whether a sample enters updates of another policy than the one that drew it."""
-    return args.num_iterations > 1 or args.steps_per_generation != args.gradient_accumulation_steps
+    """Whether a sample enters updates of another policy than the one that drew it, as trl tells it."""
+    return args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
+
+
+def _weighs(args: Any, level: str = "") -> bool:
+    """Whether what vLLM drew is weighed by importance, at this level."""
+    weighed = args.use_vllm and args.vllm_importance_sampling_correction
+    return weighed and args.vllm_importance_sampling_mode.startswith(level)
+
+
+def _level_matters(args: Any) -> bool:
+    """
+    Whether the gradient of a sample's ratio differs from that of its tokens' ratios: where they are not 1, or
+    where its tokens have other factors beside.
+    """
+    factors = args.top_entropy_quantile < 1 or (args.beta != 0 and args.use_bias_correction_kl)
+    return _ratios_differ(args) or factors or _weighs(args, "token")
 
 
 _ONE_UPDATE = "a generation feeds one update, in which all ratios of probabilities are 1"
@@ -162,14 +178,28 @@ SWITCHES = (
         "vllm_mode is server, which is started with settings of its own",
     ),
     Switch(("vllm_",), lambda args: args.use_vllm, "use_vllm is false"),
+    # At a ratio of 1 nothing is clipped, sapo has a slope of 1 at every temperature, and vespo a weight of 1.
+    Switch(("epsilon", "sapo_"), _ratios_differ, _ONE_UPDATE),
+    Switch(("vespo_",), lambda args: _ratios_differ(args) or _weighs(args), _ONE_UPDATE),
+    Switch(("delta",), lambda args: args.delta < 1 or _ratios_differ(args), _ONE_UPDATE),
+    Switch(("importance_sampling_level",), _level_matters, _ONE_UPDATE),
+    Switch(
+        ("off_policy_mask_threshold",),
+        lambda args: args.off_policy_mask_threshold < 0 or args.use_vllm or _ratios_differ(args),
+        _ONE_UPDATE,
+    ),
     Switch(("sapo_",), lambda args: args.loss_type == "sapo", "loss_type is not sapo"),
     Switch(("vespo_",), lambda args: args.loss_type == "vespo", "loss_type is not vespo"),
-    Switch(("epsilon",), lambda args: args.loss_type == "cispo" or _ratios_differ(args), _ONE_UPDATE),
-    Switch(("delta",), lambda args: args.delta < 1 or _ratios_differ(args), _ONE_UPDATE),
     Switch(
         ("epsilon",),
         lambda args: args.loss_type not in ("sapo", "vespo"),
         "sapo and vespo clip no ratio",
+    ),
+    Switch(
+        ("epsilon",),
+        lambda args: args.loss_type != "cispo",
+        "cispo reads epsilon_high alone",
+        but=("epsilon_high",),
     ),
     Switch(
         ("delta",),
@@ -299,7 +329,7 @@ def idle(args: TrainingArguments) -> dict[str, str]:
         name: switch.why
         for name in changed(args)
         for switch in SWITCHES
-        if name.startswith(switch.names) and not switch.on(args)
+        if name.startswith(switch.names) and not name.startswith(switch.but) and not switch.on(args)
     }
 
 

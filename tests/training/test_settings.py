@@ -39,7 +39,7 @@ HONOURED = """
     loss_type lr_by_layer lr_scheduler_kwargs lr_scheduler_type mask_truncated_completions
     max_completion_length max_grad_norm max_steps max_tool_calling_iterations min_p
     multi_objective_aggregation neftune_noise_alpha
-    num_completions_to_print num_generations num_iterations num_train_epochs off_policy_mask_threshold
+    num_completions_to_print num_generations num_iterations num_train_epochs
     optim optim_args output_dir pad_to_multiple_of parallelism_config pass_rate_floor
     per_device_train_batch_size
     project push_to_hub recompute_mlps repetition_penalty report_to restore_callback_states_from_checkpoint
@@ -152,7 +152,24 @@ def test_what_a_recipe_does_not_read_is_refused(changes: dict[str, Any]) -> None
         ({"per_device_eval_batch_size": 16}, "trl evaluates nothing here"),
         ({"epsilon_high": 0.28}, settings._ONE_UPDATE),
         ({"delta": 2.0}, settings._ONE_UPDATE),
-        ({"delta": 2.0, "loss_type": "cispo", "epsilon_high": 5.0}, "cispo, sapo and vespo do not read it"),
+        (
+            {"epsilon_high": 0.28, "steps_per_generation": 1, "gradient_accumulation_steps": 2},
+            settings._ONE_UPDATE,
+        ),
+        ({"epsilon_high": 5.0, "loss_type": "cispo"}, settings._ONE_UPDATE),
+        ({"sapo_temperature_neg": 2.0, "loss_type": "sapo"}, settings._ONE_UPDATE),
+        ({"vespo_k_pos": 1.0, "loss_type": "vespo"}, settings._ONE_UPDATE),
+        ({"importance_sampling_level": "sequence"}, settings._ONE_UPDATE),
+        ({"importance_sampling_level": "sequence", "use_vllm": True}, settings._ONE_UPDATE),
+        ({"off_policy_mask_threshold": 0.5}, settings._ONE_UPDATE),
+        (
+            {"epsilon": 0.1, "loss_type": "cispo", "epsilon_high": 5.0, "num_iterations": 2},
+            "cispo reads epsilon_high alone",
+        ),
+        (
+            {"delta": 2.0, "loss_type": "cispo", "epsilon_high": 5.0, "num_iterations": 2},
+            "cispo, sapo and vespo do not read it",
+        ),
         ({"epsilon": 0.1, "loss_type": "sapo", "num_iterations": 2}, "sapo and vespo clip no ratio"),
         (
             {"importance_sampling_level": "sequence", "loss_type": "vespo"},
@@ -183,8 +200,13 @@ def test_rows_of_an_update_that_is_not_divided_play_no_part(changes: dict[str, A
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss_type": "sapo", "sapo_temperature_neg": 2.0},
-        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "sapo", "sapo_temperature_neg": 2.0, "num_iterations": 2},
+        {"loss_type": "vespo", "vespo_k_pos": 1.0, "num_iterations": 2},
+        {"loss_type": "cispo", "epsilon_high": 5.0, "num_iterations": 2},
+        {"off_policy_mask_threshold": 0.5, "num_iterations": 2},
+        {"importance_sampling_level": "sequence", "num_iterations": 2},
+        {"importance_sampling_level": "sequence", "top_entropy_quantile": 0.5},
+        {"importance_sampling_level": "sequence", "beta": 0.1},
         {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 2.0, "num_iterations": 2},
         {"epsilon_high": 0.3, "steps_per_generation": 2},
         {"delta": 0.5},
