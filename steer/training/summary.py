@@ -115,7 +115,7 @@ def plot_training(
     if entropy:
         right = middle.twinx()
         right.plot(*zip(*entropy, strict=True), color="tab:purple", alpha=0.6)
-        right.set_ylabel("entropy (nats)", color="tab:purple")
+        right.set_ylabel("entropy of rows in the loss (nats)", color="tab:purple")
     for axes in (top, middle):
         axes.set_xlabel("update")
         axes.grid(alpha=0.3)
