@@ -24,6 +24,8 @@ _MAPPINGS = {
     "lr_scheduler_kwargs": "arguments of the scheduler, such as {num_cycles: 1}",
     "gradient_checkpointing_kwargs": "arguments of checkpointing, such as {use_reentrant: false}",
 }
+# Floors of a schedule that transformers divides by `learning_rate`, whichever rate a layer has.
+_FLOORS = {"cosine_with_min_lr": "min_lr", "cosine_warmup_with_min_lr": "min_lr", "polynomial": "lr_end"}
 _RATE = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _PART = re.compile(rf"(\d+)(?:-(\d+))?:({_RATE})")
 _GEOMETRIC = re.compile(rf"geometric:({_RATE}):({_RATE})")
@@ -126,6 +128,13 @@ class SteeringTrainerConfig(TrainingArguments):
                             "'0:0.003,3-7:0.007' "
                             "or 'geometric:0.003:0.1'"
                         )
+            for schedule, floor in _FLOORS.items():
+                if self.lr_scheduler_type == schedule and floor in (self.lr_scheduler_kwargs or {}):
+                    raise SteerError(
+                        f"lr_scheduler_kwargs has {floor}, which is a floor of learning_rate alone, beside "
+                        "lr_by_layer; give min_lr_rate, a share of each layer's rate, with "
+                        "lr_scheduler_type=cosine_with_min_lr"
+                    )
 
     def _name_checkpointing(self) -> None:
         """

@@ -50,6 +50,19 @@ def test_lr_by_layer_without_meaning_is_refused(text: str) -> None:
         rates(lr_by_layer=text)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "floor"),
+    [("cosine_with_min_lr", "min_lr"), ("cosine_warmup_with_min_lr", "min_lr"), ("polynomial", "lr_end")],
+)
+def test_a_floor_of_one_rate_beside_rates_by_layer_is_refused(schedule: str, floor: str) -> None:
+    given: dict[str, Any] = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": {floor: 1e-4}}
+    with pytest.raises(SteerError, match=f"lr_scheduler_kwargs has {floor}.*give min_lr_rate"):
+        config(Path("unused"), lr_by_layer="1:0.1", **given)
+    config(Path("unused"), **given)
+    share = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    config(Path("unused"), lr_by_layer="1:0.1", **share)
+
+
 def test_the_optimizer_has_those_rates(run) -> None:
     trainer = run(
         lr_by_layer="0:0,2:0.3", learning_rate=0.1, lr_scheduler_type="constant", optim="adamw_torch"
