@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -137,8 +137,10 @@ class SamplingGRPOTrainer(ResumableGRPOTrainer):
         finally:
             self.first_row = 0
         # What rewards measure is of the first round: of all rounds it would count samples that are discarded.
-        once = patch.object(self, "_pending_metrics", defaultdict(list)) if first_row else nullcontext()
-        with once:
+        kept: AbstractContextManager = nullcontext()
+        if first_row:
+            kept = patch.object(self, "_pending_metrics", defaultdict(list))
+        with kept:
             scores = self._calculate_rewards(inputs, prompts, completions, ids)
         extra = {name: list(values) for name, values in self._pending_extra_logs.items()}
         self._pending_extra_logs.clear()
