@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Compiled modules are kept even where PYTHONDONTWRITEBYTECODE is set: each process would compile torch and transformers.
 RUN_ENV := TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
-.PHONY: demo control test lint models all-tests vllm engine-test gpu-wheels gpu-check wheel wheel-test docs interop \
+.PHONY: demo control test lint models slow-tests vllm engine-test gpu-wheels gpu-check wheel wheel-test docs interop \
 	exports clean
 
 LAUNCH = $(RUN_ENV) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml \
@@ -30,8 +30,10 @@ test: $(VENV)/ready
 models: $(VENV)/ready
 	$(RUN_ENV) $(BIN)/python -m pytest -m models tests/evals/test_models_table.py
 
-all-tests: $(VENV)/ready
-	$(RUN_ENV) $(BIN)/python -m pytest -m "not gpu"
+# What `make test` leaves out: full sizes, further models and kinds of vectors, every value of every option.
+slow-tests: $(VENV)/ready
+	$(RUN_ENV) $(BIN)/python -m pytest -m "slow and not gpu and not models" \
+		--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # vLLM's CPU build, beside the rest. One of its dependencies needs numpy below 2.4, so that constraint is left out; the
 # three packages that it brings for images and sound are built for CUDA and break the CPU build of torch. On a

@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import pytest
 import torch
-from helpers.paths import SHARED
+from helpers.paths import ROOT, SHARED
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 # An example that takes long beside other processes is not a fault.
@@ -82,14 +82,26 @@ CHAT_TEMPLATE = (
 )
 
 
+# What takes longest, first. A process gets whole files (--dist loadfile): the last one would run alone.
+HEAVY = (
+    "cli/test_every_command.py",
+    "training/test_compare_methods.py",
+    "generation/test_verify.py",
+    "training/sweep/test_trainer.py",
+    "training/test_steering_trainer.py",
+    "training/test_recipe.py",
+    "training/sweep/test_layer_sweep.py",
+    "docs/test_notebooks.py",
+    "training/test_sharded.py",
+)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """
-    Files with few tests first. They take longest, and a process gets whole files (--dist loadfile): the last
-    one would run alone.
-    """
+    """The files of HEAVY in this order, then those with few tests, which take longer than those with many."""
     sizes = Counter(item.path for item in items)
-    items.sort(key=lambda item: sizes[item.path])
+    first = {ROOT / "tests" / name: place for place, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: (first.get(item.path, len(first)), sizes[item.path]))
 
 
 @pytest.fixture(scope="session")
