@@ -2,8 +2,9 @@
 Every command of `steer`, new ones too, with paths and numbers that it cannot use: one line on standard error,
 exit code 1 or 2, and no traceback.
 
-Each option of each command is given in turn what it cannot use, beside arguments that work. Training, serving
-and sampling for an evaluation do not begin: what is given has been read before.
+Each option of each command is given in turn what it cannot use, beside arguments that work: a third of it here, all
+of it in the slow tests. Training, serving and sampling for an evaluation do not begin: what is given has been read
+before.
 """
 
 from __future__ import annotations
@@ -286,9 +287,13 @@ def test_the_arguments_that_work(name: str, ready: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_values_that_cannot_be_used(name: str, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_values_that_cannot_be_used(
+    step: int, name: str, ready: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All values of each option, or every third of them, from another one on for each option."""
     actions = options(COMMANDS[name][1])
-    turns = itertools.count()
+    turns, starts = itertools.count(), itertools.count(list(COMMANDS).index(name))
 
     def values() -> Iterator[tuple[argparse.Action, str]]:
         for action in actions:
@@ -298,6 +303,8 @@ def test_values_that_cannot_be_used(name: str, ready: Path, capsys: pytest.Captu
                 continue
             if known or len(actions) > OFTEN:
                 every = [every[next(turns) % len(every)]]
+            else:
+                every = every[next(starts) % step :: step]
             for value in every:
                 yield action, value
 
