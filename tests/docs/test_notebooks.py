@@ -32,27 +32,15 @@ def test_cells_and_outputs_are_read_back() -> None:
     assert page(script.replace("x = 1", "x = 2"), outputs(made)) != made
 
 
-# What the fast test makes smaller, with equal claims.
-SMALLER = {"features": ("for _ in range(8)]", "for _ in range(3)]")}
+SLOW = ("train", "features")
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NOTEBOOKS]
+)
 def test_a_notebook_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    script = (FOLDER / f"{name}.py").read_text()
-    if name in SMALLER:
-        assert script.count(SMALLER[name][0]) == 1
-        script = script.replace(*SMALLER[name])
-    path = tmp_path / f"{name}.py"
-    path.write_text(script)
+    path = FOLDER / f"{name}.py"
     printed = run(path)  # each asserts what it claims
-    assert len(printed) == sum(cell.code for cell in cells(script))
-
-
-@pytest.mark.real
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SMALLER)
-def test_a_notebook_runs_at_full_size(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    run(FOLDER / f"{name}.py")
+    assert len(printed) == sum(cell.code for cell in cells(path.read_text()))

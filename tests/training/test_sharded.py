@@ -118,6 +118,7 @@ def test_a_checkpoint_holds_no_base_and_the_run_goes_on_from_it(
     assert same(artifact.read(folder / "vectors").tensors, whole)
 
 
+@pytest.mark.slow
 def test_a_full_fine_tune_in_shards_is_saved_and_goes_on(base: Path, tmp_path: Path) -> None:
     folder, rate = tmp_path / "full", ("--method", "full", "--learning_rate", "1e-3")
     said = train(base, folder, "fsdp2", *rate, recipe="grpo_baseline")
