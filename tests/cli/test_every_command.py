@@ -2,9 +2,9 @@
 Every command of `steer`, new ones too, with paths and numbers that it cannot use: one line on standard error,
 exit code 1 or 2, and no traceback.
 
-Each option of each command is given in turn what it cannot use, beside arguments that work: a third of it here, all
-of it in the slow tests. Training, serving and sampling for an evaluation do not begin: what is given has been read
-before.
+Each option of each command is given in turn what it cannot use, beside arguments that work: a third of it, or
+all of it in the slow tests. Training, serving and sampling for an evaluation do not begin: what is given has
+been read before.
 """
 
 from __future__ import annotations
