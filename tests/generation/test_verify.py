@@ -64,7 +64,14 @@ SLOW = {
 }
 
 
-@pytest.fixture(params=list(SLOW))
+# One for each reason; the others are in the slow tests.
+FEW = (
+    *("llama", "mpt", "qwen3_next", "minimax", "deepseek_v4", "rwkv", "mamba", "recurrent_gemma"),
+    "llama4_text",
+)
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind not in FEW)) for kind in SLOW])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -180,15 +187,15 @@ def test_gradients_flow_through_the_state_of_a_shared_prompt(model_type: str) ->
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bloom", "rwkv", "modernbert-decoder"])
-@pytest.mark.parametrize("setting", [{"share_prompts": False}, {"gradient_checkpointing": True}])
-def test_the_plain_update_is_the_default_one(run, kind: str, setting: dict) -> None:
+def test_the_plain_update_is_the_default_one(run, kind: str) -> None:
     # Prompts are of unequal length: padding that counted as a position moved GPT-2's vectors by 82 %.
-    default, other = (
-        run(model=tiny(kind), optim="sgd", max_grad_norm=0.0, folder=str(len(options)), **options).vectors
-        for options in ({}, setting)
+    default, *others = (
+        run(model=tiny(kind), optim="sgd", max_grad_norm=0.0, folder=str(n), **options).vectors.tensors()
+        for n, options in enumerate(({}, {"share_prompts": False}, {"gradient_checkpointing": True}))
     )
-    assert far(other.tensors(), default.tensors()) < 1e-5
-    assert all(t.norm() > 0 for t in default.tensors().values())
+    for other in others:
+        assert far(other, default) < 1e-5
+    assert all(t.norm() > 0 for t in default.values())
 
 
 @pytest.mark.parametrize("positions", ["prompt", "last_prompt", "completion", "first_completion"])
