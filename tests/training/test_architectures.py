@@ -29,7 +29,9 @@ FAMILIES: dict[str, set[str]] = {
 }
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=[pytest.mark.slow] * (name != "mamba2")) for name in FAMILIES]
+)
 def test_the_reward_rises(
     model_type: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,11 @@ import steer
 from evals.architectures import tiny
 from steer.generation.verify import fast_paths
 
-FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3", "llama4_text"]
+FAMILIES = [
+    *("mixtral", "gpt_oss"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "glm4_moe", "deepseek_v3")),
+    pytest.param("llama4_text", marks=pytest.mark.slow),
+]
 
 
 def routed(model: PreTrainedModel) -> int:
@@ -105,7 +109,7 @@ def test_the_noise_of_routers_in_training_is_off(model_type: str, tiny_tokenizer
         assert torch.equal(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("model_type", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "gpt_oss"])
 def test_the_reward_rises(model_type: str, tiny_tokenizer: Any, tmp_path: Any) -> None:
     model = tiny(model_type)
     args = config(tmp_path, max_steps=30, logging_steps=1, learning_rate=0.5)
