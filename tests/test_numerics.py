@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.steering import BLOCKS, fill, layers_of, logits, patch, relative, tokens
+from helpers.steering import BLOCKS, FEW, fill, layers_of, logits, patch, relative, tokens
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -158,14 +158,15 @@ def gradients(
     return [p.grad for p in vectors.parameters()]
 
 
-@pytest.mark.parametrize("site", ["resid_post", "attn_out"])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(tiny_model, site, reentrant):
-    plain = gradients(tiny_model, site, None)
-    for first in ("attach", "checkpoint"):
-        saved = gradients(tiny_model, site, {"use_reentrant": reentrant}, first)
-        for a, b in zip(saved, plain, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+def test_gradient_checkpointing_changes_no_gradient(tiny_model):
+    few = tiny_model.config.model_type in FEW
+    for site in ("resid_post", "attn_out") if few else ("resid_post",):
+        plain = gradients(tiny_model, site, None)
+        for reentrant in (True, False) if few else (False,):
+            for first in ("attach", "checkpoint"):
+                saved = gradients(tiny_model, site, {"use_reentrant": reentrant}, first)
+                for a, b in zip(saved, plain, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.xfail(strict=True, reason="one gate serves all passes, and the recomputation asks it too late")

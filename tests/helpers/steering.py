@@ -24,6 +24,9 @@ BLOCKS = {
     "gpt_neox": ("attention", "mlp", None),  # parallel residual: there is no stream between the two
 }
 
+# For what takes long: all tokens, windows, learned positions, experts.
+FEW = ("llama", "gemma3_text", "gpt2", "mixtral")
+
 
 def fill(vectors: SteeringVectors, std: float = 0.5, seed: int = 7) -> SteeringVectors:
     """Seeded random values, large enough that every effect is far above rounding."""
