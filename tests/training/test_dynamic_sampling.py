@@ -220,8 +220,8 @@ def check(trainer: SteeringGRPOTrainer, batch: dict[str, Any]) -> list[int]:
     "settings",
     [
         {},
-        {"fast_sampler": False},
-        {"beta": 0.1},
+        pytest.param({"fast_sampler": False}, marks=pytest.mark.slow),
+        pytest.param({"beta": 0.1}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
         {"num_iterations": 2, "max_steps": 8},
     ],
@@ -319,7 +319,7 @@ def test_known_problems_come_up_less(run) -> None:
     found = {}
     for floor in (1.0, 0.05):
         seen: Counter[int] = Counter()
-        trainer = run(max_steps=32, pass_rate_floor=floor, reward=reward, max_completion_length=4)
+        trainer = run(max_steps=16, pass_rate_floor=floor, reward=reward, max_completion_length=4)
         found[floor] = sum(seen[n] for n in range(0, 8, 2)) / seen.total()
     assert found[1.0] == 0.5 and found[0.05] < 0.3
     assert logged(trainer, "pass_rate/known")[-1] == 1.0

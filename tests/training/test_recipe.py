@@ -33,7 +33,7 @@ from steer.training.resuming import log_history
 from steer.training.steering_trainer import SteeringGRPOTrainer
 
 RECIPE = ROOT / "recipes" / "grpo_steer.py"
-STEPS = 12
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
