@@ -261,6 +261,7 @@ def test_real_model_knows_paris(smol):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_real_model_saves_and_reloads_equal(smol, tmp_path):
     model, tokenizer = smol
     model.save_pretrained(tmp_path)
