@@ -172,14 +172,14 @@ def smollm2() -> PreTrainedModel:
 
 @pytest.fixture
 def recipe(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
-    """`recipe(script, *words)`: a recipe run inside this process, to save the imports; what it said."""
+    """`recipe(script, *words)`: what a recipe says that is run by `run_here`."""
     from helpers.launching import run_here
 
-    def run(script: Path, *words: str) -> str:
+    def run(script: Path, *words: str, plots: bool = False) -> str:
         caplog.clear()
         capsys.readouterr()
         with caplog.at_level("INFO"):
-            run_here(script, *words)
+            run_here(script, *words, plots=plots)
         printed = capsys.readouterr()
         return printed.out + printed.err + caplog.text
 
@@ -190,6 +190,8 @@ def recipe(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture)
 def run(build_tiny: Callable, tiny_tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     """`run(reward=..., steering=..., resume=..., **settings)`: the trainer of a tiny Llama, at its end."""
     from helpers.training import SPREAD, config, make_trainer, parity
+
+    from steer.generation import verify
 
     def start(
         reward: Any = parity,
@@ -203,7 +205,10 @@ def run(build_tiny: Callable, tiny_tokenizer: Any, tmp_path: Path) -> Callable[.
         model: PreTrainedModel | None = None,
         **settings: Any,
     ) -> Any:
-        model = model or build_tiny("llama", initializer_range=SPREAD).to(dtype)
+        if model is None:
+            model = build_tiny("llama", initializer_range=SPREAD).to(dtype)
+            if dtype == torch.float32:  # known to be fast: saves the trial of each new model
+                verify._found[model] = dict.fromkeys((True, False), verify.FastPaths())
         args = config(tmp_path / folder, **settings)
         trainer = make_trainer(model, tiny_tokenizer, args, reward, steering, data, callbacks=callbacks)
         if train:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -74,15 +75,17 @@ def started(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]
     )
 
 
-def run_here(script: Path, *words: str) -> None:
+def run_here(script: Path, *words: str, plots: bool = False) -> None:
     """
     A recipe run inside this process, to save the imports, on one thread as `started` ones are: sums in the
-    same order. SystemExit with its line where it is refused.
+    same order. Its training.png takes longer than a short run: without one unless `plots`. SystemExit with
+    its line where it is refused.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with patch.object(sys, "argv", [str(script), *words]):
+        drawn = nullcontext() if plots else patch("steer.training.recipe.plot_training")
+        with drawn, patch.object(sys, "argv", [str(script), *words]):
             runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
         if end.code:

@@ -41,7 +41,7 @@ def test_a_whole_run_says_how_it_was_trained(base: Path, capsys: pytest.CaptureF
     words += ["--train_data", str(base / "train.jsonl"), "--output_dir", str(base / "sft")]
     words += ["--max_steps", "4", "--learning_rate", "0.1", "--save_steps", "2", "--disable_tqdm", "true"]
     words += ["--validate_every", "4", "--examples", "0"]
-    run_here(ROOT / "recipes" / "sft_steer.py", *words)
+    run_here(ROOT / "recipes" / "sft_steer.py", *words, plots=True)
     folder = base / "sft"
     results = json.loads((folder / "results.json").read_text())
     assert results["steps"] == 4 and {"before", "after", "validation"} <= results.keys()

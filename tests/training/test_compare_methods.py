@@ -116,6 +116,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return seen
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report without its figures, which take longer than a tiny run."""
+    monkeypatch.setattr("steer.evaluation.plots.draw", lambda *_: {})
+
+
 def test_everything_is_done_once_and_reported(plan, calls, place, capsys):
     assert compare.main(["--config", str(plan)]) == 0
     out = place / "out"
@@ -173,7 +179,7 @@ def results_of(about: dict[str, Any], method: str) -> dict[str, Any]:
     return about[f"{method}-0"]["results"]
 
 
-def test_a_base_with_an_adapter_is_compared_with_the_model_without(plan, calls, place, tmp_path):
+def test_a_base_with_an_adapter_is_compared_with_the_model_without(plan, calls, no_figures, place, tmp_path):
     """What the adapter costs shows, with the examples and the room that the base is given."""
     base = load_model(str(place / "model"))
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
@@ -202,7 +208,7 @@ def test_a_base_with_an_adapter_is_compared_with_the_model_without(plan, calls, 
     assert len({row["best_base"] for row in rows if row["decoding"] == "greedy"}) == 1
 
 
-def test_what_fails_holds_up_no_other(plan, calls, place, capsys, monkeypatch):
+def test_what_fails_holds_up_no_other(plan, calls, no_figures, place, capsys):
     broken = yaml.safe_load(plan.read_text())
     broken["methods"]["steering"]["layers"] = "7"  # the model has three
     broken |= {"seeds": [0], "output_dir": str(place / "broken"), "out": str(place / "broken-out")}
@@ -215,7 +221,7 @@ def test_what_fails_holds_up_no_other(plan, calls, place, capsys, monkeypatch):
     assert kept == {"base", "elicited", "random-reward-0"}
 
 
-def test_methods_alone(plan, calls, place, capsys):
+def test_methods_alone(plan, calls, no_figures, place, capsys):
     chosen = ["--config", str(plan), "--out", str(place / "alone"), "--seeds", "1", "--methods"]
     assert compare.main([*chosen, "random-reward"]) == 0
     assert {path.stem for path in (place / "alone" / "runs").iterdir()} == {"random-reward-1"}
@@ -632,9 +638,7 @@ def test_no_plan_at_all(tmp_path, capsys):
     assert "no config file" in capsys.readouterr().err
 
 
-def test_methods_are_trained_on_the_samples_of_another(plan, calls, place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("steer.training.recipe.plot_training", lambda *_, **__: None)
-    monkeypatch.setattr("steer.evaluation.plots.draw", lambda *_: {})
+def test_methods_are_trained_on_the_samples_of_another(plan, calls, no_figures, place, tmp_path, capsys):
     settings = yaml.safe_load(plan.read_text())
     training = yaml.safe_load((place / "train.yaml").read_text())
     # samples of a random model: all that end count as right
@@ -687,9 +691,7 @@ def test_methods_are_trained_on_the_samples_of_another(plan, calls, place, tmp_p
     assert dpo["per_device_train_batch_size"] == 4 and not {"beta", "rewards"} & dpo.keys()
 
 
-def test_the_rate_of_seeds_trained_together_is_searched_with_another_seed(plan, calls, tmp_path, monkeypatch):
-    monkeypatch.setattr("steer.training.recipe.plot_training", lambda *_, **__: None)
-    monkeypatch.setattr("steer.evaluation.plots.draw", lambda *_: {})
+def test_the_rate_of_seeds_trained_together_is_searched_with_another_seed(plan, calls, no_figures, tmp_path):
     settings = yaml.safe_load(plan.read_text()) | {"reference": None, "examples": 0, "prefixes": []}
     settings["methods"] = {"steering": {"recipe": "grpo_steer", "together": True, "lr_sweep": [0.01, 0.03]}}
     settings |= {"output_dir": str(tmp_path / "work"), "out": str(tmp_path / "out")}
@@ -705,16 +707,13 @@ def test_the_rate_of_seeds_trained_together_is_searched_with_another_seed(plan, 
         assert about["learning_rate"] == searched["chosen"] and about["seed"] == seed
 
 
-def test_seeds_trained_together_are_the_runs_of_each(plan, calls, place, tmp_path, monkeypatch):
-    monkeypatch.setattr("steer.training.recipe.plot_training", lambda *_, **__: None)
-    monkeypatch.setattr("steer.evaluation.plots.draw", lambda *_: {})
+def test_seeds_trained_together_are_the_runs_of_each(plan, calls, no_figures, tmp_path):
     settings = yaml.safe_load(plan.read_text()) | {"reference": None, "examples": 0, "prefixes": []}
     one = {"recipe": "grpo_steer", "learning_rate": 0.3, "warmup_steps": 0, "max_steps": 3}
-    control = {"like": "steering", "rewards": ["random"]}
     path = tmp_path / "compare.yaml"
 
     def carry_out(together: bool, name: str) -> None:
-        methods = {"steering": one | {"together": together}, "control": control}
+        methods = {"steering": one | {"together": together}}
         folders = {"output_dir": str(tmp_path / f"work-{name}"), "out": str(tmp_path / name)}
         path.write_text(yaml.safe_dump(settings | folders | {"methods": methods}, sort_keys=False))
         assert compare.main(["--config", str(path)]) == 0
@@ -725,8 +724,9 @@ def test_seeds_trained_together_are_the_runs_of_each(plan, calls, place, tmp_pat
     assert not calls
     carry_out(True, "shared")
     trained = [words[-1] for words in calls if any(word.endswith("layer_sweep.py") for word in words)]
-    assert len(trained) == 2  # both seeds of a method in one process
-    for job in (f"{method}-{seed}" for method in ("steering", "control") for seed in (0, 1)):
+    assert len(trained) == 1  # both seeds in one process
+    for seed in (0, 1):
+        job = f"steering-{seed}"
         alone, shared = (
             read_packed(tmp_path / out / "runs" / f"{job}.json")["about"] for out in ("alone", "shared")
         )
@@ -735,8 +735,7 @@ def test_seeds_trained_together_are_the_runs_of_each(plan, calls, place, tmp_pat
             assert shared["curve"][key] == pytest.approx(values), (job, key)
         assert shared["results"].keys() == alone["results"].keys() | {"reward", "stopped"}
         assert shared["results"]["training_cpu_seconds"] > 0
-        method, seed = job.split("-")
-        folders = "work-alone/" + job, f"work-shared/{method}/members/seed-{seed}"
+        folders = "work-alone/" + job, f"work-shared/steering/members/seed-{seed}"
         got = [artifact.read(tmp_path / folder / "vectors").by_layer() for folder in folders]
         for layer, vector in got[0].items():
             torch.testing.assert_close(got[1][layer], vector, rtol=1e-3, atol=1e-4)

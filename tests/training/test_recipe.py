@@ -59,7 +59,7 @@ def command(base: Path, *changes: str) -> list[str]:
 @pytest.fixture
 def here(base: Path, recipe: Callable[..., str]) -> Callable[..., str]:
     """The recipe run inside this process; what it said."""
-    return lambda *changes: recipe(RECIPE, "--config", str(base / "config.yaml"), *changes)
+    return lambda *changes, **how: recipe(RECIPE, "--config", str(base / "config.yaml"), *changes, **how)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_whole_run_prints_the_table_and_the_places(whole: Path, base: Path) ->
 def test_curves_without_a_checkpoint(base: Path, here: Callable[..., str]) -> None:
     folder = base / "unsaved"
     words = ["--save_strategy", "no", "--max_steps", "2", "--eval_data", "none", "--output_dir", str(folder)]
-    here(*words)
+    here(*words, plots=True)
     assert (folder / "training.png").exists() and not list(folder.glob("checkpoint-*"))
     assert [row["step"] for row in log_history(folder) if "reward" in row] == [1, 2]
 

@@ -218,11 +218,11 @@ def base(
 def launched(base: Path, recipe: Callable[..., str]) -> Callable[..., str]:
     words = ["--config", str(base / "config.yaml"), "--validate_every", "2", "--validation", "8"]
     words += ["--keep_best", "true"]
-    return lambda name, *changes: recipe(ROOT / "recipes" / name, *words, *changes)
+    return lambda name, *changes, **how: recipe(ROOT / "recipes" / name, *words, *changes, **how)
 
 
 def test_a_recipe_validates_and_says_so(base: Path, launched: Callable[..., str]) -> None:
-    text = launched("grpo_steer.py")
+    text = launched("grpo_steer.py", plots=True)
     results = json.loads((base / "whole" / "results.json").read_text())
     found = results["validation"]
     assert [row["step"] for row in found["history"]] == [0, 2, 3] and found["problems"] >= 8
@@ -235,6 +235,7 @@ def test_a_recipe_validates_and_says_so(base: Path, launched: Callable[..., str]
     assert f", {step} updates, " in (base / "whole" / "vectors" / artifact.CARD_FILE).read_text()
     last = artifact.read(base / "whole" / "checkpoint-3").config.provenance
     assert last["updates"] == 3
+    assert (base / "whole" / "training.png").exists()
 
 
 @pytest.mark.parametrize(
