@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -96,7 +97,8 @@ def main(arguments: list[str]) -> dict[str, SAE]:
     run, training = parse(arguments)
     # while one process writes the cache, the others wait
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    accelerator = Accelerator(kwargs_handlers=[patient])
+    # without a GPU, processes find one another only if told that they are on CPUs
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging.set_verbosity_error()
     if accelerator.device.type == "cpu":

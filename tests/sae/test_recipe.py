@@ -5,14 +5,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from datetime import timedelta
 
 import pytest
 import torch
 import yaml
-from helpers.paths import ROOT
+from helpers.launching import LAUNCHERS, ROOT, launcher, started
 from helpers.steering import message
 
 from steer.cli import train_sae
@@ -121,7 +119,7 @@ def test_processes_wait_while_one_writes_the_cache(config, monkeypatch):
     """NCCL gives up after ten minutes by default."""
     handlers = []
 
-    def made(kwargs_handlers):
+    def made(cpu, kwargs_handlers):
         handlers.extend(kwargs_handlers)
         raise KeyboardInterrupt
 
@@ -131,23 +129,13 @@ def test_processes_wait_while_one_writes_the_cache(config, monkeypatch):
     assert handlers[0].timeout >= timedelta(hours=12)
 
 
-def test_two_processes_train_one_sae(config, tmp_path):
+def test_two_processes_train_one_sae(config, tmp_path, monkeypatch):
     """Data parallel on two CPU processes: it finishes, and both read their share of the texts."""
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
-    launch += [
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    done = subprocess.run(
-        [*launch, str(RECIPE), "--config", str(config)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = started([*launcher(LAUNCHERS / "cpu-2.yaml"), str(RECIPE), "--config", str(config)], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["asked"]["stream"]["world"] == 2
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["step"] == 16
     assert line["tokens"] == 2048
