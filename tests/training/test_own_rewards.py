@@ -55,12 +55,16 @@ def configured(base: Path, **changes: object) -> Path:
     return path
 
 
-def test_two_processes_find_a_file_and_an_edited_file_is_another_run(base: Path) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_file_is_found_and_an_edited_file_is_another_run(base: Path, processes: int) -> None:
     rewards = [{"name": "own_reward.py:near", "modulus": 7}, "own_reward.py:short"]
-    config = configured(base, rewards=rewards, per_device_train_batch_size=16)
+    config = configured(base, rewards=rewards, per_device_train_batch_size=32 // processes)
     script, words = ROOT / "recipes" / "grpo_steer.py", ["--config", str(config)]
-    done = started([*launcher(LAUNCHERS / "cpu-2.yaml"), str(script), *words], base)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if processes == 1:
+        run_here(script, *words)
+    else:
+        done = started([*launcher(LAUNCHERS / "cpu-2.yaml"), str(script), *words], base)
+        assert done.returncode == 0, done.stdout + done.stderr
     state = json.loads((base / "whole" / "checkpoint-1" / "trainer_state.json").read_text())
     row = next(row for row in state["log_history"] if "reward" in row)
     assert {"rewards/near/mean", "rewards/short/mean"} <= set(row)
