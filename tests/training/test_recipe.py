@@ -33,7 +33,7 @@ from steer.training.resuming import log_history
 from steer.training.steering_trainer import SteeringGRPOTrainer
 
 RECIPE = ROOT / "recipes" / "grpo_steer.py"
-STEPS = 8
+STEPS = 8  # the second epoch begins after 6
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def base(
 ) -> Path:
     """A folder with everything a run needs: `model/`, `train.jsonl`, `heldout.jsonl` and `config.yaml`."""
     # YAML 1.1 reads an exponent without a point as text
-    rate = {"learning_rate": "2e-2", "max_steps": STEPS, "use_cpu": True}
+    rate = {"learning_rate": "2e-2", "max_steps": STEPS, "use_cpu": True, "train_limit": 24}
     chosen = {"dynamic_sampling_rounds": 2, "pass_rate_floor": 0.2}
     return run_folder(place, build_tiny, tiny_tokenizer, 6, **rate, **chosen)
 
