@@ -252,7 +252,7 @@ def test_problems_are_answered_in_the_precision_of_training(
         return answer(*given, **options)
 
     monkeypatch.setattr(validation, "answer", spied)
-    launched(name, "--bf16", "true", "--model_dtype", "float32", *words)
+    launched(name, "--bf16", "true", "--model_dtype", "float32", *words, plots=True)  # without layers, too
     assert len(mixed) > 3 and all(mixed.values()), mixed
 
 
