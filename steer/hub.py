@@ -135,7 +135,7 @@ def push(
             `write` is then called with once more.
         private: whether a repository that is created is private, by default as the user's account says.
         token: with write access, by default that of `hf auth login`.
-        revision: branch that is committed to, by default the main branch.
+        revision: branch that is committed to, created unless it is there; by default the main branch.
         commit_message: the title of the commit.
 
     Returns:
@@ -153,6 +153,8 @@ def push(
             repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if repo != repo_id:
                 write(Path(name), repo)
+            if revision is not None:
+                api.create_branch(repo, branch=revision, exist_ok=True)
             sent = api.upload_folder(
                 repo_id=repo, folder_path=name, commit_message=commit_message, revision=revision
             )

@@ -109,7 +109,8 @@ def _push(args: argparse.Namespace) -> None:
             return
 
         def copy(target: Path, name: str) -> None:
-            shutil.copytree(folder, target, dirs_exist_ok=True)
+            with packed(args.artifact, name) as made:
+                shutil.copytree(made, target, dirs_exist_ok=True)
 
         address = hub.push(copy, args.repo_id, private=args.private or None, commit_message=args.message)
     print(address)

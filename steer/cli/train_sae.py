@@ -261,7 +261,7 @@ def parse(arguments: list[str]) -> tuple[RunConfig, TrainConfig]:
 def _check_effect(run: RunConfig, training: TrainConfig) -> None:
     """SteerError for a value that is not the default and has no effect, since another setting is missing."""
     measured, stops = run.heldout is not None, training.early_stopping_threshold > 0
-    selects = any(one.get("activation") != "jumprelu" for one in run.saes.values())
+    selects = any(one.get("activation") != "jumprelu" for one in run.saes.values()) or training.auxiliary > 0
     for settings, name, has_effect, needed in (
         (run, "heldout_tokens", measured, "heldout=FILE"),
         (training, "eval_every", measured, "heldout=FILE"),

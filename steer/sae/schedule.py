@@ -63,8 +63,8 @@ class TrainConfig:
     precision: str = field(
         default="float32",
         metadata={
-            "help": "Of the encoder's product: float32, bfloat16, or fast: the faster one here. JumpReLU's "
-            "is float32."
+            "help": "Of the encoder's product: float32, bfloat16, or fast: the faster one here. For JumpReLU "
+            "only in the loss of dead features."
         },
     )
     seed: int = field(default=0, metadata={"help": "Of the SAEs' first weights."})

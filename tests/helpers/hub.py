@@ -39,6 +39,9 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             calls.append(("create_repo", repo_id, arguments))
             return SimpleNamespace(repo_id=repo_id)
 
+        def create_branch(self, repo_id: str, **arguments: Any) -> None:
+            calls.append(("create_branch", repo_id, arguments))
+
         def upload_folder(self, *, repo_id: str, folder_path: str, **arguments: Any) -> str:
             calls.append(("upload_folder", repo_id, arguments))
             shutil.copytree(folder_path, home / repo_id, dirs_exist_ok=True)

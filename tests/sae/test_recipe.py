@@ -165,7 +165,7 @@ def test_two_processes_train_one_sae(config, tmp_path, monkeypatch):
         (["early_stopping_window=0.5"], "has no effect without early_stopping_threshold; give that"),
         (["cache_tokens=5"], "cache_tokens=5 without a cache"),
         (
-            ["saes={a: {d_sae: 64, k: 4, activation: jumprelu}}", "precision=bfloat16"],
+            ["saes={a: {d_sae: 64, k: 4, activation: jumprelu}}", "precision=bfloat16", "auxiliary=0"],
             "precision=bfloat16 has no effect without an SAE of topk or batchtopk",
         ),
         (["block=127"], "block=127 is less than one batch of batch_size=128"),
