@@ -72,11 +72,12 @@ def extract_boxed(text: str) -> str | None:
 
 
 def check_prefix(prefix: str) -> None:
-    r"""Raise SteerError where a forced opening has a box: what the model writes is graded alone."""
-    if re.search(r"\\(?:boxed|fbox)(?![a-zA-Z])", prefix):
+    r"""Raise SteerError where a forced opening opens a box: what the model writes is graded alone."""
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])", prefix))
+    if boxes and extract_boxed(prefix[boxes[-1].start() :]) is None:
         raise SteerError(
-            f"prefix={shown(prefix)} has a box, and only what the model writes after it is graded: no answer "
-            "would be right; give a prefix without it"
+            f"prefix={shown(prefix)} opens a box, and only what the model writes after it is graded: no "
+            "answer would be right; give a prefix without it"
         )
 
 

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 ARTIFACTS = {"vectors": "--vectors", "adapter": "--adapter", "model": "--model"}
 # Settings of a run that are about the choice of its rate alone.
 OF_SWEEPS = ("sweep_steps", "sweep_only", "validation_samples")
-# Those that say which problems are trained on.
+# Those that say which problems are trained on; held-out ones are left out of them.
 OF_DATA = (
+    *("eval_data", "eval_split", "eval_limit", "eval_columns"),
     *("train_data", "train_split", "train_limit", "levels", "max_problem_chars", "exclude", "columns"),
     *("operators", "digits", "terms", "generated_problems", "heldout"),
 )

@@ -364,7 +364,7 @@ def test_a_forced_opening_with_a_box_is_refused(base, tmp_path, capsys, option):
     """The box would not be in what is graded."""
     for text in (r"The answer is $\boxed{", r"\fbox"):
         line = refused(capsys, arguments(base, tmp_path / "out", option, text))
-        assert "has a box, and only what the model writes after it is graded" in line
+        assert "opens a box, and only what the model writes after it is graded" in line
 
 
 def test_another_run_in_the_folder_is_refused(base, whole, tmp_path, capsys):

@@ -52,7 +52,8 @@ def test_loaded_vectors_are_for_the_model_that_is_trained(
     folder: str, build_tiny: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     other = build_tiny("llama", seed=1)
-    saved = steer.attach(other, SteeringConfig(base_model_name_or_path="other")).save(tmp_path / "other")
+    named = {"base_model_name_or_path": "other", "base_checksum": describe(other)["base_checksum"]}
+    saved = steer.attach(other, SteeringConfig(**named)).save(tmp_path / "other")
     model = load_model(folder)
     with pytest.warns(UserWarning, match="other weights"):
         loaded = steer.load(saved, model)

@@ -195,7 +195,7 @@ def test_a_number_of_problems_is_split_off(count: int) -> None:
         ({"keep_best": True}, "need validations; set validate_every"),
         ({"patience": 2}, "need validations; set validate_every"),
         ({"validate_every": 1, "patience": 0}, "patience=0 is out of range"),
-        ({"prefix": r"It is $\boxed{"}, "has a box, and only what the model writes after it is graded"),
+        ({"prefix": r"It is $\boxed{"}, "opens a box, and only what the model writes after it is graded"),
     ],
 )
 def test_settings_that_cannot_work(given_settings: dict[str, Any], message: str) -> None:
