@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from steer.errors import SteerError, one_line
-from steer.files import json_lines, parse_json, read_text
+from steer.files import json_lines, parse_json, read_text, replace_file
 from steer.tasks.arithmetic import Arithmetic
 from steer.tasks.columns import conversation, extras, renamed
 
@@ -173,6 +173,22 @@ def load_problems(
     made = {c: [r[c] for r in records] for c in names}
     extra = {name: [r["extra"][name] for r in records] for name in records[0]["extra"]}
     return datasets.Dataset.from_dict({**made, **extra})
+
+
+def save_problems(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write problems, as `load_problems` returns them, so that it reads the same ones back."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, "".join(json.dumps(_record(row)) + "\n" for row in rows).encode())
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    """A problem in the record form, in which a chat is its prompt and its answer may be a list."""
+    record = {name: value for name, value in row.items() if name not in ("messages", "golds")}
+    if row.get("messages"):
+        record["prompt"] = row["messages"]
+    if row.get("golds"):
+        record["answer"] = row["golds"]
+    return record
 
 
 def _read(

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from steer.files import replace_file
 from steer.models import MIXED
 from steer.recipe_files import launcher_file, recipes_folder
 from steer.tasks.columns import columns_text, parse_columns
+from steer.tasks.data import save_problems
 from steer.tasks.prompts import DEFAULT_PROMPT
 from steer.threads import machine, usable_cpus
 from steer.training import comparison_records as records
@@ -145,7 +146,7 @@ class Comparison:
     def worked_examples(self) -> list[str]:
         """The plan's number of worked examples, out of the training problems, as options of `steer eval`."""
         file = self.work / "training.jsonl"
-        _write_problems(file, self.training_problems())
+        save_problems(file, self.training_problems())
         return ["--examples", str(self.plan.examples), "--examples-from", str(file)]
 
     def system_prompt(self) -> None:
@@ -165,7 +166,7 @@ class Comparison:
         share = self.sweep.get("validation", SHARE)
         _, validation = split(self.training_problems(), share)
         file = self.work / "validation.jsonl"
-        _write_problems(file, validation)
+        save_problems(file, validation)
         named = {f"system {n}": text for n, text in enumerate(self.plan.systems, 1)}
         out = self.work / "eval-systems"
         systems = [f"{name}={text}" for name, text in named.items()]
@@ -406,22 +407,6 @@ def precision(settings: dict[str, Any]) -> str:
     """
     mixed = [dtype for flag, dtype in MIXED.items() if settings.get(flag)]
     return mixed[0] if mixed else settings.get("model_dtype", "auto")
-
-
-def _write_problems(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write problems, as `load_problems` returns them, so that it reads the same ones back."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, "".join(json.dumps(_record(row)) + "\n" for row in rows).encode())
-
-
-def _record(row: dict[str, Any]) -> dict[str, Any]:
-    """A problem in the record form, in which a chat is its prompt and its answer may be a list."""
-    record = {name: value for name, value in row.items() if name not in ("messages", "golds")}
-    if row.get("messages"):
-        record["prompt"] = row["messages"]
-    if row.get("golds"):
-        record["answer"] = row["golds"]
-    return record
 
 
 def _processes(launcher: str) -> int:

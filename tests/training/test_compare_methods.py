@@ -30,11 +30,11 @@ from steer.evaluation.pack import read_packed
 from steer.evaluation.plan import read_plan
 from steer.models import load_model
 from steer.recipe_files import launcher_file
-from steer.tasks.data import load_problems
+from steer.tasks.data import load_problems, save_problems
 from steer.tasks.elicited import choose
 from steer.training import comparison_records as records
 from steer.training.arguments import SweepArguments
-from steer.training.comparison import Comparison, Failed, _write_problems
+from steer.training.comparison import Comparison, Failed
 from steer.training.comparison_report import curve
 from steer.training.validation import split
 
@@ -421,7 +421,7 @@ def test_problems_that_are_written_are_read_back_as_they_were(tmp_path):
     ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = load_problems(str(tmp_path / "mine.jsonl"))
-    _write_problems(tmp_path / "written.jsonl", read)
+    save_problems(tmp_path / "written.jsonl", read)
     assert load_problems(str(tmp_path / "written.jsonl")).to_list() == read.to_list()
     assert read[0]["messages"] == chat and read[0]["golds"] == ["4", "four"]
 
