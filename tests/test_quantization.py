@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.launching import ROOT, run_folder, run_here
 from helpers.steering import fill, logits, message, relative, tokens
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cosine_similarity
 from transformers import BitsAndBytesConfig, Mxfp4Config, PreTrainedModel, PreTrainedTokenizerFast
@@ -80,7 +81,7 @@ def test_vectors_are_not_attached_to_a_model_that_is_quantised_otherwise(tiny_ll
 
 def test_mxfp4_weights_can_be_read_as_ordinary_ones(tmp_path):
     """A checkpoint like gpt-oss's: 32 numbers share a scale, two lie in a byte."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     model = tiny("gpt_oss", intermediate_size=32)
     folder = tmp_path / "model"
@@ -236,6 +237,18 @@ def test_one_quantisation_at_a_time(wide):
         message(error)
 
 
+def wide_run(
+    place: Path, build_tiny: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A folder with all that a run on a model like `wide` needs."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+    def build(*args: Any, **changes: Any) -> PreTrainedModel:
+        return build_tiny(*args, **{**changes, "hidden_size": 64, "intermediate_size": 128})
+
+    return run_folder(place, build, tokenizer, 6, max_steps=3, learning_rate=0.05, use_cpu=True)
+
+
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_a_recipe_trains_on_a_quantised_base(
     bits: str,
@@ -243,13 +256,7 @@ def test_a_recipe_trains_on_a_quantised_base(
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-
-    def build(*args: Any, **changes: Any) -> PreTrainedModel:
-        return build_tiny(*args, **{**changes, "hidden_size": 64, "intermediate_size": 128})
-
-    settings = {"max_steps": 3, "learning_rate": 0.05, "use_cpu": True}
-    base = run_folder(tmp_path, build, tiny_tokenizer, 6, **settings)
+    base = wide_run(tmp_path, build_tiny, tiny_tokenizer)
     run_here(ROOT / "recipes" / "grpo_steer.py", "--config", str(base / "config.yaml"), f"--{bits}", "true")
     saved = steer.read(base / "whole" / "vectors")
     assert all(tensor.norm() > 0 for tensor in saved.tensors.values())
@@ -261,3 +268,18 @@ def test_a_recipe_trains_on_a_quantised_base(
     steer.load(saved, model)
     assert relative(logits(model, tokens()), before) > 1e-3
     assert "bitsandbytes" in sys.modules
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_lora_is_trained_on_a_quantised_base(
+    bits: str,
+    build_tiny: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    base = wide_run(tmp_path, build_tiny, tiny_tokenizer)
+    words = ["--config", str(base / "config.yaml"), "--method", "lora", f"--{bits}", "true"]
+    run_here(ROOT / "recipes" / "grpo_baseline.py", *words, "--learning_rate", "0.001")
+    saved = load_file(base / "whole" / "adapter" / "adapter_model.safetensors")
+    second = [tensor for name, tensor in saved.items() if "lora_B" in name]  # zeros before training
+    assert len(second) == 3 * 7 and all(t.dtype == torch.float32 and t.norm() > 0 for t in second)

@@ -6,6 +6,7 @@ and loss as vectors are.
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 from trl.trainer.grpo_trainer import RewardFunc
 
+from steer import compat
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.files import replace_file
@@ -28,6 +30,8 @@ from steer.sites import find_decoder
 from steer.training.config import SteeringGRPOConfig
 from steer.training.group_trainer import GroupGRPOTrainer
 from steer.training.loading import load_policy
+
+log = logging.getLogger("steer")
 
 METHODS = {
     "full": "every weight of the model",
@@ -93,20 +97,31 @@ def peft_config(baseline: Baseline, model: PreTrainedModel) -> peft.PeftConfig:
 
 
 def _modules(baseline: Baseline, model: PreTrainedModel) -> list[str]:
-    """The full names of the modules to adapt."""
+    """The full names of the modules to adapt. Layers may differ in those that they have."""
     decoder = find_decoder(model)
     layers = SteeringConfig(layers=baseline.target_layers).resolve_layers(decoder.num_hidden_layers)
-    linear = [name for name, module in decoder.layers[0].named_modules() if isinstance(module, _LINEAR)]
     wanted = baseline.target_modules
-    chosen = [name for name in linear if wanted == ["all-linear"] or name.split(".")[-1] in wanted]
-    unknown = set(wanted) - {"all-linear"} - {name.split(".")[-1] for name in chosen}
-    if unknown or not chosen:
-        have = ", ".join(name.split(".")[-1] for name in linear)
+    adapted = []
+    have: dict[str, list[int]] = {}  # by the end of a name, the layers with a linear module of it
+    for layer in layers:
+        for name, module in decoder.layers[layer].named_modules():
+            if not isinstance(module, _LINEAR):
+                continue
+            end = name.split(".")[-1]
+            have.setdefault(end, []).append(layer)
+            if wanted == ["all-linear"] or end in wanted:
+                adapted.append(f"{decoder.name}.{layer}.{name}")
+    asked = set(wanted) - {"all-linear"}
+    unknown = sorted(asked - have.keys())
+    if unknown or not adapted:
         raise SteerError(
-            f"target_modules={wanted}: the linear modules in a layer of {type(model).__name__} are {have}; "
-            f"there is no {', '.join(sorted(unknown)) or 'such one'}"
+            f"target_modules={wanted}: the linear modules in the layers of {type(model).__name__} that are "
+            f"adapted are {', '.join(have) or 'none'}; there is no {', '.join(unknown) or 'such one'}"
         )
-    return [f"{decoder.name}.{layer}.{name}" for layer in layers for name in chosen]
+    for end in sorted(asked):
+        if lacking := [str(layer) for layer in layers if layer not in have[end]]:
+            log.info("target_modules: layers %s have no %s; the others are adapted", ", ".join(lacking), end)
+    return adapted
 
 
 class BaselineGRPOTrainer(GroupGRPOTrainer):
@@ -148,7 +163,8 @@ class BaselineGRPOTrainer(GroupGRPOTrainer):
             set_seed(args.seed)  # the adapter's random start belongs to the run
             self.adapted = peft.get_peft_model(policy, peft_config(baseline, policy))
             inner = cast(PreTrainedModel, self.adapted.get_base_model())
-        super().__init__(inner, reward_funcs, args, **kwargs)
+        with compat.trainable_when_quantised(inner):
+            super().__init__(inner, reward_funcs, args, **kwargs)
         if self.sharded and (self.adapted is not None or self.is_deepspeed_enabled):
             raise SteerError(
                 f"method={baseline.method} cannot be sharded by this launcher; launch with "

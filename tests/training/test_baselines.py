@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from steer.errors import SteerError
 from steer.evaluation import variants
-from steer.training.baselines import Baseline, BaselineGRPOTrainer, readable
+from steer.training.baselines import Baseline, BaselineGRPOTrainer, peft_config, readable
 from steer.training.resuming import newest_checkpoint
 
 IDS = torch.arange(24).view(2, 12)
@@ -112,6 +112,41 @@ def test_the_count_of_trained_numbers_is_what_was_asked_for(run: Callable) -> No
     assert count("lora", lora_rank=2) == 3 * 2 * (2 * 64 + 2 * 48 + 3 * 80)
     assert count("beft", target_modules=["down_proj"]) == 3 * 32
     assert count("tinylora", tinylora_u=5, lora_rank=2, target_modules=["q_proj", "v_proj"]) == 3 * 2 * 5
+
+
+def test_layers_that_differ_are_adapted_each_by_its_own_modules(
+    build_tiny: Callable[..., PreTrainedModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_tiny("qwen3_moe", mlp_only_layers=[1])  # the experts of layers 0 and 2 are no nn.Linear
+    dense = {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    attention = {f"model.layers.{i}.self_attn.{name}_proj" for i in range(3) for name in "qkvo"}
+
+    def adapted(**what: Any) -> set[str]:
+        made: Any = peft_config(Baseline("lora", **what), model)
+        return set(made.target_modules)
+
+    with caplog.at_level("INFO"):
+        assert adapted() == dense | attention
+        assert "target_modules" not in caplog.text
+        assert adapted(target_modules=["down_proj"]) == {"model.layers.1.mlp.down_proj"}
+    assert "layers 0, 2 have no down_proj; the others are adapted" in caplog.text
+    with pytest.raises(SteerError, match=r"are q_proj, .*o_proj; there is no down_proj"):
+        adapted(target_modules=["down_proj"], target_layers="0,2")
+
+
+def test_an_adapter_on_a_quantised_base_keeps_its_precision(
+    base: Any, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base.is_quantized = base.is_loaded_in_4bit = True  # as transformers tells it of 4 bits
+    trainer = BaselineGRPOTrainer(
+        base,
+        parity,
+        config(tmp_path),
+        Baseline("lora"),
+        train_dataset=problems(),
+        processing_class=tiny_tokenizer,
+    )
+    assert {weight.dtype for weight in weights(trainer).values()} == {torch.float32}
 
 
 # ---- on disk
@@ -226,8 +261,6 @@ def test_what_cannot_be_trained_is_said(
 
 
 def test_a_method_that_this_peft_lacks_is_said(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from steer.training.baselines import peft_config
-
     monkeypatch.delattr(peft, "TinyLoraConfig")
     with pytest.raises(SteerError, match=r"peft [\d.]+ has no TinyLoraConfig; install a newer peft"):
         peft_config(Baseline("tinylora"), base)
