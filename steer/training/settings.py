@@ -241,7 +241,10 @@ SWITCHES = (
         ("label_smoothing",),
         lambda args: bool({"robust", "exo_pair", "aot", "aot_unpaired"} & set(args.loss_type)),
         "no loss_type reads it",
+        but=("label_smoothing_factor",),
     ),
+    # Of supervised training: the others refuse it.
+    Switch(("label_smoothing_factor",), lambda args: args.loss_type == "nll", "loss_type is not nll"),
     Switch(
         ("length_column_name",),
         lambda args: args.train_sampling_strategy in ("group_by_length", "batch_rebalance"),

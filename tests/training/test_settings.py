@@ -183,6 +183,12 @@ def test_what_plays_no_part_is_named(changes: dict[str, Any], why: str) -> None:
     assert settings.idle(make(**changes)) == {name: why}
 
 
+@pytest.mark.parametrize(("loss_type", "why"), [("nll", None), ("dft", "loss_type is not nll")])
+def test_labels_are_smoothed_in_one_loss_of_sft(loss_type: str, why: str | None) -> None:
+    smoothed = SteeringSFTConfig("unused", use_cpu=True, label_smoothing_factor=0.1, loss_type=loss_type)
+    assert settings.idle(smoothed).get("label_smoothing_factor") == why
+
+
 @pytest.mark.parametrize(
     "changes",
     [
