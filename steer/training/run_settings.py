@@ -145,7 +145,9 @@ class RunSettings:
         parts = {"run": asdict(self.run), **{name: asdict(part) for name, part in trained.items()}}
         parts["training"] = {k: v for k, v in self.training.to_dict().items() if k != "max_steps"}
         if self.answers is not None:
-            parts["answers"] = {"method": self.training.method, **asdict(self.answers)}
+            # with another number of processes it differs, as GRPO's generation_batch_size does
+            update = {"examples_per_update": self._examples_per_update()}
+            parts["answers"] = {"method": self.training.method, **asdict(self.answers), **update}
         kept = {part: {k: v for k, v in s.items() if k not in WATCHING} for part, s in parts.items()}
         sources = source_checksums("reward", reward_names(self.run.rewards))
         sources |= source_checksums("tool", self.run.tools)
@@ -158,8 +160,19 @@ class RunSettings:
         return json.loads(json.dumps(kept, default=str))
 
     def defaults(self) -> dict[str, dict[str, Any]]:
-        """`identity` of the same run with nothing set."""
-        return self.unset().identity()
+        """
+        `identity` of the same run with nothing set. A run whose `run.json` does not say how many examples an
+        update has is taken to have as many as this one.
+        """
+        default = self.unset().identity()
+        if "answers" in default:
+            default["answers"]["examples_per_update"] = self._examples_per_update()
+        return default
+
+    def _examples_per_update(self) -> int:
+        """How many given answers, or pairs of them, all processes together see in an update."""
+        training = self.training
+        return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
 
     def provenance(self) -> dict[str, Any]:
         """What an artifact says of its making: the run, and what of training is essential or no default."""

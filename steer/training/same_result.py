@@ -13,12 +13,14 @@ from steer.training.answer_configs import SteeringDPOConfig, SteeringSFTConfig
 from steer.training.config import SteeringGRPOConfig
 
 # By the beginning of their names: settings of logs, checkpoints, the hub, evaluation by trl (which no recipe
-# uses), loading of data and processes.
+# uses), loading of data and processes. What is not here of data loaders and accelerate decides which given
+# answers a batch has.
 _WATCHING = (
     *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "num_completions_to_print"),
     *("disable_tqdm", "save_", "output_dir", "overwrite_", "resume_", "push_to_hub", "hub_", "eval_"),
-    *("per_device_eval_batch_size", "dataloader_", "accelerator_config", "local_rank", "ddp_timeout"),
-    "vllm_mismatch_",
+    *("per_device_eval_batch_size", "local_rank", "ddp_timeout", "vllm_mismatch_"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 )
 
 # They never change a result.

@@ -20,7 +20,7 @@ from steer.training.arguments import PopulationArguments
 from steer.training.config import SteeringGRPOConfig
 from steer.training.recipe import begin
 from steer.training.run import RUN_FILE, RunConfig, claim_output_dir
-from steer.training.run_settings import RunSettings
+from steer.training.run_settings import METHODS, RunSettings
 from steer.training.same_result import CONTINUED, WATCHING, differences
 from steer.training.sweep import grid
 from steer.training.sweep.member import IDLE, OWN, SHARED
@@ -136,6 +136,38 @@ def test_what_differs_is_named_and_what_is_new_is_at_its_default() -> None:
     assert differences({"baseline": {"method": "lora"}, "run": {}}, {"run": {}}, {}) == [
         "method was 'lora', and is not a setting of this run"
     ]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_run_on_given_answers_goes_on_with_the_batches_it_began_with(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    words = ["--config", f"demo-{method}", "--use_cpu", "true", "--output_dir", str(folder)]
+
+    def claim(*changes: str) -> None:
+        settings = train.parse([*words, *changes])
+        claim_output_dir(folder, settings.identity(), settings.defaults())
+
+    claim()
+    (folder / "results.json").write_text("{}")
+    claim("--dataloader_num_workers", "1", "--dataloader_pin_memory", "true")
+    with pytest.raises(SteerError, match="dataloader_drop_last was False, now True"):
+        claim("--dataloader_drop_last", "true")
+    with pytest.raises(SteerError, match="accelerator_config was "):
+        claim("--accelerator_config", '{"even_batches": false}')
+    begun = json.loads((folder / RUN_FILE).read_text())
+    size = begun["answers"]["examples_per_update"]
+    with monkeypatch.context() as patched:
+        patched.setattr(METHODS[method][0], "world_size", 2)
+        with pytest.raises(SteerError, match=f"examples_per_update was {size}, now {2 * size}"):
+            claim()
+    # an older version named none of them
+    del begun["answers"]["examples_per_update"]
+    for name in ("dataloader_drop_last", "dataloader_in_order", "accelerator_config"):
+        del begun["training"][name]
+    (folder / RUN_FILE).write_text(json.dumps(begun))
+    claim()
 
 
 def test_the_list_of_settings_that_change_no_result_names_settings() -> None:
