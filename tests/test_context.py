@@ -67,6 +67,14 @@ def test_a_run_in_which_nothing_fits_is_one_line(base, more, named) -> None:
         train(base, *changes)
 
 
+def test_problems_to_validate_on_must_fit_too(base: Path) -> None:
+    words = f"--model {base / 'model'} --train_data {base / 'long.jsonl'} --eval_data none --template plain"
+    words += f" --max_steps 2 --use_cpu true --report_to none --output_dir {base / 'run'}"
+    words += " --max_completion_length 8 --validate_every 1 --validation 1"
+    with pytest.raises(SystemExit, match=r"^error: validation problems: .* do not fit the context[^\n]*$"):
+        run_here(ROOT / "recipes" / "sft_steer.py", *words.split())
+
+
 @pytest.mark.parametrize(("prompt", "length"), [(LONG, "8"), (SHORT, "29"), (SHORT, "100")])
 def test_generate_refuses_what_does_not_fit(base, capsys, prompt, length) -> None:
     asked = ["generate", str(base / "model"), "--vectors", str(base / "vectors"), "--prompt", prompt]

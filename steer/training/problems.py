@@ -82,11 +82,15 @@ def check_held_out(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     answer: int,
+    what: str = "held-out problems",
 ) -> None:
-    """SteerError where a held-out problem leaves no room for `answer` tokens in the model's context."""
+    """
+    SteerError where a held-out problem leaves no room for `answer` tokens in the model's context; it says
+    `what` the problems are.
+    """
     if held_out and context_length(model.config) is not None:
         longest = max(_tokens(tokenizer, [format_problem(question(row)) for row in held_out]))
-        check_context(model.config, longest, answer, "--max_completion_length", "held-out problems: ")
+        check_context(model.config, longest, answer, "--max_completion_length", f"{what}: ")
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:

@@ -241,6 +241,7 @@ def _train_run(
         log.info("%d problems to validate on, %d to train on", len(validation), len(data))
     if recipe.examples is not None:
         check_held_out(held_out, format_problem, tokenizer, model, limit)
+        check_held_out(validation, format_problem, tokenizer, model, limit, "validation problems")
         data = recipe.examples(data, held_out, tokenizer, model)
     with MathGrader() as grader:
         columns = set(data.column_names) - {"prompt"}
