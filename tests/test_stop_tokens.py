@@ -99,9 +99,11 @@ def test_a_marker_that_is_no_single_token_ends_nothing():
     assert end_of_turn(tokenizer(STYLES["chatml"].template)) is None
 
 
-def test_a_model_without_a_generation_config_has_none(tmp_path):
+def test_a_model_without_a_generation_config_has_that_of_its_config(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert generation_config(str(tmp_path), None) is None
+    assert stop_token_ids(tokenizer(None), generation_config(str(tmp_path), None)) == (2,)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": [3, 5]}')
+    assert stop_token_ids(tokenizer(None), generation_config(str(tmp_path), None)) == (2, 3, 5)
     GenerationConfig(eos_token_id=[3, 4]).save_pretrained(tmp_path)
     assert stop_token_ids(tokenizer(None), generation_config(str(tmp_path), None)) == (2, 3, 4)
 

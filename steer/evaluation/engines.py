@@ -59,13 +59,22 @@ def source_of(name: str) -> str:
 
 
 def generation_config(name: str, revision: str | None) -> GenerationConfig | None:
-    """The generation config saved with a model; None for the many that have none."""
-    from transformers import GenerationConfig
+    """
+    The generation config that the model `name` has once it is loaded: the saved one, or what its config.json
+    says of generation where none can be read. None where neither can be.
+    """
+    from transformers import GenerationConfig, PreTrainedConfig
 
+    source, revision = source_of(name), revision or "main"
     try:
-        return GenerationConfig.from_pretrained(source_of(name), revision=revision or "main")
+        return GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:
+        pass
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     except OSError:
         return None
+    return GenerationConfig.from_model_config(fields)
 
 
 # ---- transformers
