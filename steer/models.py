@@ -165,13 +165,28 @@ def model_source(name: str, revision: str | None, tokenizer: bool = False) -> st
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Most tokens that a model of this configuration reads, answer included; None where it has no limit."""
+    """
+    Most tokens that a model of this configuration reads, answer included; None where it has no limit.
+
+    With longrope (Phi-3.5) these are those of its short factors. One row that is longer changes the rotation
+    of all rows of its pass, and of no keys in a cache.
+    """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    if limit and rope.get("factor") and rope.get("original_max_position_embeddings"):
-        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    if limit:
+        limit = max(
+            [limit, *(int((rope.get("factor") or 1) * length) for rope, length in _scaled(text, "yarn"))]
+        )
+        limit = min([limit, *(length for _, length in _scaled(text, "longrope"))])
     return limit
+
+
+def _scaled(text: PreTrainedConfig, kind: str) -> list[tuple[dict[str, Any], int]]:
+    """The RoPE parameters of a type, of all layers or of a type of layers, each with its unscaled length."""
+    ropes = getattr(text, "rope_parameters", None) or {}
+    every = [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]
+    lengths = [(rope, rope.get("original_max_position_embeddings")) for rope in every]
+    return [(rope, length) for rope, length in lengths if length and rope.get("rope_type") == kind]
 
 
 def check_context(config: PreTrainedConfig, prompt: int, answer: int, option: str, of: str = "") -> None:
@@ -192,9 +207,11 @@ def check_context(config: PreTrainedConfig, prompt: int, answer: int, option: st
     if context and prompt + answer > context:
         room = context - prompt
         fix = f"{option} {room}" if room > 0 else "a shorter prompt, or a model with a longer context"
+        why = ", after which longrope rotates all of them by other factors"
         raise SteerError(
             f"{of}a prompt of {prompt} tokens and an answer of up to {answer} do not fit the context of "
-            f"{config.name_or_path or config.model_type} ({context} tokens); use {fix}"
+            f"{config.name_or_path or config.model_type} ({context} tokens"
+            f"{why if _scaled(config.get_text_config(), 'longrope') else ''}); use {fix}"
         )
 
 

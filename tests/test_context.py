@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from helpers.launching import ROOT, run_here
 from helpers.training import SPREAD, model_folder
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig
 
 import steer
+from steer import SteerError
 from steer.cli import main
-from steer.models import context_length
+from steer.models import check_context, context_length
 
 CONTEXT = 40
 SHORT, LONG = "1+1?", "What is 1+1, " + "and again, " * 4
@@ -85,8 +86,31 @@ def test_generate_refuses_what_does_not_fit(base, capsys, prompt, length) -> Non
     assert main([*asked[:-3], "--template", "plain", "--prompt", SHORT, "--max-new-tokens", "28"]) == 0
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+LLAMA_3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {**YARN, "rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+
+
 def test_scaled_positions_reach_farther() -> None:
-    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
-    assert context_length(LlamaConfig(max_position_embeddings=32, rope_parameters=rope)) == 128
-    assert context_length(LlamaConfig(max_position_embeddings=128, rope_parameters=rope)) == 128
+    assert context_length(LlamaConfig(max_position_embeddings=32, rope_parameters={**YARN})) == 128
+    assert context_length(LlamaConfig(max_position_embeddings=128, rope_parameters={**YARN})) == 128
     assert context_length(LlamaConfig(max_position_embeddings=32)) == 32
+    # Llama 3.2: its factor scales frequencies, and its context is the one that it names
+    assert context_length(LlamaConfig(max_position_embeddings=64, rope_parameters={**LLAMA_3})) == 64
+
+
+def test_longrope_ends_where_its_factors_change() -> None:
+    config = LlamaConfig(max_position_embeddings=128, rope_parameters={**LONGROPE})
+    assert context_length(config) == 32
+    check_context(config, 20, 12, "--max-new-tokens")
+    with pytest.raises(SteerError, match=r"\(32 tokens, after which longrope .*\); use --max-new-tokens 12$"):
+        check_context(config, 20, 13, "--max-new-tokens")
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    assert context_length(LlamaConfig(max_position_embeddings=32, rope_parameters=dynamic)) == 32
+
+
+@pytest.mark.parametrize(("rope", "expected"), [(YARN, 128), (LLAMA_3, 64), (LONGROPE, 32)])
+def test_positions_of_each_type_of_layer(rope: dict[str, Any], expected: int) -> None:
+    each = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": {**rope}}
+    config = Gemma3TextConfig(head_dim=128, max_position_embeddings=64, rope_parameters=each)
+    assert context_length(config) == expected
