@@ -89,9 +89,9 @@ def format_prompt(
     """
     The full prompt text, to be tokenized with `add_special_tokens=False`; ends where the model writes on.
 
-    The text opens with the BOS token when `tokenizer` would put one before a text by itself, or when its chat
-    template writes one. A chat template that refuses or drops the system turn gets the system text as the
-    opening of the user turn.
+    The text opens with the special tokens that `tokenizer` would put before a text by itself, most often BOS
+    or none, or with the BOS token that its chat template writes. A chat template that refuses or drops the
+    system turn gets the system text as the opening of the user turn.
 
     Args:
         problem: the problem's text; or the messages of a chat, which the tokenizer's chat template lays out
@@ -124,10 +124,8 @@ def format_prompt(
         else chat_turns(problem, tokenizer, prompt)[1]
     )
     # Many chat templates write BOS themselves, some after white space: the model knows one BOS, at the start.
-    if (bos := getattr(tokenizer, "bos_token", None)) and text.lstrip().startswith(bos):
-        text = text.lstrip()
-    else:
-        text = _own_bos(tokenizer) + text
+    opening = _opening(tokenizer)
+    text = text.lstrip() if _opens(text.lstrip(), opening, tokenizer) else opening.text + text
     return text + prompt.prefix
 
 
@@ -206,12 +204,15 @@ def choose_prompt(
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """
-    Token ids of prompts as text, of `format_prompt` or of a data set. The tokenizer puts its special tokens
-    before them, unless all open with the BOS text already.
+    Token ids of prompts as text, of `format_prompt` or of a data set. The special tokens that the tokenizer
+    puts before a text go before them, unless all open with these or with the BOS text already. Those that it
+    puts after a text are left out: the model writes on there.
     """
-    bos = tokenizer.bos_token
-    special = not (bos and all(text.startswith(bos) for text in texts))
-    return tokenizer(text=list(texts), add_special_tokens=special)["input_ids"]
+    rows = tokenizer(text=list(texts), add_special_tokens=False)["input_ids"]
+    opening = _opening(tokenizer)
+    if all(_opens(text, opening, tokenizer) for text in texts):
+        return rows
+    return [[*opening.ids, *row] for row in rows]
 
 
 # What rendering a faulty template raises: jinja2's errors, and those of Python's operators and methods in it.
@@ -370,10 +371,20 @@ def chat_template_variables(template: str) -> frozenset[str]:
     return frozenset(name for name in variables if name not in provided and not name.endswith("_token"))
 
 
-def _own_bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The BOS text that `tokenizer(text)` would prepend by itself, "" when it prepends none."""
-    bos = getattr(tokenizer, "bos_token", None)
-    if not bos:
-        return ""
-    ids = tokenizer("a")["input_ids"]
-    return str(bos) if ids and ids[0] == tokenizer.bos_token_id else ""
+class _Opening(NamedTuple):
+    """The special tokens that a tokenizer puts before a text by itself."""
+
+    ids: list[int]
+    text: str
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> _Opening:
+    bare, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    before = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
+    return _Opening(ids[:before], "".join(tokenizer.convert_ids_to_tokens(ids[:before])))
+
+
+def _opens(text: str, opening: _Opening, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text has its special tokens already: those of the tokenizer, or BOS."""
+    starts = (opening.text, getattr(tokenizer, "bos_token", None))
+    return text.startswith(tuple(start for start in starts if start))

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from steer.errors import SteerError
 from steer.stop_tokens import end_of_turn
+from steer.tasks.prompts import prompt_ids
 
 log = logging.getLogger("steer")
 
@@ -38,15 +39,12 @@ def tokens(
     """
     turn = end_of_turn(tokenizer)
     turn = tokenizer.eos_token_id if turn is None else turn
-    bos = tokenizer.bos_token
     rows: list[dict[str, list[int]]] = []
     for one in made:
         end = turn if one.chat else tokenizer.eos_token_id
         if end is None:
             raise SteerError("the tokenizer has no token that ends a text (eos_token); set one on it")
-        # as `prompt_ids` for one text
-        special = not (bos and one.prompt.startswith(bos))
-        first = list(tokenizer(one.prompt, add_special_tokens=special)["input_ids"])
+        (first,) = prompt_ids(tokenizer, [one.prompt])
         better, worse = (
             list(tokenizer(text or "", add_special_tokens=False)["input_ids"]) for text in one[1:3]
         )

@@ -1,11 +1,12 @@
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from steer.errors import SteerError
 from steer.prompt import PromptSpec
 from steer.tasks import prompts
 from steer.tasks.prompts import TEMPLATES
+from steer.training.answer_tokens import Example, tokens
 
 
 def format_prompt(problem, tokenizer, *fields, **named):
@@ -84,6 +85,35 @@ def test_the_tokens_are_those_the_tokenizer_itself_would_make(template):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids[0] == 1 and ids.count(1) == 1
     assert ids == tokenizer(text.removeprefix("<s>"))["input_ids"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("single", "before"),
+    [("</s> $A", "</s>"), ("[g] <s> $A", "[g]<s>"), ("<s> $A </s>", "<s>"), ("$A </s>", "")],
+)
+def test_training_reads_the_tokens_that_evaluation_reads(template, single, before):
+    words = {"<unk>": 0, "<s>": 1, "a": 2, "</s>": 3, "[g]": 4}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    specials = [(name, words[name]) for name in ("<s>", "</s>", "[g]")]
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=specials)
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    more = [AddedToken("[g]", special=True)]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=more, **named)
+    tokenizer.chat_template = CHAT
+    text = format_prompt("a", tokenizer, template)
+    assert text == before + format_prompt("a", make_tokenizer(CHAT), template)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    (trained,) = prompts.prompt_ids(tokenizer, [text])
+    assert trained == ids
+    assert tokens([Example(text, "a")], tokenizer, "dpo")[0]["prompt_ids"] == ids
+    # a text of one's own, and a chat template that writes what the tokenizer puts before a text
+    own = tokenizer("a a")["input_ids"]
+    (trained,) = prompts.prompt_ids(tokenizer, ["a a"])
+    assert trained == (own[:-1] if single.endswith("</s>") else own)
+    tokenizer.chat_template = before + CHAT
+    assert format_prompt("a", tokenizer, template) == text
 
 
 def test_bos_written_by_the_chat_template_is_not_doubled():
