@@ -7,7 +7,9 @@ the head is frozen the gradient is known as soon as the logits are: with p = sof
     d log p_y / d h = W^T (1_y - p)                                                    (tokens, width)
 
 is computed beside them and kept, and the backward pass multiplies its rows with the incoming gradient. In
-bfloat16 the logits and 1_y - p are rounded, as trl rounds them, and all between them is float32.
+bfloat16 the logits and 1_y - p are rounded, as trl rounds them, and all between them is float32. Under
+autocast the products are in its dtype, as those of the model's own head. Each call then copies the weight:
+272 MB in bfloat16 for 151,936 words and a width of 896.
 
 Between the products a few rows are worked on at a time (`cpu.cached_rows`): with a vocabulary of 151,936, a
 tile in float32 is 156 MB, and each operation on all of it would read and write main memory.
@@ -39,13 +41,17 @@ class FrozenHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         log_probs, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        tile = hidden.new_empty(min(TILE, len(hidden)), len(weight))
+        kind = hidden.device.type
+        # Autocast leaves a product alone that is written to a given tensor.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        near, head = hidden.to(dtype), weight.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        tile = near.new_empty(min(TILE, len(hidden)), len(weight))
         few = cached_rows(len(weight))
         logits_buffer, exp_buffer = hidden.new_empty(2, min(few, len(tile)), len(weight), dtype=wide)
         for start in range(0, len(hidden), TILE):
             tile = tile[: len(hidden) - start]
-            torch.mm(hidden[start : start + TILE], weight.t(), out=tile)
+            torch.mm(near[start : start + TILE], head.t(), out=tile)
             for i in range(0, len(tile), few):
                 rows = tile[i : i + few]
                 part = slice(start + i, start + i + len(rows))
@@ -66,7 +72,7 @@ class FrozenHead(torch.autograd.Function):
                 if slope is not None:
                     rows.copy_(exp.div_(-total).scatter_add_(-1, target, torch.ones_like(total)))
             if slope is not None:
-                slope[start : start + TILE] = torch.mm(tile, weight) * factor
+                slope[start : start + TILE] = torch.mm(tile, head) * factor
         ctx.save_for_backward(slope, hidden, weight)
         ctx.rest = rest
         return log_probs, entropy, None, None, None

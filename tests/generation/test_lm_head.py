@@ -92,6 +92,19 @@ def test_bfloat16_loses_no_more_than_trl_does(monkeypatch, few: int, bias: bool)
     assert off[0][1] < 0.02
 
 
+def test_under_autocast_both_products_are_in_its_dtype() -> None:
+    hidden, weight, _, targets = inputs()
+    rest = (None, targets, 0.7, 32, None, 1.0, OUTPUTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs, entropy, *_ = FrozenHead.apply(hidden, weight, *rest)
+    (gradient,) = torch.autograd.grad(log_probs.sum(), hidden)
+    half = hidden.detach().bfloat16().requires_grad_()
+    expected, spread, *_ = FrozenHead.apply(half, weight.bfloat16(), *rest)
+    (slope,) = torch.autograd.grad(expected.sum(), half)
+    assert torch.equal(log_probs, expected) and torch.equal(entropy, spread)
+    assert gradient.dtype == torch.float32 and torch.equal(gradient, slope.float())
+
+
 class Sizes(TorchDispatchMode):
     """Numbers in the result of each operation, by its name."""
 
