@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Literal
 
 from steer.errors import SteerError
@@ -56,7 +57,10 @@ class Arithmetic:
             rng.shuffle(everything)
             candidates: Iterator[list[str | int]] = iter(everything)
         else:
-            candidates = (self._nth(rng.randrange(space)) for _ in range(100 * self.problems + 1000))
+            share = self.heldout if split == "heldout" else 1 - self.heldout
+            # The first term is enough for shares above 3%; a longer draw begins as a shorter one.
+            draws = max(100 * self.problems, ceil(3 * self.problems / share)) + 1000
+            candidates = (self._nth(rng.randrange(space)) for _ in range(draws))
             candidates = (e for e in candidates if self._split_of(e) == split)
         for expression in candidates:
             if len(answers) == self.problems:

@@ -91,6 +91,12 @@ def test_arithmetic_does_not_depend_on_the_process():
 PINNED = ["7 + 64", "31 - 5", "28 + 37"]
 
 
+@pytest.mark.parametrize(("split", "heldout"), [("heldout", 0.002), ("train", 0.998)])
+def test_a_small_share_of_a_large_space_is_found(split, heldout):
+    found = Arithmetic(digits=4, terms=3, problems=30, heldout=heldout).generate(split)
+    assert len({expression(record) for record in found}) == 30
+
+
 def test_too_few_distinct_problems():
     with pytest.raises(
         SteerError, match=r"only [5-7][0-9] distinct train problems found.*500 were asked for"
