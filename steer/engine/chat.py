@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from steer.errors import SteerError
+from steer.errors import SteerError, one_line, shown
 from steer.prompt import PromptSpec
-from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATES, chat_turns, with_changes
+from steer.tasks.prompts import DEFAULT_PROMPT, TEMPLATE_ERRORS, TEMPLATES, chat_turns, with_changes
 
 # The value of `steer serve --template` that leaves all requests as they are.
 AS_SENT = "none"
@@ -102,17 +103,45 @@ def put(request: Mapping[str, Any], prompt: PromptSpec, tokenizer: Any) -> dict[
         tokenizer: that of the model which is served.
 
     Raises:
-        SteerError: the chat template takes neither the turns nor the variables.
+        SteerError: the chat template takes neither the turns nor the variables, or puts the prefix elsewhere
+            than training did.
     """
     question = _question(request)
     if question is None:
         return dict(request)
     variables = {**(prompt.chat_template_kwargs or {}), **(request.get("chat_template_kwargs") or {})}
-    asked, _ = chat_turns(question, tokenizer, replace(prompt, chat_template_kwargs=variables))
+    asked, text = chat_turns(question, tokenizer, replace(prompt, chat_template_kwargs=variables))
     changed: dict[str, Any] = {**request, "messages": asked}
     if variables:
         changed["chat_template_kwargs"] = variables
     if prompt.prefix:  # the opening of the model's own turn, which it goes on with
         changed["messages"] = [*asked, {"role": "assistant", "content": prompt.prefix}]
         changed |= {"add_generation_prompt": False, "continue_final_message": True}
+        _check_opening(changed["messages"], text, prompt.prefix, tokenizer, variables)
     return changed
+
+
+def _check_opening(
+    turns: Sequence[Mapping[str, str]], text: str, prefix: str, tokenizer: Any, variables: Mapping[str, Any]
+) -> None:
+    """
+    SteerError unless `turns`, which end with `prefix`, are the text of training: `text`, then `prefix`. Qwen3's
+    chat template puts an empty thought before an answer that is there, and none where one is asked for.
+    """
+    trained = text + prefix
+    try:
+        begun = str(
+            tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True, **variables)
+        )
+    except TEMPLATE_ERRORS as error:
+        told = one_line(error)
+    else:
+        if begun == trained:
+            return
+        same = len(os.path.commonprefix([begun, trained]))  # noqa: RUF071  # characters are meant
+        told = f"it writes {shown(begun[same:])} where training had {shown(trained[same:])}"
+    raise SteerError(
+        f"the vectors were trained with the prefix {shown(prefix)}, and the chat template puts it elsewhere "
+        f"({told}): send the text of steer.tasks.prompts.format_prompt to /v1/completions with "
+        'add_special_tokens=false, or choose "prompt": "none" in steering (--template none for all requests)'
+    )

@@ -216,7 +216,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
 
 
 # What rendering a faulty template raises: jinja2's errors, and those of Python's operators and methods in it.
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 def _plain_text(problem: str, template: Template, examples: Sequence[tuple[str, str]]) -> str:
@@ -286,7 +286,7 @@ def chat_turns(
             text = str(
                 tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables)
             )
-        except _TEMPLATE_ERRORS as error:
+        except TEMPLATE_ERRORS as error:
             told = told or one_line(error)
             continue
         lost = [part for part in (user, system, *worked) if not _holds(text, part)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from helpers.steering import message
 
 from steer.engine.chat import is_question, put, served_prompt
 from steer.errors import SteerError
@@ -49,6 +50,28 @@ def test_the_text_of_the_turns_is_that_of_training(tiny_tokenizer: Any) -> None:
         continue_final_message=changed["continue_final_message"],
     )
     assert text == format_prompt("1+1?", tiny_tokenizer, prompt)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("'<t></t>' + message['content']", "it writes '<t></t>To' where training had 'To'"),  # as Qwen3's
+        ("''", "does not appear in the chat"),
+    ],
+)
+def test_a_prefix_that_the_template_lays_out_otherwise_is_refused(
+    tiny_tokenizer: Any, answer: str, told: str
+) -> None:
+    tiny_tokenizer.chat_template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}"
+        f"{{{{ {answer} }}}}{{% else %}}{{{{ message['content'] }}}}{{% endif %}}{{{{ eos_token }}}}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    request = {"messages": [{"role": "user", "content": "1+1?"}]}
+    assert put(request, SHORT, tiny_tokenizer)["messages"][-1]["role"] == "user"
+    with pytest.raises(SteerError, match=told) as error:
+        put(request, PromptSpec("boxed_short", "To"), tiny_tokenizer)
+    assert "trained with the prefix 'To'" in message(error)
 
 
 def test_a_question_in_parts_of_text_is_one(tiny_tokenizer: Any) -> None:
