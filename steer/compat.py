@@ -204,8 +204,8 @@ TRAINER_ATTRIBUTES = (
 )
 # Those that it sets for each batch, where the model has tools; tests/training/test_tool_calls.py reads them.
 BATCH_ATTRIBUTES = ("_async_tool_dicts", "_sync_tool_dicts")
-# The one of a `VLLMGeneration` in sleep mode; trl sets it where an engine sleeps.
-ENGINE_ATTRIBUTES = ("_llm_weights_sleeping",)
+# Those that trl sets where an engine samples: of a `VLLMGeneration` that sleeps, and of a `GRPOTrainer`.
+ENGINE_ATTRIBUTES = ("_llm_weights_sleeping", "_last_loaded_step")
 # Those of a `torch.nn.Module`, torch 2.13.0.
 MODULE_ATTRIBUTES = ("_forward_hooks", "_forward_pre_hooks")
 

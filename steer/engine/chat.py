@@ -125,8 +125,8 @@ def _check_opening(
     turns: Sequence[Mapping[str, str]], text: str, prefix: str, tokenizer: Any, variables: Mapping[str, Any]
 ) -> None:
     """
-    SteerError unless `turns`, which end with `prefix`, are the text of training: `text`, then `prefix`. Qwen3's
-    chat template puts an empty thought before an answer that is there, and none where one is asked for.
+    SteerError unless `turns`, which end with `prefix`, are the text of training: `text`, then `prefix`. The
+    chat template of Qwen3 puts an empty thought before an answer that is there, and none where one begins.
     """
     trained = text + prefix
     try:

@@ -39,6 +39,11 @@ class Receipt:
     bytes: int  # of the vectors sent, 4 for each number
     layers: dict[int, str] = field(repr=False)  # checksums; other layers hold zeros
 
+    def is_of(self, vectors: Mapping[int, torch.Tensor], positions: str) -> bool:
+        """Whether the push was of `vectors`, (hidden_size,) by layer, with these `positions`."""
+        layers = {layer: checksum(vector) for layer, vector in vectors.items()}
+        return (layers, positions) == (self.layers, self.positions)
+
     def check(self, answers: Sequence[Mapping[str, Any]]) -> None:
         """
         SteerError unless all workers still hold the vectors of this push, with both values.

@@ -29,7 +29,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from steer import compat
 from steer.artifact import Artifact
-from steer.engine.client import Server, push, returned_logprobs, verify
+from steer.engine.client import Server, push, returned_logprobs, steered_layers, verify
 from steer.engine.compat import warn_version
 from steer.engine.eager import enforce_eager, say_whether_it_pays
 from steer.engine.logprobs import PROCESSED, logprobs_mode
@@ -125,6 +125,13 @@ class VectorGeneration(VLLMGeneration):
             self.sync_bytes = self.receipt.bytes
         self.accelerator.wait_for_everyone()
         self.sync_seconds = time.perf_counter() - started
+
+    def outdated(self) -> bool:
+        """Whether the vectors are others than this process pushed last. All processes ask together."""
+        tensors = self.vectors.tensors()
+        if self.receipt is None:
+            return False
+        return not self.receipt.is_of(*steered_layers(Artifact(self.vectors.config, tensors)))
 
     def generate(self, *args: Any, **kwargs: Any) -> tuple:
         """trl's; SteerError when the engine has died, or did not hold the pushed vectors all the time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +11,7 @@ from trl.trainer.grpo_trainer import RewardFunc
 
 from steer.config import SteeringConfig
 from steer.engine.logprobs import logprobs_mode
+from steer.errors import SteerError
 from steer.training.batches import loss_mask
 from steer.training.config import SteeringGRPOConfig
 from steer.training.group_trainer import GroupGRPOTrainer
@@ -21,6 +22,9 @@ from steer.training.steering_mixin import SteeringTrainerMixin
 from steer.training.tool_calls import check_tools
 from steer.training.trainer_config import SteeringTrainerConfig
 from steer.vectors import attached
+
+if TYPE_CHECKING:
+    from steer.engine.rollout import VectorGeneration
 
 
 class SteeringGRPOTrainer(SteeringTrainerMixin, GroupGRPOTrainer):
@@ -82,12 +86,27 @@ class SteeringGRPOTrainer(SteeringTrainerMixin, GroupGRPOTrainer):
 
         return vector_rollouts(self.vectors, args)
 
+    def _generate(self, prompts: list) -> tuple:
+        if self.use_vllm:
+            self._push_changed()
+        return super()._generate(prompts)
+
+    def _push_changed(self) -> None:
+        """Let trl push vectors that changed without an update; it pushes at another `global_step` alone."""
+        if off := self.vectors._off():
+            raise SteerError(
+                f"the engine samples with the vectors that it was sent, and they are off here ({off}): "
+                "sample outside of that block, or set vectors.scale = 0 for samples of the base model"
+            )
+        if self.state.global_step == self._last_loaded_step:
+            engine = cast("VectorGeneration", self.vllm_generation)
+            if self._any_process(engine.outdated()):
+                self._last_loaded_step = -1
+
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         loss = super()._loss(model, inputs)
         if self.use_vllm:
-            from steer.engine.rollout import VectorGeneration
-
-            engine = cast(VectorGeneration, self.vllm_generation)
+            engine = cast("VectorGeneration", self.vllm_generation)
             training = self.model.training
             metrics: dict[str, float] = {"sync_seconds": engine.sync_seconds, "sync_bytes": engine.sync_bytes}
             if engine.logprobs_mode is not None:
