@@ -17,7 +17,7 @@ from steer.errors import SteerError
 
 RAW, PROCESSED = "raw_logprobs", "processed_logprobs"
 # Keys of `generation_kwargs` that do not change the distribution of the next token.
-_SAME_DISTRIBUTION = frozenset({"seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos"})
+_SAME_DISTRIBUTION = frozenset({"stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos"})
 
 
 def logprobs_mode(args: GRPOConfig) -> str | None:

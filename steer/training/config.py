@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trl import GRPOConfig
 
 from steer.engine.logprobs import logprobs_mode
-from steer.errors import SteerError
+from steer.errors import SteerError, shown
 from steer.training.settings import IGNORED_BY_GRPO
 from steer.training.trainer_config import SteeringTrainerConfig
 
@@ -188,6 +188,11 @@ class SteeringGRPOConfig(SteeringTrainerConfig, GRPOConfig):  # type: ignore[mis
                 f"{', '.join(_SAMPLING[name] for name in named)} instead"
             )
         if self.use_vllm:
+            if (seed := (self.generation_kwargs or {}).get("seed")) is not None:
+                raise SteerError(
+                    f"generation_kwargs has seed={shown(seed)}, with which vLLM begins every request: the "
+                    "samples of a prompt are the same, or those of each step; leave it out"
+                )
             logprobs_mode(self)  # refuses sampling whose log-probabilities do not compare
         elif self.vllm_structured_outputs_regex is not None:
             raise SteerError(

@@ -28,7 +28,7 @@ PLAIN: list[dict[str, Any]] = [
     {},
     {"temperature": 0.7},
     {"top_p": 1.0, "top_k": 0, "min_p": 0.0},
-    {"generation_kwargs": {"seed": 3, "stop": ["\n"]}},
+    {"generation_kwargs": {"stop": ["\n"], "ignore_eos": True}},
 ]
 
 
@@ -71,6 +71,11 @@ def test_a_regex_without_an_engine_is_refused(tmp_path: Path) -> None:
 def test_settings_are_given_once(tmp_path: Path, key: str, setting: str) -> None:
     with pytest.raises(SteerError, match=rf"generation_kwargs has {key}, .*set {setting} instead"):
         config(tmp_path, generation_kwargs={key: 1})
+
+
+def test_a_seed_for_each_request_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match=r"generation_kwargs has seed=3, .* are the same.*leave it out"):
+        settings(tmp_path, generation_kwargs={"seed": 3})
 
 
 def test_a_population_knows_the_sampling_that_it_can_weigh(tmp_path: Path) -> None:
