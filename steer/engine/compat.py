@@ -139,6 +139,23 @@ def rotate_heads_on_cpus() -> None:
     RotaryEmbedding.forward_cpu = forward_cpu
 
 
+def whole_prompts(longest: int | None) -> dict[str, Any]:
+    """
+    Settings of an engine whose requests have seeds: on a CPU it reads no prompt in pieces. That makes vLLM
+    take back a draw, which a CPU's seeded generators cannot.
+
+    Args:
+        longest: the most tokens of a prompt and its answer; None for the model's own limit.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return {}
+    # without a `longest`, vLLM makes room for the model's
+    room = {} if longest is None else {"max_num_batched_tokens": max(4096, longest)}
+    return {"enable_chunked_prefill": False, **room}
+
+
 def warn_version() -> None:
     """trl's warning of a vLLM version that it does not support, unless steer was checked with that one."""
     import vllm

@@ -13,7 +13,7 @@ import torch
 
 from steer.artifact import Artifact
 from steer.engine.client import push, request, verify
-from steer.engine.compat import warn_version
+from steer.engine.compat import warn_version, whole_prompts
 from steer.engine.eager import enforce_eager, say_whether_it_pays
 from steer.engine.logprobs import PROCESSED, logprobs_mode
 from steer.engine.receipt import Receipt
@@ -68,6 +68,7 @@ class EngineSampler:
             "logprobs_mode": self.logprobs_mode or PROCESSED,
             "enforce_eager": eager,
             "additional_config": {"steering_slots": members + 2},  # base model and default set have one
+            **whole_prompts(args.vllm_max_model_length),
         }
         self.llm = LLM(**{**settings, **more})
 

@@ -170,12 +170,13 @@ class VllmEngine:
     ):
         try:
             from vllm import LLM
-            from vllm.platforms import current_platform
         except ImportError as error:
             raise SteerError(
                 f"--engine vllm needs vLLM, which does not import here ({_line(error)}); install it, or use "
                 "--engine hf"
             ) from error
+        from steer.engine.compat import whole_prompts
+
         adapters = [variant for variant in variants if variant.kind == "adapter"]
         asked: dict[str, Any] = {
             "model": source_of(name),
@@ -192,9 +193,7 @@ class VllmEngine:
                     f"vLLM serves LoRA adapters alone and {unknown[0]!r} is none; use --engine hf"
                 )
             asked |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _served_rank(max(ranks.values()))}
-        if current_platform.is_cpu():
-            # A prompt read in pieces makes vLLM take back a draw, which a CPU's seeded generators cannot.
-            asked |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len)}
+        asked |= whole_prompts(max_len)
         try:
             self.llm = LLM(**{**asked, **(engine_args or {})})
         except (ValueError, RuntimeError, TypeError) as error:

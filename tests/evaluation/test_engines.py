@@ -32,6 +32,7 @@ def test_engine_args_decide_whether_vllm_compiles(
     with caplog.at_level("INFO", "steer"):
         VllmEngine("model", None, "float32", 64, [], asked, tokens=10)
     assert started["enforce_eager"] is expected
+    assert (started["enable_chunked_prefill"], started["max_num_batched_tokens"]) == (False, 4096)
     assert ("starts without compiling" in caplog.text) == (given is None)
 
 
