@@ -116,6 +116,13 @@ def train_members(study: Study, members: Sequence[RunSettings]) -> None:
             f"{len(members)} members cannot be divided among {state.num_processes} processes; start no more "
             "processes than members"
         )
+    alone = state.num_processes == 1 or state.device.type == "cpu"
+    if not alone and any(member.training.use_vllm for member in members):
+        raise SteerError(
+            f"use_vllm=true in {state.num_processes} processes on GPUs: the engine of each would start on "
+            "the first GPU; start one process, or one run for each GPU, with CUDA_VISIBLE_DEVICES, members "
+            "and an output_dir of its own, or set use_vllm=false"
+        )
     by_reward = study.asked.halve_at and study.asked.halve_on == "reward"
     if by_reward and any(member.training.pass_rate_floor < 1 for member in members):
         raise SteerError(
