@@ -10,6 +10,7 @@ Nothing of these libraries is imported before a function here is called.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ APIS: tuple[Api, ...] = (
     Api("torch.cpu._is_avx512_bf16_supported", _TORCH, "chooses the precision on a CPU by it", ()),
     Api("torch.cpu._is_amx_tile_supported", _TORCH, "chooses the precision on a CPU by it", ()),
     Api("torch._C._current_graph_task_id", _TORCH, "tells by it that a backward pass runs"),
+    Api("torch._dynamo.convert_frame.input_codes", _TORCH, "tells by it that something was compiled"),
     Api("transformers.trainer._is_peft_model", _TRANSFORMERS, "answers for it under DeepSpeed", ("model",)),
     Api("transformers.trainer.save_fsdp_model", _TRANSFORMERS, "leaves it out", ("fsdp_plugin", MORE)),
     Api(
@@ -266,6 +268,18 @@ def in_backward() -> bool:
     import torch
 
     return torch._C._current_graph_task_id() != -1
+
+
+def forget_compiled() -> None:
+    """
+    Let compiled models be compiled again at their next pass: a graph does not notice that hooks are added or
+    removed.
+    """
+    import torch
+
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is not None and frames.input_codes.seen:
+        torch.compiler.reset()
 
 
 def cpu_multiplies_bfloat16() -> bool:

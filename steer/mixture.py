@@ -28,6 +28,7 @@ from torch import nn
 from steer.artifact import Artifact
 from steer.artifact_tensors import renamed
 from steer.batching import BatchGuard
+from steer.compat import forget_compiled
 from steer.errors import SteerError
 from steer.expression import Term
 from steer.hooks import Site, hook
@@ -37,7 +38,7 @@ from steer.probe import verify
 from steer.prompt_watch import PromptWatch
 from steer.sites import find_decoder
 from steer.vector_sets import prompt_lengths
-from steer.vectors import AnyVector, SteeringVectors, build
+from steer.vectors import AnyVector, SteeringVectors, build, check_bare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,15 +98,17 @@ def mixed(
     Raises:
         SteerError: an artifact is for a model of another shape, or the model has vectors already.
     """
-    _check_bare(model)
+    check_bare(model)
     made = {name: _built(model, name, saved, tokenizer) for name, saved in artifacts.items()}
     with ExitStack() as stack:
+        stack.callback(forget_compiled)  # when the hooks are gone
         for vectors, places in made.values():
             for module, place in zip(vectors._modules.values(), places, strict=True):
                 stack.callback(hook(module, place).remove)
             if vectors.reads_prompt:
                 stack.callback(PromptWatch(model, vectors._state, vectors._asked).remove)
             stack.callback(BatchGuard(model, vectors._off).remove)
+        forget_compiled()
         yield {name: vectors for name, (vectors, _) in made.items()}
 
 
@@ -132,7 +135,7 @@ class Mixer:
     """The sets of vectors in `model`, by name, all off outside of `active`."""
 
     def __init__(self, model: nn.Module):
-        _check_bare(model)
+        check_bare(model)
         self.model = model
         self.sets: dict[str, SteeringVectors] = {}
         # of the thread, and in asyncio of the task: what one user chooses does not reach another
@@ -162,6 +165,7 @@ class Mixer:
             hook(_Switched(self, name, layer, vector), place)
         if vectors.reads_prompt:
             PromptWatch(self.model, state)
+        forget_compiled()
         self.sets[name] = vectors
 
     @property
@@ -229,11 +233,6 @@ class _Switched:
     def __call__(self, hidden: torch.Tensor, *read: torch.Tensor) -> torch.Tensor:
         on = self.mixer.current.strength(self.name, self.layer)
         return self.vector(hidden, *read) if on else hidden
-
-
-def _check_bare(model: nn.Module) -> None:
-    if "steering_vectors" in model.__dict__:
-        raise SteerError("the model already has steering vectors; call steer.detach(model) first")
 
 
 def _built(

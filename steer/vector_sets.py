@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from steer.compat import forget_compiled
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hook
 from steer.probe import verify
 from steer.prompt_watch import PromptWatch
 from steer.sites import Site, find_decoder
-from steer.vectors import AnyVector, SteeringVectors, build
+from steer.vectors import AnyVector, SteeringVectors, build, check_bare
 
 BASE = -1
 
@@ -61,8 +62,7 @@ class Population:
     """The sets of vectors of one frozen `model`, by name; `sets` keeps the order in which they were added."""
 
     def __init__(self, model: nn.Module):
-        if "steering_vectors" in model.__dict__:
-            raise SteerError("the model already has steering vectors; call steer.detach(model) first")
+        check_bare(model)
         self.model = model
         self.num_hidden_layers = find_decoder(model).num_hidden_layers
         self.sets: dict[str, SteeringVectors] = {}
@@ -95,6 +95,7 @@ class Population:
             self._places[key].vectors[name] = module
         if config.positions != "all":
             self._handles.append(PromptWatch(self.model, vectors._state))
+        forget_compiled()
         self.sets[name] = vectors
         return vectors
 
@@ -138,6 +139,7 @@ class Population:
         """The base model again, bit for bit, with the parameters trainable that were before."""
         for handle in reversed(self._handles):
             handle.remove()
+        forget_compiled()
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         self.model.__dict__.pop("steering_population", None)

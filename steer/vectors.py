@@ -21,6 +21,7 @@ from torch import nn
 from steer import artifact
 from steer.artifact_tensors import directions_name, probe_name, renamed
 from steer.batching import BatchGuard
+from steer.compat import forget_compiled
 from steer.config import SteeringConfig
 from steer.errors import SteerError
 from steer.hooks import hook
@@ -258,8 +259,7 @@ def attach(model: nn.Module, config: SteeringConfig | None = None) -> SteeringVe
 
 def _attach(model: nn.Module, config: SteeringConfig) -> SteeringVectors:
     decoder = find_decoder(model)
-    if "steering_vectors" in model.__dict__ or any(hasattr(layer, "steering") for layer in decoder.layers):
-        raise SteerError("the model already has steering vectors; call steer.detach(model) first")
+    check_bare(model)
     vectors, places = build(model, config)
     verify(decoder, vectors.layers, config.kind, config.site, places)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -275,6 +275,7 @@ def _attach(model: nn.Module, config: SteeringConfig) -> SteeringVectors:
     vectors._was_trainable = trainable
     model.__dict__["steering_vectors"] = vectors
     warn_when_saved(model)
+    forget_compiled()
     return vectors
 
 
@@ -305,13 +306,28 @@ def build(
     return made, places
 
 
+def check_bare(model: nn.Module) -> None:
+    """SteerError when there are vectors inside `model`, whatever wraps the one that they were attached to."""
+    if _steered(model):
+        raise SteerError("the model already has steering vectors; call steer.detach(model) first")
+
+
+def _steered(model: nn.Module) -> bool:
+    return any(hasattr(module, "steering") for module in model.modules())
+
+
 def attached(model: nn.Module) -> SteeringVectors:
-    """The vectors inside `model`; SteerError when there are none."""
-    if "steering_vectors" not in model.__dict__:
+    """The vectors inside `model`, which may wrap the one that has them; SteerError when there are none."""
+    for module in model.modules():
+        if "steering_vectors" in module.__dict__:
+            return module.__dict__["steering_vectors"]
+    kind = type(model).__name__
+    if _steered(model):
         raise SteerError(
-            f"this {type(model).__name__} has no steering vectors; call steer.attach or steer.load first"
+            f"the vectors in this {kind} were attached to another object that holds the same layers, such as "
+            "what torch.compile or PEFT returned; pass that one"
         )
-    return model.__dict__["steering_vectors"]
+    raise SteerError(f"this {kind} has no steering vectors; call steer.attach or steer.load first")
 
 
 def detach(model: nn.Module) -> None:
@@ -319,6 +335,7 @@ def detach(model: nn.Module) -> None:
     Take the vectors out: the base model again, bit for bit, with the parameters trainable that were before.
     """
     vectors = attached(model)
+    model = vectors.model  # which the one given may wrap
     for handle in vectors._handles:
         handle.remove()
     decoder = find_decoder(model)
@@ -330,6 +347,7 @@ def detach(model: nn.Module) -> None:
         model.get_parameter(name).requires_grad_(True)
     del model.__dict__["steering_vectors"]
     model.__dict__.pop("save_pretrained", None)  # `warn_when_saved`
+    forget_compiled()
 
 
 def load(

@@ -10,8 +10,10 @@ from helpers.steering import FEW, SOME, fill, logits, message, tokens
 from transformers import PreTrainedModel
 
 import steer
-from steer import SteerError, SteeringConfig, SteeringVectors
+from steer import Artifact, SteerError, SteeringConfig, SteeringVectors
 from steer.config import POSITIONS
+from steer.mixture import Mixer, mixed
+from steer.vector_sets import Population
 
 # --- compile, generate, positions
 
@@ -41,6 +43,39 @@ def test_compiled_equals_eager(compiled):
         assert (seen[-1] - seen[-2]).abs().max() > 1e-3
     with vectors.disabled():
         torch.testing.assert_close(logits(fast, ids, use_cache=False), base)
+
+
+def test_a_model_that_was_compiled_before_is_steered(compiled):
+    model, fast = compiled
+    ids = tokens()
+    base = logits(fast, ids, use_cache=False)
+    vectors = fill(steer.attach(model))
+    saved = Artifact(vectors.config, vectors.tensors())
+    steered = logits(model, ids, use_cache=False)
+    assert (steered - base).abs().max() > 1e-3
+    torch.testing.assert_close(logits(fast, ids, use_cache=False), steered)
+    steer.detach(model)
+    torch.testing.assert_close(logits(fast, ids, use_cache=False), base)
+    with mixed(model, {"one": saved}):
+        torch.testing.assert_close(logits(fast, ids, use_cache=False), steered)
+    torch.testing.assert_close(logits(fast, ids, use_cache=False), base)
+
+
+def test_sets_in_a_model_that_was_compiled_before(compiled, monkeypatch):
+    model, fast = compiled
+    vectors = steer.attach(model)
+    saved = Artifact(vectors.config, vectors.tensors())
+    steer.detach(model)
+    logits(fast, tokens(), use_cache=False)
+    resets: list[bool] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
+    population = Population(model)
+    population.add("one", SteeringConfig())
+    assert len(resets) == 1
+    population.remove_all()
+    assert len(resets) == 2
+    Mixer(model).add("one", saved)
+    assert len(resets) == 3
 
 
 def test_compiled_gradients_and_positions_equal_eager(compiled):

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from helpers.kinds import RANK
-from helpers.steering import fill, logits, tokens
+from helpers.steering import fill, logits, message, tokens
 from safetensors.torch import load_file, save
 from torch import nn
 
 import steer
-from steer import SteerError, SteeringConfig
+from steer import Artifact, SteerError, SteeringConfig
 from steer.artifact import read_numpy
 from steer.artifact_file import digest
+from steer.mixture import Mixer, mixed
 from steer.names import canonical
 from steer.sites import find_decoder
+from steer.vector_sets import Population
 
 
 def adapted(model: nn.Module) -> nn.Module:
@@ -100,6 +102,35 @@ def test_files_with_the_names_of_a_wrapper_load(tiny_llama, tmp_path, prefix, ki
 def test_canonical_names(name: str, plain: str) -> None:
     assert canonical(name) == plain
     assert canonical(plain) == plain
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_vectors_of_a_model_that_is_wrapped_afterwards(build_tiny, wrapper) -> None:
+    model, ids = build_tiny("llama"), tokens()
+    base = logits(model, ids)
+    vectors = fill(steer.attach(model))
+    saved = Artifact(vectors.config, vectors.tensors())
+    wrapped = WRAPPERS[wrapper](model)
+    assert steer.attached(wrapped) is vectors
+    calls: tuple[Callable[[Any], Any], ...] = (steer.attach, Mixer, Population)
+    for call in calls:
+        with pytest.raises(SteerError, match="already has steering vectors"):
+            call(wrapped)
+    with pytest.raises(SteerError, match="already has steering vectors"), mixed(wrapped, {"one": saved}):
+        pass
+    if wrapper == "compiled":  # an adapter renames the parameters
+        steer.detach(wrapped)
+        assert torch.equal(logits(model, ids), base)
+
+
+def test_the_model_inside_of_the_one_that_has_the_vectors_says_which_to_pass(tiny_llama) -> None:
+    wrapped = adapted(tiny_llama)
+    vectors = steer.attach(wrapped)
+    for call in (steer.attached, steer.detach):
+        with pytest.raises(SteerError, match="attached to another object that holds") as error:
+            call(tiny_llama)
+        message(error)
+    assert steer.attached(wrapped) is vectors
 
 
 def test_a_part_of_the_model_that_is_compiled(build_tiny) -> None:
