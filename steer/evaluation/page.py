@@ -44,7 +44,9 @@ def render(
     `best_base.constant_rows`'s.
     """
     methods = sorted((m.name for m in collection.methods), key=lambda name: name != base)
-    items, left_out = _items(collection, methods, base)
+    every = _items(collection, methods, base)
+    items = every[: _fitting(every)]
+    left_out = len(every) - len(items)
     script = asset("comparison.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     notes = [*collection.notes, caution(rows, base)]
@@ -70,12 +72,13 @@ def render(
         how_to_read=_how_to_read(rows),
         wide=len(benchmarks) > 1,
         figures=[Markup(svg) for svg in shown],
-        changes=_gained_and_lost(_compared(collection, items), methods, base),
+        changes=_gained_and_lost(_compared(collection, every), items, methods, base),
         notes=[note for note in notes if note],
         sessions=[_session(session) for session in collection.sessions],
         data=json_data(
             {
                 "methods": methods,
+                "seeds": {method.name: len(method.seeds) for method in collection.methods},
                 "benchmarks": list(dict.fromkeys(item["benchmark"] for item in items)),
                 "decodings": list(
                     dict.fromkeys(d for item in items for a in item["answers"].values() for d in a)
@@ -173,11 +176,8 @@ def _how_to_read(rows: Sequence[dict[str, Any]]) -> str:
 # ---- problems and answers
 
 
-def _items(collection: Collection, methods: Sequence[str], base: str) -> tuple[list[dict[str, Any]], int]:
-    """
-    Each problem with its kept answers by method and decoding, changed ones first; and how many were left
-    out.
-    """
+def _items(collection: Collection, methods: Sequence[str], base: str) -> list[dict[str, Any]]:
+    """Each problem with its kept answers by method and decoding, changed ones first."""
     items = []
     for benchmark, problems in collection.problems.items():
         for key, problem in problems.items():
@@ -195,15 +195,19 @@ def _items(collection: Collection, methods: Sequence[str], base: str) -> tuple[l
                 items.append({**item, "answers": answers})
     # those that changed come first, so that they are what is kept when not all can be
     items.sort(key=lambda item: not any(_change(item, base, m) for m in methods))
-    kept, size = 0, 0
-    for item in items:
+    return items
+
+
+def _fitting(items: Sequence[dict[str, Any]]) -> int:
+    """How many of the items, from the first on, have room in a page."""
+    size = 0
+    for kept, item in enumerate(items):
         size += len(item["problem"]) + sum(
             len(a["text"]) for m in item["answers"].values() for a in m.values()
         )
         if size > MAX_CHARACTERS:
-            break
-        kept += 1
-    return items[:kept], len(items) - kept
+            return kept
+    return len(items)
 
 
 def _answer(row: Row) -> dict[str, Any]:
@@ -235,18 +239,21 @@ def _compared(collection: Collection, items: Sequence[dict[str, Any]]) -> list[d
 
 
 def _gained_and_lost(
-    items: Sequence[dict[str, Any]], methods: Sequence[str], base: str
+    items: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]], methods: Sequence[str], base: str
 ) -> list[dict[str, Any]]:
+    """What each method gains and loses among `items`, of which `kept` are in the page with their answers."""
+    there = {(item["benchmark"], item["id"]) for item in kept}
     blocks = []
     for method in methods[1:]:
         for change, word, kind in ((1, "gained", "good"), (-1, "lost", "bad")):
             changed = [item for item in items if _change(item, base, method) == change]
             if changed:
                 pairs = [_pair(item, base, method) for item in changed[:LISTED]]
-                more = max(0, len(changed) - LISTED)
+                more = changed[LISTED:]
+                below = sum((item["benchmark"], item["id"]) in there for item in more)
                 blocks.append(
                     {"word": word, "kind": kind, "method": method, "count": len(changed)}
-                    | {"pairs": pairs, "more": more}
+                    | {"pairs": pairs, "more": len(more), "below": below}
                 )
     return blocks
 

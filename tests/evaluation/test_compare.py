@@ -320,13 +320,20 @@ def test_problems_gained_are_counted_among_those_that_are_compared(one, tmp_path
 
 
 def test_a_page_is_kept_small(one, monkeypatch):
-    monkeypatch.setattr(page, "MAX_CHARACTERS", 2000)
+    monkeypatch.setattr(page, "LISTED", 3)
     found = collect([one])
+    whole = page.render(found, compare.score(found, "base"), "base", {})
+    assert "and 17 more, below" in whole and "of them below" not in whole
+    monkeypatch.setattr(page, "MAX_CHARACTERS", 2000)
     text = page.render(found, compare.score(found, "base"), "base", {})
     kept = json.loads(re.findall(r'id="data">(.*?)</script>', text)[0])["items"]
     assert 0 < len(kept) < N
     assert all(int(item["id"][1:]) % 4 != 2 for item in kept), "those that changed come first"
     assert f"the answers to {N - len(kept)} problems are left out of this page" in text
+    for counted in ("good: 20 problems</summary>", "noisy: 10 problems</summary>"):
+        assert counted in whole and counted in text
+    below = sum(int(item["id"][1:]) % 2 for item in kept) - 3  # `good` gains the odd ones, and lists three
+    assert 0 < below < 17 and f"and 17 more, {below} of them below" in text
 
 
 def chromium(argument: str, target: Path, folder: Path) -> str:
@@ -363,6 +370,19 @@ def test_a_browser_shows_and_filters_the_answers(written, tmp_path, chosen, list
         assert "&lt;/script&gt;&lt;script&gt;document.title" in shown
     else:
         assert "No problem passes this filter." in shown
+
+
+def test_a_method_of_several_seeds_has_no_answer_of_a_seed_that_it_lacks(tmp_path):
+    right = {name: [[r] for r in GOOD] for name in ("s#1", "s#2", "t#1", "t#3")}
+    found = collect([make_run(tmp_path / "r", {"base": [[r] for r in BASE], **right})])
+    text = page.render(found, compare.score(found, "base"), "base", {})
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text)[0])
+    assert data["seeds"] == {"base": 1, "s": 2, "t": 2}
+    path = tmp_path / "index.html"  # the decoding that is named first is chosen
+    path.write_text(text.replace('"decodings": [', '"decodings": ["greedy, training seed 3", '))
+    shown = chromium("--dump-dom", path, tmp_path / "profile")
+    assert shown.count('title="s: no answer here"') == N
+    assert shown.count('<div class="answer ') == 2  # of base, and of t
 
 
 def test_a_browser_draws_the_page(written, tmp_path):
