@@ -28,6 +28,7 @@ from steer.artifact_tensors import (
     directions_name,
     expected_names,
     probe_name,
+    same_tensors,
 )
 from steer.card import MARK, PLACE, card
 from steer.config import Condition, SteeringConfig, join_layers
@@ -54,6 +55,11 @@ class Artifact:
 
     config: SteeringConfig
     tensors: Mapping[str, Any]  # torch tensors, or numpy arrays from `read_numpy`
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Artifact):
+            return NotImplemented
+        return self.config == other.config and same_tensors(self.tensors, other.tensors)
 
     @classmethod
     def from_pretrained(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steer.config import SteeringConfig
 from steer.errors import SteerError, shown
@@ -40,6 +40,14 @@ def expected_names(config: SteeringConfig, decoder: str) -> dict[str, tuple[int 
     if config.condition is not None:
         names[probe_name(decoder)] = (config.hidden_size,)
     return names
+
+
+def same_tensors(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether both have the same names, and equal numbers under each."""
+    return one.keys() == other.keys() and all(
+        values.shape == other[name].shape and bool((values == other[name]).all())
+        for name, values in one.items()
+    )
 
 
 def directions_name(decoder: str) -> str:

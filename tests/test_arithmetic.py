@@ -75,6 +75,15 @@ def test_multiples_change_the_scale_and_no_number():
         assert all(torch.equal(made.tensors[name], a.tensors[name]) for name in a.tensors)
 
 
+def test_artifacts_are_equal_where_their_settings_and_numbers_are():
+    a = make(1)
+    assert a == Artifact(a.config, {name: tensor.clone() for name, tensor in a.tensors.items()})
+    assert a != make(2) and a != 2 * a and a != "a"
+    name, *rest = a.tensors
+    assert a != Artifact(a.config, {other: a.tensors[other] for other in rest})
+    assert a != Artifact(a.config, {**a.tensors, name: a.tensors[name][:-1]})
+
+
 @pytest.mark.parametrize(
     ("first", "last", "kept"),
     [
