@@ -60,13 +60,15 @@ def _figures(report: Report) -> list[dict[str, Any]]:
 
 
 def _provenance(report: Report) -> list[tuple[str, str]]:
-    """Everything the artifact says of its making."""
-    rows = []
-    for part, values in (report.subject.vectors.config.provenance or {}).items():
-        if part != "results" and isinstance(values, dict):
-            kept = [f"{k} {_short(v)}" for k, v in values.items() if v not in (None, "", [], {})]
-            rows.append((part, ", ".join(kept)))
-    return rows
+    """Everything the artifact says of its making but its scores."""
+    made = report.subject.vectors.config.provenance or {}
+    return [(part, _told(values)) for part, values in made.items() if part != "results"]
+
+
+def _told(values: Any) -> str:
+    if not isinstance(values, dict):
+        return _short(values)
+    return ", ".join(f"{k} {_short(v)}" for k, v in values.items() if v not in (None, "", [], {}))
 
 
 def _short(value: Any) -> str:

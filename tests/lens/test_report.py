@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from steer import SteerError
 from steer.lens.findings import NOT_SEEN, NOT_SPECIFIC, RULES, SEEN, UNTESTABLE, judge
-from steer.lens.page import render
+from steer.lens.page import _provenance, render
 from steer.lens.prose import abstract
 from steer.lens.random_sets import Null
 from steer.lens.report import save_figures, study
@@ -103,6 +104,19 @@ def test_the_page_is_whole_escaped_and_refers_to_nothing_outside(report, page) -
     for finding in report.findings:
         assert finding.claim in checked.text
     assert "NaN" not in checked.text and " nan " not in checked.text
+
+
+def test_every_part_of_the_provenance_has_a_row() -> None:
+    made = {"run": {"model": "m", "seed": None}, "method": "dpo", "updates": 200, "results": {"before": 0}}
+    made["derived"] = [{"times": 2}, {"minus": {"base_model_name_or_path": "org/other"}}]
+    config = SimpleNamespace(provenance=made)
+    told: Any = SimpleNamespace(subject=SimpleNamespace(vectors=SimpleNamespace(config=config)))
+    assert dict(_provenance(told)) == {
+        "run": "model m",
+        "method": "dpo",
+        "updates": "200",
+        "derived": "{'times': 2}, {'minus': {'base_model_name_or_path': 'org/other'}}",
+    }
 
 
 def test_every_finding_has_its_numbers_and_its_draws(report) -> None:
