@@ -145,11 +145,17 @@ def build_page(
 
         quiet: Any = {"show_progress": "hidden"}
         private: Any = {**quiet, "api_visibility": "private"}
-        runs = [
-            send.click(answer, [message, turns, *settings], [*shown, message], api_name="answer", **quiet),
-            message.submit(answer, [message, turns, *settings], [*shown, message], **private),
-            again.click(answer_again, [turns, *settings], shown, api_name="answer_again", **quiet),
-        ]
+        # One conversation has one run: a pending one is not sent twice, and ends where the other begins.
+        sending: Any = [send.click, message.submit]
+        sent = gr.on(
+            sending, answer, [message, turns, *settings], [*shown, message], api_name="answer",
+            trigger_mode="once", **quiet,
+        )  # fmt: skip
+        repeated = again.click(
+            answer_again, [turns, *settings], shown, api_name="answer_again", cancels=[sent], **quiet
+        )
+        gr.on(sending, None, cancels=[repeated], api_visibility="private")
+        runs = [sent, repeated]
         table_needs = [turns, chosen, *settings]
         for event in runs:
             event.success(next_tokens, table_needs, table, **private)

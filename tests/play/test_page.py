@@ -113,6 +113,16 @@ def test_two_users_at_once_have_vectors_and_conversations_of_their_own(
         assert got == [text, expected(comparison, text, Mix({"one": one, "two": two}))]
 
 
+def test_one_conversation_has_one_run(comparison: Comparison) -> None:
+    events = list(build_page(comparison, "Tiny", "").fns.values())
+    sent, repeated = (next(e for e in events if e.api_name == name) for name in ("answer", "answer_again"))
+    assert sorted(event for _, event in sent.targets) == ["click", "submit"]
+    assert sent.trigger_mode == repeated.trigger_mode == "once"
+    for one, other in ((sent, repeated), (repeated, sent)):
+        for target in one.targets:
+            assert any(other._id in event.cancels for event in events if target in event.targets)
+
+
 def test_a_port_that_is_taken_is_one_line(comparison: Comparison) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
