@@ -82,6 +82,12 @@ APIS: tuple[Api, ...] = (
     Api("torch.cpu._is_avx512_bf16_supported", _TORCH, "chooses the precision on a CPU by it", ()),
     Api("torch.cpu._is_amx_tile_supported", _TORCH, "chooses the precision on a CPU by it", ()),
     Api("torch._C._current_graph_task_id", _TORCH, "tells by it that a backward pass runs"),
+    Api(
+        "torch.nn.Module._replicate_for_data_parallel",
+        _TORCH,
+        "tells by what it sets that a copy runs",
+        _SELF,
+    ),
     Api("torch._dynamo.convert_frame.input_codes", _TORCH, "tells by it that something was compiled"),
     Api("transformers.trainer._is_peft_model", _TRANSFORMERS, "answers for it under DeepSpeed", ("model",)),
     Api("transformers.trainer.save_fsdp_model", _TRANSFORMERS, "leaves it out", ("fsdp_plugin", MORE)),
@@ -268,6 +274,11 @@ def in_backward() -> bool:
     import torch
 
     return torch._C._current_graph_task_id() != -1
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether `nn.DataParallel` made this copy of a module, to run it in a thread of its own."""
+    return getattr(module, "_is_replica", False)
 
 
 def forget_compiled() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from steer.compat import in_backward
+from steer.compat import in_backward, is_replica
 from steer.config import Condition
 from steer.errors import SteerError
 
@@ -91,6 +91,18 @@ class SteeringState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.probe = state["probe"]
+
+    def check_thread(self, module: nn.Module, args: tuple) -> None:
+        """A forward pre-hook: refuses `nn.DataParallel` where its threads lack what the caller's has set."""
+        if not is_replica(module):
+            return
+        told = self.positions != "all" or self.condition is not None
+        if told or not self._last_enabled:
+            raise SteerError(
+                "nn.DataParallel runs the model in threads of its own, which "
+                f"`vectors.{'prompt_length(n)' if told else 'disabled()'}` does not reach; use one GPU "
+                "(CUDA_VISIBLE_DEVICES=0), or a launcher, which starts a process for each"
+            )
 
     def place(self, tokens: int, past: Cache | None, device: torch.device, rows: int = 1) -> None:
         """

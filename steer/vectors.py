@@ -186,8 +186,8 @@ class SteeringVectors:
         prompt, in the thread that calls this.
 
         Needed only when `positions` is not 'all' and the model is called without `generate()`. Run the
-        backward pass inside too when activations are checkpointed: the recomputation asks again where the
-        prompt ends.
+        backward pass inside too when activations are checkpointed, each pass with a backward pass of its own:
+        the recomputation asks again which tokens are steered, and is told those of the last pass.
         """
         before, self._state.prompt_length = self._state.prompt_length, columns
         try:
@@ -271,6 +271,8 @@ def _attach(model: nn.Module, config: SteeringConfig) -> SteeringVectors:
         decoder.holder.steering = vectors._shared[1]
     if vectors.reads_prompt:
         vectors._handles.append(PromptWatch(model, vectors._state, vectors._asked))
+    check = vectors._state.check_thread
+    vectors._handles.append(decoder.backbone.register_forward_pre_hook(check, prepend=True))
     vectors._handles.append(BatchGuard(model, vectors._off))
     vectors._was_trainable = trainable
     model.__dict__["steering_vectors"] = vectors

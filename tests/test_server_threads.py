@@ -84,6 +84,24 @@ def test_a_prompt_told_in_one_thread_is_not_told_in_another(tiny_llama) -> None:
         assert pool.submit(lambda: vectors._state.prompt_length).result() is None
 
 
+@pytest.mark.parametrize("positions", ["all", "completion"])
+def test_replicas_are_refused_where_their_threads_know_too_little(tiny_llama, positions: str) -> None:
+    """`nn.DataParallel` marks its copies of the model, and runs each in a new thread."""
+    vectors = fill(steer.attach(tiny_llama, SteeringConfig(positions=positions)), 0.3)
+    with vectors.prompt_length(3):
+        steered = logits(tiny_llama, tokens())
+    tiny_llama.model._is_replica = True
+    with ThreadPoolExecutor(1) as pool:
+        if positions == "all":
+            assert torch.equal(pool.submit(logits, tiny_llama, tokens()).result(), steered)
+            refused = vectors.disabled()
+        else:
+            refused = vectors.prompt_length(3)
+        with refused, pytest.raises(SteerError, match=r"nn\.DataParallel runs the model") as error:
+            pool.submit(logits, tiny_llama, tokens()).result()
+    message(error)
+
+
 def test_layers_run_again_in_the_backward_pass_are_steered_as_in_the_forward_pass(tiny_llama) -> None:
     """On a GPU a checkpointed layer runs again in a thread of autograd's, which nothing was set in."""
     vectors = fill(steer.attach(tiny_llama, SteeringConfig(positions="completion")), 0.3)
