@@ -182,8 +182,8 @@ def shares(profiler: Any) -> dict[str, float]:
 
 def prompt_tokens(prompts: list[list[int]]) -> int:
     """Tokens of all prompts, with what all of them begin with counted once."""
-    common = 0
-    while len({tuple(ids[: common + 1]) for ids in prompts}) == 1:
+    common, shortest = 0, min(map(len, prompts))
+    while common < shortest and len({tuple(ids[: common + 1]) for ids in prompts}) == 1:
         common += 1
     return common + sum(len(ids) - common for ids in prompts)
 

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def main() -> None:
             print(f"{part.name}: done before, in {earlier['seconds']:.0f} s", flush=True)
             continue
         left = end - time.monotonic()
-        record["parts"][part.name] = found = skipped(part, left) or run(part, args.dry_run, left, known)
+        found = skipped(part, left) or run(part, args.dry_run, left, known)
+        if found["status"] != "skipped" or earlier.get("status", "skipped") == "skipped":
+            record["parts"][part.name] = found  # else what an earlier run has found is kept
         write(out, args.level, record)
         took = f" in {found['seconds']:.0f} s" if "seconds" in found else ""
         why = f": {found['why']}" if "why" in found else ""
@@ -175,15 +178,18 @@ def run(part: Part, dry_run: bool, left: float, env: dict[str, str]) -> dict[str
     except subprocess.TimeoutExpired:
         said = _end(process)
         why = f"ended after {limit:.0f} s"
+    except BaseException:  # the check is stopped: in a session of its own the part would go on
+        _end(process)
+        raise
     found: dict[str, Any] = {
         "status": "done",
         "about": part.about,
         "command": " ".join(command[1:]),
     }
     found["seconds"] = round(time.monotonic() - start, 1)
-    lines = said.strip().splitlines()
-    if lines and lines[-1].startswith("{"):
-        found["result"] = json.loads(lines[-1])
+    result = _result(said)
+    if result is not None:
+        found["result"] = result
     elif why is None:
         why = "no result in its last line"
     if why is not None:
@@ -192,9 +198,18 @@ def run(part: Part, dry_run: bool, left: float, env: dict[str, str]) -> dict[str
     return found
 
 
+def _result(said: str) -> dict[str, Any] | None:
+    """The JSON in the last line of what a part said; None where there is none."""
+    lines = said.strip().splitlines()
+    with suppress(ValueError):
+        return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
+    return None
+
+
 def _end(process: subprocess.Popen[str]) -> str:
     """End a part and the processes that it started, which a launcher needs time for; what it said."""
-    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):  # it has just ended on its own
+        os.killpg(process.pid, signal.SIGTERM)
     try:
         return process.communicate(timeout=GRACE)[0]
     except subprocess.TimeoutExpired:
@@ -209,4 +224,5 @@ def write(out: Path, level: str, record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the part that runs too
     main()

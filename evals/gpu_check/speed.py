@@ -6,9 +6,10 @@ update, tokens per second, and memory beyond the base. Rollouts are by PyTorch, 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ SHAPES = {
 }
 METHODS = ("steer", "trl-lora", "trl-full")
 PROMPT = 64  # tokens
+WARM = 16  # tokens of a sample of the update that is not measured
 
 
 def main() -> None:
@@ -44,14 +46,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True, help="updates; of several the first is left out")
     args = parser.parse_args()
     batch = Batch(args.prompts, args.samples, args.tokens, args.rows)
+    tokenizer = words(SHAPES[args.shape][-1])
+    if args.steps == 1:  # there is no first update to leave out
+        warm_up(args.shape, args.method, tokenizer, batch)
     model = random_model(args.shape, args.method)
-    tokenizer = words(model.config.vocab_size)
     found: dict[str, Any] = {"shape": args.shape, "method": args.method, "batch": asdict(batch)}
     found |= {"dtype": str(model.dtype).removeprefix("torch."), "steps": args.steps, "prompt tokens": PROMPT}
-    if args.method == "steer":
-        found["plain paths"] = {name: why for name, why in asdict(fast_paths(model)).items() if why}
     texts = prompts(args.prompts * args.steps, model.config.vocab_size)
-    print(json.dumps(found | measured(args.method, model, tokenizer, texts, args.steps, batch)))
+    found |= measured(args.method, model, tokenizer, texts, args.steps, batch)
+    if args.method == "steer":  # what the trainer found: before there is one the head is not tried
+        found["plain paths"] = {name: why for name, why in asdict(fast_paths(model)).items() if why}
+    print(json.dumps(found))
+
+
+def warm_up(shape: str, method: str, tokenizer: PreTrainedTokenizerFast, batch: Batch) -> None:
+    """The same update with short completions and another model, so that kernels are compiled and loaded."""
+    model = random_model(shape, method)
+    texts = prompts(batch.prompts, model.config.vocab_size)
+    measured(method, model, tokenizer, texts, 1, replace(batch, tokens=WARM))
+    del model
+    gc.collect()  # trainers hold themselves; the memory is measured next
 
 
 def random_model(

@@ -46,6 +46,9 @@ def _speed(results: dict[str, dict[str, Any]]) -> list[str]:
             f"{r['memory MB']:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    plain = [(name, *path) for name, r in results.items() for path in r.get("plain paths", {}).items()]
+    if plain:
+        lines += ["", *(f"- {name}: plain path `{path}`: {why}" for name, path, why in plain)]
     return lines
 
 

@@ -35,7 +35,8 @@ class Count:
 
 def main() -> None:
     count = Count()
-    code = pytest.main(["-v", "--tb=short", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[count])
+    shown = ["-vv", "--durations=10", "--tb=short"]  # one -v is undone by the -q of pyproject.toml
+    code = pytest.main([*shown, "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[count])
     print(json.dumps(vars(count)), flush=True)
     sys.exit(int(code) or int(not count.passed))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ from typing import Any
 import pytest
 from helpers.paths import ROOT
 
+from evals import step_timing
 from evals.gpu_check import __main__ as check
-from evals.gpu_check import wheels
+from evals.gpu_check import speed, wheels
 from evals.gpu_check.parts import FULL, OFFLINE, Part
 from evals.gpu_check.table import markdown
 
@@ -134,6 +138,97 @@ def test_parts_that_fail_hang_or_say_nothing(
     assert "s are left, it may take 100000" in found["late"]["why"]
     said = capsys.readouterr().out
     assert all(f"{name}: {part['status']}" in said for name, part in found.items())
+
+
+def test_a_last_line_that_only_begins_as_json(
+    monkeypatch: pytest.MonkeyPatch, no_torch: None, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(check, "OFFLINE", (stub("cut", "print('{cut off')"), stub("good", "print('{}')")))
+    with pytest.raises(SystemExit, match=r"^error: cut: see `output`"):
+        run(monkeypatch, "offline", "--dry-run", "--out", str(tmp_path))
+    found = json.loads((tmp_path / "offline.json").read_text())["parts"]
+    assert found["cut"]["why"] == "no result in its last line" and found["good"]["status"] == "done"
+
+
+def test_a_failure_is_not_forgotten_where_no_time_is_left(
+    monkeypatch: pytest.MonkeyPatch, no_torch: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "OFFLINE", (stub("bad", "import sys; sys.exit(3)"),))
+    for more in ([], ["--minutes", "0.001"]):
+        with pytest.raises(SystemExit, match=r"^error: bad: see `output`"):
+            run(monkeypatch, "offline", "--dry-run", "--out", str(tmp_path), *more)
+    assert "bad: skipped: 0 s are left" in capsys.readouterr().out
+    found = json.loads((tmp_path / "offline.json").read_text())["parts"]["bad"]
+    assert (found["status"], found["why"]) == ("failed", "exit code 3")
+
+
+def test_a_part_ends_with_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Any] = []
+    communicate = subprocess.Popen.communicate
+
+    def stopped(process: Any, *args: Any, **kwargs: Any) -> Any:
+        if begun:
+            return communicate(process, *args, **kwargs)
+        begun.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        check.run(stub("endless", "import time; time.sleep(60)"), False, 60.0, dict(os.environ))
+    assert begun[0].returncode == -signal.SIGTERM
+
+
+def test_a_head_that_is_left_out_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is tried for the trainer alone, and on the CPU it is always right."""
+    monkeypatch.setattr("steer.generation.trial.Trial._head", lambda trial: "a reason")
+    monkeypatch.setattr(step_timing, "matmul_peak", lambda *args: 1.0)
+    words = ["--prompts", "2", "--samples", "2", "--tokens", "2", "--rows", "2", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["speed", "tiny", "steer", *words])
+    speed.main()
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert found["plain paths"]["head"] == "a reason" and found["step s"] > 0
+    machine = {"gpu": "A GPU", "python": "3.12", "versions": {}}
+    parts = {"speed-tiny": {"status": "done", "seconds": 1.0, "result": found}}
+    text = markdown({"dry_run": False, "machine": machine, "parts": parts})
+    assert text.endswith("\n- speed-tiny: plain path `head`: a reason")
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_single_update_is_measured_warm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: int
+) -> None:
+    seen: list[tuple[Any, int, int]] = []
+
+    def measured(method: str, model: Any, tokenizer: Any, texts: list[str], steps: int, batch: Any) -> dict:
+        assert len(texts) == batch.prompts * steps
+        seen.append((model, batch.tokens, steps))
+        return {}
+
+    monkeypatch.setattr(speed, "measured", measured)
+    words = ["--prompts", "2", "--samples", "2", "--tokens", "40", "--rows", "2", "--steps", str(steps)]
+    monkeypatch.setattr(sys, "argv", ["speed", "tiny", "trl-full", *words])
+    speed.main()
+    assert [row[1:] for row in seen] == [(speed.WARM, 1)] * (steps == 1) + [(40, steps)]
+    assert len({id(model) for model, *_ in seen}) == len(seen)
+
+
+def test_tests_are_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In spite of the -q that pyproject.toml has for the tests of this repository."""
+    from evals.gpu_check import tests
+
+    given: list[list[str]] = []
+
+    def main(words: list[str], plugins: list[Any]) -> int:
+        given.append(words)
+        return 0
+
+    monkeypatch.setattr(pytest, "main", main)
+    monkeypatch.setattr(sys, "argv", ["tests", "-m", "gpu"])
+    with pytest.raises(SystemExit):
+        tests.main()
+    assert {"-vv", "--durations=10"} <= set(given[0]) and given[0][-2:] == ["-m", "gpu"]
 
 
 def test_results_of_another_machine_are_kept(

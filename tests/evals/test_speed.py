@@ -89,6 +89,7 @@ def test_update_flops_are_those_of_the_update(build_tiny) -> None:
 
 def test_prompt_tokens() -> None:
     assert step_timing.prompt_tokens([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3]]) == 2 + 1 + 2 + 1
+    assert step_timing.prompt_tokens([[1, 2, 3]]) == 3
 
 
 @pytest.mark.parametrize("method", ["steer", "trl-lora", "trl-full", "profile"])
