@@ -7,8 +7,10 @@ model, and the members of a population.
     python -m evals.growth --list                                          # the points, nothing is run
 
 Models have random weights and completions are random tokens, so that nothing is downloaded or sampled. Each
-point is a process of its own. A process that takes more than `--most_gb` is stopped and noted as such.
-`growth.json` and a plot for each axis are written anew after every point; a run that was stopped goes on.
+point is a process of its own. A process that takes more than `--most_gb` is stopped and noted as such, and
+one that fails is noted with its reason. `growth.json` and a plot for each axis are written anew after every
+point. A run that was stopped goes on. Points that failed are run again, and those that were stopped too where
+the limit is larger now.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +33,8 @@ from typing import Any
 import torch
 
 from evals.gpu_check.speed import METHODS, SHAPES, prompts, random_model, words
-from evals.step_timing import Batch, measured, memory_peak, reset_memory_peak
+from evals.speed import _processor
+from evals.step_timing import Batch, clock, measured, memory_peak, reset_memory_peak
 from steer.versions import versions
 
 GB = 1e9
@@ -127,9 +131,9 @@ def population(point: Point, steps: int, dtype: str) -> dict[str, float]:
             return [[Completion(ids, False) for _ in own] for own in given]
 
         def _gradients(self, batches: Any) -> None:
-            start = time.perf_counter()
+            start = clock()
             super()._gradients(batches)
-            spent.append(time.perf_counter() - start)
+            spent.append(clock() - start)
 
     def reward(completions: list[str], **kwargs: Any) -> list[float]:
         return torch.rand(len(completions), generator=noise).tolist()
@@ -156,7 +160,7 @@ def population(point: Point, steps: int, dtype: str) -> dict[str, float]:
         texts = prompts(max(2 * point.rows // SAMPLES, 2) * steps, vocabulary)
         trainer = Random(model, members, Dataset.from_dict({"prompt": texts}), tokenizer)
         trainer.train()
-    return {"seconds": min(spent[1:] or spent), "training GB": (memory_peak() - before) / GB}
+    return {"seconds": statistics.median(spent[1:] or spent), "training GB": (memory_peak() - before) / GB}
 
 
 # ---- one process for each point
@@ -182,9 +186,10 @@ def run(point: Point, steps: int, dtype: str, most_bytes: float) -> dict[str, An
         out.seek(0)
         errors.seek(0)
         if above:
-            return {**found, "stopped": f"above {most_bytes / GB:.1f} GB"}
+            return {**found, "stopped": f"above {most_bytes / GB:.1f} GB", "limit GB": most_bytes / GB}
         if process.returncode:
-            sys.exit(f"error: {point} failed:\n{errors.read()[-3000:]}")
+            said = errors.read().strip().splitlines() or [""]
+            return {**found, "stopped": f"exit code {process.returncode}: {said[-1][:300]}"}
         return {**found, **json.loads(out.read().strip().splitlines()[-1])}
 
 
@@ -205,13 +210,25 @@ def free_memory() -> float:
         return float("inf")
 
 
+def settled(row: dict[str, Any], most_bytes: float) -> bool:
+    """Whether its point need not be run again: it was measured, or stopped at this limit or above."""
+    return "seconds" in row or row.get("limit GB", -1.0) >= most_bytes / GB
+
+
+def settings(shape: str, dtype: str, steps: int) -> dict[str, Any]:
+    """What has to be the same for points of one file to be compared."""
+    found = {"machine": platform.machine(), "processor": _processor(), "cores": os.cpu_count()}
+    found |= {"threads": torch.get_num_threads(), "shape": shape, "dtype": dtype, "steps": steps}
+    return found | {"versions": versions("torch", "transformers", "trl", "peft")}
+
+
 def known(file: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
     """The points of a run that was stopped; exits where it had other settings."""
     if not file.exists():
         return []
     record = json.loads(file.read_text())
     if record["setting"] != setting:
-        sys.exit(f"error: {file} holds a run with other settings or from another machine; remove it")
+        sys.exit(f"error: {file} is of other settings or another machine; give another --out, or remove it")
     return record["points"]
 
 
@@ -247,7 +264,8 @@ def plot(axis: str, rows: list[dict[str, Any]], path: Path) -> None:
             )
         for x in (x for x, row in own if "stopped" in row):
             panels[1].axvline(x, linestyle=":", linewidth=0.8)
-            panels[1].annotate(f"{method}: {dict(own)[x]['stopped']}", (x, 0), rotation=90, fontsize=6)
+            why = dict(own)[x]["stopped"].partition(":")[0]
+            panels[1].annotate(f"{method}: {why}", (x, 0), rotation=90, fontsize=6)
     for panel, name in zip(panels, ("seconds of an update", "peak memory, GB"), strict=True):
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
@@ -284,14 +302,15 @@ def main() -> None:
     if args.list or not args.out:
         print(*plan, sep="\n")
         return
-    setting = {"machine": platform.machine(), "cores": os.cpu_count(), "dtype": args.dtype}
-    setting |= {"steps": args.steps, "versions": versions("torch", "transformers", "trl", "peft")}
+    setting = settings(shape, args.dtype, args.steps)
     rows = known(args.out / "growth.json", setting)
     for number, point in enumerate(plan):
-        if any(asdict(point).items() <= row.items() for row in rows):
-            continue
         most = args.most_gb * GB if args.most_gb else 0.8 * free_memory()
+        earlier = [row for row in rows if asdict(point).items() <= row.items()]
+        if any(settled(row, most) for row in earlier):
+            continue
         print(f"{number + 1} of {len(plan)}: {point}", file=sys.stderr, flush=True)
+        rows = [row for row in rows if row not in earlier]
         rows.append(run(point, args.steps, args.dtype, most))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         write(args.out, setting, rows)
