@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,36 @@ def test_update_flops_are_those_of_the_update(build_tiny) -> None:
     unused = [layer.self_attn.q_proj, layer.self_attn.o_proj, *(m for m in layer.mlp.children())]
     spare = sum(m.weight.numel() for m in unused if hasattr(m, "weight"))
     assert products == step_timing.update_flops(model, 6, 30) - 2 * 6 * spare
+
+
+@pytest.mark.parametrize(("cache", "lengths"), [("static", [6, 6]), (None, [4, 6])])
+def test_a_static_cache_is_warmed_at_its_length(
+    build_tiny, tiny_tokenizer: Any, tmp_path: Path, monkeypatch, cache: str | None, lengths: list[int]
+) -> None:
+    model = build_tiny("llama", max_position_embeddings=512)
+    folder = model_folder(tmp_path / "model", model, tiny_tokenizer)
+    for name, value in {"BATCH": 4, "LENGTH": 6}.items():
+        monkeypatch.setattr(speed_workers, name, value)
+    asked: list[int] = []
+    monkeypatch.setattr(type(model), "generate", lambda self, **given: asked.append(given["max_new_tokens"]))
+    speed_workers.generate(cache, "float32", str(folder))
+    assert asked == lengths
+
+
+def test_a_full_sync_is_of_weights_on_the_device(monkeypatch) -> None:
+    """Beside vectors that go to an engine on a GPU, copies between places on the CPU would look slow."""
+    moved: list[str] = []
+
+    class Model(torch.nn.Linear):
+        def to(self, place: Any) -> Any:
+            moved.append(place)
+            return self
+
+    monkeypatch.setattr("steer.models.load_model", lambda name, dtype: Model(3, 2))
+    monkeypatch.setattr("steer.engine.push", lambda llm, vectors: SimpleNamespace(bytes=5))
+    monkeypatch.setattr(speed_workers, "device", lambda: "the GPU")
+    found = speed_workers._sync(None, None, "float32", "a model")
+    assert moved == ["the GPU"] and found["full MB"] == 8 * 4 / 1e6 and found["sync MB"] == 5e-6
 
 
 def test_prompt_tokens() -> None:
