@@ -1,11 +1,12 @@
 """
-Is a population cheaper than its members one after another? The same runs both ways, set-up included.
+Is a population cheaper than its members one after another? The same runs both ways.
 
     python -m evals.population_speed --out evals/results/population-speed      # minutes on two cores
 
 Every run is a process of its own, begun from nothing: N of `recipes/grpo_steer.py`, each with one layer, and
-one of `recipes/layer_sweep.py` with the N layers. They take turns for `--rounds` rounds, and medians are
-compared: wall clock, CPU seconds, and the peak memory of the population and of the largest single run.
+one of `recipes/layer_sweep.py` with the N layers. Nothing is scored. They take turns for `--rounds` rounds,
+the next begun by the other side, and medians are compared: wall clock and CPU seconds of whole processes,
+seconds of training alone, and the peak memory of the population and of the largest single run.
 """
 
 from __future__ import annotations
@@ -49,47 +50,55 @@ def main() -> None:
         "max_steps": args.steps,
         "num_generations": args.samples,
         "per_device_train_batch_size": args.prompts * args.samples,
-        "eval_limit": 16,
+        "eval_data": "none",
         "samples_shown": 0,
         "use_cpu": True,
         "learning_rate": 0.01,
     }
-    solo: list[dict[str, float]] = []
-    together: list[dict[str, float]] = []
+    found: dict[str, list[dict[str, float]]] = {"solo": [], "together": []}
     apart: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         config = place / "config.yaml"
         config.write_text(yaml.safe_dump(settings))
         for turn in range(args.rounds):
-            out = place / f"together-{turn}"
-            chosen = ["--each_layer", ",".join(map(str, layers)), "--winners", "0"]
-            together.append(run("layer_sweep.py", config, out, chosen))
-            alone = []
+            folder = place / str(turn)
+            folder.mkdir()
+            for side in ("solo", "together") if turn % 2 else ("together", "solo"):
+                found[side].append((alone if side == "solo" else population)(config, folder, layers))
             for layer in layers:
-                folder = place / f"{turn}-{layer}"
-                alone.append(run("grpo_steer.py", config, folder, ["--layers", str(layer)]))
-                apart.append(distance(folder / "vectors", out / "members" / f"layer-{layer}" / "vectors"))
-            solo.append(
-                {
-                    "wall_seconds": sum(r["wall_seconds"] for r in alone),
-                    "cpu_seconds": sum(r["cpu_seconds"] for r in alone),
-                    "memory_bytes": max(r["memory_bytes"] for r in alone),
-                }
-            )
-    names = {"wall_seconds": "wall clock", "cpu_seconds": "CPU seconds", "memory_bytes": "peak memory"}
-    record: dict[str, Any] = {"settings": vars(args) | {"out": None}, "solo": solo, "together": together}
-    record["distances"] = apart
+                member = folder / "together" / "members" / f"layer-{layer}"
+                apart.append(distance(folder / f"layer-{layer}" / "vectors", member / "vectors"))
+    names = {
+        "wall_seconds": "wall clock",
+        "training_seconds": "training alone",
+        "cpu_seconds": "CPU seconds",
+        "memory_bytes": "peak memory",
+    }
+    record: dict[str, Any] = {"settings": vars(args) | {"out": None}, **found, "distances": apart}
     print(f"vectors of the two ways are up to {max(apart):.1%} of their length apart\n")
     print(f"| {args.members} members | one after another | together | ratio |\n|---|---|---|---|")
     for key, title in names.items():
-        a, b = (statistics.median(r[key] for r in rounds) for rounds in (solo, together))
+        a, b = (statistics.median(r[key] for r in rounds) for rounds in found.values())
         record[key.partition("_")[0] + "_ratio"] = a / b
         shown = [f"{x / 1e9:.2f} GB (one run)" if key == "memory_bytes" else f"{x:.0f} s" for x in (a, b)]
         print(f"| {title} | {shown[0]} | {shown[1].removesuffix(' (one run)')} | {a / b:.2f} |")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "population-speed.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def alone(config: Path, folder: Path, layers: list[int]) -> dict[str, float]:
+    """A run for each layer, one after another: their sums, and the largest memory."""
+    runs = [run("grpo_steer.py", config, folder / f"layer-{i}", ["--layers", str(i)]) for i in layers]
+    total = {key: sum(r[key] for r in runs) for key in ("wall_seconds", "training_seconds", "cpu_seconds")}
+    return total | {"memory_bytes": max(r["memory_bytes"] for r in runs)}
+
+
+def population(config: Path, folder: Path, layers: list[int]) -> dict[str, float]:
+    """One run of all layers."""
+    chosen = ["--each_layer", ",".join(map(str, layers)), "--winners", "0"]
+    return run("layer_sweep.py", config, folder / "together", chosen)
 
 
 def run(recipe: str, config: Path, folder: Path, changes: list[str]) -> dict[str, float]:
@@ -106,8 +115,10 @@ def run(recipe: str, config: Path, folder: Path, changes: list[str]) -> dict[str
     if status:
         sys.exit(f"error: {recipe} failed:\n{log.read_text()[-3000:]}")
     print(f"{folder.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    members = [*folder.glob("members/*/results.json")] or [folder / "results.json"]
     return {
         "wall_seconds": seconds,
+        "training_seconds": sum(json.loads(file.read_text())["training_seconds"] for file in members),
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "memory_bytes": usage.ru_maxrss * 1024.0,
     }

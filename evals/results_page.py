@@ -243,19 +243,13 @@ def layers(sweep: dict[str, Any], halving: dict[str, Any]) -> str:
 
 def sweep_cost(found: dict[str, Any]) -> str:
     solo, together = found["solo"][0], found["together"][0]
+    titles = {"wall": "wall clock", "training": "training alone", "cpu": "CPU seconds"}
     rows = [
-        [
-            "wall clock",
-            f"{solo['wall_seconds']:.0f} s",
-            f"{together['wall_seconds']:.0f} s",
-            f"{found['wall_ratio']:.2f}",
-        ],
-        [
-            "CPU seconds",
-            f"{solo['cpu_seconds']:.0f} s",
-            f"{together['cpu_seconds']:.0f} s",
-            f"{found['cpu_ratio']:.2f}",
-        ],
+        *(
+            [title, *(f"{side[f'{key}_seconds']:.0f} s" for side in (solo, together)), f"{ratio:.2f}"]
+            for key, title in titles.items()
+            if (ratio := found.get(f"{key}_ratio"))  # records of old do not tell training apart
+        ),
         [
             "peak memory",
             f"{solo['memory_bytes'] / 1e9:.2f} GB (one run)",

@@ -6,10 +6,11 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from helpers.paths import ROOT
 
-from evals.results_page import RESULTS, markdown, render, tables
+from evals.results_page import RESULTS, markdown, render, sweep_cost, tables
 from steer.training.summary import score_table
 
 
@@ -37,6 +38,15 @@ def test_the_readme_agrees_with_the_files() -> None:
     printed = score_table(json.loads((RESULTS / "demo" / "results.json").read_text()))
     lines = [line.rstrip() for line in printed.splitlines()]
     assert "\n".join(lines) in readme
+
+
+def test_the_cost_of_a_population_tells_training_apart_where_the_record_does() -> None:
+    side = {"wall_seconds": 12.0, "cpu_seconds": 8.0, "memory_bytes": 1e9}
+    record: dict[str, Any] = {"settings": {"members": 2}, "solo": [side], "together": [side]}
+    record |= {"wall_ratio": 1.0, "cpu_ratio": 1.0, "memory_ratio": 1.0}
+    assert "training alone" not in sweep_cost(record)
+    side["training_seconds"] = 6.0
+    assert "| training alone | 6 s | 6 s | 1.50 |" in sweep_cost(record | {"training_ratio": 1.5})
 
 
 def test_tables_of_a_text() -> None:
