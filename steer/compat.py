@@ -284,7 +284,7 @@ def is_replica(module: nn.Module) -> bool:
 def forget_compiled() -> None:
     """
     Let compiled models be compiled again at their next pass: a graph does not notice that hooks are added or
-    removed.
+    removed. An engine in this process is compiled again, too.
     """
     import torch
 

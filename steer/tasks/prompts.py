@@ -380,7 +380,7 @@ class _Opening(NamedTuple):
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> _Opening:
     bare, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    found = (i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+    found = (i for i in range(len(ids)) if bare and ids[i : i + len(bare)] == bare)
     before = next(found, int(ids[:1] == [getattr(tokenizer, "bos_token_id", None)]))
     return _Opening(ids[:before], "".join(tokenizer.convert_ids_to_tokens(ids[:before])))
 

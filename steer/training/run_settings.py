@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import yaml
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import TrlParser
 
 from steer.arguments import Help
@@ -144,6 +145,9 @@ class RunSettings:
         trained = {"baseline": self.baseline} if self.baseline else {"steering": self.steering}
         parts = {"run": asdict(self.run), **{name: asdict(part) for name, part in trained.items()}}
         parts["training"] = {k: v for k, v in self.training.to_dict().items() if k != "max_steps"}
+        usual, given = AcceleratorConfig().to_dict(), parts["training"]["accelerator_config"]
+        # what is set alone: another version of transformers has other names in it
+        parts["training"]["accelerator_config"] = {k: v for k, v in given.items() if v != usual.get(k)}
         if self.answers is not None:
             # with another number of processes it differs, as GRPO's generation_batch_size does
             update = {"examples_per_update": self._examples_per_update()}
