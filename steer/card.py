@@ -159,9 +159,9 @@ def _training(made: dict[str, Any]) -> str:
     elif isinstance(rewards, list) and rewards:
         parts.append(f"rewarded by {', '.join(f'`{_line(reward)}`' for reward in rewards)}")
     updates = made.get("updates", training.get("max_steps"))  # older artifacts say what was asked for alone
-    for count, words in ((updates, "updates"), (training.get("num_generations"), "answers to each prompt")):
-        if isinstance(count, int) and count > 0:
-            parts.append(f"{count} {words}")
+    for number, words in ((updates, "updates"), (training.get("num_generations"), "answers to each prompt")):
+        if isinstance(number, int) and number > 0:
+            parts.append(f"{number} {words}")
     return f"## Trained on\n\n{', '.join(parts)}."
 
 

@@ -61,7 +61,8 @@ def _generate(state: SteeringState, model: nn.Module, generate: Any, *args: Any,
     prompt = next((tensor for tensor in given if tensor is not None), None)
     length = 1 if prompt is None else prompt.shape[1]  # without a prompt, BOS
     mask = kwargs.get("attention_mask")
-    if getattr(mask, "ndim", 0) == 2:  # of all tokens, also where the new ones alone go on with a cache
+    if mask is not None and getattr(mask, "ndim", 0) == 2:
+        # of all tokens, also where the new ones alone go on with a cache
         length = max(length, mask.shape[1])
     before = state.prompt_length
     if before is None:
