@@ -363,7 +363,8 @@ class SAETrainer:
             self._forget_metrics()
             return
         try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            # by type: torch.load does not know the cpu:0 of several processes
+            state = torch.load(path, map_location=self.accelerator.device.type, weights_only=True)
             asked, saes, stopping = state["asked"], state["saes"], state["stopping"]
         except Exception as error:  # torch raises many kinds on a damaged file
             raise SteerError(

@@ -131,7 +131,8 @@ class ResumableGRPOTrainer(ResumableMixin, GRPOTrainer):
             return
         path = Path(checkpoint) / f"{self.accelerator.process_index}-{ROLLOUT_FILE}"
         if path.exists():
-            self._set_rollout_state(torch.load(path, map_location=self.accelerator.device, weights_only=True))
+            device = self.accelerator.device.type  # torch.load does not know the cpu:0 of several processes
+            self._set_rollout_state(torch.load(path, map_location=device, weights_only=True))
 
 
 def newest_checkpoint(folder: str | os.PathLike[str], read: Callable[[Path], object]) -> Path | None:

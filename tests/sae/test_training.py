@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.steering import message
 
 from steer.errors import SteerError
@@ -148,6 +149,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40, 60]
     assert {"tokens_per_second", "eta_seconds", "lr"} <= set(lines[0])
+
+
+def test_several_processes_on_cpus_read_their_checkpoint(tmp_path, monkeypatch):
+    """accelerate calls their device cpu:0, which `torch.load` does not know."""
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: torch.device("cpu", 0)))
+    with pytest.raises(SteerError, match="31 steps done are saved"):
+        SAETrainer({"a": sae()}, Made(31), training(), tmp_path).train()
+    assert SAETrainer({"a": sae()}, Made(), training(), tmp_path).step == 31
 
 
 def test_metrics_of_steps_after_the_last_checkpoint_are_not_told_twice(tmp_path):

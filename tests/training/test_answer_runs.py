@@ -102,4 +102,4 @@ def test_a_real_model_learns_from_its_own_right_answers(tmp_path: Path) -> None:
     known = artifact.read(tmp_path / "own" / "vectors").config.provenance
     assert known["data"]["answers"] == 256 and 0 < known["data"]["examples"] <= known["data"]["right"]
     before, after = results["before"], results["after"]
-    assert after["answered"] > before["answered"] + 0.3 and after["accuracy"] > before["accuracy"] + 0.1
+    assert after["answered"] > before["answered"] + 0.2 and after["accuracy"] > before["accuracy"] + 0.1

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.hub import fake_hub
 from helpers.training import SPREAD, last_checkpoint, logged, same
 from transformers import TrainerCallback
@@ -76,6 +77,15 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(run, tmp_path: Path, case
     assert not same(artifact.read(checkpoint).tensors, vectors(whole))
     assert same(vectors(resumed), vectors(whole))
     assert logged(resumed, "reward") == logged(whole, "reward")
+
+
+def test_several_processes_on_cpus_read_their_checkpoint(run, tmp_path: Path, monkeypatch: Any) -> None:
+    """accelerate calls their device cpu:0, which `torch.load` does not know."""
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: torch.device("cpu", 0)))
+    settings = {"max_steps": 4, "save_steps": 3, "save_strategy": "steps", **RESUMED["in a cycle"]}
+    whole = run(folder="whole", **settings)
+    resumed = run(folder="resumed", resume=tmp_path / "whole" / "checkpoint-3", **settings)
+    assert same(vectors(resumed), vectors(whole))
 
 
 def test_a_resumed_run_saves_and_logs_as_it_is_told_now(run, tmp_path: Path) -> None:
