@@ -167,10 +167,17 @@ def gsm8k(scores: dict[str, Any]) -> str:
 
 def gate(scores: dict[str, Any], base: str) -> str:
     """The methods of a gate, and how far each is from the best elicited base."""
-    names = {"base": base, "full": "full fine-tune, one seed", "steering": "steering vectors, one seed"}
+    trained = {"full": "full fine-tune", "steering": "steering vectors"}
+
+    def name(row: dict[str, Any]) -> str:
+        if row["method"] not in trained:
+            return str(row["method"]).replace("base", base, 1)
+        seeds = "one seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
+        return f"{trained[row['method']]}, {seeds}"
+
     rows = [
         [
-            names.get(row["method"], row["method"].replace("base", base, 1)),
+            name(row),
             value(row["accuracy"]),
             value(row["lenient"]),
             signed(row["elicited_gain"]["difference"])

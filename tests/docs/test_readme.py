@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -24,3 +25,20 @@ def test_the_first_example(
     assert len(printed) == len(said)
     # what the base says to the end depends on the precision that the machine computes in
     assert [line for line in printed if "base" not in line] == [line for line in said if "base" not in line]
+
+
+def test_the_numbers_of_the_comparison_are_those_of_its_record() -> None:
+    record = json.loads((ROOT / "evals/results/compare-long-sums-0.5b/scores.json").read_text())
+    rows = {row["method"]: row for row in record["rows"]}
+    full, vectors = rows["full"], rows["steering"]
+    best, share = rows[vectors["best_base"]]["lenient"]["value"], vectors["elicited_share"]
+    said = [f"answers {best:.3f} of 1,000"]
+    said += ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**row["accuracy"]) for row in (full, vectors)]
+    said += [f"{share['value']:.2f} [{share['low']:.2f}, {share['high']:.2f}] times"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for row in (full, vectors):
+        *first, last = (f"{accuracy:.2f}" for accuracy in row["by_seed"].values())
+        said.append(f"({', '.join(first)} and {last}")
+    assert not [one for one in said if one not in text]
+    # "no significant difference", and the criterion that was stated before
+    assert [pair["verdict"] for pair in record["pairs"]] == ["no difference shown"] and share["low"] > 0.7
