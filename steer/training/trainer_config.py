@@ -103,8 +103,8 @@ class SteeringTrainerConfig(TrainingArguments):
         for strategy in ("checkpoint", "all_checkpoints"):
             if self.hub_strategy == strategy:
                 raise SteerError(
-                    f"hub_strategy={strategy} is not supported: of a checkpoint its vectors are uploaded, "
-                    "and not the optimizer's state; set every_save, or end"
+                    f"hub_strategy={strategy} is not supported: what is trained is uploaded, and not "
+                    "the optimizer's state; set every_save, or end"
                 )
         for name, example in _MAPPINGS.items():
             if not isinstance(value := getattr(self, name, None), (dict, type(None))):

@@ -41,7 +41,7 @@ def test_one_engine_on_a_gpu_is_for_one_process(
 
         @property
         def asked(self) -> Any:
-            raise Passed  # what is looked at next
+            raise Passed  # the check of processes is before it
 
     state = SimpleNamespace(num_processes=processes, process_index=0, device=torch.device(device))
     monkeypatch.setattr(run, "PartialState", lambda: state)
